@@ -1,0 +1,178 @@
+"""Every op of :mod:`grokcurv.ops` in plain PyTorch: the definition, and the oracle of the tests.
+
+Nothing here is fast and nothing here is compiled. Vectors are rows: N of them stacked are ``(N, P)``, in float32, float64 or
+bfloat16; sums are float64. ``C`` names the compute type of a dtype: float64 for float64, float32 for the other two.
+
+Two shapes describe parts of the P coordinates:
+
+* ``segments`` (S, 2) int64: ``(start, length)`` of each.
+* a basis is block-sparse: ``rows`` (K, 3) int64 holds ``(start, length, offset)``; row j is ``values[offset : offset + length]`` on
+  ``[start, start + length)`` and zero elsewhere. ``values`` is 1-D, of type C.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Form = Literal["difference", "bracket"]
+
+SUMS = ("aa", "bb", "ab", "dd", "ha", "hb")
+"""Columns of :attr:`Commutator.sums`, always present."""
+
+THETA_SUMS = ("rr", "re", "qa", "qb")
+"""Columns that follow :data:`SUMS` when ``theta`` is given."""
+
+
+class Commutator(NamedTuple):
+    """What one pass over the four gradients yields; see :func:`commutator`."""
+
+    sums: Tensor
+    """(N, 6) float64, the columns of :data:`SUMS`; (N, 10) with ``theta``: then those of :data:`THETA_SUMS` too."""
+    coefficients: Tensor
+    """(N, K) float64: basis . delta."""
+    energies: Tensor
+    """(N, S) float64: the sum of delta^2 over each segment."""
+    delta: Tensor
+    """(N, P) of type C if kept, else empty."""
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """C: the type in which single coordinates of ``dtype`` are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dense_basis(values: Tensor, rows: Tensor, size: int) -> Tensor:
+    """The block-sparse basis as a float64 matrix (K, size)."""
+    basis = values.new_zeros((len(rows), size), dtype=torch.float64)
+    for row, (start, length, offset) in zip(basis, rows.tolist(), strict=True):
+        row[start : start + length] = values[offset : offset + length]
+    return basis
+
+
+def perturb(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+    """``theta - eta_i d_i`` for N directions.
+
+    theta (P,), directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C with every operation rounded
+    (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
+    """
+    c = compute_type(theta.dtype)
+    return (theta.to(c) - eta.to(c)[:, None] * directions.to(c)).to(theta.dtype)
+
+
+def commutator(
+    g_a: Tensor,
+    g_b: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    eta: Tensor,
+    *,
+    form: Form = "difference",
+    theta: Tensor | None = None,
+    values: Tensor | None = None,
+    rows: Tensor | None = None,
+    segments: Tensor | None = None,
+    keep_delta: bool = False,
+) -> Commutator:
+    """The commutator of two gradient steps, from gradients (N, P) and step sizes eta (N,) float64.
+
+    With ``g_a = g_A(theta)`` and ``g_b = g_B(theta)``:
+
+    * ``form="difference"``: ``a2 = g_A(theta - eta g_b)``, ``b2 = g_B(theta - eta g_a)`` and
+      ``delta = eta ((a2 - g_a) - (b2 - g_b))``, which is ``theta_AB - theta_BA`` without the cancellation in theta.
+    * ``form="bracket"``: ``a2 = H_A g_b``, ``b2 = H_B g_a`` (Hessian-vector products) and ``delta = eta^2 (b2 - a2)``.
+
+    Sums over the P coordinates: ``aa = |g_a|^2``, ``bb = |g_b|^2``, ``ab = g_a . g_b``, ``dd = |delta|^2``; ``ha = |a2 - g_a|^2`` and
+    ``hb = |b2 - g_b|^2`` (difference) or ``ha = |a2|^2`` and ``hb = |b2|^2`` (bracket).
+
+    ``theta`` (P,), with the difference form only, adds what rounding did. Let ``<.>`` round every operation to the inputs' dtype:
+
+    * ``r = <<theta - eta g_a> - eta b2> - <<theta - eta g_b> - eta a2>``: the commutator as the direct formula computes it;
+      ``rr = |r|^2`` and ``re = |r - delta|^2``.
+    * ``qa = |perturb(theta, g_a) - (theta - eta g_a)|^2``, the rounding of the stored parameters, likewise ``qb``
+      (zero for float64: no wider type measures it).
+    """
+    x = [t.double() for t in (g_a, g_b, a2, b2)]
+    step = eta[:, None]
+    if form == "difference":
+        change_a, change_b = x[2] - x[0], x[3] - x[1]
+        delta = step * (change_a - change_b)
+    else:
+        change_a, change_b = x[2], x[3]
+        delta = step * step * (change_b - change_a)
+
+    vectors = [(x[0], x[0]), (x[1], x[1]), (x[0], x[1]), (delta, delta), (change_a, change_a), (change_b, change_b)]
+    if theta is not None:
+        difference = _direct(theta, g_a, b2, eta) - _direct(theta, g_b, a2, eta)
+        r = difference.to(theta.dtype).double()
+        q_a, q_b = (
+            perturb(theta, g, eta).double() - (theta.double() - step * g.double()) for g in (g_a, g_b)
+        )  # fmt: skip
+        vectors += [(r, r), (r - delta, r - delta), (q_a, q_a), (q_b, q_b)]
+    sums = torch.stack([(u * v).sum(-1) for u, v in vectors], dim=-1)
+
+    coefficients = delta.new_zeros((len(delta), 0))
+    if values is not None and rows is not None:
+        coefficients = delta @ dense_basis(values, rows, delta.shape[1]).T
+    energies = delta.new_zeros((len(delta), 0))
+    if segments is not None:
+        parts = [delta[:, start : start + length].square().sum(-1) for start, length in segments.tolist()]
+        energies = torch.stack(parts, dim=-1) if parts else energies
+    kept = delta if keep_delta else delta[:0]
+    return Commutator(sums, coefficients, energies, kept.to(compute_type(g_a.dtype)))
+
+
+def _direct(theta: Tensor, first: Tensor, second: Tensor, eta: Tensor) -> Tensor:
+    """``<<theta - eta first> - eta second>``, as PyTorch rounds it operation by operation, returned in C."""
+    c = compute_type(theta.dtype)
+    point = theta.to(c)
+    for gradient in (first, second):
+        product = (eta.to(c)[:, None] * gradient.to(c)).to(theta.dtype)
+        point = (point - product.to(c)).to(theta.dtype).to(c)
+    return point
+
+
+def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of vectors v (N, P)."""
+    x = v.double()
+    return x.square().sum(-1), x @ dense_basis(values, rows, v.shape[1]).T
+
+
+def subspace_filter(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> Tensor:
+    """``g_par + (1 - s) g_perp = (1 - s) g + s sum_j (b_j . g) b_j`` for orthonormal b, rounded to the dtype of g (N, P)."""
+    basis = dense_basis(values, rows, g.shape[1])
+    x = g.double()
+    return ((1 - strength) * x + strength * (x @ basis.T) @ basis).to(g.dtype)
+
+
+def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    """``(x_i - origin) . (y_j - origin)`` over each segment: (S, n, m) float64 from x (n, P), y (m, P) or y = x, origin (P,) or 0.
+
+    Without segments S = 1 and the sum is over all P.
+    """
+    shift = 0.0 if origin is None else origin.double()
+    left = x.double() - shift
+    right = left if y is None else y.double() - shift
+    if segments is None:
+        return (left @ right.T)[None]
+    parts = [left[:, s : s + n] @ right[:, s : s + n].T for s, n in segments.tolist()]
+    return torch.stack(parts) if parts else left.new_zeros((0, len(left), len(right)))
+
+
+def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
+
+    Of each vector the entry of largest magnitude is positive (the first such, if several). A matrix with a NaN or an infinity
+    yields NaN.
+    """
+    values, vectors = a.new_full((len(a), k), torch.nan), a.new_full((len(a), a.shape[1], k), torch.nan)
+    for item, value, vector in zip(a, values, vectors, strict=True):
+        if item.isfinite().all() and k:
+            w, v = torch.linalg.eigh(item)
+            value.copy_(w.flip(0)[:k])
+            leading = v.flip(1)[:, :k]
+            largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
+            vector.copy_(leading * largest.sign())
+    return values, vectors
