@@ -1,0 +1,421 @@
+"""The native ops, registered as ``torch.ops.grokcurv.*``: checks, one call, and what ``torch.compile`` needs to know.
+
+:mod:`grokcurv.reference` defines each op; shapes and names are the same here. What holds for all of them:
+
+* Vectors are float32, float64 or bfloat16; sums are float64. N, P, K and S may be 0.
+* Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no input.
+  Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
+* Results are bitwise the same for any number of threads, any instruction set and any batching of the N vectors.
+
+Each op is written twice below: ``_<op>_fake`` checks what tensors say of themselves and allocates the outputs (all that tracing
+needs), ``_<op>_cpu`` checks the values of indices too and fills them in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from grokcurv import _cpu
+from grokcurv.reference import SUMS, THETA_SUMS, Commutator, Form, compute_type
+
+__all__ = ["commutator", "eigh", "gram", "perturb", "subspace_filter_", "subspace_split"]
+
+_TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
+_FLOATS = tuple(_TYPES)
+
+_library = torch.library.Library("grokcurv", "DEF")
+
+
+def _define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, partial(_refuse_cuda, name), "CUDA")
+    torch.library.register_fake(f"grokcurv::{name}", fake, lib=_library)
+    return cast(Callable[..., Any], getattr(torch.ops.grokcurv, name).default)
+
+
+def _refuse_cuda(name: str, *_: object) -> NoReturn:
+    raise RuntimeError(
+        f"grokcurv.ops.{name}: CUDA tensors need the extension grokcurv._cuda, which is not built here "
+        "(docs/building.md says how it would be); move the tensors to the CPU with .cpu()"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- perturb
+
+
+def perturb(theta: Tensor, directions: Tensor, eta: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``theta - eta_i d_i`` for N directions, reading theta once: theta (P,), directions (N, P), eta (N,) float64 -> (N, P).
+
+    In the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`. ``out`` (N, P), if given, is filled and returned.
+    """
+    if out is None:
+        return cast(Tensor, _perturb(theta, directions, eta))
+    _perturb_out(theta, directions, eta, out)
+    return out
+
+
+def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+    _check("theta", theta, _FLOATS, ("P",))
+    _check("directions", directions, theta.dtype, ("N", theta.shape[0]), theta)
+    _check("eta", eta, torch.float64, (directions.shape[0],), theta)
+    return torch.empty_like(directions)
+
+
+def _perturb_cpu(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+    out = _perturb_fake(theta, directions, eta)
+    _call(_cpu.perturb, _TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    return out
+
+
+def _perturb_out_fake(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
+    _perturb_fake(theta, directions, eta)
+    _check("out", out, theta.dtype, tuple(directions.shape), theta)
+
+
+def _perturb_out_cpu(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
+    _perturb_out_fake(theta, directions, eta, out)
+    _check_apart("out", out, theta=theta, directions=directions, eta=eta)
+    _call(_cpu.perturb, _TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    _bump_version(out)
+
+
+# ------------------------------------------------------------------------------------------------------------- commutator
+
+
+def commutator(
+    g_a: Tensor,
+    g_b: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    eta: Tensor,
+    *,
+    form: Form = "difference",
+    theta: Tensor | None = None,
+    values: Tensor | None = None,
+    rows: Tensor | None = None,
+    segments: Tensor | None = None,
+    keep_delta: bool = False,
+) -> Commutator:
+    """Norms, inner products, basis coefficients and segment energies of N commutators in one pass over four gradients (N, P).
+
+    :func:`grokcurv.reference.commutator` defines every number. eta (N,) float64; theta (P,) adds the rounding terms (difference
+    form only); values (float32, or float64 with float64 vectors) and rows (K, 3) int64 are a block-sparse basis; segments (S, 2)
+    int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if ``keep_delta``.
+
+    Workspace: ``ceil(P / 4096) * (6 or 10 + K + S)`` float64 a vector.
+    """
+    return Commutator(*_commutator(g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta))
+
+
+_CommutatorTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _commutator_fake(
+    g_a: Tensor,
+    g_b: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    values: Tensor | None,
+    rows: Tensor | None,
+    segments: Tensor | None,
+    form: str,
+    keep_delta: bool,
+) -> _CommutatorTensors:
+    _check("g_a", g_a, _FLOATS, ("N", "P"))
+    n, p = g_a.shape
+    for name, t in (("g_b", g_b), ("a2", a2), ("b2", b2)):
+        _check(name, t, g_a.dtype, (n, p), g_a)
+    _check("eta", eta, torch.float64, (n,), g_a)
+    if form not in ("difference", "bracket"):
+        raise ValueError(f"form must be 'difference' or 'bracket', got {form!r}")
+    if theta is not None:
+        if form == "bracket":
+            raise ValueError("theta belongs to form='difference': the bracket rounds no parameters; pass theta=None")
+        _check("theta", theta, g_a.dtype, (p,), g_a)
+    if (values is None) != (rows is None):
+        raise ValueError("values and rows make the basis together: pass both or neither")
+    if values is not None and rows is not None:
+        _check_basis(values, rows, g_a)
+    if segments is not None:
+        _check("segments", segments, torch.int64, ("S", 2), g_a)
+
+    def sums(columns: int) -> Tensor:
+        return g_a.new_empty((n, columns), dtype=torch.float64)
+
+    return (
+        sums(len(SUMS) + (len(THETA_SUMS) if theta is not None else 0)),
+        sums(0 if rows is None else rows.shape[0]),
+        sums(0 if segments is None else segments.shape[0]),
+        g_a.new_empty((n if keep_delta else 0, p), dtype=compute_type(g_a.dtype)),
+    )
+
+
+def _commutator_cpu(
+    g_a: Tensor,
+    g_b: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    values: Tensor | None,
+    rows: Tensor | None,
+    segments: Tensor | None,
+    form: str,
+    keep_delta: bool,
+) -> _CommutatorTensors:
+    outputs = _commutator_fake(g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta)
+    sums, coefficients, energies, delta = outputs
+    n, p = g_a.shape
+    if values is not None and rows is not None:
+        _check_row_values(values, rows, p)
+    if segments is not None:
+        _check_spans("segments", segments, p)
+    columns = sums.shape[1] + coefficients.shape[1] + energies.shape[1]
+    _call(
+        _cpu.commutator,
+        _TYPES[g_a.dtype],
+        n,
+        p,
+        form == "bracket",
+        *(g_a, g_b, a2, b2, eta, theta),
+        *(values, rows, coefficients.shape[1]),
+        *(segments, energies.shape[1]),
+        *(sums, coefficients, energies, delta if keep_delta else None),
+        _workspace(n, p, columns),
+    )
+    return outputs
+
+
+# --------------------------------------------------------------------------------------------------------------- subspace
+
+
+def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis, in one pass."""
+    return cast(tuple[Tensor, Tensor], _subspace_split(v, values, rows))
+
+
+def _subspace_split_fake(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    _check("v", v, _FLOATS, ("N", "P"))
+    _check_basis(values, rows, v)
+    n = v.shape[0]
+    return v.new_empty((n,), dtype=torch.float64), v.new_empty((n, rows.shape[0]), dtype=torch.float64)
+
+
+def _subspace_split_cpu(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    norm2, coefficients = _subspace_split_fake(v, values, rows)
+    (n, p), k = v.shape, len(rows)
+    _check_row_values(values, rows, p)
+    workspace = _workspace(n, p, 1 + k)
+    _call(_cpu.subspace_split, _TYPES[v.dtype], n, p, v, values, rows, k, norm2, coefficients, workspace)
+    return norm2, coefficients
+
+
+def subspace_filter_(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> Tensor:
+    """``g <- g_par + (1 - strength) g_perp`` in place, for g (N, P) and an orthonormal block-sparse basis; returns g.
+
+    Coefficients and the new coordinates are formed in float64 and rounded once, to the dtype of g.
+    """
+    _subspace_filter_(g, values, rows, strength)
+    return g
+
+
+def _subspace_filter_fake(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> None:
+    _check("g", g, _FLOATS, ("N", "P"))
+    _check_basis(values, rows, g)
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be finite, got {strength}")
+
+
+def _subspace_filter_cpu(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> None:
+    _subspace_filter_fake(g, values, rows, strength)
+    _check_apart("g", g, values=values, rows=rows)
+    _, coefficients = _subspace_split_cpu(g, values, rows)
+    _call(_cpu.subspace_filter, _TYPES[g.dtype], *g.shape, g, values, rows, len(rows), coefficients, strength)
+    _bump_version(g)
+
+
+# ------------------------------------------------------------------------------------------------------------------- gram
+
+
+def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    """``(x_i - origin) . (y_j - origin)`` by segment: x (n, P), y (m, P) or y = x, origin (P,) or 0 -> (S, n, m) float64.
+
+    segments (S, 2) int64; without them S = 1 and the sum is over all P. An entry's bits depend on its two rows (and the origin)
+    alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric.
+    """
+    return cast(Tensor, _gram(x, y, origin, segments))
+
+
+def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
+    _check("x", x, _FLOATS, ("n", "P"))
+    n, p = x.shape
+    if y is not None:
+        _check("y", y, x.dtype, ("m", p), x)
+    if origin is not None:
+        _check("origin", origin, x.dtype, (p,), x)
+    if segments is not None:
+        _check("segments", segments, torch.int64, ("S", 2), x)
+    count = 1 if segments is None else segments.shape[0]
+    return x.new_empty((count, n, n if y is None else y.shape[0]), dtype=torch.float64)
+
+
+def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
+    out = _gram_fake(x, y, origin, segments)
+    n, p = x.shape
+    if segments is None:
+        segments = torch.tensor([[0, p]])
+    else:
+        _check_spans("segments", segments, p)
+    _call(_cpu.gram, _TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------- eigh
+
+
+def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k leading eigenpairs of B symmetric matrices: a (B, n, n) float64 -> values (B, k), descending, vectors (B, n, k).
+
+    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Jacobi rotations for n <= 128 or
+    where k is not small beside n; beyond, subspace iteration until ``|a v - w v| <= 1e-12 |a|``. What cannot be trusted is NaN:
+    every pair of a matrix that holds a NaN or an infinity, and a pair of a large matrix that did not converge or of which the
+    iteration cannot tell that it leads (possible only where strongly negative eigenvalues outweigh it; never for a Gram matrix).
+    """
+    return cast(tuple[Tensor, Tensor], _eigh(a, k))
+
+
+def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check("a", a, torch.float64, ("B", "n", "n"))
+    batch, n, m = a.shape
+    if n != m:
+        raise ValueError(f"a must have shape (B, n, n), got {tuple(a.shape)}")
+    if not 0 <= k <= n:
+        raise ValueError(f"k must lie in 0..n = {n}, got {k}")
+    return a.new_empty((batch, k)), a.new_empty((batch, n, k))
+
+
+def _eigh_cpu(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, vectors = _eigh_fake(a, k)
+    batch, n, _ = a.shape
+    workspace = a.new_empty((batch, _cpu.eigh_workspace(n, k)))
+    _call(_cpu.eigh, batch, n, k, a, values, vectors, workspace)
+    return values, vectors
+
+
+# ----------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(
+    name: str,
+    t: Tensor,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int | str, ...],
+    beside: Tensor | None = None,
+) -> None:
+    """Raises unless ``t`` has (one of) the dtypes, the shape (letters stand for any size) and the device of ``beside``."""
+    wanted = dtype if isinstance(dtype, tuple) else (dtype,)
+    if t.dtype not in wanted:
+        raise TypeError(f"{name} must be {' or '.join(map(_short, wanted))}, got {_short(t.dtype)}")
+    if t.dim() != len(shape) or any(n != m for n, m in zip(t.shape, shape, strict=True) if not isinstance(m, str)):
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
+    if beside is not None and t.device != beside.device:
+        raise ValueError(f"{name} must be on {beside.device} like the other tensors, got {t.device}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {t.stride()}: pass {name}.contiguous()")
+    if t.requires_grad:
+        raise ValueError(f"{name} requires grad, but the op has no derivative: pass {name}.detach()")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_basis(values: Tensor, rows: Tensor, vectors: Tensor) -> None:
+    _check("values", values, compute_type(vectors.dtype), ("nnz",), vectors)
+    _check("rows", rows, torch.int64, ("K", 3), vectors)
+
+
+def _check_row_values(values: Tensor, rows: Tensor, size: int) -> None:
+    _check_spans("rows", rows, size)
+    for j, (_, length, offset) in enumerate(rows.tolist()):
+        if not 0 <= offset <= values.numel() - length:
+            raise ValueError(f"rows[{j}] reads values[{offset}:{offset + length}], but there are {values.numel()} values")
+
+
+def _check_spans(name: str, spans: Tensor, size: int) -> None:
+    """Raises unless every (start, length, ...) lies inside ``size`` coordinates; written so that no sum can overflow."""
+    for j, (start, length, *_) in enumerate(spans.tolist()):
+        if start < 0 or not 0 <= length <= size - start:
+            raise ValueError(f"{name}[{j}] has start {start} and length {length}, which does not lie within P = {size}")
+
+
+def _check_apart(name: str, out: Tensor, **inputs: Tensor) -> None:
+    """Raises if ``out`` shares memory with an input. All are contiguous, so each is one range of bytes."""
+    start, stop = out.data_ptr(), out.data_ptr() + out.nbytes
+    for other, t in inputs.items():
+        if start < t.data_ptr() + t.nbytes and t.data_ptr() < stop:
+            raise ValueError(f"{name} overlaps {other} in memory: pass a tensor of its own")
+
+
+def _bump_version(t: Tensor) -> None:
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)
+
+
+def _workspace(n: int, p: int, columns: int) -> Tensor:
+    """One float64 for each vector, chunk and sum."""
+    return torch.empty((n, -(-p // _cpu.CHUNK), columns), dtype=torch.float64)
+
+
+def _call(kernel: Callable[..., None], *args: Tensor | float | None) -> None:
+    """Calls a kernel with tensors as addresses (None as the null address) and with torch's number of threads."""
+    addresses = (0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    kernel(*addresses, torch.get_num_threads())
+
+
+_perturb = _define(
+    "perturb(Tensor theta, Tensor directions, Tensor eta) -> Tensor",
+    _perturb_cpu,
+    _perturb_fake,
+)
+_perturb_out = _define(
+    "perturb_out(Tensor theta, Tensor directions, Tensor eta, Tensor(a!) out) -> ()",
+    _perturb_out_cpu,
+    _perturb_out_fake,
+)
+_commutator = _define(
+    "commutator(Tensor g_a, Tensor g_b, Tensor a2, Tensor b2, Tensor eta, Tensor? theta, Tensor? values, Tensor? rows, "
+    "Tensor? segments, str form, bool keep_delta) -> (Tensor, Tensor, Tensor, Tensor)",
+    _commutator_cpu,
+    _commutator_fake,
+)
+_subspace_split = _define(
+    "subspace_split(Tensor v, Tensor values, Tensor rows) -> (Tensor, Tensor)",
+    _subspace_split_cpu,
+    _subspace_split_fake,
+)
+_subspace_filter_ = _define(
+    "subspace_filter_(Tensor(a!) g, Tensor values, Tensor rows, float strength) -> ()",
+    _subspace_filter_cpu,
+    _subspace_filter_fake,
+)
+_gram = _define(
+    "gram(Tensor x, Tensor? y, Tensor? origin, Tensor? segments) -> Tensor",
+    _gram_cpu,
+    _gram_fake,
+)
+_eigh = _define(
+    "eigh(Tensor a, int k) -> (Tensor, Tensor)",
+    _eigh_cpu,
+    _eigh_fake,
+)
