@@ -1,0 +1,205 @@
+"""Settings of a modular-arithmetic run, and the presets of the literature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from grokcurv.modular.model import SEQUENCES, Activation, Sequence
+from grokcurv.modular.tasks import check_operation, train_size
+
+Architecture = Literal["transformer", "mlp"]
+Rng = Literal["torch", "paper"]
+
+MEASURE_ROWS = 512
+"""Rows of a measurement's batch where training uses the full batch (or all of them, if they are fewer)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746).
+
+    Attributes:
+        op: one of :data:`grokcurv.modular.OPERATIONS`.
+        p: modulus; prime for ``div``.
+        preset: the name of the preset these settings started from; for the record.
+        seed: of everything random in the run, 0 to 2^32 - 1.
+        lr, weight_decay, beta1, beta2: of AdamW; weight decay applies to every parameter.
+        warmup: steps over which the learning rate rises linearly to ``lr``.
+        clip: largest gradient norm; 0 does not clip.
+        batch_size: rows per step, drawn with replacement; 0 takes the whole training set every step.
+        train_fraction: share of the pairs that train.
+        architecture: ``"transformer"`` or ``"mlp"``.
+        layers, d_model: depth and width; of the hidden layers for ``"mlp"``.
+        heads, d_ff, activation, layer_norm, sequence: of the transformer, see :class:`grokcurv.modular.Transformer`.
+        steps: updates at most.
+        eval_every: steps between evaluations on the whole of both sets.
+        grok_threshold, grok_patience: the run has grokked at the last of ``grok_patience`` evaluations in a row whose
+            test accuracy is at least ``grok_threshold``.
+        steps_after_grok: the run ends this many steps after that.
+        rng: ``"torch"``: one generator each for split, weights, batches and measurements, so that measuring changes
+            nothing. ``"paper"``: the draws of the paper's code, in its order; measurements share the stream of the
+            training batches.
+        method, eta, pairs: of a measurement, see :class:`grokcurv.CurvatureMonitor`.
+        measure_every: steps between measurements; 0 turns the monitor off, the trajectory's PCA with it.
+        pca_every: steps between rows of the trajectory's PCA; 0 keeps none.
+        checkpoint_every: steps between checkpoints.
+        device: of torch.
+        threads: of torch, while the run lasts; 0 leaves what is set.
+    """
+
+    op: str = "add"
+    p: int = 97
+    preset: str = "paper"
+    seed: int = 42
+    lr: float = 1e-3
+    weight_decay: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup: int = 0
+    clip: float = 1.0
+    batch_size: int = 512
+    train_fraction: float = 0.5
+    architecture: Architecture = "transformer"
+    layers: int = 2
+    d_model: int = 128
+    heads: int = 4
+    d_ff: int = 256
+    activation: Activation = "gelu"
+    layer_norm: bool = True
+    sequence: Sequence = "a b"
+    steps: int = 20_000
+    eval_every: int = 100
+    grok_threshold: float = 0.98
+    grok_patience: int = 3
+    steps_after_grok: int = 1000
+    rng: Rng = "torch"
+    method: Literal["difference", "bracket", "reference"] = "difference"
+    eta: float = 1e-3
+    pairs: int = 5
+    measure_every: int = 100
+    pca_every: int = 100
+    checkpoint_every: int = 500
+    device: str = "cpu"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every setting.
+
+        Raises:
+            ValueError: naming the setting, what it was and what it can be.
+        """
+        for name, allowed in {
+            "preset": PRESET_NAMES,
+            "architecture": get_args(Architecture),
+            "activation": get_args(Activation),
+            "sequence": tuple(SEQUENCES),
+            "rng": get_args(Rng),
+            "method": ("difference", "bracket", "reference"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
+        positive = ("layers", "d_model", "heads", "d_ff", "eval_every", "grok_patience", "pairs", "checkpoint_every")
+        not_negative = ("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every", "threads")
+        for names, least in ((positive, 1), (not_negative, 0)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("lr", "eta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number; got {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "grok_threshold"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number, not negative; got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie between 0 and 2^32 - 1; got {self.seed}")
+        if self.d_model % self.heads and self.architecture == "transformer":
+            raise ValueError(f"d_model must be a multiple of heads; got {self.d_model} and {self.heads}")
+        if self.batch_size > self.train_rows:
+            raise ValueError(
+                f"batch_size is larger than the training set: {self.batch_size} of {self.train_rows} rows; "
+                "0 takes the whole set"
+            )
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of the training set."""
+        return train_size(check_operation(self.op, self.p).size(self.p), self.train_fraction)
+
+    @property
+    def measure_rows(self) -> int:
+        """Rows of a batch drawn for a measurement."""
+        return self.batch_size or min(MEASURE_ROWS, self.train_rows)
+
+
+PRESET_NAMES = ("paper", "paper-slow", "power", "nanda", "prieto")
+
+PRESETS: dict[str, TrainConfig] = {
+    "paper": TrainConfig(),
+    "paper-slow": TrainConfig(
+        preset="paper-slow",
+        lr=5e-5,
+        weight_decay=0.1,
+        beta2=0.999,
+        layers=3,
+        steps=800_000,
+        eval_every=500,
+        measure_every=1000,
+        pca_every=2000,
+        checkpoint_every=5000,
+    ),
+    "power": TrainConfig(
+        preset="power",
+        op="div",
+        warmup=10,
+        clip=0.0,
+        d_ff=512,
+        activation="relu",
+        sequence="a op b =",
+        steps=100_000,
+        checkpoint_every=1000,
+    ),
+    "nanda": TrainConfig(
+        preset="nanda",
+        p=113,
+        warmup=10,
+        clip=0.0,
+        batch_size=0,
+        train_fraction=0.3,
+        layers=1,
+        d_ff=512,
+        activation="relu",
+        layer_norm=False,
+        sequence="a b =",
+        steps=40_000,
+    ),
+    "prieto": TrainConfig(
+        preset="prieto",
+        p=113,
+        lr=5e-4,
+        weight_decay=0.0,
+        beta2=0.99,
+        clip=0.0,
+        batch_size=0,
+        train_fraction=0.4,
+        architecture="mlp",
+        d_model=200,
+    ),
+}
+"""Settings to start from: ``dataclasses.replace(PRESETS["nanda"], seed=1)``.
+
+* ``paper`` and ``paper-slow``: Xu, arXiv 2602.16746, the fast and the slow regime. The slow one is evaluated,
+  measured and stored less often, to keep 800 000 steps within memory.
+* ``power``: Power et al., arXiv 2201.02177: a decoder of two layers on ``a op b =``. Ours normalises before each
+  sub-layer where theirs does after, learns positions where theirs are sinusoids, keeps the biases, and scores the
+  answer alone where theirs also scores the end of the sequence.
+* ``nanda``: Nanda et al., arXiv 2301.05217: one layer, full batch, no LayerNorm. Ours keeps the biases of attention
+  and of the head, and takes torch's initialisation for the linear maps.
+* ``prieto``: Prieto et al., arXiv 2501.04697: a bias-free MLP, full batch, no weight decay: in float32 it stops
+  learning before it groks, because its cross-entropy loses the last digits. AdamW's epsilon is torch's, 1e-8,
+  where theirs is 1e-25.
+"""

@@ -1,0 +1,467 @@
+"""The trainer of modular arithmetic: one run, measured as it goes, that can be stopped and resumed at any instant."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from os import PathLike
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from grokcurv.losses import cross_entropy64
+from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.model import MLP, Transformer
+from grokcurv.modular.tasks import split
+from grokcurv.runs import Run, RunError, RunWriter, describe_environment, open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from grokcurv.monitor import CurvatureMonitor
+
+Batch = tuple[Tensor, Tensor]
+Sampler = Callable[[], tuple[Batch, Batch]]
+MonitorFactory = Callable[[nn.Module, Sampler], "CurvatureMonitor"]
+Progress = Callable[[dict[str, Any]], object]
+
+EVALUATION_ROWS = 16_384
+"""Rows of one forward pass of an evaluation; bounds its memory for large p."""
+
+PROGRESS_EVERY = 10
+"""Steps between calls of ``on_progress``."""
+
+
+class TrainingError(RuntimeError):
+    """The loss was not finite at an evaluation. ``run`` is what there is of the run."""
+
+    def __init__(self, message: str, run: Run) -> None:
+        super().__init__(message)
+        self.run = run
+
+
+def train(
+    config: TrainConfig,
+    monitor: MonitorFactory | None = None,
+    *,
+    out: str | PathLike[str] | None = None,
+    resume: bool = False,
+    on_progress: Progress | None = None,
+) -> Run:
+    """Train one network, measuring the curvature on the way.
+
+    At step 0 and every ``eval_every`` steps both sets are evaluated; then the monitor measures, if it is due; then a
+    checkpoint is written, if it is due; then comes the update. Ctrl-C ends the step, writes a checkpoint and raises
+    KeyboardInterrupt. The random generators the caller sees are left as they were.
+
+    Args:
+        config: the settings.
+        monitor: ``monitor(model, sampler)`` returning a :class:`grokcurv.CurvatureMonitor` to use instead of the one
+            that ``config`` describes; ``sampler()`` draws a pair of measurement batches ``(pairs, answers)``.
+        out: the run folder, see :mod:`grokcurv.runs`; without it the run is kept in memory.
+        resume: go on with the run in ``out``, if there is one. It ends bitwise equal to one never stopped.
+        on_progress: called every few steps with a dict of step, steps, train_loss, train_acc, test_acc, defect (each
+            the latest; None before the first), steps_per_second and grok_step (None until then).
+
+    Returns:
+        The run; its metrics, curvature and PCA history are DataFrames.
+
+    Raises:
+        TrainingError: the loss is NaN or infinite at an evaluation. The last good checkpoint is kept.
+        RunError: the folder is held by another process, damaged, or holds another run; the disk is full.
+        ValueError: ``resume`` without ``out``; an unknown or absent device.
+    """
+    if resume and out is None:
+        raise ValueError("resume needs out, the folder of the run to go on with")
+    if monitor is not None and not callable(monitor):
+        raise TypeError(f"monitor must be a function (model, sampler) -> monitor; got {type(monitor).__name__}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_threads(config.threads))
+        here = {"device": _describe_device(config.device), "threads": torch.get_num_threads()}
+        writer = None
+        if out is not None:
+            writer = stack.enter_context(RunWriter(out, asdict(config), resume=resume, environment=here))
+        training = _Training(config, monitor)
+        checkpoint = writer.read_checkpoint() if writer else None
+        if writer and checkpoint is not None:
+            writer.drop_after(checkpoint["step"])
+            metrics = writer.read_table("metrics")
+            if metrics.empty:
+                raise RunError(f"{writer.path} has a checkpoint, but its metrics.parquet is missing")
+            training.load_state_dict(checkpoint, metrics)
+        status = training.run(writer, on_progress)
+        if writer:
+            writer.set_status(status)
+    if out is not None:
+        run = open_run(out)
+    else:
+        tables = training.tables()
+        run = Run(None, asdict(config), {**describe_environment(), **here}, status=status, tables=tables)
+    if status != "finished":
+        raise TrainingError(status.removeprefix("failed: "), run)
+    return run
+
+
+def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
+    """The network of ``config`` on the CPU, its weights drawn from ``torch.manual_seed(seed)`` (default: the config's).
+
+    The global generator is left as it was.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(config.seed if seed is None else seed)
+    try:
+        if config.architecture == "mlp":
+            return MLP(config.p, layers=config.layers, width=config.d_model)
+        return Transformer(
+            config.p,
+            layers=config.layers,
+            d_model=config.d_model,
+            heads=config.heads,
+            d_ff=config.d_ff,
+            activation=config.activation,
+            layer_norm=config.layer_norm,
+            sequence=config.sequence,
+        )
+    finally:
+        torch.set_rng_state(state)
+
+
+def load_model(run: Run) -> nn.Module:
+    """The network of a run folder at its latest checkpoint, on the CPU."""
+    model = build_model(TrainConfig(**run.config))
+    model.load_state_dict(run.checkpoint()["model"])
+    return model
+
+
+class _TorchDraws:
+    """Independent generators for the split, the weights, the batches and the measurements."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        root = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(2**62, (4,), generator=root).tolist()
+        self.order = torch.Generator().manual_seed(seeds[0])
+        self.weights_seed: int = seeds[1]
+        self._training = torch.Generator(device).manual_seed(seeds[2])
+        self._measuring = torch.Generator(device).manual_seed(seeds[3])
+
+    def training(self, n: int, rows: int) -> Tensor:
+        return torch.randint(n, (rows,), generator=self._training, device=self._training.device)
+
+    def measuring(self, n: int, rows: int) -> Tensor:
+        return torch.randint(n, (rows,), generator=self._measuring, device=self._measuring.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"training": self._training.get_state(), "measuring": self._measuring.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._training.set_state(state["training"])
+        self._measuring.set_state(state["measuring"])
+
+
+class _PaperDraws:
+    """The draws of the paper's code: after the split, weights and batches from streams seeded alike.
+
+    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.order = random.Random(seed)
+        self.weights_seed = seed
+        self._stream = np.random.RandomState(seed)
+        self._device = device
+
+    def training(self, n: int, rows: int) -> Tensor:
+        return torch.from_numpy(self._stream.randint(0, n, rows)).to(self._device)
+
+    measuring = training
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._stream.get_state(legacy=False)["state"]
+        return {"key": torch.from_numpy(state["key"].astype(np.int64)), "pos": int(state["pos"])}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        twister = {"key": state["key"].numpy().astype(np.uint32), "pos": state["pos"]}
+        self._stream.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": 0, "gauss": 0.0})
+
+
+class _Training:
+    """A run in progress: all that a checkpoint holds, and how to take one step."""
+
+    def __init__(self, config: TrainConfig, monitor: MonitorFactory | None) -> None:
+        self.config = config
+        device = torch.device(config.device)
+        self.draws: _PaperDraws | _TorchDraws = (
+            _PaperDraws(config.seed, device) if config.rng == "paper" else _TorchDraws(config.seed, device)
+        )
+        self.data = split(config.op, config.p, config.train_fraction, self.draws.order).to(device)
+        self.model = build_model(config, self.draws.weights_seed).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        if monitor is not None:
+            self.monitor: CurvatureMonitor | None = monitor(self.model, self._measurement_pair)
+        else:
+            self.monitor = _default_monitor(config, self.model, self._measurement_pair)
+        self.step = 0
+        self.streak = 0
+        self.grok_step: int | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.defect: float | None = None
+        self.saved: int | None = None
+        self.started = time.perf_counter()
+
+    @property
+    def last_step(self) -> int:
+        if self.grok_step is None:
+            return self.config.steps
+        return min(self.config.steps, self.grok_step + self.config.steps_after_grok)
+
+    def run(self, writer: RunWriter | None, on_progress: Progress | None) -> str:
+        """Go on to the end; the status."""
+        first, began = self.step, time.perf_counter()
+        with _ctrl_c() as interrupted:
+            healthy = bool(self.rows) or self._observe()
+            while healthy:
+                last = self.step >= self.last_step
+                due = last or interrupted.is_set() or self.step % self.config.checkpoint_every == 0
+                if writer and due and self.saved != self.step:
+                    self._save(writer)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+                if last:
+                    return "finished"
+                self._update()
+                self.step += 1
+                healthy = self._observe()
+                if on_progress and (self.step % PROGRESS_EVERY == 0 or self._evaluation_due()):
+                    on_progress(self._progress((self.step - first) / (time.perf_counter() - began)))
+        if writer:
+            self._write_tables(writer)
+        return self._failure()
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        import pandas as pd
+
+        tables = {"metrics": pd.DataFrame(self.rows), "curvature": pd.DataFrame(), "pca": pd.DataFrame()}
+        if self.monitor is not None:
+            tables |= {"curvature": self.monitor.records(), "pca": self.monitor.pca_records()}
+        return tables
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "streak": self.streak,
+            "grok_step": self.grok_step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "draws": self.draws.state_dict(),
+            "monitor": self.monitor.state_dict() if self.monitor is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], metrics: pd.DataFrame) -> None:
+        self.step, self.streak, self.grok_step = state["step"], state["streak"], state["grok_step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.draws.load_state_dict(state["draws"])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        self.rows = [{str(name): value for name, value in row.items()} for row in metrics.to_dict("records")]
+        self.started = time.perf_counter() - self.rows[-1]["seconds"]
+        self.saved = self.step
+
+    def _observe(self) -> bool:
+        """Evaluate and measure what is due at this step; False if the loss is not finite."""
+        self._warm_up()
+        evaluated = self._evaluation_due()
+        if evaluated:
+            self._evaluate()
+            if not math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]):
+                return False
+        if self.monitor is not None:
+            if self.monitor.sampler is not None:
+                self.monitor.step()
+            if evaluated and self.monitor.last is not None:
+                self.defect = self.monitor.last["defect_median"]
+        return True
+
+    def _evaluation_due(self) -> bool:
+        return self.step % self.config.eval_every == 0 or self.step == self.last_step
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        data = self.data
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in self.model.parameters()]
+        values = [
+            self._score(data.train_pairs, data.train_answers),
+            self._score(data.test_pairs, data.test_answers),
+            torch.stack(norms).norm()[None],
+        ]
+        train_loss, train_acc, test_loss, test_acc, weight_norm = torch.cat(values).tolist()
+        self.rows.append(
+            {
+                "step": self.step,
+                "train_loss": train_loss,
+                "train_acc": train_acc,
+                "test_loss": test_loss,
+                "test_acc": test_acc,
+                "weight_norm": weight_norm,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - self.started,
+            }
+        )
+        self.streak = self.streak + 1 if test_acc >= self.config.grok_threshold else 0
+        if self.grok_step is None and self.streak == self.config.grok_patience:
+            self.grok_step = self.step
+
+    def _score(self, pairs: Tensor, answers: Tensor) -> Tensor:
+        """Mean loss and accuracy over a whole set, (2,) float64 on the device."""
+        total = torch.zeros(2, dtype=torch.float64, device=answers.device)
+        for x, y in zip(pairs.split(EVALUATION_ROWS), answers.split(EVALUATION_ROWS), strict=True):
+            logits = self.model(x)
+            loss = functional.cross_entropy(logits, y, reduction="sum")
+            total += torch.stack([loss, (logits.argmax(1) == y).sum()])
+        return total / len(answers)
+
+    def _update(self) -> None:
+        batch = self._training_batch()
+        self.optimizer.zero_grad()
+        functional.cross_entropy(self.model(batch[0]), batch[1]).backward()
+        if self.monitor is not None and self.monitor.sampler is None:
+            self.monitor.step(batch, self._peek())
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+
+    def _warm_up(self) -> None:
+        """Set the learning rate of the update that takes this step to the next."""
+        if self.step < self.config.warmup:
+            self.optimizer.param_groups[0]["lr"] = self.config.lr * (self.step + 1) / self.config.warmup
+        elif self.step == self.config.warmup:
+            self.optimizer.param_groups[0]["lr"] = self.config.lr
+
+    def _training_batch(self) -> Batch:
+        if self.config.batch_size == 0:
+            return self.data.train_pairs, self.data.train_answers
+        return self._rows_of(self.draws.training(len(self.data.train_answers), self.config.batch_size))
+
+    def _peek(self) -> Batch:
+        """The next training batch, left to be drawn again."""
+        state = self.draws.state_dict()
+        batch = self._training_batch()
+        self.draws.load_state_dict(state)
+        return batch
+
+    def _measurement_pair(self) -> tuple[Batch, Batch]:
+        n, rows = len(self.data.train_answers), self.config.measure_rows
+        first = self._rows_of(self.draws.measuring(n, rows))
+        return first, self._rows_of(self.draws.measuring(n, rows))
+
+    def _rows_of(self, index: Tensor) -> Batch:
+        return self.data.train_pairs[index], self.data.train_answers[index]
+
+    def _save(self, writer: RunWriter) -> None:
+        """Tables first, then the checkpoint; no checkpoint of weights that are not finite."""
+        self._write_tables(writer)
+        if self.monitor is not None and self.monitor.probe.basis is not None:
+            basis = self.monitor.probe.basis
+            writer.write_basis({"values": basis.values, "rows": basis.rows, "size": basis.size})
+        if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            writer.write_checkpoint(self.state_dict())
+            self.saved = self.step
+
+    def _write_tables(self, writer: RunWriter) -> None:
+        for name, frame in self.tables().items():
+            writer.write_table(name, frame)
+
+    def _failure(self) -> str:
+        loss = self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]
+        kept = "" if self.saved is None else f"; the last good checkpoint, of step {self.saved}, is kept"
+        return f"failed: loss is {'NaN' if math.isnan(loss) else 'infinite'} at step {self.step}{kept}"
+
+    def _progress(self, steps_per_second: float) -> dict[str, Any]:
+        row = self.rows[-1]
+        return {
+            "step": self.step,
+            "steps": self.last_step,
+            "train_loss": row["train_loss"],
+            "train_acc": row["train_acc"],
+            "test_acc": row["test_acc"],
+            "defect": self.defect,
+            "steps_per_second": steps_per_second,
+            "grok_step": self.grok_step,
+        }
+
+
+def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) -> CurvatureMonitor | None:
+    """The monitor ``config`` describes: PCA over the attention matrices, or over everything where there are none."""
+    if not config.measure_every:
+        return None
+    from grokcurv.flat import attention_segments
+    from grokcurv.monitor import CurvatureMonitor
+    from grokcurv.pca import StreamingPCA
+
+    pca = StreamingPCA(segments=attention_segments(model) or None) if config.pca_every else None
+    return CurvatureMonitor(
+        model,
+        lambda network, batch: cross_entropy64(network(batch[0]), batch[1]),
+        every=config.measure_every,
+        pairs=config.pairs,
+        pca=pca,
+        pca_every=config.pca_every or 1,
+        sampler=sampler,
+        method=config.method,
+        eta=config.eta,
+    )
+
+
+def _describe_device(name: str) -> str:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device must be one that torch has here; got {name!r} ({error})") from error
+    return f"{name} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else name
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one acts as ever. Only the main thread hears signals."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
