@@ -1,0 +1,141 @@
+// grokcurv._cpu: pointers (as integers) and sizes in, exceptions out. Whoever calls has checked them: see
+// grokcurv/ops.py.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "cpu/isa.h"
+#include "grokcurv/commutator.h"
+#include "grokcurv/eigh.h"
+#include "grokcurv/gram.h"
+#include "grokcurv/perturb.h"
+#include "grokcurv/subspace.h"
+
+namespace py = pybind11;
+using namespace grokcurv;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Basis basis(Address values, Address rows, Index count) {
+  return {at(values), at<Index>(rows), count};
+}
+Segments segments(Address spans, Index count) {
+  return {at<Index>(spans), count};
+}
+
+std::map<std::string, bool> isas() {
+  std::map<std::string, bool> result;
+  for (const cpu::Isa& isa : cpu::compiled_isas()) result[isa.name] = isa.runs_here;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.attr("FLOAT32") = static_cast<int>(Type::float32);
+  m.attr("FLOAT64") = static_cast<int>(Type::float64);
+  m.attr("BFLOAT16") = static_cast<int>(Type::bfloat16);
+  m.attr("CHUNK") = chunk;
+  m.attr("COMPILER") = GROKCURV_COMPILER;
+  m.attr("FLAGS") = GROKCURV_FLAGS;
+  m.attr("BUILD_TYPE") = GROKCURV_BUILD_TYPE;
+  m.attr("OPENMP") = _OPENMP;
+  m.attr("ISA") = cpu::chosen_isa();
+  m.attr("ISAS") = isas();
+
+  const py::call_guard<py::gil_scoped_release> unlocked;
+
+  m.def(
+      "perturb",
+      [](int type, Index vectors, Index size, Address theta, Address directions, Address eta, Address out,
+         int threads) {
+        cpu::perturb({Type{type}, vectors, size, at(theta), at(directions), at<double>(eta), at(out)}, threads);
+      },
+      unlocked);
+
+  m.def(
+      "commutator",
+      [](int type, Index vectors, Index size, bool bracket, Address g_a, Address g_b, Address a2, Address b2,
+         Address eta, Address theta, Address values, Address rows, Index row_count, Address spans, Index span_count,
+         Address sums, Address coefficients, Address energies, Address delta, Address workspace, int threads) {
+        const Commutator task{
+            Type{type},
+            vectors,
+            size,
+            bracket,
+            at(g_a),
+            at(g_b),
+            at(a2),
+            at(b2),
+            at<double>(eta),
+            at(theta),
+            basis(values, rows, row_count),
+            segments(spans, span_count),
+            at<double>(sums),
+            at<double>(coefficients),
+            at<double>(energies),
+            at(delta),
+            at<double>(workspace),
+        };
+        cpu::commutator(task, threads);
+      },
+      unlocked);
+
+  m.def(
+      "subspace_split",
+      [](int type, Index vectors, Index size, Address v, Address values, Address rows, Index row_count, Address norm2,
+         Address coefficients, Address workspace, int threads) {
+        const SubspaceSplit task{Type{type},
+                                 vectors,
+                                 size,
+                                 at(v),
+                                 basis(values, rows, row_count),
+                                 at<double>(norm2),
+                                 at<double>(coefficients),
+                                 at<double>(workspace)};
+        cpu::subspace_split(task, threads);
+      },
+      unlocked);
+
+  m.def(
+      "subspace_filter",
+      [](int type, Index vectors, Index size, Address g, Address values, Address rows, Index row_count,
+         Address coefficients, double strength, int threads) {
+        const SubspaceFilter task{
+            Type{type}, vectors, size, at(g), basis(values, rows, row_count), at<double>(coefficients), strength};
+        cpu::subspace_filter(task, threads);
+      },
+      unlocked);
+
+  m.def(
+      "gram",
+      [](int type, Index x_rows, Index y_rows, Index size, Address x, Address y, Address origin, Address spans,
+         Index span_count, Address out, int threads) {
+        const Gram task{Type{type},     x_rows, y_rows, size, at(x), at(y), at(origin), segments(spans, span_count),
+                        at<double>(out)};
+        cpu::gram(task, threads);
+      },
+      unlocked);
+
+  m.def("eigh_workspace", [](Index size, Index leading) { return eigh_workspace(size, leading); });
+  m.def(
+      "eigh",
+      [](Index matrices, Index size, Index leading, Address a, Address values, Address vectors, Address workspace,
+         int threads) {
+        cpu::eigh(
+            {matrices, size, leading, at<double>(a), at<double>(values), at<double>(vectors), at<double>(workspace)},
+            threads);
+      },
+      unlocked);
+}

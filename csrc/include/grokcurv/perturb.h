@@ -1,0 +1,21 @@
+#pragma once
+
+#include "grokcurv/vectors.h"
+
+namespace grokcurv {
+
+// out[i] = theta - eta[i] directions[i], every operation rounded to the compute type, the result to the type of theta.
+struct Perturb {
+  Type type;
+  Index vectors, size;
+  const void* theta;       // (size)
+  const void* directions;  // (vectors, size)
+  const double* eta;       // (vectors)
+  void* out;               // (vectors, size), apart from the inputs
+};
+
+namespace cpu {
+void perturb(const Perturb& task, int threads);
+}
+
+}  // namespace grokcurv

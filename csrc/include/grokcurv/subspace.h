@@ -1,0 +1,33 @@
+#pragma once
+
+#include "grokcurv/vectors.h"
+
+namespace grokcurv {
+
+// norm2[i] = |v[i]|^2 and coefficients[i][j] = basis[j] . v[i].
+struct SubspaceSplit {
+  Type type;
+  Index vectors, size;
+  const void* v;  // (vectors, size)
+  Basis basis;
+  double* norm2;         // (vectors)
+  double* coefficients;  // (vectors, basis.count)
+  double* workspace;     // (vectors, chunks(size), 1 + basis.count)
+};
+
+// g[i] <- (1 - strength) g[i] + strength sum_j coefficients[i][j] basis[j], formed in double and rounded once.
+struct SubspaceFilter {
+  Type type;
+  Index vectors, size;
+  void* g;  // (vectors, size)
+  Basis basis;
+  const double* coefficients;  // (vectors, basis.count)
+  double strength;
+};
+
+namespace cpu {
+void subspace_split(const SubspaceSplit& task, int threads);
+void subspace_filter(const SubspaceFilter& task, int threads);
+}  // namespace cpu
+
+}  // namespace grokcurv

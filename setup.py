@@ -1,0 +1,29 @@
+"""Packages what CMake builds; everything else is in pyproject.toml and CMakeLists.txt."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds with CMake; CMAKE_ARGS adds arguments, CXX chooses the compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        source, build = Path(__file__).parent.resolve(), Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            *("cmake", "-S", source, "-B", build, "-G", "Ninja"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+
+
+setup(ext_modules=[Extension("grokcurv._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
