@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from itertools import pairwise
 
 import pytest
 import safetensors.torch
@@ -56,7 +57,7 @@ def test_segments_follow_parameters_in_order_with_tied_once_and_frozen_never():
     ]
     assert [s.shape for s in segments] == [(0, 4), (7, 5), (5, 5), (5,), (7,)]
     assert segments[0].start == 0
-    assert all(a.stop == b.start for a, b in zip(segments, segments[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(segments))
     assert segments[-1].stop == 35 + 25 + 5 + 7
 
 
@@ -192,8 +193,8 @@ def test_attention_segments_are_q_k_v_o(options: dict):
 
 
 def test_attention_segments_of_a_bare_attention_and_without_any():
-    assert [s.name for s in attention_segments(nn.MultiheadAttention(4, 1))][0] == "q_proj_weight"
-    with pytest.raises(ValueError, match="no nn.MultiheadAttention"):
+    assert attention_segments(nn.MultiheadAttention(4, 1))[0].name == "q_proj_weight"
+    with pytest.raises(ValueError, match=r"no nn\.MultiheadAttention"):
         attention_segments(nn.Linear(2, 2))
     frozen = nn.MultiheadAttention(4, 1)
     frozen.in_proj_weight.requires_grad_(False)

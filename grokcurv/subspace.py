@@ -1,0 +1,299 @@
+"""Subspaces of parameter space: projections on an orthonormal basis, and what chance would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grokcurv import ops
+
+if TYPE_CHECKING:
+    from grokcurv.pca import StreamingPCA
+
+ORTHONORMAL_TOLERANCE = 1000.0
+"""How many machine epsilons an inner product of basis rows may be from 0 or 1."""
+
+
+class Split(NamedTuple):
+    """A vector, or N of them, seen from a subspace. float64, on the vector's device."""
+
+    coefficients: Tensor
+    """(K,) or (N, K) inner products with the basis rows."""
+    parallel: Tensor
+    """() or (N,) length of the part inside the subspace."""
+    residual: Tensor
+    """() or (N,) length of the part outside."""
+
+
+class Subspace:
+    """The span of K orthonormal rows in R^P.
+
+    A row is kept on the interval where it may differ from zero, so that a basis which lives on a few parameters costs
+    as much memory and time as those. :attr:`values` and :attr:`rows` are the form that :mod:`grokcurv.ops` takes: row j
+    is ``values[offset : offset + length]`` from coordinate ``start`` on, with ``(start, length, offset) = rows[j]``.
+
+    Args:
+        rows: (K, P) float32 or float64, K <= P; kept, not copied, if contiguous. See also :meth:`from_blocks`,
+            :meth:`from_pca`, :meth:`random`.
+
+    Attributes:
+        values: 1-D, the dtype of the basis.
+        rows: (K, 3) int64.
+        size: P.
+        support: the disjoint intervals ``(start, length)`` on which the basis lives, in order.
+
+    Raises:
+        TypeError: neither float32 nor float64.
+        ValueError: not two-dimensional, K > P, not finite, or not orthonormal within 1000 machine epsilons.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        if rows.dim() != 2:
+            raise ValueError(f"rows must have shape (K, P), got {tuple(rows.shape)}")
+        self._set(rows.shape[1], [(0, rows)])
+
+    @classmethod
+    def from_blocks(cls, size: int, blocks: Iterable[tuple[int, Tensor]]) -> Subspace:
+        """A basis of rows that live on disjoint intervals.
+
+        Args:
+            size: P.
+            blocks: at least one ``(start, rows)``; ``rows`` (k, length), orthonormal, are basis rows that are zero
+                outside coordinates ``start`` to ``start + length - 1``. All of one dtype, on one device.
+
+        Raises:
+            ValueError, TypeError: as for the class; no block, blocks that overlap or leave 0..P.
+        """
+        space = cls.__new__(cls)
+        space._set(size, list(blocks))
+        return space
+
+    @classmethod
+    def from_pca(cls, pca: StreamingPCA, n_components: int | None = None, size: int | None = None) -> Subspace:
+        """The leading components of a fitted PCA, of every segment if it has segments.
+
+        Components without variance are left out, so K can be less than the number asked for. Reading how many those
+        are waits for the device.
+
+        Args:
+            pca: a fitted :class:`grokcurv.StreamingPCA`.
+            n_components: how many per segment; all that the PCA keeps by default.
+            size: P; by default the length of the vectors the PCA has seen.
+
+        Raises:
+            ValueError: the PCA has seen no row, keeps fewer components than asked for, or reaches beyond ``size``.
+        """
+        k = pca.n_components if n_components is None else n_components
+        if not 0 <= k <= pca.n_components:
+            raise ValueError(f"n_components must lie in 0..{pca.n_components}, which is what pca keeps; got {k}")
+        if pca.segments is None:
+            starts, components, variances = [0], [pca.components_], pca.explained_variance_[None]
+        else:
+            starts = [s.start for s in pca.segments]
+            components, variances = pca.components_, pca.explained_variance_
+        kept = (variances[:, :k] > 0).sum(1).tolist()
+        blocks = [(start, rows[:n]) for start, rows, n in zip(starts, components, kept, strict=True)]
+        return cls.from_blocks(pca.n_features_in_ if size is None else size, blocks)
+
+    @classmethod
+    def random(cls, dim: int, size: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Subspace:
+        """A uniformly distributed subspace of ``dim`` dimensions in R^size, on the generator's device.
+
+        It is the span of standard normal vectors (float64, orthonormalised by QR): 16 K P bytes at the peak. For
+        the distribution of a projection on such a subspace, :meth:`random_baseline` needs no basis at all.
+
+        Raises:
+            ValueError: unless 0 <= dim <= size.
+        """
+        if not 0 <= dim <= size:
+            raise ValueError(f"dim must lie in 0..size = {size}, got {dim}")
+        normal = torch.randn(size, dim, dtype=torch.float64, device=generator.device, generator=generator)
+        return cls(torch.linalg.qr(normal).Q.T.to(dtype))
+
+    def _set(self, size: int, blocks: list[tuple[int, Tensor]]) -> None:
+        if not blocks:
+            raise ValueError("blocks must hold at least one (start, rows)")
+        blocks = sorted(((start, rows.detach().contiguous()) for start, rows in blocks), key=lambda block: block[0])
+        first, stop = blocks[0][1], 0
+        table, offset = [], 0
+        for start, rows in blocks:
+            _check_block(start, rows, first, stop, size)
+            stop = start + rows.shape[1]
+            for _ in range(rows.shape[0]):
+                table.append((start, rows.shape[1], offset))
+                offset += rows.shape[1]
+        self.values = torch.cat([rows.view(-1) for _, rows in blocks]) if len(blocks) > 1 else first.view(-1)
+        self.rows = torch.tensor(table, dtype=torch.int64, device=first.device).reshape(-1, 3)
+        self.size = size
+        self.support = tuple((start, rows.shape[1]) for start, rows in blocks if len(rows))
+
+    @property
+    def dim(self) -> int:
+        """K."""
+        return self.rows.shape[0]
+
+    @property
+    def support_size(self) -> int:
+        """Number of coordinates on which the basis lives."""
+        return sum(length for _, length in self.support)
+
+    def to_dense(self) -> Tensor:
+        """The basis as a matrix (K, P)."""
+        dense = self.values.new_zeros(self.dim, self.size)
+        for row, (start, length, offset) in zip(dense, self.rows.tolist(), strict=True):
+            row[start : start + length] = self.values[offset : offset + length]
+        return dense
+
+    def to(self, *args: Any, **kwargs: Any) -> Subspace:
+        """The same subspace in another floating dtype or on another device; arguments as for ``Tensor.to``."""
+        space = Subspace.__new__(Subspace)
+        space.values = self.values.to(*args, **kwargs)
+        space.rows = self.rows.to(space.values.device)
+        space.size, space.support = self.size, self.support
+        return space
+
+    def split(self, v: Tensor) -> Split:
+        """Coefficients of ``v`` (P,) or (N, P) on the basis, and the lengths of its parts inside and outside.
+
+        One pass over ``v``, sums in float64, no synchronisation. The residual comes from Pythagoras: it is exact to
+        about the basis's own orthonormality error relative to ``|v|^2``, so of a vector inside the subspace of a
+        float32 basis some 1e-4 ``|v|`` may remain.
+
+        Raises:
+            ValueError, TypeError: ``v`` has another length, device or dtype than the ops take.
+        """
+        vectors = self._vectors("v", v)
+        norm2, coefficients = ops.subspace_split(vectors, self._values_for(v), self.rows)
+        parallel2 = coefficients.square().sum(1)
+        split = Split(coefficients, parallel2.sqrt(), (norm2 - parallel2).clamp_min(0).sqrt())
+        return Split(*(part[0] for part in split)) if v.dim() == 1 else split
+
+    def filter_(self, g: Tensor, strength: float) -> Tensor:
+        """In place ``g <- g_par + (1 - strength) g_perp`` for ``g`` (P,) or (N, P); returns ``g``.
+
+        ``strength`` 1 projects on the subspace, 0 changes nothing.
+
+        Raises:
+            ValueError, TypeError: ``g`` has another length, device or dtype than the ops take; ``strength`` is not
+                finite.
+        """
+        ops.subspace_filter_(self._vectors("g", g), self._values_for(g), self.rows, strength)
+        return g
+
+    def random_baseline(self, support: Literal["full", "matched"] = "full") -> RandomBaseline:
+        """What a uniformly random subspace of the same dimension catches of a fixed vector.
+
+        Args:
+            support: ``"full"``: random in R^P, to set beside ``|proj v| / |v|``. ``"matched"``: random among the
+                subspaces that live on the same coordinates as this one, to set beside ``|proj v| / |v_S|`` with
+                ``v_S`` the part of ``v`` on those.
+        """
+        if support not in ("full", "matched"):
+            raise ValueError(f"support must be 'full' or 'matched', got {support!r}")
+        return RandomBaseline(self.dim, self.size if support == "full" else self.support_size)
+
+    def __repr__(self) -> str:
+        return f"Subspace(dim={self.dim}, size={self.size}, support_size={self.support_size}, {self.values.dtype})"
+
+    def _vectors(self, name: str, v: Tensor) -> Tensor:
+        if v.dim() not in (1, 2) or v.shape[-1] != self.size:
+            raise ValueError(f"{name} must have shape ({self.size},) or (N, {self.size}), got {tuple(v.shape)}")
+        return v[None] if v.dim() == 1 else v
+
+    def _values_for(self, v: Tensor) -> Tensor:
+        """The basis in the dtype the ops want beside ``v``."""
+        return self.values.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
+
+
+@dataclass(frozen=True)
+class RandomBaseline:
+    r"""Distribution of ``|proj v| / |v|`` for a fixed ``v`` in R^M and a uniformly random K-dimensional subspace.
+
+    By rotation invariance the subspace may be fixed and ``v`` random: ``|proj v|^2 / |v|^2`` is the share of K among M
+    squared standard normals, so it is :math:`\mathrm{Beta}(K/2, (M-K)/2)`. Exact for every M.
+
+    Args:
+        dim: K.
+        size: M, at least K.
+    """
+
+    dim: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dim <= self.size:
+            raise ValueError(f"dim must lie in 0..size = {self.size}, got {self.dim}")
+
+    @property
+    def mean(self) -> float:
+        r"""Mean of ``|proj v| / |v|``: :math:`\Gamma((K+1)/2)\Gamma(M/2) / (\Gamma(K/2)\Gamma((M+1)/2))`.
+
+        About ``sqrt(K / M)``, and never above it.
+        """
+        if self.dim in (0, self.size):
+            return float(self.dim > 0)
+        return _gamma_half_step(self.dim / 2) / _gamma_half_step(self.size / 2)
+
+    def quantile(self, q: Any) -> Any:
+        """The value of ``|proj v| / |v|`` below which a share ``q`` of random subspaces stays; number or array."""
+        import numpy as np
+        from scipy.special import betaincinv
+
+        q = np.asarray(q, dtype=np.float64)
+        if np.any((q < 0) | (q > 1)):
+            raise ValueError(f"q must lie in 0..1, got {q}")
+        if self.dim in (0, self.size):
+            return np.full_like(q, self.mean)[()]
+        return np.sqrt(betaincinv(self.dim / 2, (self.size - self.dim) / 2, q))[()]
+
+    def p_value(self, fraction: Any) -> Any:
+        """Probability that a random subspace catches at least ``fraction`` = ``|proj v| / |v|``; number or array.
+
+        A fraction that rounding has put above 1 counts as 1; NaN gives NaN.
+        """
+        import numpy as np
+        from scipy.special import betaincc
+
+        fraction = np.asarray(fraction, dtype=np.float64)
+        if np.any((fraction < 0) | (fraction > 1 + 1e-3)):
+            raise ValueError(f"fraction must lie in 0..1, got {fraction}")
+        fraction = np.minimum(fraction, 1.0)
+        if self.dim in (0, self.size):
+            return np.where(np.isnan(fraction), np.nan, (fraction <= self.mean).astype(np.float64))[()]
+        return betaincc(self.dim / 2, (self.size - self.dim) / 2, np.square(fraction))[()]
+
+
+def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) -> None:
+    """``first`` is the first block's rows, ``stop`` where the block before this one ends."""
+    if rows.dim() != 2:
+        raise ValueError(f"rows must have shape (k, length), got {tuple(rows.shape)}")
+    if rows.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"rows must be float32 or float64, got {rows.dtype}")
+    if rows.dtype != first.dtype or rows.device != first.device:
+        raise ValueError(
+            "blocks must have one dtype and one device, "
+            f"got {first.dtype} on {first.device} and {rows.dtype} on {rows.device}"
+        )
+    k, length = rows.shape
+    if start < stop or start + length > size:
+        raise ValueError(f"blocks must be disjoint and lie in 0..{size}; one spans {start}..{start + length}")
+    if k > length:
+        raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")
+    tolerance = ORTHONORMAL_TOLERANCE * torch.finfo(rows.dtype).eps
+    gram = ops.gram(rows)[0]
+    error = (gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().amax().item() if k else 0.0
+    if not error <= tolerance:
+        raise ValueError(f"rows must be orthonormal: inner products are off by {error:.2g}, beyond {tolerance:.2g}")
+
+
+def _gamma_half_step(x: float) -> float:
+    """Gamma(x + 1/2) / Gamma(x), to full precision: from lgamma, or its asymptotic series where lgamma cancels."""
+    if x < 100:
+        return math.exp(math.lgamma(x + 0.5) - math.lgamma(x))
+    y = 1 / x
+    return math.sqrt(x) * (1 - y / 8 + y**2 / 128 + 5 * y**3 / 1024 - 21 * y**4 / 32768 - 399 * y**5 / 262144)

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from grokcurv.pca import StreamingPCA
+from grokcurv.subspace import RandomBaseline, Subspace
+
+
+def orthonormal(k: int, p: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(p, k, dtype=torch.float64)).Q.T.to(dtype)
+
+
+def blocks(dtype: torch.dtype = torch.float64) -> tuple[int, list[tuple[int, torch.Tensor]]]:
+    return 31, [(17, orthonormal(3, 9, dtype)), (2, orthonormal(2, 7, dtype)), (26, orthonormal(1, 1, dtype))]
+
+
+# Construction
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("k", "p"), [(0, 5), (0, 0), (1, 1), (3, 17), (6, 6)])
+def test_dense_rows(k: int, p: int, dtype: torch.dtype):
+    rows = orthonormal(k, p, dtype)
+    space = Subspace(rows)
+    assert (space.dim, space.size) == (k, p)
+    assert space.support == (((0, p),) if k else ())
+    assert space.support_size == (p if k else 0)
+    assert space.values.dtype == dtype
+    assert space.values.shape == (k * p,)
+    assert space.rows.tolist() == [[0, p, j * p] for j in range(k)]
+    assert torch.equal(space.to_dense(), rows)
+
+
+def test_blocks_are_stored_on_their_support_only():
+    size, parts = blocks()
+    space = Subspace.from_blocks(size, parts)
+    assert (space.dim, space.size, space.support_size) == (6, 31, 17)
+    assert space.support == ((2, 7), (17, 9), (26, 1))
+    assert space.values.numel() == 2 * 7 + 3 * 9 + 1
+    dense = space.to_dense()
+    assert torch.equal(dense[:2, 2:9], parts[1][1])
+    assert torch.equal(dense[2:5, 17:26], parts[0][1])
+    assert torch.count_nonzero(dense) == space.values.count_nonzero()
+    assert torch.allclose(dense @ dense.T, torch.eye(6, dtype=torch.float64), atol=1e-14)
+
+
+def test_a_block_without_rows_supports_nothing():
+    space = Subspace.from_blocks(9, [(0, torch.empty(0, 4)), (5, torch.ones(1, 1))])
+    assert space.support == ((5, 1),)
+    assert space.dim == 1
+
+
+def test_float32_bases_of_size_pass():
+    generator = torch.Generator().manual_seed(0)
+    assert Subspace.random(16, 50_000, generator).dim == 16
+    Subspace(torch.linalg.qr(torch.randn(50_000, 16)).Q.T)  # orthonormalised in float32
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"shape \(K, P\), got \(3,\)"),
+        (torch.eye(3, dtype=torch.bfloat16), TypeError, "float32 or float64, got torch.bfloat16"),
+        (torch.eye(3, dtype=torch.int64), TypeError, "got torch.int64"),
+        (torch.eye(3)[:, :2], ValueError, "3 rows of length 2 cannot"),
+        (torch.ones(2, 4) / 2, ValueError, "off by 1"),
+        (1.001 * torch.eye(3), ValueError, "off by 0.002"),
+        (torch.eye(3, dtype=torch.float64) * (1 + 1e-12), ValueError, "must be orthonormal"),
+        (torch.full((1, 2), math.nan), ValueError, "off by nan"),
+        (torch.tensor([[math.inf, 0.0]]), ValueError, "must be orthonormal"),
+    ],
+)
+def test_what_is_not_a_basis_is_refused(rows: torch.Tensor, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        Subspace(rows)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "at least one"),
+        ([(0, torch.eye(3)), (2, torch.eye(2))], r"disjoint and lie in 0\.\.8; one spans 2\.\.4"),
+        ([(-1, torch.eye(2))], "disjoint and lie in"),
+        ([(6, torch.eye(3))], r"one spans 6\.\.9"),
+        ([(0, torch.eye(2)), (4, torch.eye(2).double())], "one dtype and one device"),
+        ([(0, torch.eye(2)), (4, torch.ones(2))], r"shape \(k, length\)"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(parts: list, message: str):
+    with pytest.raises(ValueError, match=message):
+        Subspace.from_blocks(8, parts)
+
+
+def test_random_needs_room_and_repeats_with_its_generator():
+    with pytest.raises(ValueError, match=r"dim must lie in 0\.\.3, got 4|dim must lie in 0\.\.size = 3, got 4"):
+        Subspace.random(4, 3, torch.Generator())
+    a, b = (Subspace.random(2, 9, torch.Generator().manual_seed(5), torch.float64) for _ in range(2))
+    assert torch.equal(a.values, b.values)
+    assert Subspace.random(0, 4, torch.Generator()).dim == 0
+    assert Subspace.random(4, 4, torch.Generator()).dim == 4
+
+
+def test_to_another_dtype():
+    space = Subspace.from_blocks(*blocks())
+    single = space.to(torch.float32)
+    assert single.values.dtype == torch.float32
+    assert single.support == space.support
+    assert torch.allclose(single.to_dense().double(), space.to_dense(), atol=1e-7)
+    assert "dim=6, size=31, support_size=17" in repr(space)
+
+
+# From a PCA
+
+
+def test_from_a_pca_over_all_coordinates():
+    pca = StreamingPCA(n_components=4).partial_fit(torch.randn(9, 12, dtype=torch.float64))
+    assert torch.equal(Subspace.from_pca(pca).to_dense(), pca.components_)
+    two = Subspace.from_pca(pca, n_components=2)
+    assert torch.equal(two.to_dense(), pca.components_[:2])
+    assert Subspace.from_pca(pca, n_components=0).dim == 0
+    wide = Subspace.from_pca(pca, n_components=1, size=20)
+    assert wide.size == 20
+    assert wide.support == ((0, 12),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_from_a_pca_over_segments(dtype: torch.dtype):
+    pca = StreamingPCA(n_components=3, segments=[(10, 6), (1, 4)]).partial_fit(torch.randn(8, 20).to(dtype))
+    space = Subspace.from_pca(pca, n_components=2)
+    assert (space.dim, space.size, space.support) == (4, 20, ((1, 4), (10, 6)))
+    assert torch.equal(space.to_dense()[:2, 1:5], pca.components_[1][:2])
+    assert torch.equal(space.to_dense()[2:, 10:16], pca.components_[0][:2])
+
+
+def test_components_without_variance_are_left_out():
+    x = torch.zeros(5, 6)
+    x[:, 1] = torch.arange(5)  # varies in the first segment, along one direction
+    space = Subspace.from_pca(StreamingPCA(n_components=2, segments=[(0, 3), (3, 3)]).partial_fit(x))
+    assert space.dim == 1
+    assert space.support == ((0, 3),)
+
+
+def test_from_a_pca_checks_its_arguments():
+    pca = StreamingPCA(n_components=2)
+    with pytest.raises(ValueError, match="no rows"):
+        Subspace.from_pca(pca)
+    pca.partial_fit(torch.randn(4, 5))
+    with pytest.raises(ValueError, match=r"n_components must lie in 0\.\.2"):
+        Subspace.from_pca(pca, n_components=3)
+    with pytest.raises(ValueError, match=r"lie in 0\.\.4"):
+        Subspace.from_pca(pca, size=4)
+
+
+# Split and filter
+
+
+@pytest.mark.parametrize("n", [None, 0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("basis_dtype", [torch.float32, torch.float64])
+def test_split_against_dense_float64(dtype: torch.dtype, basis_dtype: torch.dtype, n: int | None):
+    space = Subspace.from_blocks(*blocks(basis_dtype))
+    v = torch.randn(31) if n is None else torch.randn(n, 31)
+    v = v.to(dtype)
+    dense = space.to_dense().double()
+    coefficients = v.double() @ dense.T
+    parallel = coefficients @ dense
+    split = space.split(v)
+    assert all(part.dtype == torch.float64 for part in split)
+    assert torch.allclose(split.coefficients, coefficients, atol=1e-6 if basis_dtype != dtype else 1e-12)
+    assert torch.allclose(split.parallel, parallel.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(split.residual, (v.double() - parallel).norm(dim=-1), atol=1e-5)
+    assert split.parallel.shape == v.shape[:-1]
+
+
+def test_split_inside_and_outside_the_subspace():
+    space = Subspace(orthonormal(3, 40))
+    dense = space.to_dense()
+    v = torch.randn(40, dtype=torch.float64)
+    inside = (v @ dense.T) @ dense
+    assert space.split(inside).residual <= 1e-6 * inside.norm()
+    assert space.split(v - inside).parallel <= 1e-13 * v.norm()
+    assert space.split(torch.zeros(40)).residual == 0
+
+
+def test_split_with_nothing_to_project_on():
+    v = torch.randn(2, 7)
+    split = Subspace(torch.empty(0, 7)).split(v)
+    assert split.coefficients.shape == (2, 0)
+    assert not split.parallel.any()
+    assert torch.allclose(split.residual, v.double().norm(dim=1))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_filter_in_place(dtype: torch.dtype, strength: float):
+    space = Subspace.from_blocks(*blocks(torch.float64)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    g = torch.randn(2, 31).to(dtype)
+    dense = space.to_dense().double()
+    parallel = (g.double() @ dense.T) @ dense
+    want = parallel + (1 - strength) * (g.double() - parallel)
+    one = g[0].clone()
+    assert space.filter_(one, strength) is one
+    assert space.filter_(g, strength) is g
+    assert torch.equal(one, g[0])
+    assert torch.allclose(g.double(), want, atol=4 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+
+
+def test_wrong_vectors_are_refused():
+    space = Subspace(torch.eye(3))
+    for use in (space.split, lambda v: space.filter_(v, 0.5)):
+        with pytest.raises(ValueError, match=r"must have shape \(3,\) or \(N, 3\), got \(4,\)"):
+            use(torch.zeros(4))
+        with pytest.raises(ValueError, match="must have shape"):
+            use(torch.zeros(1, 1, 3))
+        with pytest.raises(TypeError, match="int64"):
+            use(torch.zeros(3, dtype=torch.int64))
+        with pytest.raises(ValueError, match="contiguous"):
+            use(torch.zeros(3, 3).T)
+        with pytest.raises(ValueError, match="requires grad"):
+            use(torch.zeros(3, requires_grad=True))
+    with pytest.raises(ValueError, match="strength must be finite"):
+        space.filter_(torch.zeros(3), math.nan)
+
+
+# Random baselines
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 2), (1, 9), (3, 8), (7, 9), (16, 300)])
+def test_baseline_is_the_distribution_of_brute_force_projections(k: int, m: int):
+    rng = np.random.default_rng(12345 + 1000 * k + m)
+    trials = 4000 if m < 100 else 1500
+    v = rng.standard_normal(m)
+    q = np.linalg.qr(rng.standard_normal((trials, m, k))).Q
+    fractions = np.linalg.norm(np.einsum("tmk,m->tk", q, v), axis=1) / np.linalg.norm(v)
+    baseline = RandomBaseline(k, m)
+    assert stats.kstest(fractions, lambda f: 1 - baseline.p_value(f)).pvalue > 1e-3
+    # The same test must notice a distribution that is off by one dimension.
+    other = RandomBaseline(k, m + 1) if m < 100 else RandomBaseline(k + 1, m)
+    assert stats.kstest(fractions, lambda f: 1 - other.p_value(f)).pvalue < 1e-3
+    assert abs(fractions.mean() - baseline.mean) < 5 * fractions.std() / math.sqrt(trials)
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 2), (2, 5), (16, 290_401), (199, 230), (24, 30_000_000), (6, 10**9)])
+def test_mean_against_many_digits(k: int, m: int):
+    mpmath = pytest.importorskip("mpmath", reason="sympy, which torch requires, brings mpmath")
+    with mpmath.workdps(60):
+        a, b = mpmath.mpf(k) / 2, mpmath.mpf(m) / 2
+        half = mpmath.mpf(1) / 2
+        exact = float(
+            mpmath.exp(sum(s * mpmath.loggamma(x) for s, x in ((1, a + half), (-1, a), (1, b), (-1, b + half))))
+        )
+    mean = RandomBaseline(k, m).mean
+    assert abs(mean / exact - 1) < 1e-13
+    assert mean <= math.sqrt(k / m)
+
+
+def test_mean_of_a_random_direction():
+    # The mean of |cos| in the plane is 2 / pi, and 1 / 2 in space.
+    assert RandomBaseline(1, 2).mean == pytest.approx(2 / math.pi, rel=1e-14)
+    assert RandomBaseline(1, 3).mean == pytest.approx(0.5, rel=1e-14)
+    assert RandomBaseline(16, 290_401).mean == pytest.approx(math.sqrt(16 / 290_401), rel=0.02)
+
+
+def test_quantiles_and_p_values_are_inverse():
+    baseline = RandomBaseline(16, 290_401)
+    q = np.array([0.0, 0.001, 0.5, 0.999, 1.0])
+    fractions = baseline.quantile(q)
+    assert fractions[0] == 0
+    assert fractions[-1] == 1
+    assert np.allclose(baseline.p_value(fractions), 1 - q, rtol=1e-9, atol=1e-15)
+    assert baseline.quantile(0.25) < baseline.mean < baseline.quantile(0.75)
+    assert isinstance(baseline.quantile(0.5), float)
+    assert 0 < baseline.p_value(0.05) < 1e-100  # far tails do not round to zero
+
+
+@pytest.mark.parametrize(("k", "m", "value"), [(0, 5, 0.0), (5, 5, 1.0), (0, 0, 0.0)])
+def test_degenerate_baselines(k: int, m: int, value: float):
+    baseline = RandomBaseline(k, m)
+    assert baseline.mean == value
+    assert baseline.quantile(0.3) == value
+    assert baseline.p_value(value) == 1.0
+    if value < 1:
+        assert baseline.p_value(0.5) == 0.0
+    assert math.isnan(baseline.p_value(math.nan))
+
+
+def test_baseline_checks_its_arguments():
+    with pytest.raises(ValueError, match="dim must lie in"):
+        RandomBaseline(4, 3)
+    baseline = RandomBaseline(2, 5)
+    with pytest.raises(ValueError, match="q must lie"):
+        baseline.quantile(1.5)
+    for bad in (-0.1, [0.5, 1.2]):
+        with pytest.raises(ValueError, match="fraction must lie"):
+            baseline.p_value(bad)
+    assert baseline.p_value(1 + 1e-6) == 0.0
+    assert math.isnan(baseline.p_value(math.nan))
+
+
+def test_baselines_of_a_subspace():
+    space = Subspace.from_blocks(*blocks())
+    assert space.random_baseline() == RandomBaseline(6, 31)
+    assert space.random_baseline("matched") == RandomBaseline(6, 17)
+    with pytest.raises(ValueError, match="support must be"):
+        space.random_baseline("some")
+
+
+def test_matched_baseline_against_random_vectors():
+    space = Subspace.from_blocks(*blocks())
+    v = torch.randn(4000, 31, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    on_support = torch.cat([v[:, start : start + length] for start, length in space.support], dim=1).norm(dim=1)
+    fractions = (space.split(v).parallel / on_support).numpy()
+    baseline = space.random_baseline("matched")
+    assert stats.kstest(fractions, lambda f: 1 - baseline.p_value(f)).pvalue > 1e-3
