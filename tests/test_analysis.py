@@ -39,7 +39,9 @@ def test_published_runs(published: pd.DataFrame, op: str, seed: int, onset: int,
         assert grok_step(records) == grok
         assert lead_time(records) == grok - onset
     half = grok_step(run, threshold=0.5)
-    assert half is not None and half <= grok and lead_time(run, threshold=0.5) == half - onset
+    assert half is not None
+    assert half <= grok
+    assert lead_time(run, threshold=0.5) == half - onset
 
 
 def defects(*values: float) -> pd.DataFrame:

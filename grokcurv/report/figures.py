@@ -1,0 +1,353 @@
+"""The figures of a run's report.
+
+Each function takes the run's tables (pandas DataFrames with the run folder's column names) and returns a matplotlib
+Figure; call it, and ``png``, inside ``with style(theme)``. Plotting areas have the same left and right edge in every
+figure, so that steps line up down a page. Rows with NaN leave a gap. Colours come from a ``Theme`` and tell apart under
+the common colour-vision deficiencies.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Theme",
+    "dynamics",
+    "geometry",
+    "grokking",
+    "matrix_label",
+    "pc1",
+    "png",
+    "spread",
+    "style",
+]
+
+WIDTH = 8.0  # inches
+LEFT, RIGHT = 0.095, 0.845  # of the width; end labels stand to the right
+LABEL_HEIGHT = 0.15  # inches a line of an end label
+DECADES_BELOW = 2.5  # how far below the lowest defect the noise floor may pull the axis
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours (hex): of text, rules and background, and of what is drawn."""
+
+    ink: str
+    muted: str
+    rule: str
+    paper: str
+    blue: str
+    orange: str
+    green: str
+    purple: str
+
+
+LIGHT = Theme("#1f2328", "#656d76", "#e4e7eb", "#ffffff", "#0072b2", "#d55e00", "#008f68", "#b0558a")
+DARK = Theme("#e6e8eb", "#9aa4af", "#2b3138", "#14171a", "#56b4e9", "#f28e4b", "#2fc79b", "#d993bd")
+
+
+def style(theme: Theme) -> AbstractContextManager[None]:
+    """Inside this context figures are drawn, and must be saved, in the theme's colours and the report's type."""
+    return matplotlib.rc_context(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "axes.labelsize": 9,
+            "axes.edgecolor": theme.muted,
+            "axes.labelcolor": theme.ink,
+            "axes.facecolor": theme.paper,
+            "axes.linewidth": 0.8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": theme.rule,
+            "grid.linewidth": 0.8,
+            "text.color": theme.ink,
+            "xtick.color": theme.muted,
+            "ytick.color": theme.muted,
+            "xtick.labelcolor": theme.ink,
+            "ytick.labelcolor": theme.ink,
+            "lines.linewidth": 1.7,
+            "lines.solid_capstyle": "round",
+            "mathtext.default": "regular",
+        }
+    )
+
+
+def grokking(
+    metrics: pd.DataFrame, curvature: pd.DataFrame, theme: Theme, *, onset: int | None, grok: int | None
+) -> Figure:
+    """Accuracy and defect over the same steps, with the onset of the defect and the grok step marked.
+
+    An empty table's panel is left out; at least one must have rows.
+    """
+    heights = [1.7] * (not metrics.empty) + [2.7] * (not curvature.empty)
+    figure, panels = _panels(heights, metrics, curvature)
+    if not metrics.empty:
+        _accuracy(panels[0], metrics, theme)
+    if not curvature.empty:
+        _defect(panels[-1], curvature, theme)
+    if grok is not None:
+        _mark(panels, panels[0], grok, f"grok {grok:,}", 0.1, theme.green)
+    if onset is not None:
+        _mark(panels, panels[-1], onset, f"onset {onset:,}", 0.93, theme.blue)
+    if grok is not None and onset is not None:
+        for axes in panels:
+            axes.axvspan(*sorted((onset, grok)), color=theme.blue, alpha=0.06, linewidth=0, zorder=0)
+        if abs(grok - onset) > 0.15 * panels[0].get_xlim()[1]:
+            middle, lead = (onset + grok) / 2, f"{grok - onset:,} steps"
+            across = panels[0].get_xaxis_transform()
+            panels[0].text(middle, 0.5, lead, transform=across, ha="center", va="center", color=theme.muted)
+    return figure
+
+
+def pc1(history: pd.DataFrame, theme: Theme) -> Figure:
+    """Share of the trajectory's variance on its first principal component, by matrix, one panel a layer."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in dict.fromkeys(history["matrix"]):
+        group, label = matrix_label(name)
+        groups.setdefault(group, []).append((name, label))
+    figure, panels = _panels([1.75] * len(groups), history)
+    colours = (theme.blue, theme.orange, theme.green, theme.purple)
+    for axes, (group, members) in zip(panels, groups.items(), strict=True):
+        axes.set_ylim(0, 103)
+        axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+        axes.set_ylabel(f"PC1, {group}" if group else "PC1")
+        ends = []
+        for index, (name, label) in enumerate(members):
+            style = ("-", "--", ":", "-.")[index // len(colours) % 4]
+            rows = history[history["matrix"] == name]
+            ends.append(
+                _line(axes, rows, "pc1_percent", _mathematical(label), colours[index % len(colours)], linestyle=style)
+            )
+        _label_ends(axes, ends)
+    return figure
+
+
+def geometry(curvature: pd.DataFrame, theme: Theme) -> Figure:
+    """Where the commutator points: its share on the execution subspace against chance, and its share outside."""
+    figure, (top, bottom) = _panels([2.4, 1.2], curvature)
+    top.set_ylabel("share inside / chance")
+    top.axhline(1, color=theme.ink, linewidth=0.9)
+    ends = [
+        _line(top, curvature, "exec_random_ratio", "against all\nparameters", theme.blue),
+        _line(top, curvature, "exec_matched_ratio", "against its\nsupport", theme.orange),
+        (1.0, "chance", theme.ink),
+    ]
+    top.set_ylim(bottom=0)
+    top.set_ylim(top=max(top.get_ylim()[1], 1.5))
+    _label_ends(top, ends)
+    bottom.set_ylim(0, 1.08)
+    bottom.set_ylabel(r"$\rho$")
+    end = _line(bottom, curvature, "rho", r"$\rho$", theme.purple)
+    _label_ends(bottom, [end and (end[0], rf"$\rho$ = {end[0]:.4f}", end[2])])
+    return figure
+
+
+def dynamics(metrics: pd.DataFrame, curvature: pd.DataFrame, theme: Theme) -> Figure:
+    """Losses, and the norms of the gradient and of the bracket, on logarithmic axes."""
+    norms = _has(curvature, "grad_norm") or _has(curvature, "bracket_norm")
+    figure, panels = _panels([2.0, 2.0] if norms else [2.0], metrics, curvature)
+    _log_scale(panels[0])
+    panels[0].set_ylabel("loss (nats)")
+    _label_ends(
+        panels[0],
+        [
+            _line(panels[0], metrics, "train_loss", "train", theme.muted),
+            _line(panels[0], metrics, "test_loss", "test", theme.green),
+        ],
+    )
+    if norms:
+        _log_scale(panels[1])
+        panels[1].set_ylabel("norm")
+        _label_ends(
+            panels[1],
+            [
+                _line(panels[1], curvature, "grad_norm", "gradient", theme.blue),
+                _line(panels[1], curvature, "bracket_norm", "bracket", theme.purple),
+            ],
+        )
+    return figure
+
+
+def matrix_label(name: str) -> tuple[str, str]:
+    """(layer, matrix) of a parameter's name: W_Q, W_K, W_V, W_O of attention in a numbered layer, else ("", name).
+
+    >>> matrix_label("encoder.layers.1.self_attn.q_proj_weight")
+    ('layer 1', 'W_Q')
+    """
+    found = re.fullmatch(r"(?:.*\.)?(\d+)\..*?(q|k|v|o|out)_proj[._]weight", name)
+    return (f"layer {found[1]}", f"W_{found[2][0].upper()}") if found else ("", name)
+
+
+def spread(middles: list[float], heights: list[float]) -> list[float]:
+    """Nearest places (least squares) to ascending ``middles`` at which boxes of these heights do not overlap."""
+    gaps = [(low + high) / 2 for low, high in pairwise(heights)]
+    offsets = [0.0, *accumulate(gaps)]
+    # Less the offsets the places need only ascend: pool neighbours that do not, each pool at its mean.
+    pools: list[list[float]] = []
+    for middle, offset in zip(middles, offsets, strict=False):
+        pools.append([middle - offset])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    settled = [fmean(pool) for pool in pools for _ in pool]
+    return [place + offset for place, offset in zip(settled, offsets, strict=False)]
+
+
+def png(figure: Figure, theme: Theme) -> bytes:
+    """The figure as a PNG file of 200 dots an inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor=theme.paper, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+End = tuple[float, str, str]  # height of a line's last point (data units), its label, its colour
+
+
+def _panels(heights: list[float], *tables: pd.DataFrame) -> tuple[Figure, list[Axes]]:
+    """Panels of the given heights (inches), one above the other, over all the steps of the tables."""
+    top, bottom, between = 0.12, 0.5, 0.22  # inches
+    total = top + bottom + sum(heights) + between * (len(heights) - 1)
+    figure = Figure(figsize=(WIDTH, total))
+    FigureCanvasAgg(figure)
+    panels: list[Axes] = []
+    edge = total - top
+    for height in heights:
+        place = (LEFT, (edge - height) / total, RIGHT - LEFT, height / total)
+        panels.append(figure.add_axes(place, sharex=panels[0] if panels else None))
+        edge -= height + between
+    last = max((float(table["step"].max()) for table in tables if len(table)), default=0)
+    panels[0].set_xlim(0, max(last, 1) * 1.01)
+    for axes in panels:
+        axes.tick_params(length=3)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        axes.tick_params(axis="x", labelbottom=axes is panels[-1])
+    panels[-1].set_xlabel("training step")
+    figure.align_ylabels(panels)
+    return figure, panels
+
+
+def _accuracy(axes: Axes, metrics: pd.DataFrame, theme: Theme) -> None:
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("accuracy")
+    train = _line(axes, metrics, "train_acc", "train", theme.muted)
+    _label_ends(axes, [train, _line(axes, metrics, "test_acc", "test", theme.green)])
+
+
+def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
+    axes.set_ylabel("defect D")
+    _log_scale(axes)
+    step = curvature["step"]
+    ends = [_line(axes, curvature, "reference_median", "float32\nformula", theme.orange, linewidth=1.1)]
+    axes.fill_between(step, curvature["defect_p25"], curvature["defect_p75"], color=theme.blue, alpha=0.25, linewidth=0)
+    ends.append(_line(axes, curvature, "defect_median", "defect", theme.blue))
+    if _has(curvature, "noise_floor"):
+        lowest = _lowest(curvature, "defect_p25", "reference_median")
+        bottom = min(lowest, max(_lowest(curvature, "noise_floor"), lowest / 10**DECADES_BELOW)) / 2
+        axes.set_ylim(bottom=bottom)
+        axes.fill_between(step, bottom, curvature["noise_floor"], color=theme.muted, alpha=0.3, linewidth=0)
+        ends.append(_end(curvature, "noise_floor", "noise floor", theme.muted))
+    rows = curvature[curvature["method"] == "bracket"]
+    if _has(rows, "defect_median"):
+        axes.plot(
+            rows["step"],
+            rows["defect_median"],
+            "o",
+            color=theme.blue,
+            markerfacecolor=theme.paper,
+            markersize=4.5,
+            label="measured by the exact bracket",
+        )
+        axes.legend(loc="upper left", frameon=False, handletextpad=0.3, borderaxespad=0.2)
+    _label_ends(axes, ends)
+
+
+def _mark(panels: list[Axes], where: Axes, step: int, text: str, height: float, colour: str) -> None:
+    """A dashed line at a step through all panels, named in one of them on the side with room."""
+    for axes in panels:
+        axes.axvline(step, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    left = step > 0.8 * where.get_xlim()[1]
+    where.annotate(
+        text,
+        (step, height),
+        xycoords=where.get_xaxis_transform(),
+        xytext=(-5 if left else 5, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="center",
+        color=colour,
+    )
+
+
+def _has(table: pd.DataFrame, name: str) -> bool:
+    return name in table and bool(np.isfinite(table[name].to_numpy(dtype=float)).any())
+
+
+def _lowest(table: pd.DataFrame, *names: str) -> float:
+    """Lowest positive finite value of the columns; 1 when there is none."""
+    values = [value for name in names if name in table for value in table[name] if 0 < value < np.inf]
+    return float(min(values, default=1.0))
+
+
+def _line(axes: Axes, table: pd.DataFrame, name: str, label: str, colour: str, **style: Any) -> End | None:
+    """Draw a column over the steps, if it holds anything, and return its end for ``_label_ends``."""
+    if not _has(table, name):
+        return None
+    marker = "." if np.isfinite(table[name]).sum() < 25 else ""  # a value between two gaps has no line
+    axes.plot(table["step"], table[name], color=colour, marker=marker, **style)
+    return _end(table, name, label, colour)
+
+
+def _end(table: pd.DataFrame, name: str, label: str, colour: str) -> End:
+    values = table[name].to_numpy(dtype=float)
+    return float(values[np.isfinite(values)][-1]), label, colour
+
+
+def _mathematical(label: str) -> str:
+    """W_Q with its index lowered; any other name as it is, cut at the left to fit beside the panel."""
+    if re.fullmatch("W_[QKVO]", label):
+        return f"${label}$"
+    return (label if len(label) <= 19 else "…" + label[-18:]).replace("$", r"\$")
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log", nonpositive="mask")
+    axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(which="minor", visible=False)
+
+
+def _label_ends(axes: Axes, ends: Iterable[End | None]) -> None:
+    """Write each label beside its line's end, moved apart where they would overlap."""
+    axes.get_ylim()  # settles the axis, which autoscales lazily
+    labels = []
+    for height, text, colour in filter(None, ends):
+        _, y = axes.transAxes.inverted().transform(axes.transData.transform((0, height)))
+        labels.append((float(np.clip(y, 0, 1)), text, colour))
+    labels.sort(key=lambda label: label[0])
+    panel = axes.bbox.height / axes.figure.dpi  # inches
+    heights = [LABEL_HEIGHT / panel * (1 + text.count("\n")) for _, text, _ in labels]
+    for y, (_, text, colour) in zip(spread([y for y, _, _ in labels], heights), labels, strict=True):
+        axes.text(1.012, y, text, color=colour, transform=axes.transAxes, va="center", linespacing=1.05)

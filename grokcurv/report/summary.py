@@ -1,0 +1,174 @@
+"""What a report says in words and numbers, worked out from a run's tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from grokcurv.analysis import grok_step, onset_step
+from grokcurv.report.figures import matrix_label
+
+if TYPE_CHECKING:
+    from grokcurv.runs import Run
+
+GROKKED = 0.9
+"""Test accuracy from which the report calls a run grokked."""
+
+
+class Summary:
+    """The words and numbers of one run's report; every table of the run may be empty.
+
+    Attributes:
+        config, status: the run's.
+        environment: the run's, nested names joined by dots.
+        metrics, curvature, pca: the run's tables.
+        grok, onset: steps, or None.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.config = run.config
+        self.environment = dict(_flat(run.environment))
+        self.status = run.status
+        self.metrics, self.curvature, self.pca = run.metrics, run.curvature, run.pca_history
+        self.grok = None if self.metrics.empty else grok_step(self.metrics, GROKKED)
+        self.onset = None if self.curvature.empty else onset_step(self.curvature)
+
+    @property
+    def title(self) -> str:
+        return "{op} mod {p}, seed {seed}".format_map(_Unknown(self.config))
+
+    @property
+    def subtitle(self) -> list[str]:
+        """The settings that tell one run from another, and how far it got."""
+        labels = {"preset": "preset {}", "lr": "learning rate {}", "weight_decay": "weight decay {}"}
+        said = [label.format(self.config[name]) for name, label in labels.items() if name in self.config]
+        return [*said, f"{self.last_step:,} steps", str(self.status)]
+
+    @property
+    def last_step(self) -> int:
+        tables = (self.metrics, self.curvature, self.pca)
+        return max((int(table["step"].max()) for table in tables if len(table)), default=0)
+
+    @property
+    def missing(self) -> list[str]:
+        """What a reader might look for and not find, a sentence each."""
+        said = []
+        if self.status != "finished":
+            said.append(f"The run is not finished (status: {self.status}). This page shows what it has recorded.")
+        if self.metrics.empty:
+            said.append("No evaluation was recorded: there are no accuracies and no losses.")
+        if self.curvature.empty:
+            said.append("No curvature was measured: there is no defect, no onset and no lead.")
+        elif not self.defects.size:
+            said.append("No measurement of the defect was reliable.")
+        elif not self.has_geometry:
+            said.append("No commutator was split along the execution basis, which takes three kept weight vectors.")
+        if not self.has_pca:
+            said.append("No principal components: fewer than two weight vectors of the trajectory were kept.")
+        return said
+
+    @property
+    def has_pca(self) -> bool:
+        return not self.pca.empty and bool(self.pca["pc1_percent"].notna().any())
+
+    @property
+    def has_geometry(self) -> bool:
+        return not self.curvature.empty and bool(self.curvature["rho"].notna().any())
+
+    @property
+    def defects(self) -> pd.DataFrame:
+        """The measurements whose defect can be trusted."""
+        if self.curvature.empty:
+            return self.curvature
+        trusted = self.curvature["reliable"].astype(bool) & self.curvature["defect_median"].notna()
+        return self.curvature[trusted]
+
+    @property
+    def key_numbers(self) -> list[tuple[str, str, str]]:
+        """(name, value, remark) of what a reader wants first."""
+        numbers = []
+        if not self.metrics.empty:
+            numbers.append(("Grok step", _step(self.grok), f"first test accuracy of {GROKKED:.0%} or more"))
+        if not self.curvature.empty:
+            numbers.append(("Defect onset", _step(self.onset), "first D above 20 and ten times its early level"))
+        if self.grok is not None and self.onset is not None:
+            order = "before" if self.onset < self.grok else "after"
+            numbers.append(("Lead", f"{self.grok - self.onset:,} steps", f"the defect rose {order} the test accuracy"))
+        if not self.metrics.empty:
+            last = self.metrics.iloc[-1]
+            numbers.append(("Test accuracy", f"{last['test_acc']:.1%}", f"at the end; train {last['train_acc']:.1%}"))
+        if not self.curvature.empty:
+            count, total = len(self.defects), len(self.curvature)
+            if count:
+                top = self.defects.sort_values("defect_median").iloc[-1]
+                numbers.append(("Highest defect", number(top["defect_median"]), f"reliable, at step {top['step']:,}"))
+            brackets = int((self.defects["method"] == "bracket").sum())
+            remark = f"{count:,} of {total:,} measurements; {brackets:,} by the bracket"
+            numbers.append(("Reliable", f"{math.floor(100 * count / total)}%", remark))
+        return numbers
+
+    @property
+    def pc1_table(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
+        """Names of the columns; then (layer, cells): each matrix's last PC1 % and the layer's mean."""
+        layers: dict[str, dict[str, float]] = {}
+        for name, rows in self.pca.dropna(subset="pc1_percent").groupby("matrix", sort=False):
+            layer, matrix = matrix_label(str(name))
+            layers.setdefault(layer, {})[matrix] = float(rows["pc1_percent"].iloc[-1])
+        matrices = list(dict.fromkeys(matrix for row in layers.values() for matrix in row))
+        table = []
+        for layer, row in layers.items():
+            cells = [f"{row[matrix]:.1f}" if matrix in row else "" for matrix in matrices]
+            table.append((layer, [*cells, f"{sum(row.values()) / len(row):.1f}"]))
+        return [*matrices, "mean"], table
+
+    @property
+    def timings(self) -> dict[str, str]:
+        said = {}
+        seconds = 0.0 if self.metrics.empty else float(self.metrics["seconds"].max())
+        if seconds > 0:
+            said["whole run"] = duration(seconds)
+            said["steps a second"] = number(float(self.metrics["step"].max()) / seconds)
+        if not self.curvature.empty:
+            measuring = self.curvature["measure_seconds"]
+            said["one measurement"] = f"{number(1000 * float(measuring.median()))} ms (median of {len(measuring):,})"
+            share = f" ({float(measuring.sum()) / seconds:.0%} of the run)" if seconds > 0 else ""
+            said["all measurements"] = duration(float(measuring.sum())) + share
+        return said
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated: 0.00123, 4.56, 1,230."""
+    if not math.isfinite(value):
+        return "none"
+    if 0 < abs(value) < 1e-4 or abs(value) >= 1e7:
+        return f"{value:.2e}"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{round(value, digits):,.{max(digits, 0)}f}"
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4 min 05 s or 3 h 25 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class _Unknown(dict[str, Any]):
+    def __missing__(self, name: str) -> str:
+        return "?"
+
+
+def _step(step: int | None) -> str:
+    return "not reached" if step is None else f"{step:,}"
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
