@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from grokcurv.runs import RunWriter
+
 MATRICES = [
     f"encoder.layers.{layer}.self_attn.{matrix}"
     for layer in range(2)
@@ -82,3 +84,19 @@ def pca_history() -> pd.DataFrame:
         percent = settled + (100 - settled) * np.exp(-(step - 100) / 600)
         parts.append(pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": np.where(step < 100, np.nan, percent)}))
     return pd.concat(parts, ignore_index=True)
+
+
+CONFIG = {"op": "add", "p": 97, "preset": "paper", "seed": 42, "lr": 1e-3, "weight_decay": 1.0, "layers": 2}
+
+
+def write_run(
+    folder: Path, tables: dict[str, pd.DataFrame] | None = None, *, status: str = "finished", **settings: object
+) -> Path:
+    """A run folder with these tables (default: all three) and settings added to ``CONFIG``."""
+    if tables is None:
+        tables = {"metrics": metrics(), "curvature": curvature(), "pca": pca_history()}
+    with RunWriter(folder, {**CONFIG, **settings}) as writer:
+        for name, frame in tables.items():
+            writer.write_table(name, frame)
+        writer.set_status(status)
+    return folder

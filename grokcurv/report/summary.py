@@ -22,6 +22,7 @@ class Summary:
     """The words and numbers of one run's report; every table of the run may be empty.
 
     Attributes:
+        name: of the run's folder.
         config, status: the run's.
         environment: the run's, nested names joined by dots.
         metrics, curvature, pca: the run's tables.
@@ -29,6 +30,7 @@ class Summary:
     """
 
     def __init__(self, run: Run) -> None:
+        self.name = run.path.resolve().name if run.path else "run"
         self.config = run.config
         self.environment = dict(_flat(run.environment))
         self.status = run.status
@@ -38,7 +40,9 @@ class Summary:
 
     @property
     def title(self) -> str:
-        return "{op} mod {p}, seed {seed}".format_map(_Unknown(self.config))
+        """The task and the seed, or the folder's name where the settings have no ``op``."""
+        config = self.config
+        return f"{config['op']} mod {config['p']}, seed {config['seed']}" if "op" in config else self.name
 
     @property
     def subtitle(self) -> list[str]:
@@ -145,21 +149,17 @@ def number(value: float) -> str:
         return "none"
     if 0 < abs(value) < 1e-4 or abs(value) >= 1e7:
         return f"{value:.2e}"
+    value = float(f"{value:.2e}")
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{round(value, digits):,.{max(digits, 0)}f}"
+    return f"{value:,.{max(digits, 0)}f}"
 
 
 def duration(seconds: float) -> str:
     """12.3 s, 4 min 05 s or 3 h 25 min."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-class _Unknown(dict[str, Any]):
-    def __missing__(self, name: str) -> str:
-        return "?"
 
 
 def _step(step: int | None) -> str:

@@ -1,0 +1,302 @@
+"""The report: its numbers, figures and page, for whole runs and for runs that lack something."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_run
+from matplotlib.axes import Axes
+
+from grokcurv.report import figures, write_report
+from grokcurv.report.figures import DARK, LIGHT
+from grokcurv.report.summary import Summary, duration, number
+from grokcurv.runs import Run, RunError, RunWriter, open_run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Page(HTMLParser):
+    """A page's text, and its elements as (tag, attributes)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.source = path.read_text()
+        self.feed(self.source)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = synthetic_run.write_run(tmp_path_factory.mktemp("runs") / "add")
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    return Page(run / "report.html")
+
+
+def test_figures_are_written_and_embedded(run: Path, page: Page) -> None:
+    written = {path.stem: path.read_bytes() for path in (run / "figures").iterdir()}
+    assert set(written) == {"grokking", "pc1", "geometry", "dynamics"}
+    images, dark = page.of("img"), page.of("source")
+    assert len(images) == len(dark) == 4
+    for image in images:
+        assert image["src"] is not None
+        assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) in written.values()
+        assert image["alt"]
+    for source in dark:
+        assert source["srcset"] is not None
+        assert base64.b64decode(source["srcset"].removeprefix("data:image/png;base64,")).startswith(PNG)
+
+
+def test_the_page_needs_nothing_else(page: Page) -> None:
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "a")
+        for name in ("src", "srcset", "href", "action", "data", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")  # type: ignore[union-attr]
+    style = page.source[page.source.index("<style>") : page.source.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policies = [meta["content"] for meta in page.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_key_numbers(page: Page) -> None:
+    for words in (
+        "add mod 97, seed 42",
+        "4,200 steps finished",
+        "Grok step 3,100",
+        "Defect onset 1,800",
+        "Lead 1,300 steps the defect rose before the test accuracy",
+        "Reliable 100% 43 of 43 measurements; 3 by the bracket",
+        "Test accuracy 100.0%",
+        "layer 0 70.0 69.0 81.0 73.0 73.3",
+        "W_Q W_K W_V W_O mean",
+        "weight_decay 1.0",
+        "python 3.",
+        "whole run 1 min 41 s",
+        "one measurement 210 ms (median of 43)",
+        "all measurements 9.0 s (9% of the run)",
+    ):
+        assert words in page.text, words
+    assert not page.of("ul")  # nothing is missing
+
+
+def test_a_second_report_replaces_the_first(run: Path) -> None:
+    figure = run / "figures" / "pc1.png"
+    figure.write_bytes(b"old")
+    write_report(str(run))
+    assert figure.read_bytes().startswith(PNG)
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>\"&"
+    tables = {"metrics": synthetic_run.metrics().head(3)}
+    folder = synthetic_run.write_run(tmp_path / "run", tables, status=f"failed: {evil}", op=evil, **{evil: evil})
+    page = Page(write_report(folder))
+    assert not page.of("script")
+    assert page.text.count(evil) == 7  # op: title, heading, setting; status: twice; the setting: name and value
+    assert "&lt;script&gt;" in page.source
+
+
+def test_names_of_matrices_are_not_mathematics(tmp_path: Path) -> None:
+    """matplotlib would read a pair of dollar signs as TeX, and fail."""
+    pca = synthetic_run.pca_history().replace({"matrix": {synthetic_run.MATRICES[0]: r"$\nonsense$ <b>"}})
+    page = Page(write_report(synthetic_run.write_run(tmp_path / "run", {"pca": pca})))
+    assert r"$\nonsense$ <b>" in page.text
+
+
+def test_a_run_without_curvature(tmp_path: Path) -> None:
+    folder = synthetic_run.write_run(tmp_path / "run", {"metrics": synthetic_run.metrics()})
+    page = Page(write_report(folder))
+    assert "No curvature was measured" in page.text
+    assert "No principal components" in page.text
+    assert "Grok step 3,100" in page.text
+    assert "Lead" not in page.text
+    assert {path.stem for path in (folder / "figures").iterdir()} == {"grokking", "dynamics"}
+
+
+def test_an_interrupted_run(tmp_path: Path) -> None:
+    tables = {
+        "metrics": synthetic_run.metrics().head(4),
+        "curvature": synthetic_run.curvature().head(1),
+        "pca": synthetic_run.pca_history().query("step == 0"),
+    }
+    page = Page(write_report(synthetic_run.write_run(tmp_path / "run", tables, status="interrupted")))
+    assert "The run is not finished (status: interrupted)" in page.text
+    assert "No commutator was split" in page.text
+    assert "No principal components" in page.text
+    assert "Grok step not reached" in page.text
+    assert "Defect onset not reached" in page.text
+
+
+def test_a_run_of_nothing(tmp_path: Path) -> None:
+    page = Page(write_report(synthetic_run.write_run(tmp_path / "run", {}, status="failed: no space")))
+    assert not page.of("img")
+    assert "No evaluation was recorded" in page.text
+    assert "0 steps failed: no space" in page.text
+
+
+def test_curvature_alone_and_never_reliable(tmp_path: Path) -> None:
+    curvature = synthetic_run.curvature().assign(reliable=False)
+    trusted = ["defect_median", "defect_p25", "defect_p75", "rho", "exec_random_ratio", "exec_matched_ratio"]
+    curvature[trusted] = np.nan
+    page = Page(write_report(synthetic_run.write_run(tmp_path / "run", {"curvature": curvature})))
+    assert "No measurement of the defect was reliable" in page.text
+    assert "Reliable 0% 0 of 43" in page.text
+    assert "Highest defect" not in page.text
+    assert len(page.of("img")) == 1
+
+
+def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="kept in memory alone"):
+        write_report(Run(None, {}, {}, tables={"metrics": synthetic_run.metrics()}))
+
+
+def lines(axes: Axes) -> dict[str, np.ndarray]:
+    """What a panel draws, by colour; the first line where there are several."""
+    drawn: dict[str, np.ndarray] = {}
+    for line in axes.get_lines():
+        drawn.setdefault(str(line.get_color()), np.asarray(line.get_ydata(), dtype=float))
+    return drawn
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_grokking_draws_the_records(theme: figures.Theme) -> None:
+    metrics, curvature = synthetic_run.metrics(), synthetic_run.curvature()
+    curvature.loc[5:6, ["defect_median", "defect_p25", "defect_p75"]] = np.nan
+    with figures.style(theme):
+        top, bottom = figures.grokking(metrics, curvature, theme, onset=1800, grok=3100).axes
+    assert bottom.get_yscale() == "log"
+    np.testing.assert_array_equal(lines(top)[theme.muted], metrics["train_acc"])
+    np.testing.assert_array_equal(lines(bottom)[theme.orange], curvature["reference_median"])
+    np.testing.assert_array_equal(lines(bottom)[theme.blue], curvature["defect_median"])  # NaN and all: a gap
+    for axes in (top, bottom):
+        assert {1800, 3100} <= {line.get_xdata()[0] for line in axes.get_lines()}  # type: ignore[index]
+    texts = [text.get_text() for axes in (top, bottom) for text in axes.texts]
+    assert {"onset 1,800", "grok 3,100", "1,300 steps", "noise floor", "float32\nformula"} <= set(texts)
+    assert bottom.get_legend().get_texts()[0].get_text() == "measured by the exact bracket"
+    low, high = bottom.get_ylim()
+    assert low < curvature["noise_floor"].min()
+    assert high > curvature["reference_median"].max()
+
+
+def test_a_tiny_noise_floor_does_not_flatten_the_defect() -> None:
+    curvature = synthetic_run.curvature().assign(noise_floor=1e-12)
+    with figures.style(LIGHT):
+        (axes,) = figures.grokking(pd.DataFrame(), curvature, LIGHT, onset=None, grok=None).axes
+    assert axes.get_ylim()[0] > curvature["defect_p25"].min() / 1000
+
+
+def test_pc1_has_a_panel_a_layer_and_a_line_a_matrix() -> None:
+    history = synthetic_run.pca_history()
+    with figures.style(LIGHT):
+        panels = figures.pc1(history, LIGHT).axes
+    assert [panel.get_ylabel() for panel in panels] == ["PC1, layer 0", "PC1, layer 1"]
+    for panel in panels:
+        assert [text.get_text() for text in panel.texts] == [f"$W_{matrix}$" for matrix in "KQOV"]  # from below
+        assert len(lines(panel)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("encoder.layers.0.self_attn.q_proj_weight", ("layer 0", "W_Q")),
+        ("layers.11.attn.o_proj.weight", ("layer 11", "W_O")),
+        ("h.3.out_proj.weight", ("layer 3", "W_O")),
+        ("self_attn.q_proj_weight", ("", "self_attn.q_proj_weight")),
+        ("hidden.0.weight", ("", "hidden.0.weight")),
+        ("all", ("", "all")),
+    ],
+)
+def test_matrix_label(name: str, label: tuple[str, str]) -> None:
+    assert figures.matrix_label(name) == label
+
+
+def test_geometry_shows_both_nulls_and_chance() -> None:
+    curvature = synthetic_run.curvature()
+    with figures.style(LIGHT):
+        top, bottom = figures.geometry(curvature, LIGHT).axes
+    drawn = lines(top)
+    np.testing.assert_array_equal(drawn[LIGHT.blue], curvature["exec_random_ratio"])
+    np.testing.assert_array_equal(drawn[LIGHT.orange], curvature["exec_matched_ratio"])
+    np.testing.assert_array_equal(drawn[LIGHT.ink], [1, 1])
+    assert bottom.texts[0].get_text() == rf"$\rho$ = {curvature['rho'].iloc[-1]:.4f}"
+
+
+def test_spread_moves_labels_apart_and_no_further() -> None:
+    generator = np.random.default_rng()
+    for _ in range(100):
+        count = int(generator.integers(0, 7))
+        middles = np.sort(generator.uniform(0, 1, count))
+        heights = generator.uniform(0.05, 0.4, count)
+        places = np.array(figures.spread(middles.tolist(), heights.tolist()))
+        gaps = (heights[1:] + heights[:-1]) / 2
+        assert (np.diff(places) >= gaps - 1e-12).all()
+        assert np.allclose(places.sum(), middles.sum())  # each cluster stays centred on its members
+        if (np.diff(middles) >= gaps).all():
+            np.testing.assert_allclose(places, middles)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.00123456, "0.00123"),
+        (0.2165, "0.216"),
+        (4.5, "4.50"),
+        (99.96, "100"),
+        (1234.6, "1,230"),
+        (-87.31, "-87.3"),
+        (3e-7, "3.00e-07"),
+        (4.2e9, "4.20e+09"),
+        (float("nan"), "none"),
+    ],
+)
+def test_number(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.34, "12.3 s"), (59.96, "1 min 00 s"), (245, "4 min 05 s"), (12_300, "3 h 25 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_lead_after_grokking(tmp_path: Path) -> None:
+    metrics = synthetic_run.metrics().assign(test_acc=1.0)
+    folder = synthetic_run.write_run(tmp_path / "run", {"metrics": metrics, "curvature": synthetic_run.curvature()})
+    lead = next(number for number in Summary(open_run(folder)).key_numbers if number[0] == "Lead")
+    assert lead == ("Lead", "-1,800 steps", "the defect rose after the test accuracy")
+
+
+def test_settings_of_another_trainer(tmp_path: Path) -> None:
+    """The run folder knows nothing of modular arithmetic; nor need its settings."""
+    with RunWriter(tmp_path / "mine", {"model": "resnet"}) as writer:
+        writer.write_table("metrics", synthetic_run.metrics())
+        writer.set_status("finished")
+    page = Page(write_report(tmp_path / "mine"))
+    assert re.search(r"mine .*4,200 steps finished", page.text)
+    assert "model resnet" in page.text
