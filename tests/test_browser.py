@@ -1,0 +1,137 @@
+"""The report's page in a real browser: every picture decodes, nothing is fetched, nothing overflows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic_run
+from matplotlib.image import imread
+
+from grokcurv.report import write_report
+from grokcurv.report.figures import DARK, LIGHT
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here; on Debian: apt-get install chromium")
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const found = {
+    pictures: [...document.images].map(image => [image.complete, image.naturalWidth, image.naturalHeight]),
+    fetched: performance.getEntriesByType("resource").map(entry => entry.name),
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    width: innerWidth,
+    heading: document.querySelector("h1").textContent,
+  };
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(synthetic_run.write_run(tmp_path_factory.mktemp("browser") / "run"))
+
+
+@pytest.fixture(scope="module")
+def site(page: Path) -> Iterator[str]:
+    """The run's folder over HTTP: of files that a page reads by ``file:`` the browser keeps no list."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=page.parent)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def browse(url: str, *flags: str) -> str:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = [str(BROWSER), *FLAGS, f"--user-data-dir={profile}", *flags, url]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def probe(page: Path, site: str, width: int) -> dict[str, Any]:
+    """What a script finds in a copy of the page that lets it run; the page itself forbids every script."""
+    copy = page.with_name("probed.html")
+    permitted = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
+    copy.write_text(permitted.replace("</body>", PROBE + "</body>"))
+    dumped = browse(f"{site}/{copy.name}", "--dump-dom", f"--window-size={width},900")
+    found = re.search(r"<pre id=\"found\">(.*?)</pre>", dumped)
+    assert found, "the browser did not run the probe"
+    return dict(json.loads(found[1]))
+
+
+def test_pictures_decode_and_nothing_is_fetched(page: Path, site: str) -> None:
+    found = probe(page, site, 1200)
+    assert found["heading"] == "add mod 97, seed 42"
+    assert len(found["pictures"]) == 4
+    for complete, width, height in found["pictures"]:
+        assert complete
+        assert (width, height > 500) == (1600, True)
+    assert found["fetched"] == []
+    assert found["overflow"] <= 0
+
+
+def test_the_probe_sees_what_is_fetched_and_what_fails(page: Path, site: str) -> None:
+    broken = page.with_name("broken.html")
+    extra = "<img src='elsewhere.png'><img src='data:image/png;base64,AAAA'><div style='width:9000px'>wide</div>"
+    broken.write_text(page.read_text().replace("</body>", extra + "</body>"))
+    found = probe(broken, site, 1200)
+    assert [width for _, width, _ in found["pictures"]][-2:] == [0, 0]
+    assert any(name.endswith("elsewhere.png") for name in found["fetched"])
+    assert found["overflow"] > 0
+
+
+def test_a_narrow_window(page: Path, site: str) -> None:
+    found = probe(page, site, 500)
+    assert found["width"] <= 500
+    assert found["overflow"] <= 0
+
+
+@pytest.mark.parametrize(("scheme", "theme"), [("1", LIGHT), ("0", DARK)], ids=["light", "dark"])
+def test_it_is_drawn_in_both_colour_schemes(page: Path, scheme: str, theme: Any) -> None:
+    shot = page.with_name(f"{scheme}.png")
+    browse(
+        page.as_uri(),
+        f"--screenshot={shot}",
+        "--window-size=1000,1400",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    )
+    pixels = np.round(255 * imread(shot)[..., :3]).astype(int)
+    assert pixels.shape == (1400, 1000, 3)
+
+    def share(colour: str) -> float:
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        return float((np.abs(pixels - wanted).max(axis=-1) <= 3).mean())
+
+    assert share(theme.paper) > 0.5
+    for colour in (theme.blue, theme.orange, theme.green):  # lines of the figures
+        assert share(colour) > 1e-4
