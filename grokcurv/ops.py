@@ -3,12 +3,12 @@
 :mod:`grokcurv.reference` defines each op; shapes and names are the same here. What holds for all of them:
 
 * Vectors are float32, float64 or bfloat16; sums are float64. N, P, K and S may be 0.
-* Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no input.
-  Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
+* Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no
+  input. Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
 * Results are bitwise the same for any number of threads, any instruction set and any batching of the N vectors.
 
-Each op is written twice below: ``_<op>_fake`` checks what tensors say of themselves and allocates the outputs (all that tracing
-needs), ``_<op>_cpu`` checks the values of indices too and fills them in.
+Each op is written twice below: ``_<op>_fake`` checks what tensors say of themselves and allocates the outputs (all that
+tracing needs), ``_<op>_cpu`` checks the values of indices too and fills them in.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from grokcurv import _cpu
 from grokcurv.reference import SUMS, THETA_SUMS, Commutator, Form, compute_type
+
+try:
+    from grokcurv import _cpu
+except ImportError as error:
+    raise ImportError(
+        "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
+    ) from error
 
 __all__ = ["commutator", "eigh", "gram", "perturb", "subspace_filter_", "subspace_split"]
 
@@ -48,13 +54,14 @@ def _refuse_cuda(name: str, *_: object) -> NoReturn:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- perturb
+# -------------------------------------------------------------------------------------------------------------- perturb
 
 
 def perturb(theta: Tensor, directions: Tensor, eta: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``theta - eta_i d_i`` for N directions, reading theta once: theta (P,), directions (N, P), eta (N,) float64 -> (N, P).
+    """``theta - eta_i d_i`` for N directions, reading theta once: theta (P,), directions (N, P), eta (N,) float64.
 
-    In the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`. ``out`` (N, P), if given, is filled and returned.
+    Returns (N, P) in the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`; ``out``, if given,
+    filled.
     """
     if out is None:
         return cast(Tensor, _perturb(theta, directions, eta))
@@ -87,7 +94,7 @@ def _perturb_out_cpu(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor
     _bump_version(out)
 
 
-# ------------------------------------------------------------------------------------------------------------- commutator
+# ----------------------------------------------------------------------------------------------------------- commutator
 
 
 def commutator(
@@ -104,11 +111,12 @@ def commutator(
     segments: Tensor | None = None,
     keep_delta: bool = False,
 ) -> Commutator:
-    """Norms, inner products, basis coefficients and segment energies of N commutators in one pass over four gradients (N, P).
+    """Norms, inner products, coefficients and segment energies of N commutators, in a pass over four gradients (N, P).
 
-    :func:`grokcurv.reference.commutator` defines every number. eta (N,) float64; theta (P,) adds the rounding terms (difference
-    form only); values (float32, or float64 with float64 vectors) and rows (K, 3) int64 are a block-sparse basis; segments (S, 2)
-    int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if ``keep_delta``.
+    :func:`grokcurv.reference.commutator` defines every number. eta (N,) float64; theta (P,) adds the rounding terms
+    (difference form only); values (float32, or float64 with float64 vectors) and rows (K, 3) int64 are a block-sparse
+    basis; segments (S, 2) int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if
+    ``keep_delta``.
 
     Workspace: ``ceil(P / 4096) * (6 or 10 + K + S)`` float64 a vector.
     """
@@ -196,11 +204,11 @@ def _commutator_cpu(
     return outputs
 
 
-# --------------------------------------------------------------------------------------------------------------- subspace
+# ------------------------------------------------------------------------------------------------------------- subspace
 
 
 def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis, in one pass."""
+    """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis."""
     return cast(tuple[Tensor, Tensor], _subspace_split(v, values, rows))
 
 
@@ -244,14 +252,14 @@ def _subspace_filter_cpu(g: Tensor, values: Tensor, rows: Tensor, strength: floa
     _bump_version(g)
 
 
-# ------------------------------------------------------------------------------------------------------------------- gram
+# ----------------------------------------------------------------------------------------------------------------- gram
 
 
 def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-    """``(x_i - origin) . (y_j - origin)`` by segment: x (n, P), y (m, P) or y = x, origin (P,) or 0 -> (S, n, m) float64.
+    """``(x_i - origin) . (y_j - origin)`` by segment: (S, n, m) float64 from x (n, P), y (m, P) or x, origin (P,) or 0.
 
-    segments (S, 2) int64; without them S = 1 and the sum is over all P. An entry's bits depend on its two rows (and the origin)
-    alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric.
+    segments (S, 2) int64; without them S = 1 and the sum is over all P. An entry's bits depend on its two rows (and the
+    origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric.
     """
     return cast(Tensor, _gram(x, y, origin, segments))
 
@@ -280,16 +288,16 @@ def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------- eigh
+# ----------------------------------------------------------------------------------------------------------------- eigh
 
 
 def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k leading eigenpairs of B symmetric matrices: a (B, n, n) float64 -> values (B, k), descending, vectors (B, n, k).
+    """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
-    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Jacobi rotations for n <= 128 or
-    where k is not small beside n; beyond, subspace iteration until ``|a v - w v| <= 1e-12 |a|``. What cannot be trusted is NaN:
-    every pair of a matrix that holds a NaN or an infinity, and a pair of a large matrix that did not converge or of which the
-    iteration cannot tell that it leads (possible only where strongly negative eigenvalues outweigh it; never for a Gram matrix).
+    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Jacobi rotations for
+    n <= 128 or where k is not small beside n; beyond, subspace iteration until ``|a v - w v| <= 1e-12 |a|``. What
+    cannot be trusted is NaN: every pair of a matrix that holds a NaN or an infinity; and, where subspace iteration is
+    used, a pair that did not converge or whose eigenvalue is negative (it need not lead; a Gram matrix has none).
     """
     return cast(tuple[Tensor, Tensor], _eigh(a, k))
 
@@ -312,7 +320,7 @@ def _eigh_cpu(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-# ----------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check(
@@ -322,7 +330,7 @@ def _check(
     shape: tuple[int | str, ...],
     beside: Tensor | None = None,
 ) -> None:
-    """Raises unless ``t`` has (one of) the dtypes, the shape (letters stand for any size) and the device of ``beside``."""
+    """Raises unless ``t`` has one of the dtypes, the shape (a letter is any size) and the device of ``beside``."""
     wanted = dtype if isinstance(dtype, tuple) else (dtype,)
     if t.dtype not in wanted:
         raise TypeError(f"{name} must be {' or '.join(map(_short, wanted))}, got {_short(t.dtype)}")
@@ -349,11 +357,13 @@ def _check_row_values(values: Tensor, rows: Tensor, size: int) -> None:
     _check_spans("rows", rows, size)
     for j, (_, length, offset) in enumerate(rows.tolist()):
         if not 0 <= offset <= values.numel() - length:
-            raise ValueError(f"rows[{j}] reads values[{offset}:{offset + length}], but there are {values.numel()} values")
+            raise ValueError(
+                f"rows[{j}] reads values[{offset}:{offset + length}], but there are {values.numel()} values"
+            )
 
 
 def _check_spans(name: str, spans: Tensor, size: int) -> None:
-    """Raises unless every (start, length, ...) lies inside ``size`` coordinates; written so that no sum can overflow."""
+    """Raises unless every (start, length, ...) lies inside ``size`` coordinates. No sum of two numbers can overflow."""
     for j, (start, length, *_) in enumerate(spans.tolist()):
         if start < 0 or not 0 <= length <= size - start:
             raise ValueError(f"{name}[{j}] has start {start} and length {length}, which does not lie within P = {size}")

@@ -1,13 +1,14 @@
 """Every op of :mod:`grokcurv.ops` in plain PyTorch: the definition, and the oracle of the tests.
 
-Nothing here is fast and nothing here is compiled. Vectors are rows: N of them stacked are ``(N, P)``, in float32, float64 or
-bfloat16; sums are float64. ``C`` names the compute type of a dtype: float64 for float64, float32 for the other two.
+Nothing here is fast and nothing here is compiled. Vectors are rows: N of them stacked are ``(N, P)``, in float32,
+float64 or bfloat16; sums are float64. ``C`` names the compute type of a dtype: float64 for float64, float32 for the
+other two.
 
 Two shapes describe parts of the P coordinates:
 
 * ``segments`` (S, 2) int64: ``(start, length)`` of each.
-* a basis is block-sparse: ``rows`` (K, 3) int64 holds ``(start, length, offset)``; row j is ``values[offset : offset + length]`` on
-  ``[start, start + length)`` and zero elsewhere. ``values`` is 1-D, of type C.
+* a basis is block-sparse: ``rows`` (K, 3) int64 holds ``(start, length, offset)``; row j is ``values[offset : offset +
+  length]`` on ``[start, start + length)`` and zero elsewhere. ``values`` is 1-D, of type C.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def dense_basis(values: Tensor, rows: Tensor, size: int) -> Tensor:
 def perturb(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
     """``theta - eta_i d_i`` for N directions.
 
-    theta (P,), directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C with every operation rounded
-    (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
+    theta (P,), directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C with every operation
+    rounded (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
     """
     c = compute_type(theta.dtype)
     return (theta.to(c) - eta.to(c)[:, None] * directions.to(c)).to(theta.dtype)
@@ -84,13 +85,14 @@ def commutator(
       ``delta = eta ((a2 - g_a) - (b2 - g_b))``, which is ``theta_AB - theta_BA`` without the cancellation in theta.
     * ``form="bracket"``: ``a2 = H_A g_b``, ``b2 = H_B g_a`` (Hessian-vector products) and ``delta = eta^2 (b2 - a2)``.
 
-    Sums over the P coordinates: ``aa = |g_a|^2``, ``bb = |g_b|^2``, ``ab = g_a . g_b``, ``dd = |delta|^2``; ``ha = |a2 - g_a|^2`` and
-    ``hb = |b2 - g_b|^2`` (difference) or ``ha = |a2|^2`` and ``hb = |b2|^2`` (bracket).
+    Sums over the P coordinates: ``aa = |g_a|^2``, ``bb = |g_b|^2``, ``ab = g_a . g_b``, ``dd = |delta|^2``; ``ha = |a2
+    - g_a|^2`` and ``hb = |b2 - g_b|^2`` (difference) or ``ha = |a2|^2`` and ``hb = |b2|^2`` (bracket).
 
-    ``theta`` (P,), with the difference form only, adds what rounding did. Let ``<.>`` round every operation to the inputs' dtype:
+    ``theta`` (P,), with the difference form only, adds what rounding did. Let ``<.>`` round every operation to the
+    inputs' dtype:
 
-    * ``r = <<theta - eta g_a> - eta b2> - <<theta - eta g_b> - eta a2>``: the commutator as the direct formula computes it;
-      ``rr = |r|^2`` and ``re = |r - delta|^2``.
+    * ``r = <<theta - eta g_a> - eta b2> - <<theta - eta g_b> - eta a2>``: the commutator as the direct formula computes
+      it; ``rr = |r|^2`` and ``re = |r - delta|^2``.
     * ``qa = |perturb(theta, g_a) - (theta - eta g_a)|^2``, the rounding of the stored parameters, likewise ``qb``
       (zero for float64: no wider type measures it).
     """
@@ -107,9 +109,7 @@ def commutator(
     if theta is not None:
         difference = _direct(theta, g_a, b2, eta) - _direct(theta, g_b, a2, eta)
         r = difference.to(theta.dtype).double()
-        q_a, q_b = (
-            perturb(theta, g, eta).double() - (theta.double() - step * g.double()) for g in (g_a, g_b)
-        )  # fmt: skip
+        q_a, q_b = (perturb(theta, g, eta).double() - (theta.double() - step * g.double()) for g in (g_a, g_b))
         vectors += [(r, r), (r - delta, r - delta), (q_a, q_a), (q_b, q_b)]
     sums = torch.stack([(u * v).sum(-1) for u, v in vectors], dim=-1)
 
@@ -141,14 +141,14 @@ def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Ten
 
 
 def subspace_filter(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> Tensor:
-    """``g_par + (1 - s) g_perp = (1 - s) g + s sum_j (b_j . g) b_j`` for orthonormal b, rounded to the dtype of g (N, P)."""
+    """``g_par + (1 - s) g_perp = (1 - s) g + s sum_j (b_j . g) b_j``, in the dtype of g (N, P), for orthonormal b."""
     basis = dense_basis(values, rows, g.shape[1])
     x = g.double()
     return ((1 - strength) * x + strength * (x @ basis.T) @ basis).to(g.dtype)
 
 
 def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-    """``(x_i - origin) . (y_j - origin)`` over each segment: (S, n, m) float64 from x (n, P), y (m, P) or y = x, origin (P,) or 0.
+    """``(x_i - origin) . (y_j - origin)`` by segment: (S, n, m) float64 from x (n, P), y (m, P) or x, origin (P,) or 0.
 
     Without segments S = 1 and the sum is over all P.
     """
@@ -164,8 +164,8 @@ def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, se
 def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
-    Of each vector the entry of largest magnitude is positive (the first such, if several). A matrix with a NaN or an infinity
-    yields NaN.
+    Of each vector the entry of largest magnitude is positive (the first such, if several). A matrix with a NaN or an
+    infinity yields NaN.
     """
     values, vectors = a.new_full((len(a), k), torch.nan), a.new_full((len(a), a.shape[1], k), torch.nan)
     for item, value, vector in zip(a, values, vectors, strict=True):

@@ -60,7 +60,14 @@ PYBIND11_MODULE(_cpu, m) {
       "perturb",
       [](int type, Index vectors, Index size, Address theta, Address directions, Address eta, Address out,
          int threads) {
-        cpu::perturb({Type{type}, vectors, size, at(theta), at(directions), at<double>(eta), at(out)}, threads);
+        const Perturb task{.type = Type{type},
+                           .vectors = vectors,
+                           .size = size,
+                           .theta = at(theta),
+                           .directions = at(directions),
+                           .eta = at<double>(eta),
+                           .out = at(out)};
+        cpu::perturb(task, threads);
       },
       unlocked);
 
@@ -69,25 +76,23 @@ PYBIND11_MODULE(_cpu, m) {
       [](int type, Index vectors, Index size, bool bracket, Address g_a, Address g_b, Address a2, Address b2,
          Address eta, Address theta, Address values, Address rows, Index row_count, Address spans, Index span_count,
          Address sums, Address coefficients, Address energies, Address delta, Address workspace, int threads) {
-        const Commutator task{
-            Type{type},
-            vectors,
-            size,
-            bracket,
-            at(g_a),
-            at(g_b),
-            at(a2),
-            at(b2),
-            at<double>(eta),
-            at(theta),
-            basis(values, rows, row_count),
-            segments(spans, span_count),
-            at<double>(sums),
-            at<double>(coefficients),
-            at<double>(energies),
-            at(delta),
-            at<double>(workspace),
-        };
+        const Commutator task{.type = Type{type},
+                              .vectors = vectors,
+                              .size = size,
+                              .bracket = bracket,
+                              .g_a = at(g_a),
+                              .g_b = at(g_b),
+                              .a2 = at(a2),
+                              .b2 = at(b2),
+                              .eta = at<double>(eta),
+                              .theta = at(theta),
+                              .basis = basis(values, rows, row_count),
+                              .segments = segments(spans, span_count),
+                              .sums = at<double>(sums),
+                              .coefficients = at<double>(coefficients),
+                              .energies = at<double>(energies),
+                              .delta = at(delta),
+                              .workspace = at<double>(workspace)};
         cpu::commutator(task, threads);
       },
       unlocked);
@@ -96,14 +101,14 @@ PYBIND11_MODULE(_cpu, m) {
       "subspace_split",
       [](int type, Index vectors, Index size, Address v, Address values, Address rows, Index row_count, Address norm2,
          Address coefficients, Address workspace, int threads) {
-        const SubspaceSplit task{Type{type},
-                                 vectors,
-                                 size,
-                                 at(v),
-                                 basis(values, rows, row_count),
-                                 at<double>(norm2),
-                                 at<double>(coefficients),
-                                 at<double>(workspace)};
+        const SubspaceSplit task{.type = Type{type},
+                                 .vectors = vectors,
+                                 .size = size,
+                                 .v = at(v),
+                                 .basis = basis(values, rows, row_count),
+                                 .norm2 = at<double>(norm2),
+                                 .coefficients = at<double>(coefficients),
+                                 .workspace = at<double>(workspace)};
         cpu::subspace_split(task, threads);
       },
       unlocked);
@@ -112,8 +117,13 @@ PYBIND11_MODULE(_cpu, m) {
       "subspace_filter",
       [](int type, Index vectors, Index size, Address g, Address values, Address rows, Index row_count,
          Address coefficients, double strength, int threads) {
-        const SubspaceFilter task{
-            Type{type}, vectors, size, at(g), basis(values, rows, row_count), at<double>(coefficients), strength};
+        const SubspaceFilter task{.type = Type{type},
+                                  .vectors = vectors,
+                                  .size = size,
+                                  .g = at(g),
+                                  .basis = basis(values, rows, row_count),
+                                  .coefficients = at<double>(coefficients),
+                                  .strength = strength};
         cpu::subspace_filter(task, threads);
       },
       unlocked);
@@ -122,20 +132,32 @@ PYBIND11_MODULE(_cpu, m) {
       "gram",
       [](int type, Index x_rows, Index y_rows, Index size, Address x, Address y, Address origin, Address spans,
          Index span_count, Address out, int threads) {
-        const Gram task{Type{type},     x_rows, y_rows, size, at(x), at(y), at(origin), segments(spans, span_count),
-                        at<double>(out)};
+        const Gram task{.type = Type{type},
+                        .x_rows = x_rows,
+                        .y_rows = y_rows,
+                        .size = size,
+                        .x = at(x),
+                        .y = at(y),
+                        .origin = at(origin),
+                        .segments = segments(spans, span_count),
+                        .out = at<double>(out)};
         cpu::gram(task, threads);
       },
       unlocked);
 
-  m.def("eigh_workspace", [](Index size, Index leading) { return eigh_workspace(size, leading); });
+  m.def("eigh_workspace", &eigh_workspace);
   m.def(
       "eigh",
       [](Index matrices, Index size, Index leading, Address a, Address values, Address vectors, Address workspace,
          int threads) {
-        cpu::eigh(
-            {matrices, size, leading, at<double>(a), at<double>(values), at<double>(vectors), at<double>(workspace)},
-            threads);
+        const Eigh task{.matrices = matrices,
+                        .size = size,
+                        .leading = leading,
+                        .a = at<double>(a),
+                        .values = at<double>(values),
+                        .vectors = at<double>(vectors),
+                        .workspace = at<double>(workspace)};
+        cpu::eigh(task, threads);
       },
       unlocked);
 }
