@@ -201,8 +201,11 @@ class StreamingPCA:
         """Take over what :meth:`state_dict` gave; what follows is then bitwise what would have followed there.
 
         Raises:
-            ValueError: the state is of a PCA with other arguments, or its parts do not fit together.
+            ValueError: the state is of a PCA with other arguments, or its parts are missing or do not fit together.
         """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state is damaged: it lacks {', '.join(sorted(missing))}")
         own = {"method": self.method, "n_components": self.n_components, "segments": _spans(self.segments)}
         for name, value in own.items():
             if state[name] != value:
