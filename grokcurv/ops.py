@@ -389,8 +389,16 @@ def _workspace(n: int, p: int, columns: int) -> Tensor:
 
 def _call(kernel: Callable[..., None], *args: Tensor | float | None) -> None:
     """Calls a kernel with tensors as addresses (None as the null address) and with torch's number of threads."""
-    addresses = (0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+    addresses = (0 if a is None else _address(a) if isinstance(a, Tensor) else a for a in args)
     kernel(*addresses, torch.get_num_threads())
+
+
+_anywhere = torch.empty(1)
+
+
+def _address(tensor: Tensor) -> int:
+    """Never null: torch gives an empty tensor the null address, which to a kernel would mean that it is absent."""
+    return tensor.data_ptr() or _anywhere.data_ptr()
 
 
 _perturb = _define(
