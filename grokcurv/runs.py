@@ -368,8 +368,9 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _checksum(tree: str, tensors: Mapping[str, Tensor]) -> int:
     crc = zlib.crc32(tree.encode())
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 

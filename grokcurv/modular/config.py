@@ -18,71 +18,77 @@ MEASURE_ROWS = 512
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746).
-
-    Attributes:
-        op: one of :data:`grokcurv.modular.OPERATIONS`.
-        p: modulus; prime for ``div``.
-        preset: the name of the preset these settings started from; for the record.
-        seed: of everything random in the run, 0 to 2^32 - 1.
-        lr, weight_decay, beta1, beta2: of AdamW; weight decay applies to every parameter.
-        warmup: steps over which the learning rate rises linearly to ``lr``.
-        clip: largest gradient norm; 0 does not clip.
-        batch_size: rows per step, drawn with replacement; 0 takes the whole training set every step.
-        train_fraction: share of the pairs that train.
-        architecture: ``"transformer"`` or ``"mlp"``.
-        layers, d_model: depth and width; of the hidden layers for ``"mlp"``.
-        heads, d_ff, activation, layer_norm, sequence: of the transformer, see :class:`grokcurv.modular.Transformer`.
-        steps: updates at most.
-        eval_every: steps between evaluations on the whole of both sets.
-        grok_threshold, grok_patience: the run has grokked at the last of ``grok_patience`` evaluations in a row whose
-            test accuracy is at least ``grok_threshold``.
-        steps_after_grok: the run ends this many steps after that.
-        rng: ``"torch"``: one generator each for split, weights, batches and measurements, so that measuring changes
-            nothing. ``"paper"``: the draws of the paper's code, in its order; measurements share the stream of the
-            training batches.
-        method, eta, pairs: of a measurement, see :class:`grokcurv.CurvatureMonitor`.
-        measure_every: steps between measurements; 0 turns the monitor off, the trajectory's PCA with it.
-        pca_every: steps between rows of the trajectory's PCA; 0 keeps none.
-        checkpoint_every: steps between checkpoints.
-        device: of torch.
-        threads: of torch, while the run lasts; 0 leaves what is set.
-    """
+    """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746)."""
 
     op: str = "add"
+    """Operation: one of add, sub, mul, x2_y2, x2_xy_y2, x3_xy, div."""
     p: int = 97
+    """Modulus; prime for div."""
     preset: str = "paper"
+    """Name of the preset these settings started from; for the record."""
     seed: int = 42
+    """Of everything random in the run; 0 to 2^32 - 1."""
     lr: float = 1e-3
+    """Learning rate of AdamW."""
     weight_decay: float = 1.0
+    """Of AdamW, on every parameter."""
     beta1: float = 0.9
+    """Of AdamW."""
     beta2: float = 0.98
+    """Of AdamW."""
     warmup: int = 0
+    """Steps over which the learning rate rises linearly."""
     clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
     batch_size: int = 512
+    """Rows per step, drawn with replacement; 0 takes the whole training set."""
     train_fraction: float = 0.5
+    """Share of the pairs that train."""
     architecture: Architecture = "transformer"
+    """Kind of network."""
     layers: int = 2
+    """Layers of the transformer, or hidden layers of the MLP."""
     d_model: int = 128
+    """Width of the residual stream, or of the MLP's hidden layers."""
     heads: int = 4
+    """Attention heads."""
     d_ff: int = 256
+    """Width of the transformer's feed-forward layers."""
     activation: Activation = "gelu"
+    """Of the transformer's feed-forward layers."""
     layer_norm: bool = True
+    """Whether the transformer has LayerNorms."""
     sequence: Sequence = "a b"
+    """What the transformer reads; with an = it is a causal decoder."""
     steps: int = 20_000
+    """Updates at most."""
     eval_every: int = 100
+    """Steps between evaluations on the whole of both sets."""
     grok_threshold: float = 0.98
+    """Test accuracy that counts as grokked."""
     grok_patience: int = 3
+    """Evaluations in a row that must reach it; the run has grokked at the last of them."""
     steps_after_grok: int = 1000
+    """The run ends this many steps after it has grokked."""
     rng: Rng = "torch"
+    """torch: a generator each for split, weights, batches and measurements, so that measuring changes nothing.
+    paper: the draws of the paper's code in its order; measurements share the stream of the training batches."""
     method: Literal["difference", "bracket", "reference"] = "difference"
+    """How the commutator is computed."""
     eta: float = 1e-3
+    """Step length of the commutator."""
     pairs: int = 5
+    """Pairs of batches per measurement."""
     measure_every: int = 100
+    """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100
+    """Steps between rows of the trajectory's PCA; 0 keeps none."""
     checkpoint_every: int = 500
+    """Steps between checkpoints."""
     device: str = "cpu"
+    """Where to train."""
     threads: int = 0
+    """CPU threads while the run lasts; 0 leaves torch's."""
 
     def __post_init__(self) -> None:
         """Check every setting.

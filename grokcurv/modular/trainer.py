@@ -413,7 +413,8 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
     from grokcurv.monitor import CurvatureMonitor
     from grokcurv.pca import StreamingPCA
 
-    pca = StreamingPCA(segments=attention_segments(model) or None) if config.pca_every else None
+    segments = attention_segments(model) if config.architecture == "transformer" else None
+    pca = StreamingPCA(segments=segments) if config.pca_every else None
     return CurvatureMonitor(
         model,
         lambda network, batch: cross_entropy64(network(batch[0]), batch[1]),
