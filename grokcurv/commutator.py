@@ -1,0 +1,404 @@
+r"""Commutator defects: how much two gradient steps fail to commute.
+
+For two batches A, B and a step length :math:`\eta`, with :math:`g_A(\theta)` the gradient on A,
+
+.. math::
+    \theta_{AB} = \theta - \eta g_A(\theta) - \eta g_B(\theta - \eta g_A(\theta)), \qquad
+    \delta = \theta_{AB} - \theta_{BA}, \qquad D = \frac{|\delta|}{|\eta g_A|\,|\eta g_B|}
+
+(Xu, arXiv 2602.16746, section 3). To leading order :math:`\delta = \eta^2 (H_B g_A - H_A g_B)`, the Lie bracket of
+the two gradient fields. Subtracting the two end points in float32 mostly measures the rounding of the parameters;
+the same :math:`\delta` is a difference of gradients, which is what is computed here. See ``docs/numerics.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from grokcurv import ops
+from grokcurv.flat import Segment, flatten
+from grokcurv.gradients import LoopGradients, LossFn, Vectors
+from grokcurv.subspace import Subspace
+
+Method = Literal["difference", "bracket", "reference"]
+METHODS: tuple[Method, ...] = ("difference", "bracket", "reference")
+
+Pair = tuple[Any, Any]
+Sampler = Callable[[], Pair]
+
+REFERENCE_GUARD = 1e-12
+"""Added to the denominator by the published float32 formula, and by nothing else here."""
+
+AUTO_STEP = 3e-6
+"""``eta="auto"``: length of the step relative to the length of theta, for float32."""
+
+RELIABLE_RATIO = 10.0
+"""A defect is called reliable when it is at least this many times its noise floor."""
+
+FLOOR_QUANTILE = 0.95 * math.sqrt(2.0 / (4 * 0.975 * 0.025))
+"""Errors beyond this many times their estimated size are expected in one pair of twenty.
+
+The 97.5 % quantile of Student's t with two degrees of freedom (4.30): rounding errors concentrate on few directions of
+parameter space, so their length varies like a normal variable, and its size is estimated from two samples.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class CommutatorStats:
+    """What was measured, one entry per pair of batches. Tensors are float64 and live on the model's device.
+
+    Attributes:
+        method: ``"difference"``, ``"bracket"`` or ``"reference"``: what ``defect`` is.
+        eta: (N,) step length of each pair.
+        defect: (N,) ``D = |delta| / (|eta g_A| |eta g_B|)``, in units of one over the loss.
+        grad_norm_a, grad_norm_b: (N,) ``|g_A|``, ``|g_B|``.
+        grad_cosine: (N,) cosine of the angle between the two gradients.
+        bracket_norm: (N,) ``|delta| / eta^2``; the length of ``H_B g_A - H_A g_B``, exactly so for ``"bracket"``.
+        noise_floor: (N,) predicted size of the error vector of ``delta`` due to rounding, in units of the defect;
+            NaN when the probe was told not to estimate it.
+        parallel, residual: (N,) lengths of the parts of ``delta`` inside and outside the basis, or None without one.
+        coefficients: (N, K) inner products of ``delta`` with the basis, or None.
+        support: (N,) length of ``delta`` on the coordinates where the basis lives, or None.
+        energies: (N, S) squared length of ``delta`` on each of the probe's segments, or None.
+        reference: (N,) the defect by the published float32 formula, from the same gradients (NaN for ``"bracket"``).
+        delta: (N, P) in the order of ``model.parameters()``, or None.
+    """
+
+    method: Method
+    eta: Tensor
+    defect: Tensor
+    grad_norm_a: Tensor
+    grad_norm_b: Tensor
+    grad_cosine: Tensor
+    bracket_norm: Tensor
+    noise_floor: Tensor
+    reference: Tensor
+    parallel: Tensor | None = None
+    residual: Tensor | None = None
+    coefficients: Tensor | None = None
+    support: Tensor | None = None
+    energies: Tensor | None = None
+    delta: Tensor | None = None
+
+    @property
+    def reliable(self) -> Tensor:
+        """(N,) whether rounding can be ruled out: ``noise_floor <= defect / 10``. Says nothing of the finite eta."""
+        return self.noise_floor <= self.defect / RELIABLE_RATIO
+
+    def median(self) -> Tensor:
+        """Median of the defect over the pairs: a scalar, NaN if any pair is."""
+        return self.quantile(0.5)
+
+    def quantile(self, q: float) -> Tensor:
+        """Quantile ``q`` of the defect over the pairs, linearly interpolated: a scalar, NaN if any pair is."""
+        return quantile(self.defect, q)
+
+    def __len__(self) -> int:
+        return len(self.defect)
+
+
+class CommutatorProbe:
+    """Measures commutator defects of ``model`` without touching it.
+
+    Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
+    Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is
+    (the float64 evaluation behind the noise floor and a kept ``delta`` aside).
+
+    Args:
+        model: any module. A ``torch.compile``d one is measured through the module it wraps.
+        loss_fn: ``loss_fn(model, batch)`` returning a scalar. :func:`grokcurv.cross_entropy64` inside it keeps
+            small gradients exact.
+        eta: step length, or ``"auto"``: each pair takes the step whose length is 3e-6 of ``|theta|`` (float32; scaled
+            with the square root of the unit roundoff for other dtypes), which estimates the bracket.
+        method: ``"difference"`` (four gradients a pair), ``"bracket"`` (two gradients and two Hessian-vector
+            products; exact, has no eta), or ``"reference"`` (the published float32 formula).
+        basis: an optional subspace on which every ``delta`` is projected.
+        segments: optional segments of the parameter vector whose share of ``delta`` is wanted.
+        noise_floor: ``False`` saves the float64 evaluations, one pair per call of :meth:`measure`; nothing is then
+            called reliable.
+
+    Raises:
+        ValueError: an unknown method, a step that is not positive, a model without trainable parameters, a basis or
+            segments that do not fit it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        eta: float | Literal["auto"] = 1e-3,
+        method: Method = "difference",
+        basis: Subspace | None = None,
+        segments: Sequence[Segment] | None = None,
+        noise_floor: bool = True,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if eta != "auto" and not (isinstance(eta, int | float) and math.isfinite(eta) and eta > 0):
+            raise ValueError(f"eta must be a positive number or 'auto', got {eta!r}")
+        self.gradients = LoopGradients(model, loss_fn)
+        self.eta = eta
+        self.method: Method = method
+        self.noise_floor = noise_floor
+        self.basis = basis
+        self.segments = tuple(segments or ())
+        for segment in self.segments:
+            if segment.stop > self.gradients.size:
+                raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {self.gradients.size}")
+
+    @property
+    def basis(self) -> Subspace | None:
+        """The subspace on which every ``delta`` is projected; may be replaced between measurements."""
+        return self._basis
+
+    @basis.setter
+    def basis(self, basis: Subspace | None) -> None:
+        if basis is not None and basis.size != self.gradients.size:
+            raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
+        self._basis = basis
+
+    def measure(
+        self,
+        source: Iterable[Pair] | Sampler,
+        pairs: int | None = None,
+        *,
+        keep_delta: bool = False,
+        method: Method | None = None,
+        first_gradient: Tensor | None = None,
+        seed: int = 0,
+    ) -> CommutatorStats:
+        """Measure the commutator of each pair of batches at the model's present parameters.
+
+        Args:
+            source: pairs ``(batch_a, batch_b)``, or a function of no arguments that draws one.
+            pairs: how many to take; required for a function.
+            keep_delta: return every ``delta`` as well, N vectors of P.
+            method: instead of the probe's own.
+            first_gradient: (P,) the gradient on the first pair's ``batch_a``, if it is already known. It saves one
+                gradient; it must come from the same ``loss_fn`` at the same parameters.
+            seed: of the model's own randomness (dropout); the same batch meets the same mask at every parameter
+                vector of its pair.
+
+        Raises:
+            ValueError: no pair, or a loss that is not a scalar.
+        """
+        method = method or self.method
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        size, dtype, device = self.gradients.size, self.gradients.dtype, self.gradients.device
+        if first_gradient is not None and first_gradient.shape != (size,):
+            raise ValueError(f"first_gradient must have shape ({size},), got {tuple(first_gradient.shape)}")
+        shared = _Shared(self._segment_table(), torch.full((2,), math.nan, dtype=torch.float64, device=device))
+        if method != "bracket":
+            shared.theta = flatten(self.gradients.model)
+            shared.work = torch.empty(4, size, dtype=dtype, device=device)
+        rows = []
+        for index, pair in enumerate(_take(source, pairs)):
+            seeds = (2 * (seed + index), 2 * (seed + index) + 1)
+            known = first_gradient if index == 0 else None
+            check = self.noise_floor and index == 0
+            if method == "bracket":
+                measured = self._brackets(shared, pair, seeds, check)
+            else:
+                measured = self._differences(shared, pair, seeds, known, check)
+            rows.append(self._stats(shared, measured, method, keep_delta))
+            del measured  # before the next pair's vectors are allocated
+        if not rows:
+            raise ValueError("source gave no pair of batches to measure")
+        return _concatenate(rows)
+
+    def _differences(
+        self, shared: _Shared, pair: Pair, seeds: Pair, known: Tensor | None, check: bool
+    ) -> tuple[Tensor, Vectors]:
+        """The step, and g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A."""
+        theta, (batch_a, batch_b) = shared.theta, pair
+        g_a, g_b, a2, b2 = shared.work
+        if known is None:
+            self.gradients.gradient(theta, batch_a, g_a, seed=seeds[0])
+        else:
+            g_a.copy_(known)
+        self.gradients.gradient(theta, batch_b, g_b, seed=seeds[1])
+        eta = self._step(g_a, g_b)
+        stepped = torch.empty_like(theta)
+        for direction, batch, seed, out in ((g_b, batch_a, seeds[0], a2), (g_a, batch_b, seeds[1], b2)):
+            ops.perturb(theta, direction[None], eta, out=stepped[None])
+            self.gradients.gradient(stepped, batch, out, seed=seed)
+        if check:
+            shared.error = rms(
+                rounding_error(found, self._exact_gradient(theta, eta, direction, batch, seed))
+                for found, direction, batch, seed in ((a2, g_b, batch_a, seeds[0]), (b2, g_a, batch_b, seeds[1]))
+            )
+        return eta, (g_a, g_b, a2, b2)
+
+    def _exact_gradient(self, theta: Tensor, eta: Tensor, direction: Tensor, batch: Any, seed: int) -> Tensor:
+        """The gradient past a step along ``direction``, in the other precision; the step itself is not rounded."""
+        stepped = (theta.to(torch.float64) - eta * direction).to(other_dtype(theta.dtype))
+        return self.gradients.gradient(stepped, batch, torch.empty_like(stepped), seed=seed)
+
+    def _brackets(self, shared: _Shared, pair: Pair, seeds: Pair, check: bool) -> tuple[Tensor, Vectors]:
+        """The step, and g_A, g_B, H_A g_B and H_B g_A at the model's own parameters."""
+        vectors = self.gradients.hessian_vectors(None, pair, seeds=seeds)
+        if check:
+            theta = flatten(self.gradients.model).to(other_dtype(self.gradients.dtype))
+            exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
+            shared.error = rms(map(rounding_error, vectors[2:], exact[2:]))
+        return self._step(*vectors[:2]), vectors
+
+    def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
+        """(1,) float64: eta, the same whichever batch comes first."""
+        if self.eta != "auto":
+            return torch.full((1,), self.eta, dtype=torch.float64, device=g_a.device)
+        scale = AUTO_STEP * math.sqrt(torch.finfo(g_a.dtype).eps / torch.finfo(torch.float32).eps)
+        theta = [torch.linalg.vector_norm(p.detach()) for p in self.gradients.model.parameters() if p.requires_grad]
+        norms = [torch.linalg.vector_norm(v).to(torch.float64) for v in (torch.stack(theta), g_a, g_b)]
+        return (scale * norms[0] / (norms[1] * norms[2]).sqrt())[None]
+
+    def _segment_table(self) -> Tensor | None:
+        """(S, 2) int64: the probe's segments, then the basis's support."""
+        table = [(s.start, s.length) for s in self.segments] + (list(self.basis.support) if self.basis else [])
+        return torch.tensor(table, dtype=torch.int64, device=self.gradients.device) if table else None
+
+    def _stats(
+        self, shared: _Shared, measured: tuple[Tensor, Vectors], method: Method, keep_delta: bool
+    ) -> CommutatorStats:
+        bracket = method == "bracket"
+        eta, (g_a, g_b, a2, b2) = measured
+        out = ops.commutator(
+            g_a[None],
+            g_b[None],
+            a2[None],
+            b2[None],
+            eta,
+            form="bracket" if bracket else "difference",
+            theta=None if bracket else shared.theta,
+            values=self.basis.values if self.basis else None,
+            rows=self.basis.rows if self.basis else None,
+            segments=shared.segments,
+            keep_delta=keep_delta,
+        )
+        aa, bb, ab, dd, ha, hb = out.sums[:, :6].unbind(1)
+        area = (aa * bb).sqrt()
+        defect = dd.sqrt() / (eta.square() * area)
+        if bracket:
+            floor = FLOOR_QUANTILE * shared.error_size(ha, hb) / area
+            reference = torch.full_like(defect, math.nan)
+        else:
+            floor = FLOOR_QUANTILE * math.sqrt(2.0) * shared.error_size(aa, bb) / (eta * area)
+            rounded, distance = out.sums[:, 6:8].sqrt().unbind(1)
+            reference = rounded / (eta.square() * area + REFERENCE_GUARD)
+            if method == "reference":
+                defect, floor = reference, floor + distance / (eta.square() * area)
+        stats = CommutatorStats(
+            method=method,
+            eta=eta,
+            defect=defect,
+            grad_norm_a=aa.sqrt(),
+            grad_norm_b=bb.sqrt(),
+            grad_cosine=ab / area,
+            bracket_norm=dd.sqrt() / eta.square(),
+            noise_floor=floor,
+            reference=reference,
+            energies=out.energies[:, : len(self.segments)] if self.segments else None,
+            delta=out.delta if keep_delta else None,
+        )
+        if self.basis is None:
+            return stats
+        inside = out.coefficients.square().sum(1)
+        return replace(
+            stats,
+            parallel=inside.sqrt(),
+            residual=(dd - inside).clamp_min(0).sqrt(),
+            coefficients=out.coefficients,
+            support=out.energies[:, len(self.segments) :].sum(1).sqrt(),
+        )
+
+
+def commutator_defect(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch_a: Any,
+    batch_b: Any,
+    *,
+    eta: float | Literal["auto"] = 1e-3,
+    method: Method = "difference",
+) -> CommutatorStats:
+    """Measure one pair of batches and keep ``delta``: :class:`CommutatorProbe` in one call, with its arguments."""
+    return CommutatorProbe(model, loss_fn, eta=eta, method=method).measure([(batch_a, batch_b)], keep_delta=True)
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """Quantile ``q`` over the last dimension, linearly interpolated; NaN if any value is."""
+    return torch.quantile(values, q, dim=-1)
+
+
+def other_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a gradient of ``dtype`` is checked: float64, and float32 for float64 itself."""
+    return torch.float32 if dtype == torch.float64 else torch.float64
+
+
+def rounding_error(values: Tensor, other: Tensor) -> Tensor:
+    """(2,) float64: absolute and relative error in the 2-norm of ``values``, read from an evaluation in ``other_dtype``.
+
+    Where that evaluation is the less precise one, its own error is seen instead, and is scaled by the ratio of the
+    unit roundoffs: rounding errors are proportional to it.
+    """
+    scale = min(1.0, torch.finfo(values.dtype).eps / torch.finfo(other.dtype).eps)
+    exact = other.to(torch.float64)
+    error = scale * torch.linalg.vector_norm(exact - values)
+    return torch.stack([error, error / torch.linalg.vector_norm(exact)])
+
+
+def rms(rows: Iterable[Tensor]) -> Tensor:
+    """Root mean square over the rows."""
+    return torch.stack(list(rows)).square().mean(0).sqrt()
+
+
+@dataclass
+class _Shared:
+    """What the pairs of one measurement share.
+
+    Attributes:
+        segments: (S, 2) int64, or None.
+        error: (2,) rms absolute and relative error of the two vectors that were checked at the first pair.
+        theta: (P,), the parameters; not needed for brackets.
+        work: (4, P), the gradients of one pair after another; brackets bring their own.
+    """
+
+    segments: Tensor | None
+    error: Tensor
+    theta: Tensor = field(default_factory=lambda: torch.empty(0))
+    work: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def error_size(self, a2: Tensor, b2: Tensor) -> Tensor:
+        """Length of the errors of two vectors of squared norms ``a2`` and ``b2`` taken together.
+
+        Each error is taken to be as large as the checked ones in absolute or in relative size, whichever is more.
+        """
+        absolute, relative = self.error.square()
+        return (torch.maximum(absolute, relative * a2) + torch.maximum(absolute, relative * b2)).sqrt()
+
+
+def _take(source: Iterable[Pair] | Sampler, pairs: int | None) -> Iterable[Pair]:
+    if pairs is not None and pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}")
+    if not callable(source):
+        return islice(source, pairs)
+    if pairs is None:
+        raise ValueError("pairs must be given when the pairs are drawn by a function")
+    return (source() for _ in range(pairs))
+
+
+def _concatenate(rows: Sequence[CommutatorStats]) -> CommutatorStats:
+    def joined(name: str) -> Any:
+        values = [getattr(row, name) for row in rows]
+        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+
+    return CommutatorStats(**{column.name: joined(column.name) for column in fields(CommutatorStats)})

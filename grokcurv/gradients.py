@@ -1,0 +1,181 @@
+"""Gradients and Hessian-vector products of a loss at arbitrary flat parameter vectors.
+
+The strategy here is the plain loop: one forward and one backward pass at a time, for any module. The module is
+called through :func:`torch.func.functional_call`, so its own parameters, their ``.grad`` and its buffers are never
+written, and gradients are accumulated by autograd straight into flat buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from grokcurv.flat import Segment, segments_of
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Vectors = tuple[Tensor, ...]
+
+
+class LoopGradients:
+    """Gradients of ``loss_fn(model, batch)`` one at a time, at any parameter vector.
+
+    Args:
+        model: any module with at least one trainable parameter; all trainable parameters on one device and of
+            one floating dtype. A module wrapped by ``torch.compile`` is unwrapped: compiled graphs cannot be
+            differentiated twice.
+        loss_fn: ``loss_fn(model, batch)`` returning a scalar tensor.
+
+    Randomness inside the model (dropout) is drawn from a generator seeded by the caller, so that the same batch
+    meets the same mask at different parameters; the visible generators are left as they were. ``stochastic`` says
+    whether anything has been drawn so far.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.segments: tuple[Segment, ...] = segments_of(self.model)
+        self._call = _Loss(self.model, loss_fn)
+        first = next(p for p in self.model.parameters() if p.requires_grad)
+        self.device, self.dtype, self.size = first.device, first.dtype, self.segments[-1].stop
+        self.stochastic = False
+
+    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
+        """Write the gradient at ``theta`` on ``batch`` into ``out``.
+
+        Args:
+            theta: (P,) parameter vector in the order of ``model.parameters()``. A dtype other than the model's
+                evaluates the whole model, its buffers and the floating tensors of ``batch`` in that dtype.
+            batch: whatever ``loss_fn`` takes.
+            out: (P,) of ``theta``'s dtype; overwritten.
+            seed: of the model's own randomness.
+
+        Raises:
+            ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
+        """
+        leaves = self._leaves(theta)
+        with self._evaluation(seed):
+            loss = self._loss(leaves, batch)
+            _accumulate(leaves, self._views(out.zero_()), loss)
+        return out
+
+    def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
+        """Two gradients and the two crossed Hessian-vector products they define.
+
+        Each gradient's graph is differentiated once more (Pearlmutter, Neural Computation 6, 1994). Attention runs
+        on the composed ("math") kernel, since the fused ones have no second derivative.
+
+        Args:
+            theta: (P,), as for :meth:`gradient`; None for the model's own parameters.
+            batches: the two batches A and B.
+            seeds: of the model's own randomness, one per batch.
+
+        Returns:
+            Four vectors (P,): ``g_A``, ``g_B``, ``H_A g_B``, ``H_B g_A``.
+        """
+        leaves = self._leaves(theta)
+        graphs = []
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch, seed in zip(batches, seeds, strict=True):
+                with self._evaluation(seed):
+                    loss = self._loss(leaves, batch)
+                    graph = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+                graphs.append(graph)
+            products = leaves[0].new_zeros(2, self.size)
+            for graph, direction, row in zip(graphs, reversed(graphs), products, strict=True):
+                # A gradient that does not depend on the parameters (a loss linear in them) has no second derivative.
+                pairs = [(g, v.detach()) for g, v in zip(graph, direction, strict=True) if g.requires_grad]
+                if pairs:
+                    _accumulate(leaves, self._views(row), [g for g, _ in pairs], [v for _, v in pairs])
+        gradients = products.new_empty(2, self.size)
+        for graph, row in zip(graphs, gradients, strict=True):
+            for view, part in zip(self._views(row), graph, strict=True):
+                view.copy_(part.detach())
+        return (*gradients, *products)
+
+    def _loss(self, leaves: list[Tensor], batch: Any) -> Tensor:
+        dtype = leaves[0].dtype
+        state: dict[str, Tensor] = {f"model.{s.name}": leaf for s, leaf in zip(self.segments, leaves, strict=True)}
+        # Copies of the buffers, so that a batch norm in training mode updates those and not the model's.
+        state |= {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
+        if dtype != self.dtype:
+            frozen = {f"model.{name}": p for name, p in self.model.named_parameters() if not p.requires_grad}
+            state = {name: _cast(tensor, dtype) for name, tensor in (state | frozen).items()}
+            batch = _map_tensors(batch, lambda tensor: _cast(tensor, dtype))
+        loss = functional_call(self._call, state, (batch,))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
+        if not loss.requires_grad:
+            raise ValueError("loss_fn returned a loss that does not depend on the model's trainable parameters")
+        return loss.reshape(())
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        return [vector[s.start : s.stop].view(s.shape) for s in self.segments]
+
+    def _leaves(self, theta: Tensor | None) -> list[Tensor]:
+        with torch.inference_mode(False):
+            if theta is None:
+                own = dict(self.model.named_parameters())
+                return [own[s.name].detach().requires_grad_() for s in self.segments]
+            return [view.requires_grad_() for view in self._views(theta.detach())]
+
+    @contextmanager
+    def _evaluation(self, seed: int) -> Iterator[None]:
+        """Gradients on, whatever the caller's mode, and a private random stream."""
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self.device.index or 0])
+        states = [generator.get_state() for generator in generators]
+        try:
+            seeded = [generator.manual_seed(seed).get_state() for generator in generators]
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+            drawn = (not torch.equal(g.get_state(), state) for g, state in zip(generators, seeded, strict=True))
+            self.stochastic = self.stochastic or any(drawn)
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+class _Loss(nn.Module):
+    """``loss_fn(model, batch)`` as a module, so that ``functional_call`` reaches the model's parameters."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self._loss_fn = (loss_fn,)  # in a tuple: a loss that is a module must not be registered as a child
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss_fn[0](self.model, batch)
+
+
+def _accumulate(leaves: list[Tensor], views: list[Tensor], roots: Any, weights: list[Tensor] | None = None) -> None:
+    """Back-propagate into ``views`` and nowhere else: autograd adds in place to a gradient that is already there."""
+    for leaf, view in zip(leaves, views, strict=True):
+        leaf.grad = view
+    torch.autograd.backward(roots, weights, inputs=leaves)
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating tensors to ``dtype``; integers and the rest stay. A tensor already there keeps its identity."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to the tensors of nested tuples, lists and dictionaries."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return type(tree)((key, _map_tensors(value, function)) for key, value in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map_tensors(value, function) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map_tensors(value, function) for value in tree)
+    return tree

@@ -1,0 +1,305 @@
+"""Curvature of a training run, measured while it runs: what to measure when, and the records of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from grokcurv.commutator import CommutatorProbe, CommutatorStats, Method, Sampler, quantile
+from grokcurv.flat import Segment, flatten, select_segments
+from grokcurv.gradients import LossFn
+from grokcurv.pca import StreamingPCA
+from grokcurv.subspace import RandomBaseline, Subspace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from grokcurv.loggers import Logger
+
+BASIS_COMPONENTS = 2
+"""Directions per segment in the execution basis (Xu, arXiv 2602.16746)."""
+
+GRADIENT_TOLERANCE = 0.05
+"""Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""
+
+FIELDS = (
+    "defect_median",
+    "defect_p25",
+    "defect_p75",
+    "noise_floor",
+    "reliable",
+    "grad_norm",
+    "grad_cosine",
+    "bracket_norm",
+    "rho",
+    "exec_fraction",
+    "exec_random_ratio",
+    "exec_matched_ratio",
+    "attention_fraction",
+    "reference_median",
+    "reference_p25",
+    "reference_p75",
+)
+"""What one measurement records, each the median over its pairs unless its name says otherwise."""
+
+
+class CurvatureMonitor:
+    """Measures commutator defects and the trajectory's PCA along a training loop, and changes nothing in it.
+
+    Call :meth:`step` once per training step, after ``backward`` and before clipping and the optimiser. Without a
+    ``sampler`` the pair is (this batch, next batch), and the gradient that training has just left in ``.grad`` is the
+    first of its four gradients; it must be that of ``loss_fn``, unscaled and unclipped, which is checked once. With
+    a ``sampler`` every measurement draws its own pairs and ``.grad`` is not read.
+
+    A measurement whose difference form drowns in rounding is repeated as the exact bracket, and the row's
+    ``method`` says so; a row that neither can vouch for is NaN. The published float32 formula is recorded beside it
+    (``reference_median``), from the same gradients. On an accelerator the row is NaN instead of being repeated,
+    since deciding would stall the device.
+
+    Args:
+        model, loss_fn, eta, method: as for :class:`grokcurv.CommutatorProbe`.
+        every: measure at every this many steps, from the first (step 0) on.
+        pairs: pairs of batches per measurement.
+        pca: a :class:`grokcurv.StreamingPCA` to feed with the parameters; its leading two directions per segment
+            are the execution basis on which every ``delta`` is projected.
+        pca_every: feed ``pca`` at every this many steps.
+        sampler: a function of no arguments that draws ``(batch_a, batch_b)``.
+        loggers: each gets every record, through ``log(record, step)``; passing any makes each measurement read back.
+
+    Raises:
+        ValueError: intervals or pairs below one; several pairs without a sampler.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        every: int = 1,
+        pairs: int = 1,
+        pca: StreamingPCA | None = None,
+        pca_every: int = 100,
+        sampler: Sampler | None = None,
+        method: Method = "difference",
+        eta: float | Literal["auto"] = 1e-3,
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        for name, value in {"every": every, "pairs": pairs, "pca_every": pca_every}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if sampler is None and pairs > 1:
+            raise ValueError(f"pairs={pairs} needs a sampler: without one the only pair is (this batch, next batch)")
+        self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, segments=_attention(model))
+        self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
+        self.sampler = sampler
+        self.loggers = tuple(loggers)
+        self.steps = 0
+        self._baselines: tuple[RandomBaseline, RandomBaseline] | None = None
+        self._rows: list[tuple[int, Method, float, Tensor]] = []
+        self._pca_steps: list[int] = []
+        self._gradient_ratio: Tensor | None = None
+
+    def lookahead(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Each batch of ``loader`` with the one after it; the last comes with None, and is not measured."""
+        batches = iter(loader)
+        for batch in batches:
+            break
+        else:
+            return
+        for following in batches:
+            yield batch, following
+            batch = following
+        yield batch, None
+
+    def step(self, batch: Any = None, next_batch: Any = None) -> None:
+        """Count one training step, and do what is due at it.
+
+        Args:
+            batch: what training has just back-propagated; not needed with a sampler.
+            next_batch: what it will see next; None skips the measurement.
+
+        Raises:
+            ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
+        """
+        step, self.steps = self.steps, self.steps + 1
+        if self.pca is not None and step % self.pca_every == 0:
+            self._feed(self.pca, step)
+        if step % self.every == 0:
+            if self.sampler is None and batch is None:
+                raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
+            if self.sampler is not None or next_batch is not None:
+                self._measure(step, batch, next_batch)
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The latest record, or None; reading it waits for the device."""
+        return self._record(self._rows[-1]) if self._rows else None
+
+    def records(self) -> pd.DataFrame:
+        """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :data:`FIELDS`.
+
+        Reading is the only point that waits for the device. Units: the defect, its floor and the reference are one
+        over the loss; ``grad_norm`` is the loss per unit of theta; the rest are ratios, except ``bracket_norm``
+        (loss squared over theta cubed). ``rho`` is ``|delta_perp| / |delta|``, ``exec_fraction`` is
+        ``|delta_par| / |delta|``, ``exec_random_ratio`` divides it by its mean over random subspaces of R^P, and
+        ``exec_matched_ratio`` does so within the coordinates on which the basis lives. NaN where there was no basis
+        yet, or nothing trustworthy.
+        """
+        import pandas as pd
+
+        self._check_gradient()
+        steps, methods, seconds, rows = zip(*self._rows, strict=True) if self._rows else ((), (), (), ())
+        values = torch.stack(rows).cpu() if rows else torch.empty(0, len(FIELDS))
+        frame = pd.DataFrame(values.numpy(), columns=list(FIELDS))
+        frame.insert(0, "step", pd.array(steps, dtype="int64").to_numpy())
+        frame.insert(5, "method", pd.Series(methods, dtype="str"))
+        frame["reliable"] = frame["reliable"] == 1.0
+        frame["measure_seconds"] = pd.array(seconds, dtype="float64").to_numpy()
+        return frame
+
+    def pca_records(self) -> pd.DataFrame:
+        """PC1 % of every expanding window of the trajectory: columns ``step``, ``matrix``, ``pc1_percent``."""
+        import pandas as pd
+
+        if self.pca is None or not self._pca_steps:
+            return pd.DataFrame({"step": pd.Series(dtype="int64"), "matrix": pd.Series(dtype="str"), "pc1_percent": []})
+        names = [s.name for s in self.pca.segments] if self.pca.segments else ["all"]
+        history = 100.0 * self.pca.pc1_history_.reshape(len(self._pca_steps), len(names)).cpu().numpy()
+        frame = pd.DataFrame(history, columns=names)
+        frame.insert(0, "step", self._pca_steps)
+        return frame.melt("step", var_name="matrix", value_name="pc1_percent").sort_values("step", kind="stable")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on in another process: counters, records and the PCA; tensors and plain values."""
+        return {
+            "steps": self.steps,
+            "pca_steps": list(self._pca_steps),
+            "row_steps": [row[0] for row in self._rows],
+            "row_methods": [row[1] for row in self._rows],
+            "row_seconds": [row[2] for row in self._rows],
+            "rows": torch.stack([row[3] for row in self._rows]) if self._rows else torch.empty(0, len(FIELDS)),
+            "pca": self.pca.state_dict() if self.pca is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the monitor must have been built with the same settings.
+
+        Raises:
+            ValueError: the state has a PCA and the monitor has none, or the other way round.
+        """
+        if (state["pca"] is None) != (self.pca is None):
+            raise ValueError("state was saved with a pca and the monitor has none, or the other way round")
+        self.steps = state["steps"]
+        self._pca_steps = list(state["pca_steps"])
+        rows = state["rows"].to(self.probe.gradients.device, torch.float64)
+        self._rows = list(zip(state["row_steps"], state["row_methods"], state["row_seconds"], rows, strict=True))
+        if self.pca is not None:
+            self.pca.load_state_dict(state["pca"])
+            self._update_basis(self.pca)
+
+    def _feed(self, pca: StreamingPCA, step: int) -> None:
+        pca.partial_fit(flatten(self.probe.gradients.model))
+        self._pca_steps.append(step)
+        self._update_basis(pca)
+
+    def _update_basis(self, pca: StreamingPCA) -> None:
+        """The execution basis so far. Two rows span one direction: the basis waits until every block is full."""
+        if pca.n_samples_seen_ > BASIS_COMPONENTS:
+            basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
+            self.probe.basis = basis
+            self._baselines = (basis.random_baseline("full"), basis.random_baseline("matched"))
+
+    def _measure(self, step: int, batch: Any, next_batch: Any) -> None:
+        start = time.perf_counter()
+        probe = self.probe
+        if self.sampler is not None:
+            source, known = [self.sampler() for _ in range(self.pairs)], None
+        else:
+            source, known = [(batch, next_batch)], self._training_gradient()
+        stats = reported = probe.measure(source, first_gradient=known, seed=step)
+        if self.sampler is None and self._gradient_ratio is None:
+            self._compare_gradient(stats)
+        on_host = probe.gradients.device.type == "cpu"
+        if probe.method == "difference" and on_host and not bool(stats.reliable.all()):
+            reported = probe.measure(source, method="bracket", seed=step)
+        values = self._values(reported, stats.reference)
+        self._rows.append((step, reported.method, time.perf_counter() - start, values))
+        for logger in self.loggers:
+            logger.log(self._record(self._rows[-1]), step=step)
+
+    def _values(self, stats: CommutatorStats, reference: Tensor) -> Tensor:
+        """One row of :data:`FIELDS`, float64 on the device."""
+        missing = torch.full_like(stats.defect, math.nan)
+        delta = stats.bracket_norm * stats.eta.square()
+        reliable = stats.reliable.all()
+        inside, within_random, within_matched, outside = missing, missing, missing, missing
+        if stats.parallel is not None and stats.residual is not None and stats.support is not None and self._baselines:
+            full, matched = self._baselines
+            inside, outside = stats.parallel / delta, stats.residual / delta
+            within_random = inside / full.mean
+            within_matched = stats.parallel / stats.support / matched.mean
+        attention = (stats.energies.sum(1).sqrt() / delta) if stats.energies is not None else missing
+        curvature = torch.stack([stats.bracket_norm, outside, inside, within_random, within_matched, attention])
+        trusted = torch.cat(
+            [
+                torch.stack([quantile(stats.defect, q) for q in (0.5, 0.25, 0.75)]),
+                quantile(curvature, 0.5),
+            ]
+        )
+        trusted = torch.where(reliable, trusted, math.nan)
+        gradient_norm = quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5)
+        plain = [quantile(stats.noise_floor, 0.5), reliable, gradient_norm, quantile(stats.grad_cosine, 0.5)]
+        published = torch.stack([quantile(reference, q) for q in (0.5, 0.25, 0.75)])
+        return torch.cat([trusted[:3], torch.stack([v.to(torch.float64) for v in plain]), trusted[3:], published])
+
+    def _record(self, row: tuple[int, Method, float, Tensor]) -> dict[str, Any]:
+        step, method, seconds, values = row
+        record: dict[str, Any] = dict(zip(FIELDS, values.tolist(), strict=True))
+        record["reliable"] = record["reliable"] == 1.0
+        return {"step": step, "method": method, **record, "measure_seconds": seconds}
+
+    def _training_gradient(self) -> Tensor | None:
+        """The flat ``.grad``, once it has been checked; None at the first step and for models that draw at random."""
+        gradients = self.probe.gradients
+        if self._gradient_ratio is None or gradients.stochastic:
+            return None
+        return self._flat_grad()
+
+    def _flat_grad(self) -> Tensor:
+        gradients = self.probe.gradients
+        out = torch.zeros(gradients.size, dtype=gradients.dtype, device=gradients.device)
+        parameters = dict(gradients.model.named_parameters())
+        for segment in gradients.segments:
+            grad = parameters[segment.name].grad
+            if grad is not None:
+                out[segment.start : segment.stop].view(segment.shape).copy_(grad)
+        return out
+
+    def _compare_gradient(self, stats: CommutatorStats) -> None:
+        norm = torch.linalg.vector_norm(self._flat_grad()).to(torch.float64)
+        self._gradient_ratio = norm / stats.grad_norm_a[0]
+        if norm.device.type == "cpu":
+            self._check_gradient()
+
+    def _check_gradient(self) -> None:
+        if self._gradient_ratio is None or self.probe.gradients.stochastic:
+            return
+        ratio = self._gradient_ratio.tolist()
+        if abs(ratio - 1.0) > GRADIENT_TOLERANCE:
+            raise ValueError(
+                f"|.grad| is {ratio:.3g} times the norm of the gradient of loss_fn on the batch given to step(); "
+                "call step() after backward and before clipping, with the same loss, or give the monitor a sampler"
+            )
+
+
+def _attention(model: nn.Module) -> tuple[Segment, ...]:
+    """All trainable parameters of the model's attention modules, weights and biases."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    patterns = [f"{name}.*" if name else "*" for name in names]
+    return tuple(s for s in select_segments(model, *patterns) if s.name in trainable) if patterns else ()

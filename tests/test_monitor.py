@@ -1,0 +1,266 @@
+"""CurvatureMonitor: what it records, when, and that training does not notice."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models import PROBLEMS, cross_entropy, cross_entropy64
+from torch import nn
+
+import grokcurv as gc
+from grokcurv import commutator
+from grokcurv.flat import attention_segments, flatten
+from grokcurv.monitor import FIELDS
+
+COLUMNS = ["step", *FIELDS[:4], "method", *FIELDS[4:], "measure_seconds"]
+
+
+def attention_run(
+    generator: torch.Generator, steps: int = 7, *, sampler: bool = True, measured: bool = True, **options
+):
+    """Train the small transformer for a few steps; returns (model, monitor or None, optimiser)."""
+    problem = PROBLEMS["tied attention"]
+    generator = torch.Generator().manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+    torch.manual_seed(5)
+    model = problem.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = [problem.batch(generator) for _ in range(steps)]
+    monitor = None
+    if measured:
+        options = {"pca": gc.StreamingPCA(n_components=2, segments=attention_segments(model)), "pca_every": 1} | options
+        drawn = (lambda: (problem.batch(generator), problem.batch(generator))) if sampler else None
+        monitor = gc.CurvatureMonitor(model, problem.loss_fn, sampler=drawn, **options)
+    for batch, following in zip(loader, [*loader[1:], None], strict=True):
+        problem.loss_fn(model, batch).backward()
+        if monitor is not None:
+            monitor.step(batch, following)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, monitor, optimizer
+
+
+def test_records(generator):
+    model, monitor, _ = attention_run(generator, every=2, pairs=3)
+    records = monitor.records()
+    assert list(records.columns) == COLUMNS
+    assert records["step"].tolist() == [0, 2, 4, 6]
+    assert records["step"].dtype == np.int64
+    assert records["reliable"].dtype == bool
+    assert set(records["method"]) <= {"difference", "bracket"}
+    assert (records["defect_p25"] <= records["defect_median"]).all()
+    assert (records["defect_median"] <= records["defect_p75"]).all()
+    assert (records["noise_floor"] < records["defect_median"] / 10).all()
+    # The basis needs three rows of the trajectory, stored at steps 0, 1, 2.
+    assert records["rho"].isna().tolist() == [True, False, False, False]
+    np.testing.assert_allclose(records["rho"] ** 2 + records["exec_fraction"] ** 2, [np.nan, 1, 1, 1], rtol=0.3)
+    assert records["attention_fraction"].between(0, 1).all()
+    assert (records["measure_seconds"] > 0).all()
+    history = monitor.pca_records()
+    assert list(history.columns) == ["step", "matrix", "pc1_percent"]
+    assert sorted(set(history["step"])) == list(range(7))
+    assert set(history["matrix"]) == {s.name for s in attention_segments(model)}
+    last = monitor.last
+    assert list(last) == ["step", "method", *FIELDS, "measure_seconds"]
+    assert last["defect_median"] == records["defect_median"].iloc[-1]
+
+
+def test_a_row_is_the_probe_s_measurement(generator):
+    problem = PROBLEMS["tied attention"]
+    torch.manual_seed(3)
+    model = problem.model()
+    pairs = [(problem.batch(generator), problem.batch(generator)) for _ in range(4)]
+    drawn = iter(pairs)
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, pairs=4, sampler=lambda: next(drawn))
+    monitor.step()
+    stats = gc.CommutatorProbe(model, problem.loss_fn).measure(pairs)
+    row = monitor.records().iloc[0]
+    assert row["method"] == "difference"
+    assert row["defect_median"] == stats.median().item()
+    assert row["defect_p25"] == stats.quantile(0.25).item()
+    assert row["reference_p75"] == torch.quantile(stats.reference, 0.75).item()
+    assert row["grad_cosine"] == torch.quantile(stats.grad_cosine, 0.5).item()
+    assert np.isnan(row["rho"])
+
+
+def test_training_does_not_notice(generator):
+    state = generator.get_state()
+    runs = []
+    for measured in (True, False):
+        generator.set_state(state)
+        model, _, optimizer = attention_run(generator, measured=measured)
+        runs.append((model.state_dict(), optimizer.state_dict()))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_successive_steps_use_the_training_gradient(generator):
+    _, monitor, _ = attention_run(generator, sampler=False)
+    records = monitor.records()
+    assert records["step"].tolist() == [0, 1, 2, 3, 4, 5]  # the last batch has no next one
+    calls = []
+    gradient = monitor.probe.gradients.gradient
+    problem = PROBLEMS["tied attention"]
+    a, b = problem.batch(generator), problem.batch(generator)
+    model = monitor.probe.gradients.model
+    problem.loss_fn(model, a).backward()
+    monitor.probe.noise_floor = False
+    monitor.probe.gradients.gradient = lambda *args, **kw: calls.append(args) or gradient(*args, **kw)
+    monitor.probe.method = "reference"  # no repetition as a bracket
+    monitor.step(a, b)
+    assert len(calls) == 3
+    monitor.probe.gradients.gradient = gradient
+    expected = gc.CommutatorProbe(model, problem.loss_fn).measure([(a, b)])
+    assert monitor.records()["reference_median"].iloc[-1] == expected.reference.item()
+
+
+def test_a_gradient_that_is_not_the_loss_s_is_refused(generator):
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    a, b = problem.batch(generator), problem.batch(generator)
+    (3 * problem.loss_fn(model, a)).backward()
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn)
+    with pytest.raises(ValueError, match=r"\|\.grad\| is 3 times the norm of the gradient of loss_fn"):
+        monitor.step(a, b)
+
+
+def test_dropout_recomputes_the_first_gradient(generator):
+    model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Tanh(), nn.Linear(64, 3))
+    problem = PROBLEMS["perceptron"]
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn)
+    for batch, following in monitor.lookahead([problem.batch(generator) for _ in range(4)]):
+        model.zero_grad()
+        problem.loss_fn(model, batch).backward()
+        monitor.step(batch, following)
+    records = monitor.records()
+    assert len(records) == 3
+    assert (records["defect_median"] < 100).all()  # unequal masks would give about 1 / eta
+
+
+def test_lookahead():
+    monitor = gc.CurvatureMonitor(nn.Linear(1, 1), lambda m, x: m(x).sum())
+    assert list(monitor.lookahead([])) == []
+    assert list(monitor.lookahead([1])) == [(1, None)]
+    assert list(monitor.lookahead(iter([1, 2, 3]))) == [(1, 2), (2, 3), (3, None)]
+
+
+def confident(generator: torch.Generator):
+    """A perceptron so sure of itself that the float32 cross-entropy has lost its gradient's digits."""
+    problem = PROBLEMS["perceptron"]
+    torch.manual_seed(1)
+    model = problem.model()
+    batch = problem.batch(generator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        problem.loss_fn(model, batch).backward()
+        optimizer.step()
+    return model, batch
+
+
+def test_an_unreliable_difference_is_repeated_as_a_bracket(generator):
+    model, batch = confident(generator)
+    other = {"x": batch["x"] + 0.1, "y": batch["y"]}
+    monitor = gc.CurvatureMonitor(model, cross_entropy64, sampler=lambda: (batch, other), eta=1e-6)
+    monitor.step()
+    row = monitor.records().iloc[0]
+    double = [{"x": b["x"].double(), "y": b["y"]} for b in (batch, other)]
+    exact_model = copy.deepcopy(model).double()
+    exact = gc.commutator_defect(exact_model, cross_entropy64, *double, method="bracket").defect.item()
+    assert row["method"] == "bracket"
+    assert row["reliable"]
+    np.testing.assert_allclose(row["defect_median"], exact, rtol=1e-3)
+    assert row["reference_median"] > 0
+
+
+def test_what_nothing_can_vouch_for_is_nan(generator):
+    model, batch = confident(generator)
+    monitor = gc.CurvatureMonitor(model.bfloat16(), lambda m, b: cross_entropy(m, b), sampler=lambda: (batch, batch))
+    batch["x"] = batch["x"].bfloat16()
+    monitor.step()
+    row = monitor.records().iloc[0]
+    assert row["method"] == "bracket"
+    assert not row["reliable"]
+    assert row[["defect_median", "defect_p25", "defect_p75", "bracket_norm", "rho"]].isna().all()
+    assert row[["noise_floor", "grad_norm"]].notna().all()
+
+
+def test_state_dict_goes_on_where_it_stopped(generator):
+    problem = PROBLEMS["tied attention"]
+    torch.manual_seed(2)
+    model = problem.model()
+
+    def new(batches) -> gc.CurvatureMonitor:
+        pca = gc.StreamingPCA(n_components=2, segments=attention_segments(model))
+        drawn = iter(batches)
+        return gc.CurvatureMonitor(
+            model, problem.loss_fn, every=2, pca=pca, pca_every=1, sampler=lambda: (next(drawn), next(drawn))
+        )
+
+    batches = [problem.batch(generator) for _ in range(12)]
+    trajectory = [flatten(model)]
+    for _ in range(11):
+        trajectory.append(trajectory[-1] + 0.01 * torch.randn(len(trajectory[0]), generator=generator))
+    whole, first, second = new(batches), new(batches[:6]), new(batches[6:])
+    state = None
+    for step, theta in enumerate(trajectory):
+        nn.utils.vector_to_parameters(theta, model.parameters())
+        whole.step()
+        if step < 5:
+            first.step()
+        elif step == 5:
+            state = first.state_dict()
+            second.load_state_dict(copy.deepcopy(state))
+        if step >= 5:
+            second.step()
+    drop = "measure_seconds"
+    pd.testing.assert_frame_equal(
+        whole.records().drop(columns=drop), second.records().drop(columns=drop), check_exact=True
+    )
+    pd.testing.assert_frame_equal(whole.pca_records(), second.pca_records(), check_exact=True)
+    with pytest.raises(ValueError, match="saved with a pca and the monitor has none"):
+        gc.CurvatureMonitor(model, problem.loss_fn).load_state_dict(state)
+
+
+def test_empty_monitor_has_empty_records():
+    monitor = gc.CurvatureMonitor(nn.Linear(1, 1), lambda m, x: m(x).sum())
+    assert monitor.last is None
+    assert list(monitor.records().columns) == COLUMNS
+    assert len(monitor.records()) == 0
+    assert len(monitor.pca_records()) == 0
+    monitor.load_state_dict(monitor.state_dict())
+    assert len(monitor.records()) == 0
+
+
+def test_loggers_get_every_record(generator):
+    class Collect:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, dict]] = []
+
+        def log(self, record, step):
+            self.seen.append((step, record))
+
+        def close(self):
+            pass
+
+    logger = Collect()
+    _, monitor, _ = attention_run(generator, every=3, loggers=[logger])
+    assert [step for step, _ in logger.seen] == [0, 3, 6]
+    assert logger.seen[-1][1]["defect_median"] == monitor.records()["defect_median"].iloc[-1]
+
+
+def test_bad_input(generator):
+    model, loss_fn = nn.Linear(1, 1), lambda m, x: m(x).sum()
+    for name in ("every", "pairs", "pca_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            gc.CurvatureMonitor(model, loss_fn, **{name: 0})
+    with pytest.raises(ValueError, match="pairs=2 needs a sampler"):
+        gc.CurvatureMonitor(model, loss_fn, pairs=2)
+    with pytest.raises(ValueError, match="needs the batch and the next one"):
+        gc.CurvatureMonitor(model, loss_fn).step()
+
+
+def test_reliability_is_ten_times_the_floor():
+    assert commutator.RELIABLE_RATIO == 10

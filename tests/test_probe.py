@@ -1,0 +1,364 @@
+"""CommutatorProbe against the definition and against dense Hessians, in float64; and what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import PROBLEMS, Problem, cross_entropy, cross_entropy64
+from torch import Tensor, nn
+
+import grokcurv as gc
+from grokcurv.flat import Segment, flatten, segments_of
+
+ETA = 1e-2
+
+
+@pytest.fixture(params=PROBLEMS)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return PROBLEMS[request.param]
+
+
+def draw(problem: Problem, generator: torch.Generator, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+    model = problem.model().to(dtype)
+    batches = [problem.batch(generator) for _ in range(6)]
+    cast = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches]
+    return model, list(zip(cast[::2], cast[1::2], strict=True))
+
+
+def at(model: nn.Module, theta: Tensor) -> nn.Module:
+    """A copy of the model with other parameters."""
+    other = copy.deepcopy(model)
+    nn.utils.vector_to_parameters(theta, [p for p in other.parameters() if p.requires_grad])
+    return other
+
+
+def gradient(problem: Problem, model: nn.Module, theta: Tensor, batch) -> Tensor:
+    other = at(model, theta)
+    parameters = [p for p in other.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(problem.loss_fn(other, batch), parameters, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]
+    )
+
+
+def end_point(problem: Problem, model: nn.Module, theta: Tensor, eta: float, first, second) -> Tensor:
+    theta = theta - eta * gradient(problem, model, theta, first)
+    return theta - eta * gradient(problem, model, theta, second)
+
+
+def hessian(problem: Problem, model: nn.Module, theta: Tensor, batch) -> Tensor:
+    """By central differences of gradients: nothing shared with the probe's double backward."""
+    step = 1e-5
+    columns = [
+        (gradient(problem, model, theta + step * e, batch) - gradient(problem, model, theta - step * e, batch))
+        / (2 * step)
+        for e in torch.eye(len(theta), dtype=theta.dtype)
+    ]
+    return torch.stack(columns, 1)
+
+
+def test_difference_is_the_definition(problem, generator):
+    model, pairs = draw(problem, generator)
+    stats = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA).measure(pairs, keep_delta=True)
+    theta = flatten(model)
+    for i, (a, b) in enumerate(pairs):
+        delta = end_point(problem, model, theta, ETA, a, b) - end_point(problem, model, theta, ETA, b, a)
+        g_a, g_b = gradient(problem, model, theta, a), gradient(problem, model, theta, b)
+        # theta of order 1 is rounded to 1e-16 in the end points; delta itself is of order eta^2 = 1e-4
+        torch.testing.assert_close(stats.delta[i], delta, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(stats.grad_norm_a[i], g_a.norm(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(stats.grad_norm_b[i], g_b.norm(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(stats.grad_cosine[i], g_a @ g_b / (g_a.norm() * g_b.norm()), rtol=1e-11, atol=1e-13)
+        defect = delta.norm() / (ETA**2 * g_a.norm() * g_b.norm())
+        torch.testing.assert_close(stats.defect[i], defect, rtol=1e-8, atol=0)
+        published = delta.norm() / (ETA**2 * g_a.norm() * g_b.norm() + 1e-12)
+        torch.testing.assert_close(stats.reference[i], published, rtol=1e-6, atol=0)
+    assert stats.delta.shape == (3, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    assert stats.reliable.all()
+
+
+def test_bracket_is_the_lie_bracket_of_dense_hessians(problem, generator):
+    model, pairs = draw(problem, generator)
+    stats = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA, method="bracket").measure(pairs, keep_delta=True)
+    theta = flatten(model)
+    a, b = pairs[1]
+    g_a, g_b = gradient(problem, model, theta, a), gradient(problem, model, theta, b)
+    bracket = hessian(problem, model, theta, b) @ g_a - hessian(problem, model, theta, a) @ g_b
+    torch.testing.assert_close(stats.delta[1] / ETA**2, bracket, rtol=1e-5, atol=1e-8)  # differences at step 1e-5
+    torch.testing.assert_close(stats.bracket_norm[1], bracket.norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.defect[1], bracket.norm() / (g_a.norm() * g_b.norm()), rtol=1e-6, atol=0)
+    assert stats.reference.isnan().all()
+    assert stats.reliable.all()
+
+
+def test_difference_is_exactly_the_bracket_for_a_quadratic_loss(generator):
+    problem = PROBLEMS["linear"]
+    model, pairs = draw(problem, generator)
+    probe = gc.CommutatorProbe(model, problem.loss_fn, eta=0.1)
+    difference, bracket = probe.measure(pairs), probe.measure(pairs, method="bracket")
+    torch.testing.assert_close(difference.defect, bracket.defect, rtol=1e-10, atol=0)
+
+
+def test_reference_is_the_published_formula_in_float32(problem, generator):
+    model, pairs = draw(problem, generator, torch.float32)
+    stats = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA, method="reference").measure(pairs)
+    theta = flatten(model)
+    for i, (a, b) in enumerate(pairs):
+        delta = end_point(problem, model, theta, ETA, a, b) - end_point(problem, model, theta, ETA, b, a)
+        g_a, g_b = gradient(problem, model, theta, a), gradient(problem, model, theta, b)
+        published = delta.norm() / ((ETA * g_a).norm() * (ETA * g_b).norm() + 1e-12)
+        torch.testing.assert_close(stats.defect[i].float(), published, rtol=1e-5, atol=0)
+    difference = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA).measure(pairs)
+    assert torch.equal(difference.reference, stats.defect)
+    assert (stats.noise_floor > difference.noise_floor).all()
+
+
+@pytest.mark.parametrize("method", ["difference", "bracket"])
+def test_float32_errors_lie_below_the_floor(method, generator):
+    problem = PROBLEMS["tied attention"]
+    inside = []
+    for _ in range(12):
+        model, pairs = draw(problem, generator, torch.float32)
+        stats = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA, method=method).measure(pairs, keep_delta=True)
+        exact = gc.CommutatorProbe(model.double(), problem.loss_fn, eta=ETA, method=method).measure(
+            pairs, keep_delta=True
+        )
+        area = exact.eta.square() * exact.grad_norm_a * exact.grad_norm_b
+        error = (stats.delta.double() - exact.delta).norm(dim=1) / area
+        assert (stats.noise_floor <= 100 * error.max()).all()  # a floor of infinity would not do
+        inside += (error <= stats.noise_floor).tolist()
+    assert sum(inside) >= 0.9 * len(inside)
+
+
+def test_floor_rises_with_a_model_of_fewer_digits(generator):
+    problem = PROBLEMS["perceptron"]
+    model, pairs = draw(problem, generator)
+    floors = {
+        dtype: gc.CommutatorProbe(
+            model.to(dtype), lambda m, b: cross_entropy(m, {"x": b["x"].to(m[0].weight.dtype), "y": b["y"]})
+        )
+        .measure(pairs)
+        .noise_floor.median()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    }
+    assert 1e3 * floors[torch.float64] < floors[torch.float32] < floors[torch.bfloat16] / 1e3
+
+
+def test_without_a_floor_nothing_is_reliable(generator):
+    problem = PROBLEMS["perceptron"]
+    model, pairs = draw(problem, generator)
+    stats = gc.CommutatorProbe(model, problem.loss_fn, noise_floor=False).measure(pairs)
+    assert stats.noise_floor.isnan().all()
+    assert not stats.reliable.any()
+    assert stats.defect.isfinite().all()
+
+
+def test_cross_entropy64_keeps_the_gradient_of_a_confident_model():
+    logits = torch.tensor([[15.0, 0.0, 0.0]], requires_grad=True)
+    rest = 2 * torch.tensor(-15.0, dtype=torch.float64).exp()
+    exact = -rest / (1 + rest)
+    (grad,) = torch.autograd.grad(gc.cross_entropy64(logits, torch.tensor([0])), logits)
+    torch.testing.assert_close(grad[0, 0].double(), exact, rtol=1e-7, atol=0)
+    (plain,) = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.tensor([0])), logits)
+    assert (plain[0, 0].double() / exact - 1).abs() > 1e-3  # 1 - p is 6e-7, known to 6e-8
+
+
+def test_basis_and_segments(generator):
+    problem = PROBLEMS["tied attention"]
+    model, pairs = draw(problem, generator)
+    first, *_, last = segments_of(model)
+    q = torch.linalg.qr(torch.randn(last.length, 2, dtype=torch.float64, generator=generator)).Q.T
+    basis = gc.Subspace.from_blocks(last.stop, [(last.start, q.contiguous())])
+    probe = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA, basis=basis, segments=[first, last])
+    stats = probe.measure(pairs, keep_delta=True)
+    part = stats.delta[:, last.start : last.stop]
+    torch.testing.assert_close(stats.coefficients, part @ q.T, rtol=1e-12, atol=1e-18)
+    torch.testing.assert_close(stats.parallel, (part @ q.T).norm(dim=1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        stats.residual, (stats.delta.square().sum(1) - stats.parallel**2).sqrt(), rtol=1e-9, atol=0
+    )
+    torch.testing.assert_close(stats.support, part.norm(dim=1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.energies[:, 0], stats.delta[:, : first.stop].square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(stats.energies[:, 1], part.square().sum(1), rtol=1e-12, atol=0)
+    probe.basis = None
+    assert probe.measure(pairs).parallel is None
+
+
+def test_auto_step_estimates_the_bracket_whatever_the_gradient(generator):
+    problem = PROBLEMS["tied attention"]
+    model, pairs = draw(problem, generator)
+    for scale in (1e-6, 1.0, 1e3):
+
+        def loss_fn(model: nn.Module, batch, scale: float = scale) -> Tensor:
+            return scale * problem.loss_fn(model, batch)
+
+        auto = gc.CommutatorProbe(model, loss_fn, eta="auto").measure(pairs)
+        bracket = gc.CommutatorProbe(model, loss_fn, method="bracket").measure(pairs)
+        torch.testing.assert_close(auto.defect, bracket.defect, rtol=1e-4, atol=0)
+        length = auto.eta * (auto.grad_norm_a * auto.grad_norm_b).sqrt()
+        assert (length / flatten(model).norm() < 1e-8).all()
+
+
+@pytest.mark.parametrize("method", ["difference", "bracket", "reference"])
+def test_measuring_leaves_everything_alone(problem, method, generator):
+    model, pairs = draw(problem, generator, torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for batch in (pairs[0][0], pairs[0][1]):
+        optimizer.zero_grad()
+        problem.loss_fn(model, batch).backward()
+        optimizer.step()
+    before = copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict()))
+    pointers = [p.data_ptr() for p in model.parameters()]
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        gc.CommutatorProbe(model, problem.loss_fn, method=method).measure(pairs)
+    after = (model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict())
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+
+
+def test_a_loss_with_parameters_of_its_own_is_left_alone(generator):
+    model, pairs = draw(PROBLEMS["perceptron"], generator)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, model: nn.Module, batch) -> Tensor:
+            return self.scale * cross_entropy(model, batch)
+
+    loss_fn = Scaled()
+    gc.CommutatorProbe(model, loss_fn).measure(pairs)
+    assert loss_fn.scale.grad is None
+
+
+def test_dropout_meets_the_same_mask_at_every_point(generator):
+    model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Tanh(), nn.Linear(64, 3)).double()
+    batches = PROBLEMS["perceptron"].batch(generator), PROBLEMS["perceptron"].batch(generator)
+    pair = tuple({"x": b["x"].double(), "y": b["y"]} for b in batches)
+    probe = gc.CommutatorProbe(model, cross_entropy, eta=1e-5)
+    difference, bracket = probe.measure([pair]), probe.measure([pair], method="bracket")
+    # With unequal masks the difference form would be of order 1 / eta.
+    torch.testing.assert_close(difference.defect, bracket.defect, rtol=1e-3, atol=0)
+    assert probe.gradients.stochastic
+    assert not torch.equal(probe.measure([pair], seed=1).defect, difference.defect)
+
+
+def test_attention_in_eval_mode_and_compiled_modules(generator):
+    problem = PROBLEMS["tied attention"]
+    model, pairs = draw(problem, generator)
+    expected = gc.CommutatorProbe(model, problem.loss_fn, method="bracket").measure(pairs).defect
+    compiled = torch.compile(model.eval(), backend="eager")
+    for method in ("bracket", "difference"):
+        stats = gc.CommutatorProbe(compiled, problem.loss_fn, method=method, eta=1e-6).measure(pairs)
+        torch.testing.assert_close(stats.defect, expected, rtol=1e-4, atol=0)
+    assert not model.training
+
+
+def test_sampler_and_pairs(generator):
+    problem = PROBLEMS["perceptron"]
+    model, pairs = draw(problem, generator)
+    probe = gc.CommutatorProbe(model, problem.loss_fn)
+    drawn = iter(pairs)
+    stats = probe.measure(lambda: next(drawn), pairs=2)
+    assert torch.equal(stats.defect, probe.measure(pairs, pairs=2).defect)
+    assert len(stats) == 2
+    one_by_one = torch.cat([probe.measure([pair]).defect for pair in pairs])
+    assert torch.equal(probe.measure(pairs).defect, one_by_one)
+    assert torch.equal(probe.measure(pairs).median(), one_by_one.median())
+    assert probe.measure(pairs).quantile(0.0) == one_by_one.min()
+
+
+def test_known_first_gradient(generator):
+    problem = PROBLEMS["perceptron"]
+    model, pairs = draw(problem, generator)
+    probe = gc.CommutatorProbe(model, problem.loss_fn)
+    known = gradient(problem, model, flatten(model), pairs[0][0])
+    torch.testing.assert_close(probe.measure(pairs, first_gradient=known).defect, probe.measure(pairs).defect)
+    with pytest.raises(ValueError, match=r"first_gradient must have shape \(57,\), got \(3,\)"):
+        probe.measure(pairs, first_gradient=known[:3])
+
+
+def test_commutator_defect_keeps_delta(generator):
+    problem = PROBLEMS["perceptron"]
+    model, [(a, b), *_] = draw(problem, generator)
+    stats = gc.commutator_defect(model, problem.loss_fn, a, b, eta=ETA)
+    probe = gc.CommutatorProbe(model, problem.loss_fn, eta=ETA)
+    assert torch.equal(stats.delta, probe.measure([(a, b)], keep_delta=True).delta)
+    swapped = gc.commutator_defect(model, problem.loss_fn, b, a, eta=ETA)
+    assert torch.equal(swapped.delta, -stats.delta)
+
+
+def test_zero_and_nan_gradients_are_never_a_number(generator):
+    model = nn.Linear(2, 1)
+    batch = torch.zeros(3, 2)
+    stats = gc.commutator_defect(model, lambda m, x: 0.0 * m(x).sum(), batch, batch)
+    assert stats.defect.isnan().all()
+    assert not stats.reliable.any()
+    stats = gc.commutator_defect(model, lambda m, x: m(x).sum() * float("nan"), batch, batch)
+    assert stats.defect.isnan().all()
+    assert not stats.reliable.any()
+
+
+def test_bad_input(generator):
+    model, loss_fn, batch = nn.Linear(2, 1), lambda m, x: m(x).mean(), torch.ones(3, 2)
+    pair = [(batch, batch)]
+    with pytest.raises(ValueError, match="method must be one of difference, bracket, reference, got 'exact'"):
+        gc.CommutatorProbe(model, loss_fn, method="exact")
+    with pytest.raises(ValueError, match="method must be one of"):
+        gc.CommutatorProbe(model, loss_fn).measure(pair, method="exact")
+    for eta in (0.0, -1.0, float("nan"), float("inf"), "large"):
+        with pytest.raises(ValueError, match="eta must be a positive number or 'auto'"):
+            gc.CommutatorProbe(model, loss_fn, eta=eta)
+    with pytest.raises(ValueError, match=r"must return a scalar tensor, got shape \(3, 1\)"):
+        gc.CommutatorProbe(model, lambda m, x: m(x)).measure(pair)
+    with pytest.raises(ValueError, match="must return a scalar tensor, got float"):
+        gc.CommutatorProbe(model, lambda m, x: 1.0).measure(pair)
+    with pytest.raises(ValueError, match="does not depend on the model's trainable parameters"):
+        gc.CommutatorProbe(model, lambda m, x: x.sum()).measure(pair)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        gc.CommutatorProbe(nn.Linear(2, 1).requires_grad_(False), loss_fn)
+    with pytest.raises(ValueError, match=r"basis lives in R\^5, the model has P = 3"):
+        gc.CommutatorProbe(model, loss_fn, basis=gc.Subspace.random(1, 5, generator))
+    with pytest.raises(ValueError, match="past P = 3"):
+        gc.CommutatorProbe(model, loss_fn, segments=[Segment("x", 2, 2, (2,))])
+    with pytest.raises(ValueError, match="no pair"):
+        gc.CommutatorProbe(model, loss_fn).measure([])
+    with pytest.raises(ValueError, match="pairs must be given"):
+        gc.CommutatorProbe(model, loss_fn).measure(lambda: pair[0])
+    with pytest.raises(ValueError, match="pairs must be at least 1"):
+        gc.CommutatorProbe(model, loss_fn).measure(pair, pairs=0)
+
+
+MEMORY = """
+import resource, sys, torch
+import grokcurv as gc
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)))
+batch = torch.randn(2, 1024)
+loss_fn = lambda m, x: m(x).square().mean()
+probe = gc.CommutatorProbe(model, loss_fn, method=sys.argv[1], noise_floor=False)
+small = torch.nn.Linear(2, 2)
+gc.CommutatorProbe(small, loss_fn, method=sys.argv[1]).measure([(torch.ones(1, 2), torch.ones(1, 2))])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+probe.measure([(batch, batch + 1)] * int(sys.argv[2]))
+print((peak() - before) / (4 * 1024 * 1024 * 16))
+"""
+
+
+@pytest.mark.parametrize("method", ["difference", "bracket"])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_at_most_six_vectors_of_memory(method, pairs):
+    command = [sys.executable, "-c", MEMORY, method, str(pairs)]
+    vectors = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # One layer's own gradient (a sixteenth of P) is in flight while autograd adds it to the flat buffer.
+    assert 3.0 < vectors <= 6.0 + 4 / 16
