@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+from grokcurv import CurvatureMonitor, StreamingPCA
 from grokcurv.modular import PRESETS, TrainConfig, TrainingError, build_model, config, load_model, split, train
 from grokcurv.runs import RunError, open_run, unpack
 
@@ -263,6 +264,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, folder: bool) -
         assert run.status.endswith("; the last good checkpoint, of step 13, is kept")
         assert run.checkpoint()["step"] == 13
         assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_the_monitor_may_meet_the_bad_weights_first() -> None:
+    models: list[Any] = []
+
+    def factory(model: torch.nn.Module, sampler: Any) -> CurvatureMonitor:
+        models.append(model)
+        return CurvatureMonitor(model, lambda m, b: m(b[0]).sum(), pca=StreamingPCA(), pca_every=15, sampler=sampler)
+
+    def poison(latest: dict[str, Any]) -> None:
+        with torch.no_grad():
+            models[0].head.bias.fill_(torch.nan)
+
+    with pytest.raises(TrainingError, match=r"loss is NaN at step 15$") as caught:
+        train(changed(UNMEASURED, eval_every=100), factory, on_progress=poison)
+    assert caught.value.run.metrics["step"].tolist() == [0, 15]
 
 
 def test_divergence() -> None:

@@ -291,8 +291,14 @@ class _Training:
             if not math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]):
                 return False
         if self.monitor is not None:
-            if self.monitor.sampler is not None:
-                self.monitor.step()
+            try:
+                if self.monitor.sampler is not None:
+                    self.monitor.step()
+            except ValueError:
+                if evaluated or self._finite():
+                    raise
+                self._evaluate()  # the monitor met the bad weights before an evaluation did
+                return False
             if evaluated and self.monitor.last is not None:
                 self.defect = self.monitor.last["defect_median"]
         return True
@@ -378,9 +384,12 @@ class _Training:
         if self.monitor is not None and self.monitor.probe.basis is not None:
             basis = self.monitor.probe.basis
             writer.write_basis({"values": basis.values, "rows": basis.rows, "size": basis.size})
-        if all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if self._finite():
             writer.write_checkpoint(self.state_dict())
             self.saved = self.step
+
+    def _finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     def _write_tables(self, writer: RunWriter) -> None:
         for name, frame in self.tables().items():
