@@ -1,7 +1,7 @@
 """The whole measurement written straight from its definitions: what the package is compared with.
 
-Flat copies of the parameters at every gradient, both end points formed and subtracted, projections on a dense basis, and five random
-subspaces per pair, each from the QR factorisation of a P x K Gaussian matrix.
+Flat copies of the parameters at every gradient, both end points formed and subtracted, projections on a dense basis,
+and five random subspaces per pair, each from the QR factorisation of a P x K Gaussian matrix.
 """
 
 from __future__ import annotations

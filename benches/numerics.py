@@ -1,7 +1,7 @@
 """How many digits do commutator defects have? Regenerates the tables of docs/numerics.md.
 
-Trains modular addition and multiplication with and without weight decay by the paper's recipe, stops at checkpoints from
-step 0 to long after grokking, and measures the same pairs of batches there with every method in float32 and in float64.
+Trains modular addition and multiplication with and without weight decay by the paper's recipe, stops at checkpoints
+from step 0 to long after grokking, and measures the same pairs of batches there with every method in float32 and float64.
 
     make numerics              # about an hour on one core; writes docs/measurements/numerics.csv
     python benches/numerics.py --tables    # the tables alone, from that file
@@ -141,7 +141,8 @@ def run(ops: tuple[str, ...], pairs: int) -> pd.DataFrame:
 def published_table(record: pd.DataFrame) -> str:
     """The checkpoints of the paper's arithmetic: medians over the first five pairs."""
     lines = [
-        "| checkpoint | published float32 formula | difference, float32 | float64 | exact bracket, float64 | cos(published delta, true delta) |",
+        "| checkpoint | published float32 formula | difference, float32 | float64 | exact bracket, float64 "
+        "| cos(published delta, true delta) |",
         "|---|---|---|---|---|---|",
     ]
     for (op, weight_decay), steps in PUBLISHED.items():
@@ -157,7 +158,8 @@ def published_table(record: pd.DataFrame) -> str:
 def checkpoint_table(record: pd.DataFrame) -> str:
     """Float64 logits, every checkpoint."""
     lines = [
-        "| checkpoint | \\|g\\| | D (float64) | reliable | difference error, worst reliable | bracket error, worst | errors below floor | floor / p95 error | monitor |",
+        "| checkpoint | \\|g\\| | D (float64) | reliable | difference error, worst reliable | bracket error, worst "
+        "| errors below floor | floor / p95 error | monitor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     record = _select(record, logits="float64 logits")
@@ -171,7 +173,7 @@ def checkpoint_table(record: pd.DataFrame) -> str:
             f"{len(reliable)}/{len(here)}",
             worst,
             f"{_relative(here, 'bracket').max():.4%}",
-            f"{(here['difference_error'] <= here['difference_floor']).sum()}/{len(here)}",
+            f"{_below_floor(here, 'difference').sum()}/{len(here)}",
             f"{ratio:.1f}",
             here["monitor_method"].iloc[0],
         ]
@@ -198,8 +200,8 @@ def summary(record: pd.DataFrame) -> str:
             "pairs, of them reliable": f"{len(here)}, {len(reliable)}",
             "`difference` within 1 % of float64, of the reliable": f"{(error <= 0.01).mean():.2%} (worst {error.max():.2%})",
             "`bracket` from float64, worst": f"{_relative(here, 'bracket').max():.3%}",
-            "errors below the floor, `difference`": f"{(here['difference_error'] <= here['difference_floor']).mean():.1%}",
-            "errors below the floor, `bracket`": f"{(here['bracket_error'] <= here['bracket_floor']).mean():.1%}",
+            "errors below the floor, `difference`": f"{_below_floor(here, 'difference').mean():.1%}",
+            "errors below the floor, `bracket`": f"{_below_floor(here, 'bracket').mean():.1%}",
             "floor over the 95th percentile of the errors, worst reliable checkpoint": f"{tight.max():.1f}",
             "monitor rows: worst error, rows NaN": f"{monitor.max():.3%}, {monitor.isna().sum()} of {len(monitor)}",
         }
@@ -216,6 +218,10 @@ def _select(record: pd.DataFrame, **values: object) -> pd.DataFrame:
 
 def _relative(record: pd.DataFrame, method: str) -> pd.Series:
     return (record[method] / record[f"{method}_exact"] - 1).abs()
+
+
+def _below_floor(record: pd.DataFrame, method: str) -> pd.Series:
+    return record[f"{method}_error"] <= record[f"{method}_floor"]
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """A whole measurement of the demo's model beside its bare gradients and beside the naive one, in one run.
 
-What must be done: 36 gradients for K = 9 pairs, and for the noise floor one float64 gradient. Everything else (perturbed parameters, defect,
-projection on the execution basis, both random controls) moves a few dozen vectors of 1.2 MB, below one gradient's time.
+What must be done: 36 gradients for K = 9 pairs, and for the noise floor two float64 gradients. Everything else
+(perturbed parameters, defect, projection on the execution basis, both random controls) moves a few dozen vectors of
+1.2 MB a pair, a small part of one gradient's time.
 """
 
 from __future__ import annotations

@@ -259,7 +259,8 @@ class CommutatorProbe:
         scale = AUTO_STEP * math.sqrt(torch.finfo(g_a.dtype).eps / torch.finfo(torch.float32).eps)
         theta = [torch.linalg.vector_norm(p.detach()) for p in self.gradients.model.parameters() if p.requires_grad]
         norms = [torch.linalg.vector_norm(v).to(torch.float64) for v in (torch.stack(theta), g_a, g_b)]
-        return (scale * norms[0] / (norms[1] * norms[2]).sqrt())[None]
+        eta: Tensor = scale * norms[0] / (norms[1] * norms[2]).sqrt()
+        return eta[None]
 
     def _segment_table(self) -> Tensor | None:
         """(S, 2) int64: the probe's segments, then the basis's support."""
@@ -345,7 +346,7 @@ def other_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rounding_error(values: Tensor, other: Tensor) -> Tensor:
-    """(2,) float64: absolute and relative error in the 2-norm of ``values``, read from an evaluation in ``other_dtype``.
+    """(2,) float64: absolute and relative error of ``values`` in the 2-norm, from an evaluation in ``other_dtype``.
 
     Where that evaluation is the less precise one, its own error is seen instead, and is scaled by the ratio of the
     unit roundoffs: rounding errors are proportional to it.

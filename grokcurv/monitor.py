@@ -106,15 +106,13 @@ class CurvatureMonitor:
 
     def lookahead(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Each batch of ``loader`` with the one after it; the last comes with None, and is not measured."""
-        batches = iter(loader)
-        for batch in batches:
-            break
-        else:
-            return
-        for following in batches:
-            yield batch, following
+        batch = nothing = object()
+        for following in loader:
+            if batch is not nothing:
+                yield batch, following
             batch = following
-        yield batch, None
+        if batch is not nothing:
+            yield batch, None
 
     def step(self, batch: Any = None, next_batch: Any = None) -> None:
         """Count one training step, and do what is due at it.
@@ -289,7 +287,7 @@ class CurvatureMonitor:
     def _check_gradient(self) -> None:
         if self._gradient_ratio is None or self.probe.gradients.stochastic:
             return
-        ratio = self._gradient_ratio.tolist()
+        (ratio,) = self._gradient_ratio[None].tolist()
         if abs(ratio - 1.0) > GRADIENT_TOLERANCE:
             raise ValueError(
                 f"|.grad| is {ratio:.3g} times the norm of the gradient of loss_fn on the batch given to step(); "

@@ -172,7 +172,7 @@ def test_an_unreliable_difference_is_repeated_as_a_bracket(generator):
     assert row["method"] == "bracket"
     assert row["reliable"]
     np.testing.assert_allclose(row["defect_median"], exact, rtol=1e-3)
-    assert row["reference_median"] > 0
+    assert abs(row["reference_median"] / exact - 1) > 0.5  # the published formula sees theta not move at all
 
 
 def test_what_nothing_can_vouch_for_is_nan(generator):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from models import PROBLEMS, Problem, cross_entropy, cross_entropy64
+from models import PROBLEMS, Problem, cross_entropy
 from torch import Tensor, nn
 
 import grokcurv as gc
