@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -334,8 +334,6 @@ def _mathematical(label: str) -> str:
 
 def _log_scale(axes: Axes) -> None:
     axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="minor", visible=False)
 
 

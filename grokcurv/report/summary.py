@@ -138,8 +138,10 @@ class Summary:
         if not self.curvature.empty:
             measuring = self.curvature["measure_seconds"]
             said["one measurement"] = f"{number(1000 * float(measuring.median()))} ms (median of {len(measuring):,})"
-            share = f" ({float(measuring.sum()) / seconds:.0%} of the run)" if seconds > 0 else ""
-            said["all measurements"] = duration(float(measuring.sum())) + share
+            total = float(measuring.sum())
+            # The run's seconds end at its last evaluation, which a measurement may follow.
+            share = f" ({total / seconds:.0%} of the run)" if total < seconds else ""
+            said["all measurements"] = duration(total) + share
         return said
 
 

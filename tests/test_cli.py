@@ -1,0 +1,276 @@
+"""The command line: what flags become, what bad input gets, what is shown, and one small run from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import synthetic_run
+from rich.console import Console
+
+from grokcurv import cli
+from grokcurv.modular import PRESETS, TrainConfig, TrainingError
+from grokcurv.runs import Run
+
+SMALL = [
+    f"--{flag}" for flag in ("p=11", "d-model=8", "heads=2", "d-ff=8", "layers=1", "batch-size=16", "eval-every=5")
+]
+
+
+@dataclasses.dataclass
+class Call:
+    config: TrainConfig
+    out: Path
+    resume: bool
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Replaces training; what it was called with."""
+    calls: list[Call] = []
+
+    def train(config: TrainConfig, *, out: Path, resume: bool, on_progress: Callable[[dict[str, Any]], None]) -> Run:
+        calls.append(Call(config, out, resume))
+        return Run(None, {}, {}, tables={"metrics": pd.DataFrame({"step": [0, 7000], "test_acc": [0.0, 0.991]})})
+
+    monkeypatch.setattr("grokcurv.modular.train", train)
+    return calls
+
+
+def train_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def train(*_: object, **__: object) -> Run:
+        raise error
+
+    monkeypatch.setattr("grokcurv.modular.train", train)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == cli.USAGE
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == cli.USAGE
+    for command in ("train", "report", "doctor"):
+        assert f"\n  {command} " in cli.USAGE
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: grokcurv {command}" in capsys.readouterr().out
+
+
+def test_help_loads_no_more_than_the_package() -> None:
+    code = """\
+import sys, grokcurv
+before = set(sys.modules)
+from grokcurv.cli import main
+main(["--help"])
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not loaded & {"tyro", "rich", "pandas", "matplotlib", "jinja2", "pyarrow"}, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_train_has_a_flag_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    for field in dataclasses.fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in words
+    assert {"--out", "--resume"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "out", "resume"),
+    [
+        ("", PRESETS["paper"], "runs/add-seed42", False),
+        ("--preset nanda --lr 0.5", dataclasses.replace(PRESETS["nanda"], lr=0.5), "runs/add-seed42", False),
+        ("--lr 0.5 --preset=nanda", dataclasses.replace(PRESETS["nanda"], lr=0.5), "runs/add-seed42", False),
+        ("--op mul --seed 7 --out some/where", TrainConfig(op="mul", seed=7), "some/where", False),
+        (
+            "--no-layer-norm --rng paper --measure-every 0 --resume",
+            TrainConfig(layer_norm=False, rng="paper", measure_every=0),
+            "runs/add-seed42",
+            True,
+        ),
+    ],
+)
+def test_flags(
+    trained: list[Call],
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    config: TrainConfig,
+    out: str,
+    resume: bool,
+) -> None:
+    assert cli.main(["train", *arguments.split()]) == 0
+    assert trained == [Call(config, Path(out), resume)]
+    said = capsys.readouterr().out
+    assert said == f"{out}: 7,000 steps, test accuracy 99.1%\nto see it: grokcurv report {out}\n"
+
+
+def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Path) -> None:
+    there = dataclasses.replace(PRESETS["nanda"], seed=3, lr=0.25)
+    synthetic_run.write_run(tmp_path / "run", {}, status="interrupted", **dataclasses.asdict(there))
+    resume = ["train", "--resume", "--out", str(tmp_path / "run")]
+    assert cli.main(resume) == 0
+    assert cli.main([*resume, "--preset", "paper"]) == 0
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 0  # a folder without a run: from the beginning
+    assert [call.config for call in trained] == [there, PRESETS["paper"], PRESETS["paper"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("fly", "no command 'fly': there are train, report, doctor"),
+        ("train --op pow", "op must be one of add, sub, mul,"),
+        ("train --op div --p 10", "p must be prime for op 'div'"),
+        ("train --preset mine", "preset must be one of 'paper',"),
+        ("train --preset", "Missing value for argument '--preset'"),
+        ("train --lr fast", "could not convert string to float: 'fast'"),
+        ("train --learning-rate 1", "Unrecognized options: --learning-rate"),
+        ("train --batch-size 100000", "batch_size is larger than the training set"),
+        ("train --device nowhere --out {}/new", "device must be one that torch has here; got 'nowhere'"),
+        ("train --out {}/file", "cannot write into"),
+        ("train --resume --out {}/damaged", "config.json is missing or damaged"),
+        ("report {}", "holds no run: there is no config.json in it"),
+        ("report", "Missing from grokcurv report: DIR"),
+        ("doctor --loud", "Unrecognized options: --loud"),
+    ],
+)
+def test_bad_input(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    try:
+        status: object = cli.main([argument.format(tmp_path) for argument in arguments.split()])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert said in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+def test_another_configuration_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.asdict(TrainConfig(lr=0.25))
+    synthetic_run.write_run(tmp_path, {}, **config)
+    assert cli.main(["train", "--out", str(tmp_path)]) == 2
+    assert "another configuration: lr (0.25 there, 0.001 here)" in capsys.readouterr().err
+
+
+def test_training_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    train_raises(monkeypatch, TrainingError("loss is NaN at step 30", Run(None, {}, {})))
+    assert cli.main(["train", "--out", "somewhere"]) == 1
+    assert capsys.readouterr().err == "grokcurv: somewhere: loss is NaN at step 30\n"
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    train_raises(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["train", "--out", "somewhere"]) == 130
+    assert capsys.readouterr().err == "stopped; to go on: grokcurv train --resume --out somewhere\n"
+    monkeypatch.setattr(cli, "_defaults", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))  # before training
+    assert cli.main(["train"]) == 130
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_raises(monkeypatch, IndexError("ours"))
+    with pytest.raises(IndexError, match="ours"):
+        cli.main(["train"])
+
+
+def test_train_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    measuring = ["--steps=30", "--measure-every=10", "--pca-every=5", "--pairs=2", "--threads=1"]
+    assert cli.main(["train", *SMALL, *measuring, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert f"{out}: 30 steps, test accuracy " in said.out
+    assert said.err.startswith("30/30  ")  # not a terminal: one line at the end
+    assert cli.main(["report", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report.html'}\n"
+    page = (out / "report.html").read_text()
+    assert "add mod 11, seed 42" in page
+    assert page.count("<img ") == 4
+
+
+def test_ctrl_c_in_a_process_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grokcurv.cli", "train", *SMALL, "--measure-every", "0", "--steps", "10000000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        for _ in range(600):
+            if (tmp_path / "checkpoint.safetensors").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"to go on: grokcurv train --resume --out {tmp_path}" in err
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "interrupted"
+
+
+LATEST = {
+    "step": 2000,
+    "steps": 20_000,
+    "train_loss": 0.01234,
+    "train_acc": 1.0,
+    "test_acc": 0.3421,
+    "defect": 87.31,
+    "steps_per_second": 225.0,
+    "grok_step": None,
+}
+
+
+def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    with cli._Progress("add", Console(file=file)) as progress:
+        progress(LATEST)
+        assert not file.getvalue()  # the first line is due after PLAIN_SECONDS
+        monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.0)
+        progress(LATEST)
+        progress({**LATEST, "step": 3000, "steps": 4100, "grok_step": 3100, "defect": None, "steps_per_second": 0.0})
+    lines = file.getvalue().splitlines()
+    assert lines[0] == ("2,000/20,000  225 steps/s  0:01:20 left  loss 0.0123  train 100.0%  test 34.2%  defect 87.3")
+    assert lines[1] == "3,000/4,100  0 steps/s  loss 0.0123  train 100.0%  test 34.2%  grokked at 3,100"
+    assert lines[2:] == lines[1:2]  # the last one again, at the end
+
+
+def test_nothing_is_said_of_a_run_that_never_started() -> None:
+    file = io.StringIO()
+    with cli._Progress("add", Console(file=file)):
+        pass
+    assert not file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_bar_on_a_terminal(width: int) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    with cli._Progress("add mod 97, seed 42", console) as progress:
+        progress.live.refresh()
+        assert "starting" in file.getvalue()
+        progress(LATEST)
+        progress.live.refresh()
+    bar, state = file.getvalue().rpartition("starting")[2].splitlines()[-3:-1]
+    assert "add mod 97, seed 42" in bar
+    assert "━" in bar
+    assert "2,000/20,000  225 steps/s  0:01:20 left" in bar
+    assert state == "loss 0.0123  train 100.0%  test 34.2%  defect 87.3"
