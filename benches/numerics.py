@@ -1,7 +1,7 @@
 """How many digits do commutator defects have? Regenerates the tables of docs/numerics.md.
 
 Trains modular addition and multiplication with and without weight decay by the paper's recipe, stops at checkpoints
-from step 0 to long after grokking, and measures the same pairs of batches there with every method in float32 and float64.
+from step 0 to long after grokking, and measures the same pairs of batches there with every method in both precisions.
 
     make numerics              # about an hour on one core; writes docs/measurements/numerics.csv
     python benches/numerics.py --tables    # the tables alone, from that file
@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,16 +53,23 @@ def cross_entropy64(model: nn.Module, batch: Batch) -> Tensor:
 LOSSES = {"float32 logits": cross_entropy, "float64 logits": cross_entropy64}
 
 
-def train(op: str, weight_decay: float) -> Iterator[tuple[int, nn.Module, Dataset]]:
-    """The paper's recipe, its random numbers too; yields at each checkpoint."""
+def checkpoints(op: str, weight_decay: float, kept: Path | None) -> Iterator[tuple[int, nn.Module, Dataset]]:
+    """The paper's recipe, its random numbers too; yields at each checkpoint, or reads those in the folder ``kept``."""
     data = split(op, 97, 0.5, random.Random(SEED))
     torch.manual_seed(SEED)
     model = Transformer()
+    files = {step: kept and kept / f"{op}_{weight_decay:g}_{step}.safetensors" for step in CHECKPOINTS[weight_decay]}
+    if all(file and file.exists() for file in files.values()):
+        for step, file in files.items():
+            load_model(model, file)
+            yield step, model, data
+        return
     numbers = np.random.RandomState(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=weight_decay)
-    steps = CHECKPOINTS[weight_decay]
-    for step in range(steps[-1] + 1):
-        if step in steps:
+    for step in range(max(files) + 1):
+        if step in files:
+            if kept:
+                save_model(model, files[step])
             yield step, model, data
         optimizer.zero_grad()
         cross_entropy(model, draw(data, numbers)).backward()
@@ -88,44 +96,47 @@ def direct_delta(probe: gc.CommutatorProbe, pair: tuple[Batch, Batch]) -> Tensor
 
 def assess(model: nn.Module, pairs: list[tuple[Batch, Batch]]) -> pd.DataFrame:
     """One row per pair and loss: every method in float32 beside float64."""
-    exact_model = copy.deepcopy(model).double()
-    frames = []
-    for logits, loss_fn in LOSSES.items():
-        probe = gc.CommutatorProbe(model, loss_fn, eta=ETA)
-        exact_probe = gc.CommutatorProbe(exact_model, cross_entropy64, eta=ETA, noise_floor=False)
-        columns: dict[str, Tensor] = {}
-        for method in ("difference", "bracket"):
-            found = probe.measure(pairs, method=method, keep_delta=True)
-            exact = exact_probe.measure(pairs, method=method, keep_delta=True)
-            area = exact.eta.square() * exact.grad_norm_a * exact.grad_norm_b
-            columns |= {
-                method: found.defect,
-                f"{method}_exact": exact.defect,
-                f"{method}_error": (found.delta.double() - exact.delta).norm(dim=1) / area,
-                f"{method}_floor": found.noise_floor,
-                f"{method}_reliable": found.reliable,
-            }
-            if method == "difference":
-                columns |= {"grad_norm": exact.grad_norm_a, "reference": found.reference}
-                direct = torch.stack([direct_delta(probe, pair) for pair in pairs]).double()
-                columns["reference_cosine"] = torch.cosine_similarity(direct, exact.delta)
-        remaining = iter(pairs)
-        monitor = gc.CurvatureMonitor(model, loss_fn, pairs=len(pairs), sampler=lambda it=remaining: next(it), eta=ETA)
-        monitor.step()
-        row = monitor.records().iloc[0]
-        frame = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
-        frame.insert(0, "pair", range(len(pairs)))
-        frame.insert(0, "logits", logits)
-        frame["monitor_method"], frame["monitor_median"] = row["method"], row["defect_median"]
-        frames.append(frame)
-    return pd.concat(frames)
+    exact_probe = gc.CommutatorProbe(copy.deepcopy(model).double(), cross_entropy64, eta=ETA, noise_floor=False)
+    exact = {method: exact_probe.measure(pairs, method=method, keep_delta=True) for method in ("difference", "bracket")}
+    return pd.concat([_assess(model, pairs, logits, exact) for logits in LOSSES])
 
 
-def run(ops: tuple[str, ...], pairs: int) -> pd.DataFrame:
+def _assess(
+    model: nn.Module, pairs: list[tuple[Batch, Batch]], logits: str, exact: dict[str, gc.CommutatorStats]
+) -> pd.DataFrame:
+    probe = gc.CommutatorProbe(model, LOSSES[logits], eta=ETA)
+    direct = torch.stack([direct_delta(probe, pair) for pair in pairs]).double()
+    columns: dict[str, Tensor] = {
+        "grad_norm": exact["difference"].grad_norm_a,
+        "reference_cosine": torch.cosine_similarity(direct, exact["difference"].delta),
+    }
+    for method, truth in exact.items():
+        found = probe.measure(pairs, method=method, keep_delta=True)
+        area = truth.eta.square() * truth.grad_norm_a * truth.grad_norm_b
+        columns |= {
+            method: found.defect,
+            f"{method}_exact": truth.defect,
+            f"{method}_error": (found.delta.double() - truth.delta).norm(dim=1) / area,
+            f"{method}_floor": found.noise_floor,
+            f"{method}_reliable": found.reliable,
+        }
+        if method == "difference":
+            columns["reference"] = found.reference
+    remaining = iter(pairs)
+    monitor = gc.CurvatureMonitor(model, LOSSES[logits], pairs=len(pairs), sampler=lambda: next(remaining), eta=ETA)
+    monitor.step()
+    row = monitor.records().iloc[0]
+    frame = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+    frame.insert(0, "pair", range(len(pairs)))
+    frame.insert(0, "logits", logits)
+    return frame.assign(monitor_method=row["method"], monitor_median=row["defect_median"])
+
+
+def run(ops: tuple[str, ...], pairs: int, kept: Path | None) -> pd.DataFrame:
     frames = []
     for op in ops:
         for weight_decay in CHECKPOINTS:
-            for step, model, data in train(op, weight_decay):
+            for step, model, data in checkpoints(op, weight_decay, kept):
                 numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
                 drawn = [(draw(data, numbers), draw(data, numbers)) for _ in range(pairs)]
                 frame = assess(model, drawn)
@@ -198,7 +209,7 @@ def summary(record: pd.DataFrame) -> str:
         monitor = (medians["monitor_median"] / medians["exact"] - 1).abs()
         cells = {
             "pairs, of them reliable": f"{len(here)}, {len(reliable)}",
-            "`difference` within 1 % of float64, of the reliable": f"{(error <= 0.01).mean():.2%} (worst {error.max():.2%})",
+            "`difference` within 1 % of float64, of these": f"{(error <= 0.01).mean():.2%} (worst {error.max():.2%})",
             "`bracket` from float64, worst": f"{_relative(here, 'bracket').max():.3%}",
             "errors below the floor, `difference`": f"{_below_floor(here, 'difference').mean():.1%}",
             "errors below the floor, `bracket`": f"{_below_floor(here, 'bracket').mean():.1%}",
@@ -231,6 +242,8 @@ class Options:
     ops: tuple[str, ...] = ("add", "mul")
     pairs: int = 12
     out: Path = RECORD
+    checkpoints: Path | None = None
+    """A folder to keep the networks in, and to take them from if they are there."""
     tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the tables from the file at --out, without measuring."""
 
@@ -239,7 +252,9 @@ if __name__ == "__main__":
     options = tyro.cli(Options)
     torch.set_num_threads(1)
     if not options.tables:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        run(options.ops, options.pairs).to_csv(options.out, index=False, float_format="%.6g")
+        for folder in (options.out.parent, options.checkpoints):
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        run(options.ops, options.pairs, options.checkpoints).to_csv(options.out, index=False, float_format="%.6g")
     record = pd.read_csv(options.out)
     print(published_table(record), checkpoint_table(record), summary(record), sep="\n\n")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from grokcurv import ops
 from grokcurv.flat import Segment, flatten
 from grokcurv.gradients import LoopGradients, LossFn, Vectors
+from grokcurv.reference import compute_type
 from grokcurv.subspace import Subspace
 
 Method = Literal["difference", "bracket", "reference"]
@@ -161,8 +162,10 @@ class CommutatorProbe:
 
     @basis.setter
     def basis(self, basis: Subspace | None) -> None:
-        if basis is not None and basis.size != self.gradients.size:
-            raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
+        if basis is not None:
+            if basis.size != self.gradients.size:
+                raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
+            basis = basis.to(self.gradients.device, compute_type(self.gradients.dtype))
         self._basis = basis
 
     def measure(
