@@ -209,6 +209,19 @@ def test_a_tiny_noise_floor_does_not_flatten_the_defect() -> None:
     assert axes.get_ylim()[0] > curvature["defect_p25"].min() / 1000
 
 
+@pytest.mark.filterwarnings("error")
+def test_zeros_and_a_single_row_on_logarithmic_axes() -> None:
+    metrics, curvature = synthetic_run.metrics().head(1), synthetic_run.curvature().head(1)
+    with figures.style(LIGHT):
+        for axes in figures.dynamics(metrics, curvature, LIGHT).axes:
+            low, high = np.log10(axes.get_ylim())
+            assert high - low >= 1
+            assert (low % 1, high % 1) == (0, 0)  # both ends are labelled
+        curvature = synthetic_run.curvature().assign(reference_median=0.0)
+        _, bottom = figures.grokking(metrics, curvature, LIGHT, onset=None, grok=None).axes
+        assert "float32\nformula" not in [text.get_text() for text in bottom.texts]
+
+
 def test_pc1_has_a_panel_a_layer_and_a_line_a_matrix() -> None:
     history = synthetic_run.pca_history()
     with figures.style(LIGHT):

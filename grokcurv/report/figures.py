@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +138,7 @@ def pc1(history: pd.DataFrame, theme: Theme) -> Figure:
             style = ("-", "--", ":", "-.")[index // len(colours) % 4]
             rows = history[history["matrix"] == name]
             ends.append(
-                _line(axes, rows, "pc1_percent", _mathematical(label), colours[index % len(colours)], linestyle=style)
+                _line(axes, rows, "pc1_percent", _end_label(label), colours[index % len(colours)], linestyle=style)
             )
         _label_ends(axes, ends)
     return figure
@@ -268,7 +268,8 @@ def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
         bottom = min(lowest, max(_lowest(curvature, "noise_floor"), lowest / 10**DECADES_BELOW)) / 2
         axes.set_ylim(bottom=bottom)
         axes.fill_between(step, bottom, curvature["noise_floor"], color=theme.muted, alpha=0.3, linewidth=0)
-        ends.append(_end(curvature, "noise_floor", "noise floor", theme.muted))
+        floor = curvature["noise_floor"].dropna().iloc[-1]
+        ends.append((float(floor), "noise floor", theme.muted))
     rows = curvature[curvature["method"] == "bracket"]
     if _has(rows, "defect_median"):
         axes.plot(
@@ -315,31 +316,34 @@ def _line(axes: Axes, table: pd.DataFrame, name: str, label: str, colour: str, *
     """Draw a column over the steps, if it holds anything, and return its end for ``_label_ends``."""
     if not _has(table, name):
         return None
-    marker = "." if np.isfinite(table[name]).sum() < 25 else ""  # a value between two gaps has no line
-    axes.plot(table["step"], table[name], color=colour, marker=marker, **style)
-    return _end(table, name, label, colour)
-
-
-def _end(table: pd.DataFrame, name: str, label: str, colour: str) -> End:
     values = table[name].to_numpy(dtype=float)
-    return float(values[np.isfinite(values)][-1]), label, colour
+    if axes.get_yscale() == "log":
+        values = np.where(values > 0, values, np.nan)
+    measured = values[np.isfinite(values)]
+    marker = "." if measured.size < 25 else ""  # a value between two gaps has no line
+    axes.plot(table["step"], values, color=colour, marker=marker, **style)
+    return (float(measured[-1]), label, colour) if measured.size else None
 
 
-def _mathematical(label: str) -> str:
-    """W_Q with its index lowered; any other name as it is, cut at the left to fit beside the panel."""
+def _end_label(label: str) -> str:
+    """W_Q with its index lowered; another name without ``.weight``, cut at the left to fit beside the panel."""
     if re.fullmatch("W_[QKVO]", label):
         return f"${label}$"
-    return (label if len(label) <= 19 else "…" + label[-18:]).replace("$", r"\$")
+    name = label.removesuffix(".weight")
+    return (name if len(name) <= 16 else "…" + name[-15:]).replace("$", r"\$")
 
 
 def _log_scale(axes: Axes) -> None:
     axes.set_yscale("log", nonpositive="mask")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="minor", visible=False)
 
 
 def _label_ends(axes: Axes, ends: Iterable[End | None]) -> None:
     """Write each label beside its line's end, moved apart where they would overlap."""
-    axes.get_ylim()  # settles the axis, which autoscales lazily
+    low, high = axes.get_ylim()  # settles the axis, which autoscales lazily
+    if axes.get_yscale() == "log" and high < 10 * low:  # decades are labelled: show two
+        axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
     labels = []
     for height, text, colour in filter(None, ends):
         _, y = axes.transAxes.inverted().transform(axes.transData.transform((0, height)))
