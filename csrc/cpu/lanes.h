@@ -54,7 +54,8 @@ GROKCURV_INLINE T narrow(double x) {
 
 constexpr int lanes = 8;
 
-// One register of doubles, and its conversions: intrinsics, because GCC 12 takes __builtin_convertvector apart.
+// One register of doubles, and its conversions. Intrinsics, because GCC 12 takes __builtin_convertvector apart, and of
+// pairs built element by element it loses the rounding when a float is widened again.
 #if defined(__AVX512F__)
 typedef __m512d Register;
 // Masked, with every lane kept: the plain intrinsics set off GCC 12's warning about uninitialised values.
@@ -72,14 +73,25 @@ GROKCURV_INLINE Register load_floats(const float* x) {
 GROKCURV_INLINE void store_floats(float* x, Register y) {
   _mm_storeu_ps(x, _mm256_cvtpd_ps(y));
 }
-#else
-typedef double Register __attribute__((vector_size(16)));
+#elif defined(__SSE2__)
+typedef __m128d Register;
 GROKCURV_INLINE Register load_floats(const float* x) {
-  return Register{x[0], x[1]};
+  return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
 }
 GROKCURV_INLINE void store_floats(float* x, Register y) {
-  x[0] = static_cast<float>(y[0]);
-  x[1] = static_cast<float>(y[1]);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm_castps_si128(_mm_cvtpd_ps(y)));
+}
+#else
+typedef double Register __attribute__((vector_size(16)));
+typedef float Half __attribute__((vector_size(8)));
+GROKCURV_INLINE Register load_floats(const float* x) {
+  Half half;
+  std::memcpy(&half, x, sizeof half);
+  return __builtin_convertvector(half, Register);
+}
+GROKCURV_INLINE void store_floats(float* x, Register y) {
+  const Half half = __builtin_convertvector(y, Half);
+  std::memcpy(x, &half, sizeof half);
 }
 #endif
 

@@ -1,0 +1,156 @@
+"""Inputs of the ops: one `sample_inputs` feeds the comparison with the reference, opcheck, torch.compile and the bit tests."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from grokcurv import ops, reference
+from torch import Generator, Tensor
+
+Inputs = dict[str, Any]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+SHAPES = ((2, 4099), (3, 129), (1, 1), (0, 5), (2, 0))
+"""(N, P): a second chunk and a tail; a tail; a single coordinate; nothing."""
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, generator: Generator) -> Tensor:
+    """Either sign, magnitudes exp(3 randn): eight decades, so that an addition out of order shows."""
+    magnitude = torch.randn(shape, generator=generator, dtype=torch.float64).mul(3).exp()
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (magnitude * sign).to(dtype)
+
+
+def step_sizes(n: int, generator: Generator) -> Tensor:
+    return torch.rand(n, generator=generator, dtype=torch.float64).mul(1e-2)
+
+
+def spans(count: int, size: int, generator: Generator) -> Tensor:
+    """(count, 2): random parts of `size` coordinates, which may overlap; the first is all of them, the second empty."""
+    ends = torch.randint(0, size + 1, (count, 2), generator=generator).sort(dim=1).values
+    starts, lengths = ends[:, 0], ends[:, 1] - ends[:, 0]
+    if count > 1:
+        starts[0], lengths[0], lengths[1] = 0, size, 0
+    return torch.stack([starts, lengths], dim=1)
+
+
+def basis(count: int, size: int, dtype: torch.dtype, generator: Generator) -> Inputs:
+    """Block-sparse vectors, neither orthogonal nor normalised."""
+    blocks = spans(count, size, generator)
+    offsets = blocks[:, 1].cumsum(0) - blocks[:, 1] + 3
+    values = numbers((int(blocks[:, 1].sum()) + 5,), reference.compute_type(dtype), generator)
+    return {"values": values, "rows": torch.cat([blocks, offsets[:, None]], dim=1)}
+
+
+def orthonormal_basis(size: int, dtype: torch.dtype, generator: Generator) -> Inputs:
+    """Four orthonormal vectors, two on each half of the coordinates."""
+    half = size // 2
+    blocks = [torch.linalg.qr(torch.randn(half, 2, generator=generator, dtype=torch.float64)).Q.T for _ in range(2)]
+    starts = torch.tensor([0, 0, half, half])
+    rows = torch.stack([starts, torch.full((4,), half), torch.arange(4) * half], dim=1)
+    return {"values": torch.cat(blocks).flatten().to(reference.compute_type(dtype)), "rows": rows}
+
+
+UNIT = 2.0**-53
+"""Half the spacing of float64 numbers at 1."""
+
+
+def gamma(n: int) -> float:
+    """Bound on the relative error of n rounded operations in a row: |computed - exact| <= gamma(n) * (the sum of magnitudes)."""
+    return n * UNIT / (1 - n * UNIT)
+
+
+def gradients(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Inputs:
+    vectors = {name: numbers((n, p), dtype, generator) for name in ("g_a", "g_b", "a2", "b2")}
+    return {**vectors, "eta": step_sizes(n, generator)}
+
+
+def _perturb(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    theta, directions = numbers((p,), dtype, generator), numbers((n, p), dtype, generator)
+    yield {"theta": theta, "directions": directions, "eta": step_sizes(n, generator)}
+
+
+def _commutator(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    inputs = gradients(n, p, dtype, generator)
+    yield {
+        **inputs,
+        **basis(5, p, dtype, generator),
+        "theta": numbers((p,), dtype, generator),
+        "segments": spans(4, p, generator),
+        "form": "difference",
+        "keep_delta": True,
+    }
+    yield {**inputs, "form": "bracket", "segments": spans(0, p, generator)}
+
+
+def _subspace_split(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    yield {"v": numbers((n, p), dtype, generator), **basis(5, p, dtype, generator)}
+
+
+def _subspace_filter_(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    space = orthonormal_basis(p, dtype, generator) if p >= 4 else basis(2, p, dtype, generator)
+    yield {"g": numbers((n, p), dtype, generator), **space, "strength": 0.75}
+
+
+def _gram(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    x, y = numbers((n, p), dtype, generator), numbers((n + 3, p), dtype, generator)
+    yield {"x": y}
+    yield {"x": x, "y": y, "origin": numbers((p,), dtype, generator), "segments": spans(3, p, generator)}
+
+
+def _eigh(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    """B = n Gram matrices of size min(p, 140): both methods."""
+    if dtype == torch.float64:
+        size = min(p, 140)
+        x = torch.randn(n, size, 20, generator=generator, dtype=dtype)
+        yield {"a": x @ x.mT, "k": min(size, 3)}
+
+
+_SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs]]] = {
+    "perturb": _perturb,
+    "commutator": _commutator,
+    "subspace_split": _subspace_split,
+    "subspace_filter_": _subspace_filter_,
+    "gram": _gram,
+    "eigh": _eigh,
+}
+OPS = tuple(_SAMPLES)
+
+
+def sample_inputs(op: str, generator: Generator) -> Iterator[Inputs]:
+    """Keyword arguments of `ops.<op>`, over dtypes, shapes and options."""
+    for dtype in DTYPES:
+        for n, p in SHAPES:
+            yield from _SAMPLES[op](n, p, dtype, generator)
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def run(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The op's outputs; an op that works in place gets copies."""
+    copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    return outputs(getattr(ops, op)(**copies))
+
+
+def define(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The outputs by definition."""
+    return outputs(getattr(reference, op.rstrip("_"))(**inputs))
+
+
+def digest(seed: int) -> str:
+    """One hash of the bits of every output of every op on the samples of a seed."""
+    bits = hashlib.sha256()
+    for op in OPS:
+        for inputs in sample_inputs(op, torch.Generator().manual_seed(seed)):
+            for output in run(op, inputs):
+                bits.update(output.contiguous().view(torch.uint8).numpy().tobytes())
+    return bits.hexdigest()
+
+
+if __name__ == "__main__":
+    print(digest(int(sys.argv[1])))
