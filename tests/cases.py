@@ -1,4 +1,4 @@
-"""Inputs of the ops: one `sample_inputs` feeds the comparison with the reference, opcheck, torch.compile and the bit tests."""
+"""Inputs of the ops: one `sample_inputs` feeds comparison with the definition, opcheck, compilation and bit tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from grokcurv import ops, reference
 from torch import Generator, Tensor
+
+from grokcurv import ops, reference
 
 Inputs = dict[str, Any]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -59,7 +60,7 @@ UNIT = 2.0**-53
 
 
 def gamma(n: int) -> float:
-    """Bound on the relative error of n rounded operations in a row: |computed - exact| <= gamma(n) * (the sum of magnitudes)."""
+    """n rounded operations in a row err by at most this factor of the sum of magnitudes."""
     return n * UNIT / (1 - n * UNIT)
 
 

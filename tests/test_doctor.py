@@ -1,0 +1,46 @@
+"""doctor: facts about the build, and a self-test that can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grokcurv import _cpu, doctor, ops
+
+
+def test_report_says_what_was_built() -> None:
+    facts = doctor.report()
+    assert facts["build"]["instruction set"] == _cpu.ISA
+    assert facts["build"]["instruction sets"].keys() == _cpu.ISAS.keys()
+    assert "-ffp-contract=off" in facts["build"]["flags"]
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["machine"]["threads"] == torch.get_num_threads()
+    assert "not built" in facts["cuda"]["extension"]
+    assert facts["self_test"] == dict.fromkeys(doctor.SELF_TESTS, "ok")
+
+
+def test_one_openmp_runtime_is_loaded() -> None:
+    """The kernels share torch's; a second one would start threads of its own."""
+    assert len(doctor.report()["build"]["OpenMP runtimes loaded"]) == 1
+
+
+def test_main_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    for text in ("machine", "packages", "self test", _cpu.COMPILER, "default (runs"):
+        assert text in printed
+
+
+def test_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = ops.gram
+    monkeypatch.setattr(ops, "gram", lambda *args, **options: right(*args, **options) + 1e-6)
+    monkeypatch.setattr(ops, "perturb", lambda theta, directions, eta: theta - directions)
+    assert doctor.main() == 1
+    outcomes = doctor.report()["self_test"]
+    assert {name for name, outcome in outcomes.items() if outcome != "ok"} == {"gram", "perturb"}
+    assert "FAILED: AssertionError" in capsys.readouterr().out
+
+
+def test_a_package_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    assert doctor.report()["packages"]["no-such-package"] == "not installed"

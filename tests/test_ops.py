@@ -1,0 +1,245 @@
+"""What holds for every op: registration, tracing, bits, refusals. What each computes is tested under its own name."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Inputs
+
+from grokcurv import _cpu, ops
+
+FLOAT64 = torch.float64
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def raw_arguments(op: str, inputs: Inputs) -> Inputs:
+    """The keyword arguments of ``torch.ops.grokcurv.<op>`` for those of ``ops.<op>``."""
+    bound = inspect.signature(getattr(ops, op)).bind(**inputs)
+    bound.apply_defaults()
+    return {name: x for name, x in bound.arguments.items() if name != "out"}
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_registration(op: str, generator: torch.Generator) -> None:
+    """Schema (what is mutated, what aliases), fake implementation and tracing, with static and dynamic shapes."""
+    for inputs in islice(cases.sample_inputs(op, generator), 0, None, 5):
+        torch.library.opcheck(getattr(torch.ops.grokcurv, op).default, (), raw_arguments(op, inputs))
+
+
+def test_registration_of_perturb_out(generator: torch.Generator) -> None:
+    inputs = next(cases.sample_inputs("perturb", generator))
+    out = torch.empty_like(inputs["directions"])
+    torch.library.opcheck(torch.ops.grokcurv.perturb_out.default, (), {**inputs, "out": out})
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_compiles_into_one_graph(op: str, generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
+    inputs = next(cases.sample_inputs(op, generator))
+    expected = cases.run(op, inputs)
+    copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    for got, wanted in zip(cases.outputs(compiled(**copies)), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_shapes_and_dtypes_of_the_definition(op: str, generator: torch.Generator) -> None:
+    for inputs in cases.sample_inputs(op, generator):
+        for got, wanted in zip(cases.run(op, inputs), cases.define(op, inputs), strict=True):
+            assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_bits_do_not_depend_on_threads(op: str, generator: torch.Generator, threads: None) -> None:
+    for inputs in cases.sample_inputs(op, generator):
+        torch.set_num_threads(1)
+        one = cases.run(op, inputs)
+        for count in (2, 5):
+            torch.set_num_threads(count)
+            for a, b in zip(one, cases.run(op, inputs), strict=True):
+                assert_same_bits(a, b)
+
+
+def test_bits_do_not_depend_on_the_instruction_set() -> None:
+    """Every compiled path that this processor runs, on numbers of wide range in every dtype."""
+    seed = int(torch.randint(2**31, ()))
+    digests = {
+        isa: subprocess.run(
+            [sys.executable, "cases.py", str(seed)],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "GROKCURV_ISA": isa},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for isa, runs in _cpu.ISAS.items()
+        if runs
+    }
+    assert len(set(digests.values())) == 1, (seed, digests)
+    assert digests.keys() >= {"default"}
+
+
+@pytest.mark.parametrize("op", ["perturb", "commutator", "subspace_split", "subspace_filter_"])
+def test_bits_do_not_depend_on_the_batch(op: str, generator: torch.Generator) -> None:
+    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
+    for inputs in cases.sample_inputs(op, generator):
+        together = cases.run(op, inputs)
+        for i in range(len(together[0])):
+            alone = cases.run(op, {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()})
+            for a, b in zip(together, alone, strict=True):
+                assert_same_bits(a[i : i + 1], b)
+
+
+def test_tensors_keep_their_values(generator: torch.Generator) -> None:
+    """No op writes to what it does not say it writes to."""
+    for op in cases.OPS:
+        for inputs in cases.sample_inputs(op, generator):
+            copies = {name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+            if op == "subspace_filter_":
+                inputs["g"] = copies.pop("g").clone()
+            getattr(ops, op)(**inputs)
+            for name, copy in copies.items():
+                assert torch.equal(inputs[name], copy), (op, name)
+
+
+def test_writing_in_place_bumps_the_version(generator: torch.Generator) -> None:
+    inputs = next(cases.sample_inputs("subspace_filter_", generator))
+    assert ops.subspace_filter_(**inputs) is inputs["g"]
+    assert inputs["g"]._version == 1
+
+    inputs = next(cases.sample_inputs("perturb", generator))
+    out = torch.empty_like(inputs["directions"])
+    assert ops.perturb(**inputs, out=out) is out
+    assert out._version == 1
+
+    with torch.inference_mode():  # such tensors have no version, and need none
+        ops.perturb(**inputs, out=torch.empty_like(out))
+
+
+# Bad inputs: (op, argument, replacement, error, what its message names). A callable replaces the argument's sample.
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.T.contiguous().T
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x.half()
+
+
+def shortened(x: torch.Tensor) -> torch.Tensor:
+    return x[..., :-1].contiguous()
+
+
+def tracked(x: torch.Tensor) -> torch.Tensor:
+    return x.clone().requires_grad_()
+
+
+VECTORS = {
+    "perturb": ("theta", "directions"),
+    "commutator": ("g_a", "g_b", "a2", "b2", "theta"),
+    "subspace_split": ("v",),
+    "subspace_filter_": ("g",),
+    "gram": ("x", "y", "origin"),
+    "eigh": ("a",),
+}
+BAD_VECTORS = [
+    (op, name, replace, error, name)
+    for op, names in VECTORS.items()
+    for name in names
+    for replace, error in ((halved, TypeError), (tracked, ValueError))
+]
+BAD_SHAPES = [
+    ("perturb", "directions", shortened, ValueError, "directions must have shape"),
+    ("perturb", "theta", torch.atleast_2d, ValueError, "theta must have shape"),
+    ("commutator", "a2", shortened, ValueError, "a2 must have shape"),
+    ("commutator", "theta", shortened, ValueError, "theta must have shape"),
+    ("subspace_split", "v", torch.flatten, ValueError, "v must have shape"),
+    ("gram", "y", shortened, ValueError, "y must have shape"),
+    ("gram", "origin", shortened, ValueError, "origin must have shape"),
+    ("eigh", "a", shortened, ValueError, "a must have shape"),
+    ("perturb", "directions", transposed, ValueError, "directions must be contiguous"),
+    ("commutator", "g_b", transposed, ValueError, "g_b must be contiguous"),
+    ("subspace_filter_", "g", transposed, ValueError, "g must be contiguous"),
+    ("gram", "x", transposed, ValueError, "x must be contiguous"),
+    ("eigh", "a", lambda a: a[:, ::2, ::2], ValueError, "a must be contiguous"),
+    ("perturb", "directions", lambda x: x.to("meta"), ValueError, "directions must be on cpu"),
+]
+BAD_OPTIONS = [
+    *((op, "eta", torch.Tensor.float, TypeError, "eta must be float64") for op in ("perturb", "commutator")),
+    *((op, "eta", shortened, ValueError, "eta must have shape") for op in ("perturb", "commutator")),
+    ("commutator", "form", "brackets", ValueError, "form must be 'difference' or 'bracket', got 'brackets'"),
+    ("commutator", "form", "bracket", ValueError, "theta belongs to form='difference'"),
+    ("commutator", "values", None, ValueError, "values and rows"),
+    ("commutator", "segments", torch.Tensor.int, TypeError, "segments must be int64"),
+    ("commutator", "segments", torch.tensor([[-1, 2]]), ValueError, r"segments\[0\] has start -1"),
+    ("commutator", "segments", torch.tensor([[0, 1], [4000, 100]]), ValueError, r"segments\[1\] .* within P = 4099"),
+    ("gram", "segments", torch.tensor([[0, 2**63 - 1]]), ValueError, r"segments\[0\]"),
+    ("gram", "segments", torch.tensor([[2**63 - 1, 2]]), ValueError, r"segments\[0\]"),
+    *(
+        (op, "values", torch.Tensor.double, TypeError, "values must be float32")
+        for op in ("commutator", "subspace_split")
+    ),
+    ("subspace_split", "rows", torch.tensor([[0, 5, -1]]), ValueError, r"rows\[0\] reads values"),
+    ("subspace_split", "rows", torch.tensor([[0, 5, 2**63 - 3]]), ValueError, r"rows\[0\] reads values"),
+    ("subspace_filter_", "rows", torch.tensor([[0, -5, 0]]), ValueError, r"rows\[0\] has start 0 and length -5"),
+    ("subspace_filter_", "rows", torch.tensor([[0, 5]]), ValueError, "rows must have shape"),
+    ("subspace_filter_", "strength", float("nan"), ValueError, "strength must be finite"),
+    ("eigh", "k", -1, ValueError, "k must lie in"),
+    ("eigh", "k", 1000, ValueError, "k must lie in"),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "replacement", "error", "message"), BAD_VECTORS + BAD_SHAPES + BAD_OPTIONS)
+def test_bad_input(
+    op: str, name: str, replacement: Any, error: type[Exception], message: str, generator: torch.Generator
+) -> None:
+    samples = cases.sample_inputs(op, generator)
+    inputs = next(x for x in samples if x.get(name) is not None)
+    inputs[name] = replacement(inputs[name]) if callable(replacement) else replacement
+    with pytest.raises(error, match=message):
+        getattr(ops, op)(**inputs)
+
+
+def test_outputs_may_not_overlap_inputs() -> None:
+    memory = torch.zeros(30)
+    theta, eta = torch.zeros(5), torch.zeros(2, dtype=FLOAT64)
+    with pytest.raises(ValueError, match="out overlaps directions"):
+        ops.perturb(theta, memory[:10].view(2, 5), eta, out=memory[9:19].view(2, 5))
+    ops.perturb(theta, memory[:10].view(2, 5), eta, out=memory[10:20].view(2, 5))
+    with pytest.raises(ValueError, match="out overlaps theta"):
+        ops.perturb(memory[:5], memory[20:].view(2, 5), eta, out=memory[:10].view(2, 5))
+    with pytest.raises(ValueError, match="out must have shape"):
+        ops.perturb(theta, memory[:10].view(2, 5), eta, out=memory[10:15].view(1, 5))
+    with pytest.raises(ValueError, match="g overlaps values"):
+        ops.subspace_filter_(memory[:10].view(2, 5), memory[5:10], torch.tensor([[0, 5, 0]]), 1.0)
+
+
+def test_cuda_tensors_are_refused_by_name() -> None:
+    """No CPU path taken silently. (The refusal is registered for the key; no device is needed to see it.)"""
+    from grokcurv.ops import _refuse_cuda
+
+    with pytest.raises(RuntimeError, match=r"grokcurv\.ops\.gram: CUDA tensors need .*docs/building\.md"):
+        _refuse_cuda("gram", None)
+    for op in cases.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"grokcurv::{op}", "CUDA")
+
+
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
