@@ -25,7 +25,7 @@ class TrainConfig:
     p: int = 97
     """Modulus; prime for div."""
     preset: str = "paper"
-    """Name of the preset these settings started from; for the record."""
+    """Name of the preset these settings started from; on the command line, the one to start from."""
     seed: int = 42
     """Of everything random in the run; 0 to 2^32 - 1."""
     lr: float = 1e-3
