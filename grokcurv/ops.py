@@ -294,10 +294,10 @@ def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
 def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
-    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Jacobi rotations for
-    n <= 128 or where k is not small beside n; beyond, subspace iteration until ``|a v - w v| <= 1e-12 |a|``. What
-    cannot be trusted is NaN: every pair of a matrix that holds a NaN or an infinity; and, where subspace iteration is
-    used, a pair that did not converge or whose eigenvalue is negative (it need not lead; a Gram matrix has none).
+    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Where k is small beside
+    n, subspace iteration until ``|a v - w v| <= 1e-12 |a|``; else, and where that converges slowly or an eigenvalue it
+    finds is negative (and so need not lead), Jacobi rotations of the whole matrix. A matrix with a NaN or an infinity
+    yields NaN and harms no other.
     """
     return cast(tuple[Tensor, Tensor], _eigh(a, k))
 
@@ -315,7 +315,7 @@ def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _eigh_cpu(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, vectors = _eigh_fake(a, k)
     batch, n, _ = a.shape
-    workspace = a.new_empty((batch, _cpu.eigh_workspace(n, k)))
+    workspace = a.new_empty((batch, _cpu.eigh_workspace(n)))
     _call(_cpu.eigh, batch, n, k, a, values, vectors, workspace)
     return values, vectors
 

@@ -145,7 +145,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       unlocked);
 
-  m.def("eigh_workspace", &eigh_workspace);
+  m.def("eigh_workspace", [](Index size) { return eigh_workspace(size); });
   m.def(
       "eigh",
       [](Index matrices, Index size, Index leading, Address a, Address values, Address vectors, Address workspace,

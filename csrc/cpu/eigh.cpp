@@ -9,7 +9,7 @@ namespace {
 constexpr double epsilon = 0x1p-53;
 constexpr double tolerance = 1e-12;  // of |a v - w v| / |a| in subspace iteration
 constexpr int max_sweeps = 60;
-constexpr int max_iterations = 1000;
+constexpr int max_iterations = 100;
 
 GROKCURV_INLINE double magnitude(double x) {
   return x < 0 ? -x : x;
@@ -98,20 +98,15 @@ void orthonormalise(double* q, Index m, Index n) {
   }
 }
 
-// One result: an eigenvector as a column, signed.
-void write_pair(double value, const double* vector, Index n, Index leading, double* out_value, double* out_vector) {
-  Index largest = 0;
-  for (Index p = 1; p < n; ++p) largest = magnitude(vector[p]) > magnitude(vector[largest]) ? p : largest;
-  const double sign = vector[largest] < 0 ? -1 : 1;
-  *out_value = value;
-  for (Index p = 0; p < n; ++p) out_vector[p * leading] = sign * vector[p];
-}
+struct Pairs {
+  const double* values;
+  const double* vectors;  // rows; null if there is no result
+};
 
-// Subspace iteration with Rayleigh-Ritz on m rows; `rows` has room for 3 m n + 2 m m doubles. Writes the trusted ones
-// of the leading pairs, values times `scale`.
-void iterate(const double* a, Index m, Index n, Index leading, double scale, double* rows, double* values,
-             double* vectors) {
-  double *q = rows, *aq = q + m * n, *spare = aq + m * n;
+// The leading pairs by subspace iteration with Rayleigh-Ritz on m rows; `room` holds 3 m n + 2 m m doubles. No result
+// where it converges slowly, or finds a negative eigenvalue, which need not lead.
+Pairs iterate(const double* a, Index m, Index n, Index leading, double* room) {
+  double *q = room, *aq = q + m * n, *spare = aq + m * n;
   double *ritz = spare + m * n, *turn = ritz + m * m;
 
   // Any start will do that no eigenvector is orthogonal to: numbers of a congruential generator.
@@ -127,34 +122,34 @@ void iterate(const double* a, Index m, Index n, Index leading, double scale, dou
     for (Index i = 0; i < m; ++i) {
       for (Index j = i; j < m; ++j) ritz[i * m + j] = ritz[j * m + i] = dot(q + i * n, aq + j * n, n);
     }
-    if (!jacobi(ritz, turn, m)) return;
-    const double norm = magnitude(ritz[0]) > magnitude(ritz[m - 1]) ? magnitude(ritz[0]) : magnitude(ritz[m - 1]);
+    if (!jacobi(ritz, turn, m)) break;
     multiply(turn, q, spare, m, m, n);
     multiply(turn, aq, q, m, m, n);
-    double* next = q;  // a times the Ritz vectors
-    q = spare;         // the Ritz vectors
-    spare = aq;
-    aq = next;
+    double* free = aq;
+    aq = q;     // a times the Ritz vectors
+    q = spare;  // the Ritz vectors
+    spare = free;
 
+    const double high = magnitude(ritz[0]), low = magnitude(ritz[m - 1]);
+    const double norm = high > low ? high : low;
     bool converged = true;
-    for (Index j = 0; j < leading; ++j) {
-      double* residual = spare;
-      for (Index p = 0; p < n; ++p) residual[p] = aq[j * n + p] - ritz[j] * q[j * n + p];
-      const bool close = __builtin_sqrt(dot(residual, residual, n)) <= tolerance * norm;
-      converged = converged && close;
-      // What lies outside the block is no larger in magnitude than what is in it, so a pair leads if it is not
-      // negative.
-      if (close && ritz[j] >= -tolerance * norm)
-        write_pair(scale * ritz[j], q + j * n, n, leading, values + j, vectors + j);
+    for (Index j = 0; j < leading && converged; ++j) {
+      for (Index p = 0; p < n; ++p) spare[p] = aq[j * n + p] - ritz[j] * q[j * n + p];
+      converged = __builtin_sqrt(dot(spare, spare, n)) <= tolerance * norm;
     }
-    if (converged) return;
+    if (converged) {
+      // What is outside the block is no larger in magnitude than what is in it, so a pair leads if it is not negative.
+      if (ritz[leading - 1] < -tolerance * norm) break;
+      return {ritz, q};
+    }
     // Steps with a + 1e-13 |a|, so that a rank below m leaves no row without a direction.
     for (Index i = 0; i < m * n; ++i) aq[i] += 1e-13 * norm * q[i];
     orthonormalise(aq, m, n);
-    next = q;
-    q = aq;
-    aq = next;
+    double* next = aq;
+    aq = q;
+    q = next;
   }
+  return {nullptr, nullptr};
 }
 
 void solve(const Eigh& task, Index matrix) {
@@ -162,8 +157,8 @@ void solve(const Eigh& task, Index matrix) {
   const double* from = task.a + matrix * n * n;
   double* values = task.values + matrix * leading;
   double* vectors = task.vectors + matrix * n * leading;
-  double* a = task.workspace + matrix * eigh_workspace(n, leading);
-  double* rest = a + n * n;
+  double* a = task.workspace + matrix * eigh_workspace(n);
+  double* room = a + n * n;
 
   double largest = 0;
   bool finite = true;
@@ -176,7 +171,7 @@ void solve(const Eigh& task, Index matrix) {
   }
   for (Index i = 0; i < leading; ++i) values[i] = __builtin_nan("");
   for (Index i = 0; i < n * leading; ++i) vectors[i] = __builtin_nan("");
-  if (!finite) return;
+  if (!finite || leading == 0) return;
 
   // Scaled by a power of two, exactly, so that no square overflows.
   int exponent = largest > 0 ? __builtin_ilogb(largest) : 0;
@@ -186,10 +181,18 @@ void solve(const Eigh& task, Index matrix) {
     for (Index j = i; j < n; ++j) a[i * n + j] = a[j * n + i] = from[i * n + j] / scale;
   }
 
-  if (const Index block = eigh_block(n, leading); block > 0) {
-    iterate(a, block, n, leading, scale, rest, values, vectors);
-  } else if (jacobi(a, rest, n)) {
-    for (Index j = 0; j < leading; ++j) write_pair(scale * a[j], rest + j * n, n, leading, values + j, vectors + j);
+  Pairs pairs{nullptr, nullptr};
+  if (const Index block = eigh_block(n, leading); block > 0) pairs = iterate(a, block, n, leading, room);
+  if (pairs.vectors == nullptr && jacobi(a, room, n)) pairs = {a, room};
+  if (pairs.vectors == nullptr) return;
+
+  for (Index j = 0; j < leading; ++j) {
+    const double* vector = pairs.vectors + j * n;
+    Index top = 0;
+    for (Index p = 1; p < n; ++p) top = magnitude(vector[p]) > magnitude(vector[top]) ? p : top;
+    const double sign = vector[top] < 0 ? -1 : 1;
+    values[j] = scale * pairs.values[j];
+    for (Index p = 0; p < n; ++p) vectors[p * leading + j] = sign * vector[p];
   }
 }
 

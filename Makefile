@@ -1,0 +1,48 @@
+# demo and test are for everyone; the rest is for development. All of them work in .venv, which the first one sets up.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(filter csrc/%,$(SOURCES))
+KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py ops.py build.py doctor.py)
+
+.PHONY: demo test check bench sanitize clean
+
+demo: .venv/ready
+	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo
+	$(BIN)/grokcurv report runs/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benches --benchmark-enable --benchmark-disable-gc --benchmark-columns=min,median,rounds
+
+# The kernels' tests on a core built with the address and undefined-behaviour sanitizers, in a copy of the package. The
+# sanitizer must be loaded first, and Python's own leaks are not ours.
+sanitize: .venv/ready
+	rm -rf build/sanitize/package
+	mkdir -p build/sanitize/package
+	cp -r grokcurv build/sanitize/package/
+	rm build/sanitize/package/grokcurv/_cpu.*.so
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-DGROKCURV_SANITIZE=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize/package/grokcurv
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=$(CURDIR)/build/sanitize/package $(BIN)/pytest $(KERNEL_TESTS)
+
+clean:
+	rm -rf .venv build
+
+.venv/ready: $(SOURCES)
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	CMAKE_ARGS="-DGROKCURV_WERROR=ON $$CMAKE_ARGS" $(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
