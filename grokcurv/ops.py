@@ -294,10 +294,10 @@ def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
 def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
-    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Where k is small beside
-    n, subspace iteration until ``|a v - w v| <= 1e-12 |a|``; else, and where that converges slowly or an eigenvalue it
-    finds is negative (and so need not lead), Jacobi rotations of the whole matrix. A matrix with a NaN or an infinity
-    yields NaN and harms no other.
+    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Where k is small
+    beside n, subspace iteration until ``|a v - w v| <= 1e-12 |a|``; else, and where that converges slowly or an
+    eigenvalue it finds is negative (and so need not lead), Jacobi rotations of the whole matrix. A matrix with a NaN or
+    an infinity yields NaN and harms no other.
     """
     return cast(tuple[Tensor, Tensor], _eigh(a, k))
 
