@@ -7,10 +7,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py ops.py build.py doctor.py)
 
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench numerics sanitize clean
 
 demo: .venv/ready
-	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo
+	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo --resume
 	$(BIN)/grokcurv report runs/demo
 
 test: .venv/ready
@@ -24,6 +24,10 @@ check: .venv/ready
 
 bench: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benches --benchmark-enable --benchmark-disable-gc --benchmark-columns=min,median,rounds
+
+# The tables of docs/numerics.md, about an hour on one core.
+numerics: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benches/numerics.py
 
 # The kernels' tests on a core built with the address and undefined-behaviour sanitizers, in a copy of the package. The
 # sanitizer must be loaded first, and Python's own leaks are not ours.

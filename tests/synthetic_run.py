@@ -1,4 +1,4 @@
-"""Tables of a run that looks like a real one: the published accuracies and defects with plausible columns around them."""
+"""Tables of a run that looks real: the published accuracies and defects, with plausible columns around them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def pca_history() -> pd.DataFrame:
     for index, matrix in enumerate(MATRICES):
         settled = (70, 69, 81, 73, 66, 65, 74, 71)[index]
         percent = settled + (100 - settled) * np.exp(-(step - 100) / 600)
-        parts.append(pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": np.where(step < 100, np.nan, percent)}))
+        parts.append(
+            pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": np.where(step < 100, np.nan, percent)})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
