@@ -109,8 +109,9 @@ class CommutatorProbe:
     """Measures commutator defects of ``model`` without touching it.
 
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
-    Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is
-    (the float64 evaluation behind the noise floor and a kept ``delta`` aside).
+    Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
+    and one parameter's gradient on its way to them (a kept ``delta`` and the float64 evaluation behind the noise floor
+    aside).
 
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps.
