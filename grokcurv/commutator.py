@@ -43,12 +43,8 @@ AUTO_STEP = 3e-6
 RELIABLE_RATIO = 10.0
 """A defect is called reliable when it is at least this many times its noise floor."""
 
-FLOOR_QUANTILE = 0.95 * math.sqrt(2.0 / (4 * 0.975 * 0.025))
-"""Errors beyond this many times their estimated size are expected in one pair of twenty.
-
-The 97.5 % quantile of Student's t with two degrees of freedom (4.30): rounding errors concentrate on few directions of
-parameter space, so their length varies like a normal variable, and its size is estimated from two samples.
-"""
+FLOOR_MARGIN = 3.0
+"""How many times its estimated size the error vector is allowed; ``docs/numerics.md`` says why three."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,10 +289,10 @@ class CommutatorProbe:
         area = (aa * bb).sqrt()
         defect = dd.sqrt() / (eta.square() * area)
         if bracket:
-            floor = FLOOR_QUANTILE * shared.error_size(ha, hb) / area
+            floor = FLOOR_MARGIN * shared.error_size(ha, hb) / area
             reference = torch.full_like(defect, math.nan)
         else:
-            floor = FLOOR_QUANTILE * math.sqrt(2.0) * shared.error_size(aa, bb) / (eta * area)
+            floor = FLOOR_MARGIN * math.sqrt(2.0) * shared.error_size(aa, bb) / (eta * area)
             rounded, distance = out.sums[:, 6:8].sqrt().unbind(1)
             reference = rounded / (eta.square() * area + REFERENCE_GUARD)
             if method == "reference":
