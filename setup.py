@@ -16,8 +16,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         source, build = Path(__file__).parent.resolve(), Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # --fresh: the cache of an earlier build names tools of pip's build environment, which is gone.
         configure = [
-            *("cmake", "-S", source, "-B", build, "-G", "Ninja"),
+            *("cmake", "--fresh", "-S", source, "-B", build, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),

@@ -7,7 +7,8 @@ written, and gradients are accumulated by autograd straight into flat buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grokcurv.flat import Segment, segments_of
+from grokcurv.flat import Segment, flatten, segments_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Vectors = tuple[Tensor, ...]
@@ -40,8 +41,8 @@ class LoopGradients:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.segments: tuple[Segment, ...] = segments_of(self.model)
         self._call = _Loss(self.model, loss_fn)
-        first = next(p for p in self.model.parameters() if p.requires_grad)
-        self.device, self.dtype, self.size = first.device, first.dtype, self.segments[-1].stop
+        theta = flatten(self.model)  # refuses several dtypes or devices
+        self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
         self.stochastic = False
 
     def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
@@ -106,7 +107,12 @@ class LoopGradients:
             frozen = {f"model.{name}": p for name, p in self.model.named_parameters() if not p.requires_grad}
             state = {name: _cast(tensor, dtype) for name, tensor in (state | frozen).items()}
             batch = _map_tensors(batch, lambda tensor: _cast(tensor, dtype))
-        loss = functional_call(self._call, state, (batch,))
+        try:
+            loss = functional_call(self._call, state, (batch,))
+        except RuntimeError as error:
+            if dtype != self.dtype:
+                error.add_note(f"while evaluating the model in {dtype} for the noise floor; noise_floor=False does not")
+            raise
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
@@ -169,11 +175,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to the tensors of nested tuples, lists and dictionaries."""
+    """Apply ``function`` to the tensors of nested tuples, lists and mappings."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, dict):
-        return type(tree)((key, _map_tensors(value, function)) for key, value in tree.items())
+    if isinstance(tree, MutableMapping):
+        mapped = copy.copy(tree)
+        mapped.update({key: _map_tensors(value, function) for key, value in tree.items()})
+        return mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(_map_tensors(value, function) for value in tree))
     if isinstance(tree, list | tuple):

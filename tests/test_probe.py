@@ -6,6 +6,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -325,6 +327,8 @@ def test_bad_input(generator):
         gc.CommutatorProbe(model, lambda m, x: 1.0).measure(pair)
     with pytest.raises(ValueError, match="does not depend on the model's trainable parameters"):
         gc.CommutatorProbe(model, lambda m, x: x.sum()).measure(pair)
+    with pytest.raises(ValueError, match="float64"):
+        gc.CommutatorProbe(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1).double()), loss_fn)
     with pytest.raises(ValueError, match="no trainable parameters"):
         gc.CommutatorProbe(nn.Linear(2, 1).requires_grad_(False), loss_fn)
     with pytest.raises(ValueError, match=r"basis lives in R\^5, the model has P = 3"):
@@ -337,6 +341,37 @@ def test_bad_input(generator):
         gc.CommutatorProbe(model, loss_fn).measure(lambda: pair[0])
     with pytest.raises(ValueError, match="pairs must be at least 1"):
         gc.CommutatorProbe(model, loss_fn).measure(pair, pairs=0)
+
+
+def test_batches_of_any_shape_are_checked_in_float64(generator):
+    class Batch(NamedTuple):
+        x: Tensor
+        rest: list
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model, {"x": batch.x + batch.rest[0]["shift"], "y": batch.rest[1]})
+
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    draws = [problem.batch(generator) for _ in range(2)]
+    batches = [Batch(b["x"], [defaultdict(int, shift=torch.ones(5)), b["y"], "a name"]) for b in draws]
+    stats = gc.CommutatorProbe(model, loss_fn).measure([batches])
+    assert stats.noise_floor.isfinite().all()
+    assert batches[0].x.dtype == torch.float32
+
+
+def test_a_model_that_cannot_run_in_float64_says_so(generator):
+    model = nn.Linear(5, 3)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch.float()).square().mean()
+
+    batch = torch.randn(4, 5, generator=generator)
+    with pytest.raises(RuntimeError) as caught:
+        gc.CommutatorProbe(model, loss_fn).measure([(batch, batch)])
+    assert "in torch.float64 for the noise floor" in caught.value.__notes__[0]
+    stats = gc.CommutatorProbe(model, loss_fn, noise_floor=False).measure([(batch, batch)])
+    assert stats.defect.isfinite().all()
 
 
 MEMORY = """
