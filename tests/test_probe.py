@@ -152,6 +152,17 @@ def test_floor_rises_with_a_model_of_fewer_digits(generator):
     assert 1e3 * floors[torch.float64] < floors[torch.float32] < floors[torch.bfloat16] / 1e3
 
 
+def test_the_published_formula_errs_by_the_rounding_of_its_end_points(generator):
+    """docs/numerics.md: four independent roundings of theta, two of them known exactly."""
+    theta = torch.randn(200_000, generator=generator)
+    gradients = [0.1 * torch.randn(1, len(theta), generator=generator) for _ in range(4)]
+    eta = torch.tensor([ETA], dtype=torch.float64)
+    error, q_a, q_b = gc.ops.commutator(*gradients, eta, theta=theta).sums[0, 7:]
+    torch.testing.assert_close(error, 2 * (q_a + q_b), rtol=0.03, atol=0)  # statistical: 1 / sqrt(200 000) is 0.002
+    ulp = torch.finfo(torch.float32).eps * 2.0 ** theta.abs().log2().floor()
+    torch.testing.assert_close(q_a, ulp.double().square().sum() / 12, rtol=0.03, atol=0)
+
+
 def test_without_a_floor_nothing_is_reliable(generator):
     problem = PROBLEMS["perceptron"]
     model, pairs = draw(problem, generator)
