@@ -231,29 +231,35 @@ class CurvatureMonitor:
             logger.log(self._record(self._rows[-1]), step=step)
 
     def _values(self, stats: CommutatorStats, reference: Tensor) -> Tensor:
-        """One row of :data:`FIELDS`, float64 on the device."""
-        missing = torch.full_like(stats.defect, math.nan)
-        delta = stats.bracket_norm * stats.eta.square()
+        """One row of :data:`FIELDS`, float64 on the device; what rests on an unreliable delta is NaN."""
         reliable = stats.reliable.all()
-        inside, within_random, within_matched, outside = missing, missing, missing, missing
+        delta = stats.bracket_norm * stats.eta.square()
+        row = {
+            "defect_median": stats.median(),
+            "defect_p25": stats.quantile(0.25),
+            "defect_p75": stats.quantile(0.75),
+            "bracket_norm": quantile(stats.bracket_norm, 0.5),
+        }
+        if stats.energies is not None:
+            row["attention_fraction"] = quantile(stats.energies.sum(1).sqrt() / delta, 0.5)
         if stats.parallel is not None and stats.residual is not None and stats.support is not None and self._baselines:
             full, matched = self._baselines
-            inside, outside = stats.parallel / delta, stats.residual / delta
-            within_random = inside / full.mean
-            within_matched = stats.parallel / stats.support / matched.mean
-        attention = (stats.energies.sum(1).sqrt() / delta) if stats.energies is not None else missing
-        curvature = torch.stack([stats.bracket_norm, outside, inside, within_random, within_matched, attention])
-        trusted = torch.cat(
-            [
-                torch.stack([quantile(stats.defect, q) for q in (0.5, 0.25, 0.75)]),
-                quantile(curvature, 0.5),
-            ]
-        )
-        trusted = torch.where(reliable, trusted, math.nan)
-        gradient_norm = quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5)
-        plain = [quantile(stats.noise_floor, 0.5), reliable, gradient_norm, quantile(stats.grad_cosine, 0.5)]
-        published = torch.stack([quantile(reference, q) for q in (0.5, 0.25, 0.75)])
-        return torch.cat([trusted[:3], torch.stack([v.to(torch.float64) for v in plain]), trusted[3:], published])
+            row["rho"] = quantile(stats.residual / delta, 0.5)
+            row["exec_fraction"] = quantile(stats.parallel / delta, 0.5)
+            row["exec_random_ratio"] = row["exec_fraction"] / full.mean
+            row["exec_matched_ratio"] = quantile(stats.parallel / stats.support, 0.5) / matched.mean
+        row = {name: torch.where(reliable, value, math.nan) for name, value in row.items()}
+        row |= {
+            "noise_floor": quantile(stats.noise_floor, 0.5),
+            "reliable": reliable.to(torch.float64),
+            "grad_norm": quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5),
+            "grad_cosine": quantile(stats.grad_cosine, 0.5),
+            "reference_median": quantile(reference, 0.5),
+            "reference_p25": quantile(reference, 0.25),
+            "reference_p75": quantile(reference, 0.75),
+        }
+        missing = torch.full_like(row["reliable"], math.nan)
+        return torch.stack([row.get(name, missing) for name in FIELDS])
 
     def _record(self, row: tuple[int, Method, float, Tensor]) -> dict[str, Any]:
         step, method, seconds, values = row
