@@ -66,12 +66,15 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
   const T* theta = with_theta ? static_cast<const T*>(task.theta) + here.start : nullptr;
 
   Accumulator<T, bracket, with_theta> accumulator(task.eta[vector]);
+  // A chunk of deltas fills the first cache, so they are stored only for those who read them.
+  const bool stores_delta = task.basis.count > 0 || task.segments.count > 0 || task.delta != nullptr;
   double delta[chunk];
   Index i = 0;
   for (; i + lanes <= n; i += lanes) {
     const Lanes point = with_theta ? Lanes::load(theta + i) : Lanes{};
-    accumulator.add(Lanes::load(g_a + i), Lanes::load(g_b + i), Lanes::load(a2 + i), Lanes::load(b2 + i), point)
-        .store(delta + i);
+    const Lanes next =
+        accumulator.add(Lanes::load(g_a + i), Lanes::load(g_b + i), Lanes::load(a2 + i), Lanes::load(b2 + i), point);
+    if (stores_delta) next.store(delta + i);
   }
   if (const Index rest = n - i; rest > 0) {
     const auto tail = [&](const T* x) { return Lanes::load(x + i, rest); };
