@@ -1,0 +1,144 @@
+"""What the methods of a streaming PCA share: the stored coordinates, the check of rows, the finish of a basis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from grokcurv import ops
+
+EPSILON = torch.finfo(torch.float64).eps
+
+EIGH_TOLERANCE = 1e-12
+"""Relative to the largest: how closely :func:`grokcurv.ops.eigh` settles an eigenvalue."""
+
+LARGEST = 1e150
+"""Coordinates beyond this are refused: float64 sums of their squares could overflow."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stored coordinates of a row: segments one behind the other, each with a PCA of its own."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """L, the number of stored coordinates."""
+        return sum(self.lengths)
+
+    def intervals(self) -> Iterator[tuple[int, int]]:
+        """Start and length of each segment."""
+        start = 0
+        for length in self.lengths:
+            yield start, length
+            start += length
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """(S, 2) int64, as the ops take them."""
+        return torch.tensor(list(self.intervals()), dtype=torch.int64, device=self.device)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """(..., L) by segment."""
+        return list(torch.split(rows, self.lengths, dim=-1))
+
+
+class Spectrum(NamedTuple):
+    """What is known of the scatter matrix of each segment: n - 1 times its covariance."""
+
+    values: Tensor
+    """(S, k) leading eigenvalues, descending."""
+    total: Tensor
+    """(S,) trace."""
+    bound: Tensor
+    """(S,) how far an eigenvalue can be from that of the rows as given."""
+
+
+class Method(Protocol):
+    """A way to keep the PCA of packed rows (n, L). Reading changes nothing that is kept."""
+
+    @property
+    def n_samples_seen(self) -> int: ...
+
+    @property
+    def history(self) -> Tensor:
+        """(n, S) float64: share of the first component in the first 1, 2, ... n rows; NaN where it is not known."""
+
+    def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
+        """Add rows; if ``valid`` (n,) bool is given, only those it marks: the others are masked."""
+
+    def drop_masked(self) -> None:
+        """Take out masked rows that are still held; waits for the device."""
+
+    def merge(self, other: Any) -> None:
+        """Add the rows of ``other``, which has the same settings and has seen some."""
+
+    def spectrum(self) -> Spectrum: ...
+
+    def components(self) -> Tensor:
+        """(k, L) orthonormal by segment, zero where there is no variance; float64 for float64 rows, else float32."""
+
+    def mean(self) -> Tensor:
+        """(L,) of the dtype of the components."""
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """(S, n, k) float64: coordinates of packed rows along the components, about the mean."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def finite(rows: Tensor) -> Tensor:
+    """(n,) bool: which rows hold neither NaN nor infinity nor a number whose square is as good as infinite."""
+    if not rows.numel():
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    # Row by row: torch reduces the rows of a matrix ten times slower.
+    extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in rows])
+    return (extremes.abs() < LARGEST).all(1)
+
+
+def trace(matrices: Tensor) -> Tensor:
+    """(S,) of (S, n, n)."""
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def padded(values: Tensor, size: int) -> Tensor:
+    """``values`` with zeros behind in the last dimension, up to ``size``."""
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+
+
+def orthonormal_(rows: Tensor, layout: Layout) -> Tensor:
+    """Make rows (k, L), orthonormal by segment but for rounding, or zero, so in place, with their peaks positive.
+
+    Gram-Schmidt in two passes over the rows: the coefficients follow from their Gram matrix. The entry of largest
+    magnitude of each row becomes positive, as in scikit-learn.
+    """
+    gram = ops.gram(rows, segments=layout.spans)
+    turn = torch.zeros_like(gram)
+    for j in range(len(rows)):
+        row = torch.zeros_like(turn[:, j])
+        row[:, j] = 1.0
+        for i in range(j):
+            row -= (turn[:, i] * gram[:, j]).sum(1, keepdim=True) * turn[:, i]
+        norm2 = (row[:, :, None] * gram * row[:, None, :]).sum((1, 2))
+        turn[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
+    ops.rotate_(rows, turn, segments=layout.spans)
+    for row in rows:
+        for part in layout.split(row):
+            if len(part):
+                low, high = torch.aminmax(part)
+                part *= torch.where(-low > high, -1.0, 1.0)
+    return rows
+
+
+def along(rows: Tensor, mean: Tensor, components: Tensor, layout: Layout) -> Tensor:
+    """(S, n, k) float64: ``(x - mean) . components`` by segment."""
+    return ops.gram(rows.to(mean.dtype) - mean, components, segments=layout.spans)

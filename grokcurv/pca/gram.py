@@ -1,0 +1,233 @@
+r"""The exact method: all rows are kept, and their Gram matrix.
+
+With n rows of L coordinates and n far below L, everything follows from the n x n Gram matrix of the rows. Its entries
+are float64 sums taken about the first row, :math:`G_{ij} = (x_i - x_0) \cdot (x_j - x_0)`, so that a trajectory which
+moves little beside its distance from the origin loses nothing. With :math:`J = I - 11^T / n`, the eigenpairs
+:math:`(\lambda_j, v_j)` of :math:`J G J` give the scatter's eigenvalues and its components :math:`X^T v_j /
+\sqrt{\lambda_j}` (the method of snapshots, Sirovich 1987). A new row costs one pass over the rows, and the leading
+blocks of G hold the whole history: the PCA of every prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grokcurv import ops
+from grokcurv.pca.common import EIGH_TOLERANCE, EPSILON, Layout, Spectrum, along, orthonormal_, padded, trace
+from grokcurv.pca.rows import Rows
+from grokcurv.reference import compute_type
+
+
+class Gram:
+    """The PCA of rows that are kept; ``stored`` is their type in the store.
+
+    Where that is narrower than the rows' own, differences from the first row are stored, not the rows themselves: they
+    are smaller, and so is the rounding.
+    """
+
+    def __init__(
+        self, n_components: int, layout: Layout, dtype: torch.dtype, stored: torch.dtype | None, scratch: str | None
+    ) -> None:
+        self.n_components, self.layout, self.dtype = n_components, layout, dtype
+        self.rows = Rows(layout.size, stored or dtype, layout.device, scratch)
+        self.origin = torch.empty(0)
+        # Has room to grow: only the leading n x n block counts.
+        self.gram = torch.empty(len(layout.lengths), 0, 0, dtype=torch.float64, device=layout.device)
+        self.shares = torch.empty(0, len(layout.lengths), dtype=torch.float64, device=layout.device)
+        self.flags: Tensor | None = None  # (n,) bool, on an accelerator: rows that are not masked
+
+    @property
+    def n_samples_seen(self) -> int:
+        return len(self.rows)
+
+    def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
+        if valid is not None:
+            rows = torch.where(valid[:, None], rows, 0.0)
+            self.flags = valid if self.flags is None else torch.cat([self.flags, valid])
+        old, new = len(self.rows), len(self.rows) + len(rows)
+        self.rows.reserve(new)
+        self._reserve(new)
+        if not old:
+            self.origin = rows[0].clone()
+        if self._differences:
+            rows = (rows.to(compute_type(self.dtype)) - self.origin).to(self.rows.dtype)
+        self.rows.append(rows)
+        shift = None if self._differences else self.origin
+        start = 0
+        for page in self.rows.pages():
+            block = ops.gram(rows, page, origin=shift, segments=self.layout.spans)
+            stop = start + len(page)
+            self.gram[:, old:new, start:stop] = block
+            self.gram[:, start:stop, old:new] = block.transpose(1, 2)
+            start = stop
+        self.__dict__.pop("solution", None)
+
+    def merge(self, other: Gram) -> None:
+        for rows in other.given():
+            self.append(rows)
+
+    def given(self) -> Iterator[Tensor]:
+        """The rows, (n_i, L) at a time; as they were given but for ``stored``."""
+        for page in list(self.rows.pages()):
+            yield (page + self.origin).to(self.dtype) if self._differences else page
+
+    def drop_masked(self) -> None:
+        if self.flags is None:
+            return
+        index = self.flags.nonzero()[:, 0]
+        self.rows.keep(index.tolist())
+        self.gram = self.gram[:, index][:, :, index]
+        self.shares, self.flags = self.shares[:0], self.flags[index]
+        self.__dict__.pop("solution", None)
+
+    # What follows from them
+
+    @property
+    def raw(self) -> Tensor:
+        """(S, n, n): the Gram matrices about the first row."""
+        n = len(self.rows)
+        return self.gram[:, :n, :n]
+
+    @cached_property
+    def solution(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading eigenvalues (S, k) of the centred Gram matrices, their traces (S,), and eigenvectors (S, n, k)."""
+        n = len(self.rows)
+        centred = Prefixes(self.raw).centred(n)
+        values, vectors = ops.eigh(centred, min(self.n_components, n))
+        values = torch.where(values <= self._rank_floor()[:, None], 0.0, values)
+        return padded(values, self.n_components), trace(centred), padded(vectors, self.n_components)
+
+    def spectrum(self) -> Spectrum:
+        values, total, _ = self.solution
+        n, lengths = len(self.rows), self._lengths
+        # Each entry of G is off by at most (length + 2) eps/2 times |x_i - x_0| |x_j - x_0|, so G by that times its
+        # trace in norm; centring adds four terms of at most (2n + 6) eps/2. An eigenvalue moves by at most the norm
+        # of the error (Weyl); then what is rounded down to zero, and the solver.
+        worst = (0.5 * lengths + 4 * n + 13) * EPSILON * trace(self.raw) + self._rank_floor()
+        if self._differences:  # |d d' - d' d| <= (2 u + u^2) |d|^2 for every row that was rounded
+            unit = torch.finfo(self.rows.dtype).eps / 2
+            worst = worst + (2 * unit + unit**2) / (1 - unit) ** 2 * trace(self.raw)
+        return Spectrum(values, total, worst + EIGH_TOLERANCE * values[:, 0])
+
+    def components(self) -> Tensor:
+        values, _, vectors = self.solution
+        scale = torch.where(values == 0, 0.0, values.rsqrt())
+        weights = (vectors - vectors.mean(1, keepdim=True)) * scale[:, None, :]
+        rows = self._combination(weights.transpose(1, 2).contiguous()).to(compute_type(self.dtype))
+        return orthonormal_(rows, self.layout)
+
+    def mean(self) -> Tensor:
+        n, count = len(self.rows), len(self.layout.lengths)
+        mean = self._combination(self.gram.new_full((count, 1, n), 1 / n))[0]
+        if self._differences:
+            mean += self.origin
+        return mean.to(compute_type(self.dtype))
+
+    def scores(self, rows: Tensor) -> Tensor:
+        return along(rows, self.mean(), self.components(), self.layout)
+
+    @property
+    def history(self) -> Tensor:
+        """(n, S); the first is NaN, since one row has no variance. Every prefix is solved once, when first read."""
+        done, n = len(self.shares), len(self.rows)
+        if done < n:
+            prefixes = Prefixes(self.raw)
+            new = [prefixes.leading_share(size) for size in range(done + 1, n + 1)]
+            self.shares = torch.cat([self.shares, torch.stack(new)])
+        return self.shares
+
+    def step_norms(self) -> Tensor:
+        """(n - 1, S): ``|x_t - x_{t-1}|``."""
+        squares = self.raw.diagonal(dim1=1, dim2=2)
+        neighbours = self.raw.diagonal(offset=1, dim1=1, dim2=2)
+        return (squares[:, 1:] + squares[:, :-1] - 2 * neighbours).clamp_min(0).sqrt().T
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": list(self.rows.pages()),
+            "origin": self.origin,
+            "gram": self.raw.contiguous(),
+            "history": self.shares,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pages, gram, shares = state["rows"], state["gram"], state["history"]
+        n, count = sum(len(page) for page in pages), len(self.layout.lengths)
+        if (
+            any(page.shape[1:] != (self.layout.size,) or page.dtype != self.rows.dtype for page in pages)
+            or gram.shape != (count, n, n)
+            or shares.shape[1:] != (count,)
+            or len(shares) > n
+            or state["origin"].shape != (self.layout.size,)
+        ):
+            raise ValueError(
+                f"state is damaged: rows {[tuple(page.shape) for page in pages]}, gram {tuple(gram.shape)}, history "
+                f"{tuple(shares.shape)} do not fit {count} segments of {self.layout.size} coordinates"
+            )
+        for page in pages:
+            self.rows.append(page)
+        self.origin, self.gram, self.shares = state["origin"], gram, shares
+
+    # Helpers
+
+    @property
+    def _differences(self) -> bool:
+        return self.rows.dtype != self.dtype
+
+    @property
+    def _lengths(self) -> Tensor:
+        return torch.tensor(self.layout.lengths, dtype=torch.float64, device=self.gram.device)
+
+    def _reserve(self, size: int) -> None:
+        """Room in the Gram matrix; doubles, so that an entry is moved once on average."""
+        old = len(self.rows)
+        if size > self.gram.shape[1]:
+            capacity = max(size, 2 * old)
+            gram = self.gram.new_empty(len(self.gram), capacity, capacity)
+            gram[:, :old, :old] = self.gram[:, :old, :old]
+            self.gram = gram
+
+    def _rank_floor(self) -> Tensor:
+        """(S,): an eigenvalue below this is rounding: errors of a sum grow like a random walk; n of them; a margin."""
+        return 4 * EPSILON * self._lengths.sqrt().clamp_min(len(self.rows)) * trace(self.raw)
+
+    def _combination(self, weights: Tensor) -> Tensor:
+        """(q, L) float64: the sums over t of ``weights[s, j, t] x_t``, or of the differences that are stored."""
+        total = self.gram.new_zeros(weights.shape[1], self.layout.size)
+        start = 0
+        for page in self.rows.pages():
+            part = weights[:, :, start : start + len(page)].contiguous()
+            ops.rotate(page, part, segments=self.layout.spans, out=total)
+            start += len(page)
+        return total
+
+
+class Prefixes:
+    """Double centring of every leading block of a stack of Gram matrices (S, n, n).
+
+    Running sums make the result for a prefix independent of the rows that follow it, to the bit.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        self.gram = gram
+        self.row_sums = gram.cumsum(2)
+        self.totals = self.row_sums.cumsum(1).diagonal(dim1=1, dim2=2)
+
+    def centred(self, size: int) -> Tensor:
+        """(S, size, size): Gram matrix of the first ``size`` rows about their mean."""
+        mean = self.row_sums[:, :size, size - 1] / size
+        grand = self.totals[:, size - 1] / size**2
+        return self.gram[:, :size, :size] - (mean[:, :, None] + mean[:, None, :]) + grand[:, None, None]
+
+    def leading_share(self, size: int) -> Tensor:
+        """(S,): largest eigenvalue over trace; NaN where there is no variance."""
+        centred = self.centred(size)
+        values, _ = ops.eigh(centred, 1)
+        return values[:, 0] / trace(centred)

@@ -1,0 +1,317 @@
+r"""The block incremental method: a weighted basis and a buffer of new rows, whatever the number of rows.
+
+Kept are r rows B with :math:`B^T B` near the scatter :math:`S = \sum_t (x_t - \mu)(x_t - \mu)^T` of the n rows so far,
+their sum, and a buffer of up to b new rows. A full buffer of m rows is folded into B:
+
+* With Y the new rows about the old mean, the scatter grows by :math:`Y^T (I - 11^T / (n + m)) Y`, mean's move included.
+  As :math:`I - 11^T / (n + m) = A^2` for :math:`A = I - \alpha 11^T`, :math:`\alpha = (1 - \sqrt{n / (n + m)}) / m`,
+  the rows Z made of B and A Y have :math:`Z^T Z = B^T B + Y^T A^2 Y`. Nothing of length P is needed for the mean.
+* With V the leading r eigenvectors of the small matrix :math:`Z Z^T`, the new B is :math:`V^T Z`, in place.
+
+What is cut off, :math:`E = Z^T Z - B^T B`, is positive semidefinite; its norm is the eigenvalue r + 1 of
+:math:`Z Z^T`. So eigenvalues only ever lose, and the sum of these norms over the folds bounds how much, as does the sum
+of the traces: a certificate that is measured, whatever the rows were (block incremental SVD: Brand 2006; with the mean:
+Ross et al. 2008). Shrinkage lowers all eigenvalues by the one cut off (frequent directions: Ghashami et al. 2016); then
+the bound is known beforehand too: at most the variance outside the leading j directions over r + 1 - j, for every j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grokcurv import ops
+from grokcurv.pca.common import EIGH_TOLERANCE, EPSILON, Layout, Spectrum, along, orthonormal_, padded, trace
+from grokcurv.reference import compute_type
+
+
+class Fold(NamedTuple):
+    """What the basis and the rows behind it come to."""
+
+    values: Tensor
+    """(S, r + 1) leading eigenvalues of the scatter, descending."""
+    turn: Tensor
+    """(S, r + 1, m): row j makes the eigenvector j, times the root of its eigenvalue, from the m rows."""
+    trace: Tensor
+    """(S,) of what the eigenvalues belong to."""
+    total: Tensor
+    """(S,) trace of the scatter of all rows given, whatever was cut off earlier."""
+    rounding: Tensor
+    """(S,) bound on what rounding has moved an eigenvalue by, so far."""
+    floor: Tensor
+    """(S,) an eigenvalue below this is rounding."""
+
+
+class Incremental:
+    """The PCA of any number of rows in the memory of r + b + 1 of them, the first one and a sum in float64.
+
+    All that depends on the rows lives in tensors, their number too. So a block of b rows makes the same calls whatever
+    it holds, and never waits for the device.
+    """
+
+    def __init__(
+        self, n_components: int, rank: int, block: int, shrinkage: bool, layout: Layout, dtype: torch.dtype
+    ) -> None:
+        self.n_components, self.rank, self.block, self.shrinkage = n_components, rank, block, shrinkage
+        self.layout, self.dtype = layout, compute_type(dtype)
+        count = len(layout.lengths)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=layout.device)
+
+        # The basis, the mean of what is folded into it, and the buffer; all but the basis about the first row.
+        self.rows = zeros(rank + 1 + block, layout.size, dtype=self.dtype)
+        self.origin = zeros(layout.size, dtype=self.dtype)
+        self.sum = zeros(layout.size)
+        self.count = zeros()  # rows folded
+        self.valid = zeros(block)  # of the buffer's rows: 1, or 0 for one that was masked
+        self.appended = self.pending = 0  # rows taken in, masked ones too; of these in the buffer
+        self.folds = 0
+        self.total = zeros(count)
+        self.lost = zeros(2, count)  # sums over the folds: largest eigenvalue cut off, and all of them
+        self.rounding = zeros(count)
+        self.marks: list[int] = []  # numbers of rows after which the share was taken
+        self.shares = zeros(0, count)
+
+    @property
+    def n_samples_seen(self) -> int:
+        return int(self.count + self.valid[: self.pending].sum())
+
+    def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
+        for number, row in enumerate(rows):
+            counts = None if valid is None else valid[number]
+            if not self.appended:
+                self.origin.copy_(row if counts is None else torch.where(counts, row, 0.0))
+            place = self._buffer[self.pending]
+            torch.sub(row.to(self.dtype), self.origin, out=place)
+            if counts is not None:
+                place.copy_(torch.where(counts, place, 0.0))
+            self._take(1.0 if counts is None else counts)
+
+    def drop_masked(self) -> None:
+        """None are held: they are zeros of no weight."""
+
+    def merge(self, other: Incremental) -> None:
+        if not self.appended:
+            self.origin.copy_(other.origin)
+        if other.folds:
+            self._flush()
+            self._merge_folded(other)
+        shift = other.origin.double() - self.origin
+        for row, counts in zip(other._buffer[: other.pending], other.valid, strict=False):
+            self._buffer[self.pending].copy_((row.double() + shift) * counts)
+            self._take(counts)
+
+    def spectrum(self) -> Spectrum:
+        fold = self.fold
+        values = padded(fold.values[:, : self.n_components], self.n_components)
+        values = torch.where(values <= fold.floor[:, None], 0.0, values)
+        return Spectrum(values, fold.total, self.lost.amin(0).clamp_min(0) + fold.rounding)
+
+    def components(self) -> Tensor:
+        values = self.spectrum().values
+        scale = torch.where(values == 0, 0.0, values.rsqrt())
+        turn = fold_rows(self.fold.turn, self.n_components) * scale[:, :, None]
+        return orthonormal_(ops.rotate(self._used, turn, segments=self.layout.spans), self.layout)
+
+    def mean(self) -> Tensor:
+        total = self.sum[None].clone()
+        if self.pending:
+            weights = self.valid[: self.pending].expand(len(self.layout.lengths), 1, -1).contiguous()
+            ops.rotate(self._buffer[: self.pending], weights, segments=self.layout.spans, out=total)
+        count = self.count + self.valid[: self.pending].sum()
+        return (self.origin + total[0] / count).to(self.dtype)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        return along(rows, self.mean(), self.components(), self.layout)
+
+    @property
+    def history(self) -> Tensor:
+        """(n, S): known where a block ended, NaN elsewhere."""
+        history = self.shares.new_full((self.appended, self.shares.shape[1]), torch.nan)
+        history[[mark - 1 for mark in self.marks]] = self.shares
+        return history
+
+    @cached_property
+    def fold(self) -> Fold:
+        """The basis with the rows now in the buffer; kept until something is added."""
+        return self._fold(self.valid[: self.pending])
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self._used.clone(),
+            "origin": self.origin.clone(),
+            "sum": self.sum.clone(),
+            "count": self.count.clone(),
+            "valid": self.valid.clone(),
+            "appended": self.appended,
+            "folds": self.folds,
+            "total": self.total.clone(),
+            "lost": self.lost.clone(),
+            "rounding": self.rounding.clone(),
+            "marks": list(self.marks),
+            "history": self.shares,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        rows, count = state["rows"], len(self.layout.lengths)
+        pending = len(rows) - self.rank - 1
+        shapes = {
+            "rows": (self.rank + 1 + pending, self.layout.size),
+            "origin": (self.layout.size,),
+            "sum": (self.layout.size,),
+            "count": (),
+            "valid": (self.block,),
+            "total": (count,),
+            "lost": (2, count),
+            "rounding": (count,),
+            "history": (len(state["marks"]), count),
+        }
+        wrong = {name: tuple(state[name].shape) for name, shape in shapes.items() if state[name].shape != shape}
+        if wrong or not 0 <= pending < self.block or rows.dtype != self.dtype:
+            raise ValueError(f"state is damaged: {wrong or f'{len(rows)} rows of {rows.dtype}'} do not fit")
+        self._used_of(pending).copy_(rows)
+        self.origin.copy_(state["origin"])
+        self.sum.copy_(state["sum"])
+        self.count, self.valid = state["count"].clone(), state["valid"].clone()
+        self.appended, self.pending, self.folds = state["appended"], pending, state["folds"]
+        self.total, self.lost = state["total"].clone(), state["lost"].clone()
+        self.rounding, self.shares = state["rounding"].clone(), state["history"].clone()
+        self.marks = list(state["marks"])
+
+    # Folding
+
+    @property
+    def _buffer(self) -> Tensor:
+        return self.rows[self.rank + 1 :]
+
+    def _used_of(self, pending: int) -> Tensor:
+        return self.rows[: self.rank + 1 + pending]
+
+    @property
+    def _used(self) -> Tensor:
+        return self._used_of(self.pending)
+
+    def _take(self, counts: Tensor | float) -> None:
+        """The next place of the buffer has been filled."""
+        self.valid[self.pending] = counts
+        self.appended += 1
+        self.pending += 1
+        self._forget()
+        if self.pending == self.block:
+            self._flush()
+
+    def _forget(self) -> None:
+        self.__dict__.pop("fold", None)
+
+    def _flush(self) -> None:
+        """Fold the buffer into the basis."""
+        if not self.pending:
+            return
+        valid = self.valid[: self.pending]
+        fold = self.fold
+        kept = self._replace_basis(fold, valid)
+        self.count += valid.sum()
+        self.total, self.rounding = fold.total, fold.rounding
+        self.valid.zero_()
+        self.pending = 0
+        self._set_mean()
+        self._mark(kept)
+
+    def _fold(self, valid: Tensor, centred: bool = True) -> Fold:
+        """Of the basis and the first rows of the buffer; these are parts of a scatter themselves if not ``centred``."""
+        basis, rows = self.rank, self._used_of(len(valid))
+        gram = ops.gram(rows, segments=self.layout.spans)
+        raw, energy = trace(gram), gram[:, basis, basis]
+        among = torch.nn.functional.pad(valid, (basis + 1, 0))
+        added = valid.sum()
+        count = self.count + added if centred else self.count
+        alpha = torch.zeros_like(count)
+        if centred:
+            mean = gram[:, basis]
+            gram = gram - (among[:, None] * mean[:, None, :] + mean[:, :, None] * among)
+            gram = gram + energy[:, None, None] * (among[:, None] * among)
+            alpha = (1 - (self.count / count.clamp_min(1)).sqrt()) / added.clamp_min(1)
+            sums = (gram * among).sum(2)
+            twice = alpha * (sums * among).sum(1)[:, None, None] * among[:, None] * among
+            gram = gram - alpha * (sums[:, :, None] * among + among[:, None] * sums[:, None, :] - twice)
+        gram[:, basis] = 0.0
+        gram[:, :, basis] = 0.0
+
+        values, vectors = ops.eigh(gram, min(basis + 1, len(rows)))
+        turn = vectors.transpose(1, 2)
+        share = (turn * among).sum(2, keepdim=True)
+        turn = turn - alpha * share * among
+        turn[:, :, basis] = ((alpha * added - 1) * share)[:, :, 0] if centred else 0.0
+
+        grown = (gram.diagonal(dim1=1, dim2=2) * among).sum(1)
+        unit = torch.finfo(self.dtype).eps / 2
+        given = (raw - energy).clamp_min(0)
+        # Rows rounded on arrival, the mean rounded twice, rows of the basis rounded at the end; then sums and solver.
+        error = 2 * unit * (given * grown).sqrt() + (4 * unit + count * EPSILON) * (energy * added * grown).sqrt()
+        error = error + 2 * unit * padded(values, basis + 1)[:, :basis].clamp_min(0).sum(1)
+        sizes = torch.tensor(self.layout.lengths, dtype=torch.float64, device=gram.device)
+        error = error + 2 * (sizes + 4) * EPSILON * raw + EIGH_TOLERANCE * raw
+        # Of directions that hold nothing: sums err like random walks, rows of the basis by a unit each.
+        floor = 4 * (EPSILON * sizes.sqrt().clamp_min(len(rows)) + (self.folds + 1) * unit**2) * raw
+        return Fold(values, turn, trace(gram), self.total + grown, self.rounding + error, floor)
+
+    def _replace_basis(self, fold: Fold, valid: Tensor) -> Tensor:
+        """Write the leading part of a fold over the basis, and add the rows of the buffer to the sum; its values."""
+        used = self._used_of(len(valid))
+        values = padded(fold.values, self.rank + 1)
+        turn = fold_rows(fold.turn, self.rank)
+        kept, cut = values[:, : self.rank], values[:, self.rank].clamp_min(0)
+        if self.shrinkage:
+            lowered = (kept - cut[:, None]).clamp_min(0)
+            turn = turn * torch.where(lowered > 0, lowered / kept, 0.0).sqrt()[:, :, None]
+            kept = lowered
+        self.lost += torch.stack([cut, (fold.trace - kept.sum(1)).clamp_min(0)])
+        weights = torch.nn.functional.pad(valid, (self.rank + 1, 0))
+        ops.rotate_(used, turn.contiguous(), segments=self.layout.spans, mean=self.sum, weights=weights)
+        self.folds += 1
+        return kept
+
+    def _set_mean(self) -> None:
+        self.rows[self.rank].copy_(self.sum)
+        self.rows[self.rank] /= self.count.clamp_min(1)
+
+    def _mark(self, values: Tensor) -> None:
+        """The basis is new, with these eigenvalues."""
+        self.marks.append(self.appended)
+        self.shares = torch.cat([self.shares, (values[:, 0] / self.total)[None]])
+        self._forget()
+
+    def _merge_folded(self, other: Incremental) -> None:
+        """Add what the other has folded: its basis, and the outer product of the difference of the means."""
+        between = self.count * other.count / (self.count + other.count).clamp_min(1)
+        shift = other.origin.double() - self.origin
+        apart = other.rows[self.rank] + shift - self.rows[self.rank]
+        parts = [*other.rows[: self.rank], (apart * between.sqrt()).to(self.dtype)]
+        for start in range(0, len(parts), self.block):
+            part = parts[start : start + self.block]
+            for place, row in zip(self._buffer, part, strict=False):
+                place.copy_(row)
+            fold = self._fold(self.valid.new_ones(len(part)), centred=False)
+            self._replace_basis(fold, self.valid.new_zeros(len(part)))
+            self.rounding = fold.rounding
+        self.total += other.total + between * ops.gram(apart[None], segments=self.layout.spans)[:, 0, 0]
+        self.lost += other.lost
+        self.rounding += other.rounding
+        self.sum += other.sum + other.count * shift
+        self.count += other.count
+        self._set_mean()
+        self.appended += other.appended - other.pending
+        self._forget()
+        self._mark(self.fold.values)
+
+
+def fold_rows(turn: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows of (S, q, m), with zeros where there are fewer."""
+    return torch.nn.functional.pad(turn[:, :count], (0, 0, 0, max(0, count - turn.shape[1]))).contiguous()

@@ -1,0 +1,510 @@
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grokcurv.flat import Segment
+from grokcurv.pca.common import Layout, Method, Spectrum, finite
+from grokcurv.pca.gram import Gram
+from grokcurv.pca.incremental import Incremental
+from grokcurv.pca.sketch import FAILURE, Sketch
+from grokcurv.reference import compute_type
+
+METHODS = ("auto", "gram", "incremental", "sketch")
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
+GIB = 1 << 30
+
+log = logging.getLogger(__name__)
+
+
+class StreamingPCA:
+    """PCA of rows that arrive one by one or in blocks; scikit-learn's names and meanings.
+
+    ``method="gram"`` keeps every row and is exact. ``"incremental"`` keeps r + b + 4 vectors, however many rows come: a
+    basis of r = ``n_components + oversampling`` directions and b = ``block`` rows; it is as good as the basis holds the
+    variance, and says how good that is. ``"sketch"`` keeps as many vectors of ``sketch_size`` numbers: variances and
+    scores, right within a bound of known probability, but no components. ``"auto"`` begins with ``gram``, goes over to
+    ``incremental`` before the rows outgrow ``memory_limit``, and takes ``sketch`` where even that would be too much;
+    :attr:`method_` and :attr:`reason_` say where it is and why. docs/pca.md has the costs and bounds of each.
+
+    How the caller cuts the rows into blocks does not change a bit of any result; neither does the number of threads,
+    nor what is read in between.
+
+    Right answers where there is little to analyse: fewer than ``n_components`` directions with variance: the rest have
+    variance 0 and are rows of zeros. One row: variances and shares are NaN (0 / 0, as in scikit-learn). Constant rows:
+    variances are 0, shares NaN. A variance that cannot be told from rounding is 0.
+
+    Args:
+        n_components: k, directions kept, at least 1.
+        method: ``"auto"``, ``"gram"``, ``"incremental"`` or ``"sketch"``.
+        segments: intervals of the coordinates, as :class:`grokcurv.Segment` or ``(start, length)``; each gets a PCA of
+            its own, and only these coordinates are stored. S is their number; without segments there is one PCA of
+            all coordinates, and the attributes lose their S.
+        memory_limit: bytes that ``"auto"`` may keep.
+        oversampling: directions beyond k in the basis of ``incremental`` and ``sketch``: their accuracy comes from it.
+        block: rows they gather before they update the basis; 2 r by default.
+        shrinkage: lower all eigenvalues by the one cut off (frequent directions). Variances lose more, but what they
+            can lose is known beforehand, for any rows in any order.
+        store_dtype: type in which ``gram`` stores differences from the first row; by default it stores the rows.
+        scratch: a folder with room for a nameless file in which ``gram`` stores the rows; by default in memory.
+        sketch_size: M, a power of two, at least 64; the bound of ``sketch`` is ``20 / sqrt(M)`` of the total variance.
+        seed: of the sketch.
+
+    Attributes:
+        segments: tuple of :class:`grokcurv.Segment`, or None.
+        method_: the method at work; None before the first row.
+        reason_: why it was chosen.
+
+    Raises:
+        ValueError: an unknown method, an option out of its range, an empty or impossible list of segments.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 8,
+        method: str = "auto",
+        segments: Sequence[Segment | tuple[int, int]] | None = None,
+        *,
+        memory_limit: int = 4 * GIB,
+        oversampling: int = 8,
+        block: int | None = None,
+        shrinkage: bool = False,
+        store_dtype: torch.dtype | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+        sketch_size: int = 1 << 16,
+        seed: int = 0,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if store_dtype is not None and store_dtype not in DTYPES.values():
+            raise ValueError(f"store_dtype must be float32, float64 or bfloat16, got {store_dtype}")
+        self.n_components, self.method = n_components, method
+        self.segments = None if segments is None else _named(segments)
+        self.memory_limit, self.oversampling, self.shrinkage = memory_limit, oversampling, shrinkage
+        self.block = 2 * (n_components + oversampling) if block is None else block
+        self.store_dtype = store_dtype
+        self.scratch = None if scratch is None else os.fspath(scratch)
+        self.sketch_size, self.seed = sketch_size, seed
+        least = {"n_components": 1, "memory_limit": 0, "oversampling": 0, "block": 1, "sketch_size": 64, "seed": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if sketch_size & (sketch_size - 1):
+            raise ValueError(f"sketch_size must be a power of two, got {sketch_size}")
+        self.method_: str | None = None
+        self.reason_ = "no rows yet"
+        self._method: Method | None = None
+        self._layout = Layout((), torch.device("cpu"))
+        self._dtype = torch.float32
+        self._features = 0
+        self._rows_taken = 0  # masked ones too
+        self._masked: Tensor | None = None  # on an accelerator: number of the first masked row, and how many there are
+
+    def partial_fit(self, x: Tensor) -> StreamingPCA:
+        """Add one row (P,) or several (n, P), and return the PCA itself.
+
+        Rows are float32, float64 or bfloat16. On the CPU a row with NaN or infinity is refused. On an accelerator that
+        would mean to wait for it: there the row is masked, which means left out of everything, and the next result
+        that is read raises with its number, once.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: a shape, dtype or device unlike that of earlier rows, segments that reach beyond P, or (on the
+                CPU) a row with NaN, infinity or numbers beyond 1e150, whose number is given. The PCA is then what it
+                was.
+            OSError: no room for the rows in ``scratch``.
+        """
+        rows = self._pack(x)
+        valid = finite(rows)
+        if not _masks(rows.device):
+            if not valid.all():
+                number = int(valid.logical_not().nonzero()[0])
+                raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
+            if len(rows):
+                self._method_for(len(rows), x.shape[-1], rows).append(rows)
+        elif len(rows):
+            self._method_for(len(rows), x.shape[-1], rows).append(rows, valid)
+            self._count_masked(valid)
+        self._rows_taken += len(rows)
+        self._forget()
+        return self
+
+    def merge(self, other: StreamingPCA) -> StreamingPCA:
+        """Add the rows of another PCA after one's own, and return the PCA itself; ``other`` stays as it is.
+
+        With ``gram`` the result is that of all rows in one PCA, to the bit; otherwise within its bound.
+
+        Raises:
+            ValueError: ``other`` has other settings, or rows of another length, dtype or device.
+        """
+        for name, value in self._settings().items():
+            if other._settings()[name] != value:
+                raise ValueError(f"other has a different {name}: {other._settings()[name]!r}, this PCA {value!r}")
+        if other._method is None:
+            return self
+        other._raise_if_masked()
+        if self._method is not None:
+            self._check_alike("other", other._features, other._dtype, other._layout.device)
+        if other is self:
+            twin = StreamingPCA(**self._arguments())
+            twin.load_state_dict(self.state_dict())
+            other = twin
+        assert other._method is not None
+        rows = torch.empty(0, dtype=other._dtype, device=other._layout.device)
+        mine = self._method_for(other._rows_taken, other._features, rows)
+        if isinstance(mine, Gram) and isinstance(other._method, Incremental):
+            mine = self._go_incremental(f"the PCA merged into this one had {other.reason_}")
+        if isinstance(other._method, Gram) and not isinstance(mine, Sketch):
+            for page in other._method.given():
+                mine.append(page)
+        else:
+            mine.merge(other._method)
+        self._rows_taken += other._rows_taken
+        self._forget()
+        return self
+
+    @property
+    def n_features_in_(self) -> int:
+        """P."""
+        self._fitted()
+        return self._features
+
+    @property
+    def n_samples_seen_(self) -> int:
+        """n, without masked rows."""
+        return 0 if self._method is None else self._method.n_samples_seen
+
+    @property
+    def explained_variance_(self) -> Tensor:
+        """(k,) or (S, k) float64: variance along each component, descending, with n - 1 in the denominator."""
+        return self._shaped(self._spectrum.values / (self.n_samples_seen_ - 1))
+
+    @property
+    def explained_variance_ratio_(self) -> Tensor:
+        """(k,) or (S, k) float64: its share of the total variance; 1 means 100 %."""
+        return self._shaped(self._spectrum.values / self._spectrum.total[:, None])
+
+    @property
+    def total_variance_(self) -> Tensor:
+        """() or (S,) float64: the variance of all rows in all directions; an estimate with ``sketch``."""
+        return self._shaped(self._spectrum.total / (self.n_samples_seen_ - 1))
+
+    @property
+    def error_bound_(self) -> Tensor:
+        """() or (S,) float64, in the units of ``explained_variance_``: how far any of its entries can be from that of
+        the rows as given, in exact arithmetic.
+
+        So the components hold at least the sum of ``explained_variance_`` less k times this, and no k directions hold
+        more than the sum plus k times this: the residual is within 2 k times this of the least. :attr:`error_kind_`
+        says what stands behind it.
+        """
+        return self._shaped(self._spectrum.bound / (self.n_samples_seen_ - 1))
+
+    @property
+    def error_kind_(self) -> str:
+        """``"guaranteed"``, or with ``sketch`` ``"probability 0.99"``: it holds for so many of all seeds."""
+        return f"probability {1 - FAILURE}" if isinstance(self._fitted(), Sketch) else "guaranteed"
+
+    @property
+    def error_estimate_(self) -> Tensor:
+        """(k,) or (S, k) float64: the standard error of each ``explained_variance_`` over the seeds of a sketch.
+
+        Estimated from the sketch itself; no guarantee, but what to expect, where the bound is a worst case. The other
+        methods have no chance in them: 0.
+        """
+        method = self._fitted()
+        if not isinstance(method, Sketch):
+            return torch.zeros_like(self.explained_variance_)
+        return self._shaped(method.standard_errors() / (self.n_samples_seen_ - 1))
+
+    @property
+    def components_(self) -> Any:
+        """(k, P), or a list of (k, length): orthonormal rows, in the rows' dtype but at least float32.
+
+        Accumulated in float64 and then rounded. The entry of largest magnitude in each is positive, as in
+        scikit-learn.
+
+        Raises:
+            ValueError: ``sketch`` has none; or no rows seen yet.
+        """
+        return self._by_segment(self._components)
+
+    @property
+    def mean_(self) -> Any:
+        """(P,), or a list of (length,): the mean row, in the dtype of the components.
+
+        Raises:
+            ValueError: as for the components.
+        """
+        return self._by_segment(self._mean)
+
+    @property
+    def pc1_history_(self) -> Tensor:
+        """(n,) or (n, S) float64: the first component's share of the variance of the first 1, 2, ... n rows.
+
+        The first is NaN, since one row has no variance. With ``incremental`` and ``sketch`` it is known where a block
+        ended, and NaN elsewhere. Every prefix is solved once, at the first reading.
+        """
+        self._raise_if_masked()
+        if self._method is None:
+            history = torch.empty(0, len(self.segments or (None,)), dtype=torch.float64)
+        else:
+            history = self._method.history
+        return history if self.segments is not None else history[:, 0]
+
+    @property
+    def step_norms_(self) -> Tensor:
+        """(n - 1,) or (n - 1, S) float64: distances between successive rows; ``gram`` only.
+
+        Raises:
+            ValueError: another method, or no rows seen yet.
+        """
+        method = self._fitted()
+        if not isinstance(method, Gram):
+            raise ValueError(f"step_norms_ needs method='gram', this PCA works by {self.method_!r}")
+        norms = method.step_norms()
+        return norms if self.segments is not None else norms[:, 0]
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Coordinates of the rows ``x`` (P,) or (n, P) along the components, about the mean.
+
+        Returns:
+            float64: (k,) or (n, k); with segments (S, k) or (S, n, k).
+
+        Raises:
+            ValueError, TypeError: as for :meth:`partial_fit`, or no rows seen yet.
+        """
+        scores = self._fitted().scores(self._pack(x))
+        return self._shaped(scores[:, 0] if x.dim() == 1 else scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as tensors and plain values. The rows that ``gram`` keeps are not copied."""
+        self._raise_if_masked()
+        return {
+            **self._settings(),
+            "method_": self.method_,
+            "reason_": self.reason_,
+            "n_features": self._features,
+            "dtype": str(self._dtype),
+            "rows_taken": self._rows_taken,
+            "state": None if self._method is None else self._method.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; what follows is then bitwise what would have followed there.
+
+        Raises:
+            ValueError: the state is of a PCA with other settings, or its parts are missing or do not fit together. The
+                PCA is then what it was.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state is damaged: it lacks {', '.join(sorted(missing))}")
+        for name, value in self._settings().items():
+            if state[name] != value:
+                raise ValueError(f"state has {name} {state[name]!r}, this PCA {value!r}")
+        name, parts = state["method_"], state["state"]
+        if (parts is None) != (name is None) or name not in (None, *METHODS[1:]) or state["dtype"] not in DTYPES:
+            raise ValueError(f"state is damaged: method_ {name!r}, dtype {state['dtype']!r}")
+        method, layout, dtype = None, self._layout, DTYPES[state["dtype"]]
+        if parts is not None:
+            layout = self._new_layout(state["n_features"], parts["history"].device)
+            method = self._new_method(name, layout, dtype)
+            try:
+                method.load_state_dict(parts)
+            except KeyError as error:
+                raise ValueError(f"state is damaged: its method lacks {error}") from error
+        self._method, self._layout, self._dtype = method, layout, dtype
+        self.method_, self.reason_ = name, state["reason_"]
+        self._features, self._rows_taken, self._masked = state["n_features"], state["rows_taken"], None
+        self._forget()
+
+    def __repr__(self) -> str:
+        return f"StreamingPCA(n_components={self.n_components}, method_={self.method_!r}, reason_={self.reason_!r})"
+
+    # The method
+
+    def _method_for(self, count: int, features: int, like: Tensor) -> Method:
+        """The method at work, chosen for ``count`` more rows like ``like``."""
+        if self._method is None:
+            self._features, self._dtype = features, like.dtype
+            self._layout = self._new_layout(features, like.device)
+            if self.method != "auto":
+                self._begin(self.method, "it was asked for")
+            elif self._incremental_bytes() > self.memory_limit:
+                self._begin("sketch", f"incremental would take {_gib(self._incremental_bytes())}, {self._limit()}")
+            else:
+                self._begin("gram", f"exact, and the rows are within memory_limit = {_gib(self.memory_limit)} so far")
+        if self.method == "auto" and isinstance(self._method, Gram):
+            rows = self._method.n_samples_seen + count
+            need = self._gram_bytes(rows)
+            if need + self._incremental_bytes() > self.memory_limit:
+                self._go_incremental(f"{rows} rows would take {_gib(need)} and going over later more, {self._limit()}")
+        assert self._method is not None
+        return self._method
+
+    def _begin(self, name: str, reason: str) -> Method:
+        self._method = self._new_method(name, self._layout, self._dtype)
+        self.method_, self.reason_ = name, reason
+        log.info("StreamingPCA works by %s: %s", name, reason)
+        return self._method
+
+    def _go_incremental(self, reason: str) -> Method:
+        gram = self._method
+        assert isinstance(gram, Gram)
+        gram.drop_masked()
+        method = self._begin("incremental", reason)
+        for page in gram.given():
+            method.append(page)
+        return method
+
+    def _new_method(self, name: str, layout: Layout, dtype: torch.dtype) -> Method:
+        rank = self.n_components + self.oversampling
+        if name == "gram":
+            return Gram(self.n_components, layout, dtype, self.store_dtype, self.scratch)
+        if name == "incremental":
+            return Incremental(self.n_components, rank, self.block, self.shrinkage, layout, dtype)
+        return Sketch(self.n_components, rank, self.block, self.shrinkage, layout, self.sketch_size, self.seed)
+
+    def _new_layout(self, features: int, device: torch.device) -> Layout:
+        if self.segments is None:
+            return Layout((features,), device)
+        return Layout(tuple(segment.length for segment in self.segments), device)
+
+    def _gram_bytes(self, rows: int) -> int:
+        stored = self.store_dtype or self._dtype
+        return rows * self._layout.size * stored.itemsize + 8 * len(self._layout.lengths) * (2 * rows) ** 2
+
+    def _incremental_bytes(self) -> int:
+        vectors = self.n_components + self.oversampling + self.block + 2
+        return self._layout.size * (vectors * compute_type(self._dtype).itemsize + 8)
+
+    def _limit(self) -> str:
+        return f"beyond memory_limit = {_gib(self.memory_limit)}"
+
+    # Rows
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """The stored coordinates of ``x``, (n, L)."""
+        if x.dtype not in DTYPES.values():
+            raise TypeError(f"x must be float32, float64 or bfloat16, got {x.dtype}")
+        if x.dim() not in (1, 2):
+            raise ValueError(f"x must have shape (P,) or (n, P), got {tuple(x.shape)}")
+        if self._method is not None:
+            self._check_alike("x", x.shape[-1], x.dtype, x.device)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self.segments is None:
+            return rows.contiguous()
+        last = max(self.segments, key=lambda s: s.stop)
+        if last.stop > x.shape[-1]:
+            raise ValueError(f"x has {x.shape[-1]} coordinates, but segment {last.name!r} ends at {last.stop}")
+        return torch.cat([rows[:, s.start : s.stop] for s in self.segments], dim=1)
+
+    def _check_alike(self, name: str, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        got, wanted = (features, dtype, device), (self._features, self._dtype, self._layout.device)
+        if got != wanted:
+            raise ValueError(
+                f"{name} has {got[0]} coordinates, {got[1]}, on {got[2]}; "
+                f"earlier rows have {wanted[0]} coordinates, {wanted[1]}, on {wanted[2]}"
+            )
+
+    def _count_masked(self, valid: Tensor) -> None:
+        """Note the masked rows among the next ones, without waiting for the device."""
+        if self._masked is None:
+            self._masked = torch.zeros(2, dtype=torch.int64, device=valid.device)
+        bad = valid.logical_not()
+        number = self._rows_taken + bad.int().argmax()
+        first = torch.where((self._masked[1] == 0) & bad.any(), number, self._masked[0])
+        self._masked = torch.stack([first, self._masked[1] + bad.sum()])
+
+    def _raise_if_masked(self) -> None:
+        if self._masked is None:
+            return
+        first, count = self._masked.tolist()
+        self._masked = None
+        if count:
+            assert self._method is not None
+            self._method.drop_masked()
+            self._forget()
+            raise ValueError(
+                f"x: row {first} held NaN or infinity, or numbers whose squares overflow, and was left out"
+                + (f", and {count - 1} more after it" if count > 1 else "")
+            )
+
+    # Results
+
+    def _fitted(self) -> Method:
+        if self._method is None:
+            raise ValueError("this StreamingPCA has seen no rows yet: call partial_fit first")
+        self._raise_if_masked()
+        return self._method
+
+    @cached_property
+    def _spectrum_cache(self) -> Spectrum:
+        return self._fitted().spectrum()
+
+    @property
+    def _spectrum(self) -> Spectrum:
+        self._fitted()
+        return self._spectrum_cache
+
+    @cached_property
+    def _components(self) -> Tensor:
+        return self._fitted().components()
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return self._fitted().mean()
+
+    def _forget(self) -> None:
+        for name in ("_spectrum_cache", "_components", "_mean"):
+            self.__dict__.pop(name, None)
+
+    def _shaped(self, per_segment: Tensor) -> Tensor:
+        return per_segment if self.segments is not None else per_segment[0]
+
+    def _by_segment(self, rows: Tensor) -> Any:
+        return self._layout.split(rows) if self.segments is not None else rows
+
+    # Settings
+
+    def _arguments(self) -> dict[str, Any]:
+        names = ("n_components", "method", "segments", "memory_limit", "oversampling", "block", "shrinkage")
+        return {name: getattr(self, name) for name in (*names, "store_dtype", "scratch", "sketch_size", "seed")}
+
+    def _settings(self) -> dict[str, Any]:
+        """What makes results, as plain values."""
+        settings = self._arguments()
+        del settings["scratch"], settings["memory_limit"]
+        settings["segments"] = None if self.segments is None else [[s.start, s.length] for s in self.segments]
+        settings["store_dtype"] = None if self.store_dtype is None else str(self.store_dtype)
+        return settings
+
+
+def _masks(device: torch.device) -> bool:
+    """Whether to look at a row's numbers would mean to wait for the device."""
+    return device.type != "cpu"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+def _named(segments: Sequence[Segment | tuple[int, int]]) -> tuple[Segment, ...]:
+    named = []
+    for segment in segments:
+        if not isinstance(segment, Segment):
+            start, length = segment
+            segment = Segment(f"{start}:{start + length}", start, length, (length,))
+        if segment.start < 0 or segment.length < 0:
+            raise ValueError(f"segments: {segment.name!r} has start {segment.start} and length {segment.length}")
+        named.append(segment)
+    if not named:
+        raise ValueError("segments must be None or hold at least one segment")
+    return tuple(named)
