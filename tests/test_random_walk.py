@@ -34,7 +34,7 @@ def simulated(norms: NDArray[np.float64], size: int, trials: int, seed: int) -> 
 
 
 # Dimensions below, equal to and above the number of steps.
-@pytest.mark.parametrize(("size", "steps"), [(2, 7), (3, 30), (5, 6), (6, 6), (7, 6), (12, 5), (40, 2)])
+@pytest.mark.parametrize(("size", "steps"), [(2, 7), (3, 30), (3, 3), (6, 6), (12, 5), (40, 2)])
 @pytest.mark.parametrize("lengths", ["equal", "unequal", "some zero"])
 def test_against_simulated_walks(size: int, steps: int, lengths: str, generator: torch.Generator) -> None:
     norms = np.ones(steps)
@@ -42,14 +42,14 @@ def test_against_simulated_walks(size: int, steps: int, lengths: str, generator:
         norms = torch.rand(steps, generator=generator, dtype=torch.float64).numpy() + 0.1
     if lengths == "some zero":
         norms = np.concatenate([[0], norms[:1], [0, 0], norms[1:], [0]])
-    trials = 4000
+    trials = 2000
     walks = simulated(norms, size, trials, fresh_seed(generator))
     null = random_walk_pc1(norms, size, trials, fresh_seed(generator))
     assert stats.ks_2samp(walks, null.samples).pvalue > CHANCE
     error = math.hypot(walks.std(), null.std) / math.sqrt(trials)
     assert abs(walks.mean() - null.mean) < 5 * error
-    # The same test must notice a space with half as many dimensions.
-    other = random_walk_pc1(norms, size // 2, trials, fresh_seed(generator))
+    # The same test must notice a space with a quarter of the dimensions.
+    other = random_walk_pc1(norms, max(size // 4, 1), trials, fresh_seed(generator))
     assert stats.ks_2samp(walks, other.samples).pvalue < CHANCE
 
 
@@ -81,10 +81,10 @@ def test_one_dimension_and_one_move() -> None:
 
 def test_p_values_of_random_walks_are_uniform(generator: torch.Generator) -> None:
     norms = torch.rand(9, generator=generator, dtype=torch.float64).numpy()
-    null = random_walk_pc1(norms, 30, trials=20_000, seed=fresh_seed(generator))
+    null = random_walk_pc1(norms, 30, trials=10_000, seed=fresh_seed(generator))
     values = null.p_value(simulated(norms, 30, 1000, fresh_seed(generator)))
-    # The null is a sample too: its own error of the distribution, about 0.01, adds to the thousand walks' 0.04.
-    assert stats.kstest(values, "uniform").statistic < stats.kstwo.isf(CHANCE, 1000) + stats.kstwo.isf(CHANCE, 20_000)
+    # The null is a sample too: its own error of the distribution, adds to that of the thousand walks.
+    assert stats.kstest(values, "uniform").statistic < stats.kstwo.isf(CHANCE, 1000) + stats.kstwo.isf(CHANCE, 10_000)
     assert stats.kstest(values**1.5, "uniform").pvalue < CHANCE
 
 
