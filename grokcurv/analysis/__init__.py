@@ -1,8 +1,8 @@
-"""When a run grokked, when its defect rose, and how long the rise came before: from the records alone.
+"""When a run grokked, when its defect rose, and how long the rise came before: from the records alone; null models.
 
-Every function takes *records*: a pandas DataFrame, or any mapping from a column's name to equally many numbers, in any
-order of steps. A NaN is "not measured in this row": the accuracy and the defect may be on different rows, as they are
-when a run's metrics and measurements are joined on ``step``. Steps are training steps.
+The functions of this module take *records*: a pandas DataFrame, or any mapping from a column's name to equally many
+numbers, in any order of steps. A NaN is "not measured in this row": the accuracy and the defect may be on different
+rows, as they are when a run's metrics and measurements are joined on ``step``. Steps are training steps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from grokcurv.analysis.random_walk import RandomWalkNull, random_walk_pc1
+
 if TYPE_CHECKING:
     import pandas as pd
 
     Records = pd.DataFrame | Mapping[str, Iterable[float]]
 
-__all__ = ["grok_step", "lead_time", "onset_step"]
+__all__ = ["RandomWalkNull", "grok_step", "lead_time", "onset_step", "random_walk_pc1"]
 
 
 def grok_step(records: Records, threshold: float = 0.9) -> int | None:
