@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py ops.py build.py doctor.py)
 
-.PHONY: demo test check bench numerics sanitize clean
+.PHONY: demo test check bench numerics trajectory sanitize clean
 
 demo: .venv/ready
 	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo --resume
@@ -28,6 +28,10 @@ bench: .venv/ready
 # The tables of docs/numerics.md, about an hour on one core.
 numerics: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benches/numerics.py
+
+# The table and the figure of docs/pca.md, about ten minutes.
+trajectory: .venv/ready
+	$(BIN)/python benches/trajectory.py
 
 # The kernels' tests on a core built with the address and undefined-behaviour sanitizers, in a copy of the package. The
 # sanitizer must be loaded first, and Python's own leaks are not ours.

@@ -204,7 +204,7 @@ class Gram:
         start = 0
         for page in self.rows.pages():
             part = weights[:, :, start : start + len(page)].contiguous()
-            ops.rotate(page, part, segments=self.layout.spans, out=total)
+            total += ops.rotate(page.double(), part, segments=self.layout.spans)
             start += len(page)
         return total
 

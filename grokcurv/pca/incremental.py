@@ -119,12 +119,11 @@ class Incremental:
         return orthonormal_(ops.rotate(self._used, turn, segments=self.layout.spans), self.layout)
 
     def mean(self) -> Tensor:
-        total = self.sum[None].clone()
-        if self.pending:
-            weights = self.valid[: self.pending].expand(len(self.layout.lengths), 1, -1).contiguous()
-            ops.rotate(self._buffer[: self.pending], weights, segments=self.layout.spans, out=total)
-        count = self.count + self.valid[: self.pending].sum()
-        return (self.origin + total[0] / count).to(self.dtype)
+        total = self.sum.clone()
+        weights = torch.nn.functional.pad(self.valid[: self.pending], (self.rank + 1, 0))
+        none = weights.new_empty(len(self.layout.lengths), 0, len(weights))
+        ops.rotate_(self._used, none, segments=self.layout.spans, mean=total, weights=weights)
+        return (self.origin + total / (self.count + weights.sum())).to(self.dtype)
 
     def scores(self, rows: Tensor) -> Tensor:
         return along(rows, self.mean(), self.components(), self.layout)

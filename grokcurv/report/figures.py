@@ -136,7 +136,7 @@ def pc1(history: pd.DataFrame, theme: Theme) -> Figure:
         ends = []
         for index, (name, label) in enumerate(members):
             style = ("-", "--", ":", "-.")[index // len(colours) % 4]
-            rows = history[history["matrix"] == name]
+            rows = history[history["matrix"] == name].dropna(subset="pc1_percent")
             ends.append(
                 _line(axes, rows, "pc1_percent", _end_label(label), colours[index % len(colours)], linestyle=style)
             )

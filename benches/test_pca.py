@@ -1,0 +1,127 @@
+"""StreamingPCA beside what people use today: NumPy's SVD, scikit-learn's IncrementalPCA; one thread, one run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import IncrementalPCA
+from test_kernels import DEMO, one_thread, seconds  # noqa: F401
+from torch import Tensor
+
+import grokcurv as gc
+
+Note = Callable[[str], None]
+
+
+def walk(rows: int, size: int) -> Tensor:
+    """A trajectory (rows, size): a random walk with drift, far from the origin."""
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.randn(size, generator=generator)
+    x = torch.empty(rows, size)
+    place = 20 * torch.randn(size, generator=generator)
+    for row in x:
+        place += torch.randn(size, generator=generator) + 0.3 * drift
+        row.copy_(place)
+    return x
+
+
+def svd_variances(x: Tensor) -> np.ndarray:
+    """Variances along all components of the rows, in float64."""
+    rows = x.double().numpy()
+    return np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2 / (len(rows) - 1)
+
+
+def centred_svd(x: np.ndarray) -> np.ndarray:
+    """What a script does: the rows about their mean, and NumPy's SVD."""
+    return np.linalg.svd(x - x.mean(0), full_matrices=False)[1]
+
+
+def test_prefix_history(note: Note) -> None:
+    """300 rows of one 128 x 128 matrix: PC1 % of every prefix, and of the whole."""
+    x = walk(300, 128 * 128)
+    rows = x.numpy()
+
+    def whole() -> gc.StreamingPCA:
+        pca = gc.StreamingPCA(n_components=2, method="gram").partial_fit(x)
+        assert pca.explained_variance_ratio_[0] > 0
+        return pca
+
+    def history() -> Tensor:
+        return whole().pc1_history_
+
+    ten = range(30, 301, 30)
+    sampled = {size: seconds(lambda size=size: centred_svd(rows[:size]), rounds=1) for size in ten}
+    # Between the sampled prefixes by straight lines; those below the first cost nothing.
+    naive_history = float(np.interp(np.arange(2, 301), list(ten), list(sampled.values()), left=0.0).sum())
+    once, every = seconds(whole, rounds=3), seconds(history, rounds=2)
+    note(f"final answer {once * 1e3:.0f} ms, one centred NumPy SVD {sampled[300] * 1e3:.0f} ms = {sampled[300] / once:.1f}x")
+    note(f"every prefix {every:.2f} s, one SVD per prefix {naive_history:.1f} s = {naive_history / every:.0f}x")
+    assert sampled[300] >= 8 * once
+    assert naive_history >= 40 * every
+
+
+def test_incremental(note: Note) -> None:
+    """400 rows of the demo's whole model, 8 components, row by row."""
+    k, x = 8, walk(400, DEMO)
+    truth = svd_variances(x)[:k]
+
+    def ours() -> gc.StreamingPCA:
+        pca = gc.StreamingPCA(n_components=k, method="incremental")
+        for row in x:
+            pca.partial_fit(row)
+        return pca
+
+    def theirs() -> IncrementalPCA:
+        pca = IncrementalPCA(n_components=k, batch_size=3 * k)
+        return pca.fit(x.numpy())
+
+    pca, reference = ours(), theirs()
+    errors = [np.abs(v - truth).max() / truth[0] for v in (pca.explained_variance_.numpy(), reference.explained_variance_)]
+    mine, scikit = seconds(ours, rounds=2), seconds(theirs, rounds=1)
+    note(f"{mine:.2f} s, scikit-learn {scikit:.2f} s = {scikit / mine:.1f}x; errors {errors[0]:.1e}, {errors[1]:.1e}")
+
+    # What must be moved for a block of b rows: each row read, with the first, and stored; the basis and the block read
+    # for the Gram matrix; both read, the basis and the sum written for the rotation.
+    rank, block, vector = k + pca.oversampling, pca.block, 4 * DEMO
+    moved = (3 * block + (rank + 1 + block) + (2 * rank + 1 + block) + 4) * vector
+    source = torch.ones(moved // 8)
+    target = torch.empty_like(source)
+    copying = seconds(lambda: target.copy_(source)) / block
+    note(
+        f"a row {mine / len(x) * 1e3:.2f} ms, {moved / block / 1e6:.1f} MB; copied in {copying * 1e3:.2f} ms "
+        f"= {mine / len(x) / copying:.1f}x"
+    )
+    assert scikit >= 8 * mine
+    assert errors[0] <= errors[1]
+
+
+PEAK = """
+import sys, torch, grokcurv as gc
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+P, k = int(sys.argv[1]), int(sys.argv[2])
+row = torch.randn(P)
+gc.StreamingPCA(k, "incremental").partial_fit(torch.randn(100, 1000)).components_  # load what there is to load
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+pca = gc.StreamingPCA(k, "incremental")
+for _ in range(2 * pca.block + 3):
+    row.normal_()
+    pca.partial_fit(row)
+pca.components_, pca.explained_variance_, pca.mean_
+print((peak() - before) / row.nbytes, 2 * (k + pca.oversampling) + pca.block + 2)
+"""
+
+
+@pytest.mark.parametrize(("size", "k"), [(4_000_000, 8), (4_000_000, 32)])
+def test_peak_memory(note: Note, size: int, k: int) -> None:
+    """In vectors of P, beyond the row itself: two blocks and three rows, then everything read."""
+    done = subprocess.run([sys.executable, "-c", PEAK, str(size), str(k)], capture_output=True, text=True, check=True)
+    vectors, allowed = map(float, done.stdout.split())
+    note(f"k = {k}: {vectors:.1f} vectors of P; 2 (k + oversampling) + block + 2 = {allowed:.0f}")
+    assert vectors <= allowed

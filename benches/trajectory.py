@@ -1,0 +1,164 @@
+"""How well do the methods of StreamingPCA do on a real trajectory? Regenerates the table and the figure of docs/pca.md.
+
+Trains the demo's network as `make demo` does, but measures nothing and keeps a row of its attention matrices every ten
+steps. Then every method sees these rows, and is compared with an SVD in float64 of each matrix.
+
+    make trajectory    # ten minutes; writes docs/measurements/pca.csv and docs/images/pca.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor
+
+import grokcurv as gc
+from grokcurv.flat import Segment, attention_segments, flatten
+from grokcurv.modular import TrainConfig, train
+
+ROW_EVERY = 10
+COMPONENTS = 2
+DOCS = Path(__file__).parents[1] / "docs"
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "gram": [{}],
+    "gram, bfloat16": [{"store_dtype": torch.bfloat16}],
+    "incremental": [{"oversampling": extra} for extra in (0, 1, 2, 4, 8, 16, 32)],
+    "incremental, shrinkage": [{"oversampling": extra, "shrinkage": True} for extra in (0, 1, 2, 4, 8, 16, 32)],
+    "sketch": [{"sketch_size": 1 << power} for power in (8, 10, 12, 14)],
+}
+
+
+class Recorder(gc.CurvatureMonitor):
+    """Keeps rows of the trajectory, and measures nothing."""
+
+    def __init__(self, model: torch.nn.Module, segments: tuple[Segment, ...]) -> None:
+        super().__init__(model, lambda network, batch: torch.zeros(()), sampler=lambda: None)
+        self.segments, self.rows = segments, []
+
+    def step(self, batch: Any = None, next_batch: Any = None) -> None:
+        if self.steps % ROW_EVERY == 0:
+            vector = flatten(self.probe.gradients.model)
+            self.rows.append(torch.cat([vector[s.start : s.stop] for s in self.segments]))
+        self.steps += 1
+
+
+def trajectory() -> tuple[Tensor, list[Segment]]:
+    """Rows (n, L) of the demo's attention matrices, and where each lies in a row."""
+    recorders: list[Recorder] = []
+
+    def watch(model: torch.nn.Module, sampler: Any) -> gc.CurvatureMonitor:
+        recorders.append(Recorder(model, tuple(attention_segments(model))))
+        return recorders[0]
+
+    train(TrainConfig(op="add", weight_decay=1.0, seed=42), watch)
+    packed, start = [], 0
+    for segment in recorders[0].segments:
+        packed.append(Segment(segment.name, start, segment.length, segment.shape))
+        start += segment.length
+    return torch.stack(recorders[0].rows), packed
+
+
+def truth(rows: Tensor, segments: list[Segment]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """PC1 share and top-2 basis of each matrix, by an SVD in float64."""
+    shares, bases = [], []
+    for segment in segments:
+        x = rows[:, segment.start : segment.stop].double().numpy()
+        _, values, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
+        shares.append(values[0] ** 2 / (values**2).sum())
+        bases.append(basis[:COMPONENTS])
+    return np.array(shares), bases
+
+
+def angle(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest principal angle between the spans of orthonormal rows, in degrees."""
+    outside = a - (a @ b.T) @ b
+    return float(np.degrees(np.arcsin(min(1.0, np.linalg.norm(outside, 2)))))
+
+
+def kept_bytes(pca: gc.StreamingPCA, rows: Tensor) -> int:
+    """What the PCA keeps: all tensors of its state."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.nbytes
+        if isinstance(value, dict | list):
+            return sum(map(size, value.values() if isinstance(value, dict) else value))
+        return 0
+
+    buffer = 0 if pca.method_ == "gram" else pca.block * (rows[0].nbytes if pca.method_ == "incremental" else 0)
+    return size(pca.state_dict()) + buffer
+
+
+def compare(rows: Tensor, segments: list[Segment]) -> pd.DataFrame:
+    shares, bases = truth(rows, segments)
+    results = []
+    for name, settings in SETTINGS.items():
+        for options in settings:
+            pca = gc.StreamingPCA(COMPONENTS, name.partition(",")[0], segments, **options)
+            for row in rows:
+                pca.partial_fit(row)
+            ours = pca.explained_variance_ratio_[:, 0].numpy()
+            bound = (pca.error_bound_ / pca.total_variance_).max().item()
+            components = [] if pca.method_ == "sketch" else pca.components_
+            angles = [angle(b, c.double().numpy()) for b, c in zip(bases, components, strict=False)]
+            results.append(
+                {
+                    "method": name,
+                    "option": ", ".join(f"{key}={value}" for key, value in options.items()),
+                    "vectors": kept_bytes(pca, rows) / rows[0].nbytes,
+                    "pc1_error_points": 100 * np.abs(ours - shares).max(),
+                    "bound_points": 100 * bound,
+                    "top2_angle_degrees": max(angles, default=np.nan),
+                }
+            )
+            print(pd.DataFrame(results[-1:]).to_string(index=False, header=len(results) == 1), flush=True)
+    return pd.DataFrame(results)
+
+
+def draw(table: pd.DataFrame, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from grokcurv.report.figures import LIGHT, png, style
+
+    with style(LIGHT):
+        figure = Figure(figsize=(8, 3.6), layout="constrained")
+        errors, angles = figure.subplots(1, 2)
+        colours = dict(zip(SETTINGS, (LIGHT.ink, LIGHT.muted, LIGHT.blue, LIGHT.green, LIGHT.orange), strict=True))
+        for name, part in table.groupby("method", sort=False):
+            look = {"color": colours[name], "marker": "o", "markersize": 4, "label": name}
+            errors.plot(part["vectors"], part["pc1_error_points"].clip(lower=1e-7), **look)
+            if name != "gram":
+                errors.plot(part["vectors"], part["bound_points"], color=colours[name], linestyle=":")
+            angles.plot(part["vectors"], part["top2_angle_degrees"].clip(lower=1e-7), **look)
+        errors.set(title="PC1 %: error, and its bound (dotted)", ylabel="percentage points")
+        angles.set(title="top-2 subspace: angle", ylabel="degrees")
+        for axes in (errors, angles):
+            axes.set(xscale="log", yscale="log", xlabel="memory, in vectors of the parameters")
+        angles.legend(fontsize="small")
+        file.write_bytes(png(figure, LIGHT))
+
+
+def main(rows: Annotated[Path | None, tyro.conf.arg(help="keep the trajectory here, or read it")] = None) -> None:
+    if rows is not None and rows.exists():
+        saved = torch.load(rows, weights_only=True)
+        matrices, segments = saved["rows"], [Segment(*segment) for segment in saved["segments"]]
+    else:
+        matrices, segments = trajectory()
+        if rows is not None:
+            torch.save({"rows": matrices, "segments": [(s.name, s.start, s.length, s.shape) for s in segments]}, rows)
+    table = compare(matrices, segments)
+    table.to_csv(DOCS / "measurements/pca.csv", index=False, float_format="%.4g")
+    draw(table, DOCS / "images/pca.png")
+    default = table[table["option"] == "oversampling=8"].set_index("method").loc["incremental"]
+    assert default["pc1_error_points"] < 0.1
+    assert default["top2_angle_degrees"] < 1
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
