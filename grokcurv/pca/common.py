@@ -45,9 +45,14 @@ class Layout:
         """(S, 2) int64, as the ops take them."""
         return torch.tensor(list(self.intervals()), dtype=torch.int64, device=self.device)
 
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(S,) float64: the lengths."""
+        return torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
+
     def split(self, rows: Tensor) -> list[Tensor]:
         """(..., L) by segment."""
-        return list(torch.split(rows, self.lengths, dim=-1))
+        return list(torch.split(rows, list(self.lengths), dim=-1))
 
 
 class Spectrum(NamedTuple):

@@ -104,7 +104,7 @@ class Gram:
 
     def spectrum(self) -> Spectrum:
         values, total, _ = self.solution
-        n, lengths = len(self.rows), self._lengths
+        n, lengths = len(self.rows), self.layout.sizes
         # Each entry of G is off by at most (length + 2) eps/2 times |x_i - x_0| |x_j - x_0|, so G by that times its
         # trace in norm; centring adds four terms of at most (2n + 6) eps/2. An eigenvalue moves by at most the norm
         # of the error (Weyl); then what is rounded down to zero, and the solver.
@@ -181,10 +181,6 @@ class Gram:
     def _differences(self) -> bool:
         return self.rows.dtype != self.dtype
 
-    @property
-    def _lengths(self) -> Tensor:
-        return torch.tensor(self.layout.lengths, dtype=torch.float64, device=self.gram.device)
-
     def _reserve(self, size: int) -> None:
         """Room in the Gram matrix; doubles, so that an entry is moved once on average."""
         old = len(self.rows)
@@ -196,7 +192,7 @@ class Gram:
 
     def _rank_floor(self) -> Tensor:
         """(S,): an eigenvalue below this is rounding: errors of a sum grow like a random walk; n of them; a margin."""
-        return 4 * EPSILON * self._lengths.sqrt().clamp_min(len(self.rows)) * trace(self.raw)
+        return 4 * EPSILON * self.layout.sizes.sqrt().clamp_min(len(self.rows)) * trace(self.raw)
 
     def _combination(self, weights: Tensor) -> Tensor:
         """(q, L) float64: the sums over t of ``weights[s, j, t] x_t``, or of the differences that are stored."""

@@ -255,7 +255,7 @@ class Incremental:
         # Rows rounded on arrival, the mean rounded twice, rows of the basis rounded at the end; then sums and solver.
         error = 2 * unit * (given * grown).sqrt() + (4 * unit + count * EPSILON) * (energy * added * grown).sqrt()
         error = error + 2 * unit * padded(values, basis + 1)[:, :basis].clamp_min(0).sum(1)
-        sizes = torch.tensor(self.layout.lengths, dtype=torch.float64, device=gram.device)
+        sizes = self.layout.sizes
         error = error + 2 * (sizes + 4) * EPSILON * raw + EIGH_TOLERANCE * raw
         # Of directions that hold nothing: sums err like random walks, rows of the basis by a unit each.
         floor = 4 * (EPSILON * sizes.sqrt().clamp_min(len(rows)) + (self.folds + 1) * unit**2) * raw
