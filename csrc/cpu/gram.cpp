@@ -21,6 +21,13 @@ struct Rows {
   Index tiles() const { return (count + tile - 1) / tile; }
 };
 
+// Into the second cache: a few rows at a large power of two from each other evict one another from the first. Rows are
+// read in pieces too short for the processor to see what comes next.
+template <class T>
+GROKCURV_INLINE void prefetch(const T* x) {
+  __builtin_prefetch(x, 0, 2);
+}
+
 // What all steps of a task share. `shift` says whether there is an origin.
 template <class T, bool shift>
 struct Source {
@@ -38,10 +45,13 @@ struct Source {
     return x;
   }
 
-  // The coordinates of `here`, `stride` doubles between one eight and the next.
-  GROKCURV_INLINE void pack(const T* row, Span here, double* out, Index stride) const {
+  // The coordinates of `here`, `stride` doubles between one eight and the next; those of `next` are called for.
+  GROKCURV_INLINE void pack(const T* row, const T* next, Span here, double* out, Index stride) const {
     Index p = here.start;
-    for (; p + lanes <= here.stop; p += lanes, out += stride) load(row, p).store(out);
+    for (; p + lanes <= here.stop; p += lanes, out += stride) {
+      prefetch(next + p);
+      load(row, p).store(out);
+    }
     if (p < here.stop) load(row, p, here.stop - p).store(out);
   }
 };
@@ -52,10 +62,12 @@ struct Source {
 // fill the last tile.
 template <class T, bool shift>
 void pack_tiles(const Source<T, shift>& source, const Rows<T>& rows, Span here, double* packed) {
+  constexpr Index ahead = 2;
   for (Index i = 0; i < rows.tiles() * tile; ++i) {
     double* out = packed + (i / tile * steps * tile + i % tile) * lanes;
     if (i < rows.count) {
-      source.pack(rows.values + i * rows.size, here, out, tile * lanes);
+      const T* row = rows.values + i * rows.size;
+      source.pack(row, i + ahead < rows.count ? row + ahead * rows.size : row, here, out, tile * lanes);
     } else {
       for (Index s = 0; s < steps; ++s) Lanes{}.store(out + s * tile * lanes);
     }
@@ -118,45 +130,59 @@ void add_range_by_tiles(const Source<T, shift>& source, const Rows<T>& x, const 
 template <Index kept, class T, bool shift>
 void sum_range_of_kept(const Source<T, shift>& source, const Rows<T>& few, const Rows<T>& many, Span here, double* room,
                        double* sums, Index few_stride, Index many_stride) {
-  for (Index i = 0; i < kept; ++i) {
-    double* out = room + i * gram_range;
-    if (i < few.count) {
-      source.pack(few.values + i * few.size, here, out, lanes);
-    } else {
-      for (Index p = 0; p < gram_range; ++p) out[p] = 0.0;
+  constexpr Index together = 2;  // rows that stream; the last, if it is odd, beside itself
+  double *x = room, *origin = room + kept * gram_slab;
+  for (Index i = 0; i < kept * gram_slab; ++i) x[i] = 0.0;
+
+  for (Index start = here.start; start < here.stop; start += gram_slab) {
+    const Span slab = Span{start, start + gram_slab} & here;
+    for (Index i = 0; i < few.count; ++i) {
+      const T* row = few.values + i * few.size;
+      source.pack(row, row, slab, x + i * gram_slab, lanes);
     }
-  }
-  constexpr Index together = 2;  // rows that stream; an odd one, the last, is taken twice
-  for (Index j = 0; j < many.count; j += together) {
-    const Index second = j + 1 < many.count ? j + 1 : j;
-    const T* rows[together] = {many.values + j * many.size, many.values + second * many.size};
-    double totals[kept][together] = {};
-    for (Index start = here.start; start < here.stop; start += gram_block) {
-      const Span block = Span{start, start + gram_block} & here;
-      const double* x = room + (start - here.start);
-      Lanes sum[kept][together] = {};
-      Index p = block.start;
-      for (; p + lanes <= block.stop; p += lanes, x += lanes) {
-        const Lanes y[together] = {source.load(rows[0], p), source.load(rows[1], p)};
-#pragma GCC unroll 4
-        for (Index i = 0; i < kept; ++i) {
-          for (Index r = 0; r < together; ++r) sum[i][r] += Lanes::load(x + i * gram_range) * y[r];
-        }
+    if constexpr (shift) Source<T, false>{}.pack(source.origin, source.origin, slab, origin, lanes);
+
+    for (Index j = 0; j < many.count; j += together) {
+      const Index second = j + 1 < many.count ? j + 1 : j;
+      const Index after = j + together < many.count ? together * many.size : 0;
+      const T* rows[together] = {many.values + j * many.size, many.values + second * many.size};
+      const T* next[together] = {rows[0] + after, rows[second - j] + (j + 3 < many.count ? after : 0)};
+      const auto load = [&](Index r, Index p, Index n) {
+        const Lanes y = n == lanes ? Lanes::load(rows[r] + p) : Lanes::load(rows[r] + p, n);
+        if constexpr (shift) return y - Lanes::load(origin + (p - slab.start));
+        return y;
+      };
+
+      double totals[kept][together];
+      for (Index i = 0; i < kept; ++i) {
+        totals[i][0] = start == here.start ? 0.0 : sums[i * few_stride + j * many_stride];
+        totals[i][1] = start == here.start ? 0.0 : sums[i * few_stride + second * many_stride];
       }
-      if (p < block.stop) {
-        const Index left = block.stop - p;
-        const Lanes y[together] = {source.load(rows[0], p, left), source.load(rows[1], p, left)};
+      for (Index first = slab.start; first < slab.stop; first += gram_block) {
+        const Span block = Span{first, first + gram_block} & slab;
+        Lanes sum[kept][together] = {};
+        const auto add = [&](Index p, Index n) {
+          const Lanes y[together] = {load(0, p, n), load(1, p, n)};
+#pragma GCC unroll 4
+          for (Index i = 0; i < kept; ++i) {
+            const Lanes x_i = Lanes::load(x + i * gram_slab + (p - slab.start));
+            for (Index r = 0; r < together; ++r) sum[i][r] += x_i * y[r];
+          }
+        };
+        Index p = block.start;
+        for (; p + lanes <= block.stop; p += lanes) {
+          for (Index r = 0; r < together; ++r) prefetch(next[r] + p);
+          add(p, lanes);
+        }
+        if (p < block.stop) add(p, block.stop - p);
         for (Index i = 0; i < kept; ++i) {
-          for (Index r = 0; r < together; ++r) sum[i][r] += Lanes::load(x + i * gram_range) * y[r];
+          for (Index r = 0; r < together; ++r) totals[i][r] += sum[i][r].fold();
         }
       }
       for (Index i = 0; i < kept; ++i) {
-        for (Index r = 0; r < together; ++r) totals[i][r] += sum[i][r].fold();
+        sums[i * few_stride + j * many_stride] = totals[i][0];
+        sums[i * few_stride + second * many_stride] = totals[i][second - j];
       }
-    }
-    for (Index i = 0; i < kept; ++i) {
-      sums[i * few_stride + j * many_stride] = totals[i][0];
-      sums[i * few_stride + second * many_stride] = totals[i][second - j];
     }
   }
 }
@@ -184,7 +210,7 @@ void run(const Gram& task, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     double* room = task.workspace + omp_get_thread_num() * gram_workspace(x.count, y.count);
-    double* sums = room + (x.count + y.count + 2 * gram_few) * gram_block + gram_few * gram_range;
+    double* sums = room + (x.count + y.count + 2 * gram_few) * gram_block + (gram_few + 1) * gram_slab;
     for (Index segment = 0; segment < task.segments.count; ++segment) {
       const Index* span = task.segments.spans + 2 * segment;
       const Span all{span[0], span[0] + span[1]};
