@@ -181,8 +181,9 @@ def test_gram_row(compare: Comparison) -> None:
     )
 
 
-def test_gram_matrix(compare: Comparison) -> None:
-    rows, origin = torch.randn(60, 8 * 128 * 128), torch.randn(8 * 128 * 128)
+@pytest.mark.parametrize(("n", "size"), [(60, 8 * 128 * 128), (300, 128 * 128), (48, DEMO)])
+def test_gram_matrix(compare: Comparison, n: int, size: int) -> None:
+    rows, origin = torch.randn(n, size), torch.randn(size)
 
     def naive() -> Tensor:
         x = rows.double() - origin.double()

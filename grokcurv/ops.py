@@ -284,7 +284,9 @@ def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
         segments = torch.tensor([[0, p]])
     else:
         _check_spans("segments", segments, p)
-    _call(_cpu.gram, _TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)
+    m = out.shape[2]
+    workspace = torch.empty((torch.get_num_threads(), _cpu.gram_workspace(n, m)), dtype=torch.float64)
+    _call(_cpu.gram, _TYPES[x.dtype], n, m, p, x, y, origin, segments, len(segments), out, workspace)
     return out
 
 

@@ -99,6 +99,7 @@ def _subspace_filter_(n: int, p: int, dtype: torch.dtype, generator: Generator) 
 def _gram(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
     x, y = numbers((n, p), dtype, generator), numbers((n + 3, p), dtype, generator)
     yield {"x": y}
+    yield {"x": numbers((6, 4 * p), dtype, generator)}  # more than one range of coordinates
     yield {"x": x, "y": y, "origin": numbers((p,), dtype, generator), "segments": spans(3, p, generator)}
 
 

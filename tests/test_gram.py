@@ -9,7 +9,8 @@ from torch import Tensor
 
 from grokcurv import ops, reference
 
-SIZES = (1, 7, 8, 9, 511, 512, 513, 5001)
+SIZES = (1, 7, 8, 9, 255, 256, 257, 2049, 5001, 8191, 8193)
+"""Around eight lanes, a block, a slab and a range."""
 
 
 def assert_equals_definition(x: Tensor, y: Tensor | None = None, **options: Tensor) -> None:
@@ -33,6 +34,7 @@ def test_sizes_around_blocks_and_tiles(dtype: torch.dtype, size: int, generator:
     origin, segments = numbers((size,), dtype, generator), spans(4, size, generator)
     assert_equals_definition(x)
     assert_equals_definition(x, y, origin=origin, segments=segments)
+    assert_equals_definition(x[:3], y, origin=origin, segments=segments)
 
 
 def test_whole_numbers_are_exact(generator: torch.Generator) -> None:
@@ -56,6 +58,20 @@ def test_an_entry_depends_on_its_two_rows_alone(generator: torch.Generator) -> N
     for (start, length), part in zip(segments.tolist(), whole, strict=True):
         inside = x[:, start : start + length].contiguous()
         assert torch.equal(ops.gram(inside, origin=origin[start : start + length].contiguous())[0], part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [False, True])
+def test_few_rows_and_many_are_summed_alike(dtype: torch.dtype, shift: bool, generator: torch.Generator) -> None:
+    """Up to four rows are kept while the others stream; more make tiles. Over two ranges and a tail."""
+    size = 2 * 8192 + 301
+    x = numbers((9, size), dtype, generator)
+    options = {"origin": numbers((size,), dtype, generator)} if shift else {}
+    whole = ops.gram(x, **options)
+    for count in range(1, 9):
+        assert torch.equal(ops.gram(x[:count], **options), whole[:, :count, :count])
+        assert torch.equal(ops.gram(x[:count], x, **options), whole[:, :count])
+        assert torch.equal(ops.gram(x, x[-count:], **options), whole[:, :, -count:])
 
 
 def test_nan_stays_in_its_row(generator: torch.Generator) -> None:

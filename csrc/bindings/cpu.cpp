@@ -128,10 +128,11 @@ PYBIND11_MODULE(_cpu, m) {
       },
       unlocked);
 
+  m.def("gram_workspace", [](Index x_rows, Index y_rows) { return gram_workspace(x_rows, y_rows); });
   m.def(
       "gram",
       [](int type, Index x_rows, Index y_rows, Index size, Address x, Address y, Address origin, Address spans,
-         Index span_count, Address out, int threads) {
+         Index span_count, Address out, Address workspace, int threads) {
         const Gram task{.type = Type{type},
                         .x_rows = x_rows,
                         .y_rows = y_rows,
@@ -140,7 +141,8 @@ PYBIND11_MODULE(_cpu, m) {
                         .y = at(y),
                         .origin = at(origin),
                         .segments = segments(spans, span_count),
-                        .out = at<double>(out)};
+                        .out = at<double>(out),
+                        .workspace = at<double>(workspace)};
         cpu::gram(task, threads);
       },
       unlocked);
