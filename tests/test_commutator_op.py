@@ -110,8 +110,12 @@ def test_rounding_terms_are_those_of_torch(dtype: torch.dtype, generator: torch.
 
 
 def test_no_cancellation_where_the_direct_formula_drowns(generator: torch.Generator) -> None:
-    """delta of order 1e-10 beside theta of order 1: the direct float32 formula gives mere rounding."""
-    size = 4097
+    """delta of order 1e-10 beside theta of order 1: the direct float32 formula gives mere rounding.
+
+    A coordinate is then off by a unit in the last place u with probability |delta| / u, so |r - delta|^2 is some hundred
+    times |delta|^2 on average, with a relative scatter of a fifth for this many coordinates.
+    """
+    size = 65537
     small = torch.randn(2, size, generator=generator, dtype=FLOAT64) * 1e-7
     g = torch.randn(2, size, generator=generator, dtype=FLOAT64) * 1e-2
     g_a, g_b, a2, b2 = (x[None].float() for x in (g[0], g[1], g[0] + small[0], g[1] + small[1]))
@@ -120,7 +124,7 @@ def test_no_cancellation_where_the_direct_formula_drowns(generator: torch.Genera
     theta = torch.randn(size, generator=generator)
     result = ops.commutator(g_a, g_b, a2, b2, eta, theta=theta)
     assert math.isclose(result.sums[0, SUMS.index("dd")].item(), exact.square().sum().item(), rel_tol=1e-12)
-    assert result.sums[0, len(SUMS) + THETA_SUMS.index("re")] > 100 * exact.square().sum()
+    assert result.sums[0, len(SUMS) + THETA_SUMS.index("re")] > 20 * exact.square().sum()
 
 
 def test_segments_share_out_the_energy(generator: torch.Generator) -> None:
