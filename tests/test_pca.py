@@ -90,7 +90,7 @@ def assert_same(a: StreamingPCA, b: StreamingPCA) -> None:
     mine, theirs = results(a), results(b)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def bits(pca: StreamingPCA) -> list[Any]:
@@ -98,7 +98,7 @@ def bits(pca: StreamingPCA) -> list[Any]:
 
     def leaves(value: Any) -> Iterator[Any]:
         if isinstance(value, Tensor):
-            yield value.dtype, value.shape, value.contiguous().view(torch.uint8).numpy().tobytes()
+            yield value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes()
         elif isinstance(value, dict | list):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 yield key
