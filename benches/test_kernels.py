@@ -198,3 +198,18 @@ def test_eigh(compare: Comparison, n: int) -> None:
     x = torch.randn(8, n, n, dtype=FLOAT64) * torch.arange(1, n + 1, dtype=FLOAT64).reciprocal()
     a = x @ x.mT
     compare(lambda: ops.eigh(a, 8), lambda: torch.linalg.eigh(a), moved=a.nbytes)
+
+
+@pytest.mark.parametrize(("m", "q"), [(48, 16), (24, 12)])
+def test_rotate(compare: Comparison, note: Callable[[str], None], m: int, q: int) -> None:
+    """In place, beside a float64 product of rows that are float64 already, which needs a second buffer."""
+    rows = torch.randn(m, DEMO)
+    coefficients = torch.linalg.qr(torch.randn(m, q, dtype=FLOAT64)).Q.mT[None].contiguous()
+    wide, out = rows.double(), torch.empty(q, DEMO, dtype=FLOAT64)
+    compare(
+        lambda: ops.rotate_(rows, coefficients),
+        lambda: torch.matmul(coefficients[0], wide, out=out),
+        moved=(m + q) * DEMO * rows.element_size(),
+    )
+    rate = 2 * m * q * DEMO / seconds(lambda: ops.rotate_(rows, coefficients))
+    note(f"{rate / 1e9:.0f} Gflop/s")

@@ -176,3 +176,44 @@ def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
             largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
             vector.copy_(leading * largest.sign())
     return values, vectors
+
+
+def rotate(rows: Tensor, coefficients: Tensor, *, segments: Tensor | None = None) -> Tensor:
+    """Linear combinations ``out[j] = sum_i coefficients[s, j, i] rows[i]`` over each segment s, zero elsewhere.
+
+    rows (m, P), coefficients (S, q, m) float64, segments (S, 2) disjoint; without them S = 1 and all P. Returns (q, P)
+    of type C: products and sums in float64 in the order of the rows, from zero, rounded once.
+    """
+    x = rows.double()
+    out = x.new_zeros((coefficients.shape[1], x.shape[1]))
+    for (start, length), block in zip(_spans(segments, x.shape[1]), coefficients, strict=True):
+        for i in range(len(x)):
+            out[:, start : start + length] += block[:, i : i + 1] * x[i, start : start + length]
+    return out.to(compute_type(rows.dtype))
+
+
+def rotate_(
+    rows: Tensor,
+    coefficients: Tensor,
+    *,
+    segments: Tensor | None = None,
+    mean: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """:func:`rotate` written over the first q <= m rows (m, P), in their dtype; returns rows.
+
+    With ``mean`` (P,) and ``weights`` (m,), both float64, ``mean += sum_i weights[i] rows[i]`` of the old rows.
+    Coordinates outside the segments stay as they are.
+    """
+    result = rotate(rows.double(), coefficients, segments=segments).to(rows.dtype)
+    for start, length in _spans(segments, rows.shape[1]):
+        part = slice(start, start + length)
+        if mean is not None and weights is not None:
+            mean[part] += rotate(rows[:, part].double(), weights[None, None])[0]
+        rows[: len(result), part] = result[:, part]
+    return rows
+
+
+def _spans(segments: Tensor | None, size: int) -> list[list[int]]:
+    """(start, length) of each segment, or of the one that is all coordinates."""
+    return [[0, size]] if segments is None else segments.tolist()

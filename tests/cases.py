@@ -111,6 +111,35 @@ def _eigh(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[
         yield {"a": x @ x.mT, "k": min(size, 3)}
 
 
+def disjoint_spans(size: int, generator: Generator) -> Tensor:
+    """(4, 2): parts of `size` coordinates between random ends, neither in order nor covering; one is empty."""
+    ends = torch.randint(0, size + 1, (6,), generator=generator).sort().values
+    starts, stops = ends[0::2], ends[1::2]
+    return torch.cat([torch.stack([starts, stops - starts], dim=1).flip(0), torch.tensor([[0, 0]])])
+
+
+def _rotate(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    """m = 3n rows into q = 5n, and by segment into n."""
+    rows = numbers((3 * n, p), dtype, generator)
+    yield {"rows": rows, "coefficients": numbers((1, 5 * n, 3 * n), torch.float64, generator)}
+    segments = disjoint_spans(p, generator)
+    coefficients = numbers((len(segments), n, 3 * n), torch.float64, generator)
+    yield {"rows": rows, "coefficients": coefficients, "segments": segments}
+
+
+def _rotate_(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    rows = numbers((9 * n, p), dtype, generator)
+    segments = disjoint_spans(p, generator)
+    yield {
+        "rows": rows,
+        "coefficients": numbers((len(segments), 7 * n, 9 * n), torch.float64, generator),
+        "segments": segments,
+        "mean": numbers((p,), torch.float64, generator),
+        "weights": numbers((9 * n,), torch.float64, generator),
+    }
+    yield {"rows": rows, "coefficients": numbers((1, 9 * n, 9 * n), torch.float64, generator)}
+
+
 _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs]]] = {
     "perturb": _perturb,
     "commutator": _commutator,
@@ -118,8 +147,12 @@ _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs
     "subspace_filter_": _subspace_filter_,
     "gram": _gram,
     "eigh": _eigh,
+    "rotate": _rotate,
+    "rotate_": _rotate_,
 }
 OPS = tuple(_SAMPLES)
+WRITES = {"subspace_filter_": ("g",), "rotate_": ("rows", "mean")}
+"""The arguments that an op writes to, the one that it returns first."""
 
 
 def sample_inputs(op: str, generator: Generator) -> Iterator[Inputs]:
@@ -133,15 +166,16 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def run(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The op's outputs; an op that works in place gets copies."""
+def run(op: str, inputs: Inputs, function: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
+    """The outputs of the op, or of a function like it, and what else it writes to; it gets copies."""
     copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    return outputs(getattr(ops, op)(**copies))
+    results = outputs((function or getattr(ops, op))(**copies))
+    return results + tuple(copies[name] for name in WRITES.get(op, ())[1:] if name in copies)
 
 
 def define(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
     """The outputs by definition."""
-    return outputs(getattr(reference, op.rstrip("_"))(**inputs))
+    return run(op, inputs, getattr(reference, op, None) or getattr(reference, op.rstrip("_")))
 
 
 def digest(seed: int) -> str:

@@ -55,8 +55,7 @@ def test_compiles_into_one_graph(op: str, generator: torch.Generator) -> None:
     compiled = torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager")
     inputs = next(cases.sample_inputs(op, generator))
     expected = cases.run(op, inputs)
-    copies = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    for got, wanted in zip(cases.outputs(compiled(**copies)), expected, strict=True):
+    for got, wanted in zip(cases.run(op, inputs, compiled), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -113,8 +112,9 @@ def test_tensors_keep_their_values(generator: torch.Generator) -> None:
     for op in cases.OPS:
         for inputs in cases.sample_inputs(op, generator):
             copies = {name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-            if op == "subspace_filter_":
-                inputs["g"] = copies.pop("g").clone()
+            for name in cases.WRITES.get(op, ()):
+                if name in copies:
+                    inputs[name] = copies.pop(name).clone()
             getattr(ops, op)(**inputs)
             for name, copy in copies.items():
                 assert torch.equal(inputs[name], copy), (op, name)
@@ -124,6 +124,10 @@ def test_writing_in_place_bumps_the_version(generator: torch.Generator) -> None:
     inputs = next(cases.sample_inputs("subspace_filter_", generator))
     assert ops.subspace_filter_(**inputs) is inputs["g"]
     assert inputs["g"]._version == 1
+
+    inputs = next(cases.sample_inputs("rotate_", generator))
+    assert ops.rotate_(**inputs) is inputs["rows"]
+    assert (inputs["rows"]._version, inputs["mean"]._version) == (1, 1)
 
     inputs = next(cases.sample_inputs("perturb", generator))
     out = torch.empty_like(inputs["directions"])
@@ -158,6 +162,8 @@ VECTORS = {
     "subspace_filter_": ("g",),
     "gram": ("x", "y", "origin"),
     "eigh": ("a",),
+    "rotate": ("rows", "coefficients"),
+    "rotate_": ("rows", "coefficients", "mean", "weights"),
 }
 BAD_VECTORS = [
     (op, name, replace, error, name)
@@ -174,6 +180,12 @@ BAD_SHAPES = [
     ("gram", "y", shortened, ValueError, "y must have shape"),
     ("gram", "origin", shortened, ValueError, "origin must have shape"),
     ("eigh", "a", shortened, ValueError, "a must have shape"),
+    *((op, "coefficients", shortened, ValueError, "coefficients must have shape") for op in ("rotate", "rotate_")),
+    ("rotate_", "mean", shortened, ValueError, "mean must have shape"),
+    ("rotate_", "weights", shortened, ValueError, "weights must have shape"),
+    ("rotate", "rows", torch.flatten, ValueError, "rows must have shape"),
+    ("rotate", "rows", transposed, ValueError, "rows must be contiguous"),
+    ("rotate", "coefficients", lambda x: x.mT.contiguous().mT, ValueError, "coefficients must be contiguous"),
     ("perturb", "directions", transposed, ValueError, "directions must be contiguous"),
     ("commutator", "g_b", transposed, ValueError, "g_b must be contiguous"),
     ("subspace_filter_", "g", transposed, ValueError, "g must be contiguous"),
@@ -203,6 +215,19 @@ BAD_OPTIONS = [
     ("subspace_filter_", "strength", float("nan"), ValueError, "strength must be finite"),
     ("eigh", "k", -1, ValueError, "k must lie in"),
     ("eigh", "k", 1000, ValueError, "k must lie in"),
+    ("rotate", "segments", torch.Tensor.int, TypeError, "segments must be int64"),
+    ("rotate", "segments", None, ValueError, r"coefficients must have shape \(1,"),
+    *(
+        (op, "segments", replacement, ValueError, message)
+        for op in ("rotate", "rotate_")
+        for replacement, message in (
+            (torch.tensor([[0, 5], [9, 1], [4090, 10], [9, 0]]), r"segments\[2\] .* within P = 4099"),
+            (torch.tensor([[9, 5], [1, 1], [4, 6], [9, 0]]), r"segments\[2\] and segments\[0\] overlap"),
+            (torch.tensor([[9, 5], [1, 1], [9, 5], [2, 0]]), r"segments\[0\] and segments\[2\] overlap"),
+        )
+    ),
+    ("rotate_", "mean", None, ValueError, "mean and weights belong together"),
+    ("rotate_", "coefficients", lambda x: x.repeat(1, 2, 1), ValueError, "28 rows, which do not fit over 18"),
 ]
 
 
@@ -229,6 +254,17 @@ def test_outputs_may_not_overlap_inputs() -> None:
         ops.perturb(theta, memory[:10].view(2, 5), eta, out=memory[10:15].view(1, 5))
     with pytest.raises(ValueError, match="g overlaps values"):
         ops.subspace_filter_(memory[:10].view(2, 5), memory[5:10], torch.tensor([[0, 5, 0]]), 1.0)
+    wide = torch.zeros(30, dtype=FLOAT64)
+    rows, weights, coefficients = wide[:10].view(2, 5), torch.zeros(2, dtype=FLOAT64), torch.zeros(1, 2, 2).double()
+    with pytest.raises(ValueError, match="rows overlaps coefficients"):
+        ops.rotate_(rows, wide[8:12].view(1, 2, 2))
+    with pytest.raises(ValueError, match="rows overlaps weights"):
+        ops.rotate_(rows, coefficients, mean=wide[10:15], weights=wide[9:11])
+    with pytest.raises(ValueError, match="mean overlaps rows"):
+        ops.rotate_(rows, coefficients, mean=wide[9:14], weights=weights)
+    with pytest.raises(ValueError, match="mean overlaps weights"):
+        ops.rotate_(rows, coefficients, mean=wide[10:15], weights=wide[14:16])
+    ops.rotate_(rows, coefficients, mean=wide[10:15], weights=weights)
 
 
 def test_cuda_tensors_are_refused_by_name() -> None:

@@ -13,6 +13,7 @@
 #include "grokcurv/eigh.h"
 #include "grokcurv/gram.h"
 #include "grokcurv/perturb.h"
+#include "grokcurv/rotate.h"
 #include "grokcurv/subspace.h"
 
 namespace py = pybind11;
@@ -160,6 +161,26 @@ PYBIND11_MODULE(_cpu, m) {
                         .vectors = at<double>(vectors),
                         .workspace = at<double>(workspace)};
         cpu::eigh(task, threads);
+      },
+      unlocked);
+
+  m.def("rotate_workspace", [](Index inputs) { return rotate_workspace(inputs); });
+  m.def(
+      "rotate",
+      [](int type, Index inputs, Index outputs, Index size, Address rows, Address coefficients, Address spans,
+         Index span_count, Address out, Address mean, Address weights, Address workspace, int threads) {
+        const Rotate task{.type = Type{type},
+                          .inputs = inputs,
+                          .outputs = outputs,
+                          .size = size,
+                          .rows = at(rows),
+                          .coefficients = at<double>(coefficients),
+                          .segments = segments(spans, span_count),
+                          .out = at(out),
+                          .mean = at<double>(mean),
+                          .weights = at<double>(weights),
+                          .workspace = at<double>(workspace)};
+        cpu::rotate(task, threads);
       },
       unlocked);
 }

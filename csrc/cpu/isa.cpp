@@ -10,6 +10,7 @@
 #include "grokcurv/eigh.h"
 #include "grokcurv/gram.h"
 #include "grokcurv/perturb.h"
+#include "grokcurv/rotate.h"
 #include "grokcurv/subspace.h"
 
 namespace grokcurv::cpu {
@@ -25,6 +26,7 @@ struct Kernels {
   Kernel<SubspaceFilter>& subspace_filter;
   Kernel<Gram>& gram;
   Kernel<Eigh>& eigh;
+  Kernel<Rotate>& rotate;
 };
 
 #define GROKCURV_DECLARE(isa)             \
@@ -35,9 +37,10 @@ struct Kernels {
   Kernel<SubspaceFilter> subspace_filter; \
   Kernel<Gram> gram;                      \
   Kernel<Eigh> eigh;                      \
+  Kernel<Rotate> rotate;                  \
   }
 #define GROKCURV_KERNELS(isa) \
-  isa::perturb, isa::commutator, isa::subspace_split, isa::subspace_filter, isa::gram, isa::eigh
+  isa::perturb, isa::commutator, isa::subspace_split, isa::subspace_filter, isa::gram, isa::eigh, isa::rotate
 
 GROKCURV_DECLARE(isa_default)
 #ifdef __x86_64__
@@ -109,6 +112,9 @@ void gram(const Gram& task, int threads) {
 }
 void eigh(const Eigh& task, int threads) {
   chosen().eigh(task, threads);
+}
+void rotate(const Rotate& task, int threads) {
+  chosen().rotate(task, threads);
 }
 
 }  // namespace grokcurv::cpu

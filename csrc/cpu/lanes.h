@@ -147,6 +147,15 @@ struct Lanes {
     for (int i = 0; i < lanes; ++i) x[i] = narrow<bfloat16>(values[i]);
   }
 
+  // The first n lanes, n <= 8.
+  template <class T>
+  GROKCURV_INLINE void store(T* x, Index n) const {
+    if (n == lanes) return store(x);
+    T values[lanes];
+    store(values);
+    std::memcpy(x, values, static_cast<std::size_t>(n) * sizeof(T));
+  }
+
   // Every lane rounded to T.
   template <class T>
   GROKCURV_INLINE Lanes rounded() const {
