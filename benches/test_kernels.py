@@ -213,3 +213,17 @@ def test_rotate(compare: Comparison, note: Callable[[str], None], m: int, q: int
     )
     rate = 2 * m * q * DEMO / seconds(lambda: ops.rotate_(rows, coefficients))
     note(f"{rate / 1e9:.0f} Gflop/s")
+
+
+@pytest.mark.parametrize("size", [4096, 65536])
+@pytest.mark.parametrize("n", [1, 8])
+def test_sketch(compare: Comparison, n: int, size: int) -> None:
+    """Beside an index_add_ with places and signs stored, 12 bytes a coordinate."""
+    x = torch.randn(n, LARGE // n)
+    places = torch.randint(0, size, (x.shape[1],))
+    signs = torch.randint(0, 2, (x.shape[1],)).float() * 2 - 1
+
+    def naive() -> Tensor:
+        return torch.zeros(n, size).index_add_(1, places, signs * x)
+
+    compare(lambda: ops.sketch(x, size, 1), naive, moved=x.nbytes)

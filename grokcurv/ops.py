@@ -31,7 +31,7 @@ except ImportError as error:
         "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
     ) from error
 
-__all__ = ["commutator", "eigh", "gram", "perturb", "rotate", "rotate_", "subspace_filter_", "subspace_split"]
+__all__ = ["commutator", "eigh", "gram", "perturb", "rotate", "rotate_", "sketch", "subspace_filter_", "subspace_split"]
 
 _TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
 _FLOATS = tuple(_TYPES)
@@ -431,6 +431,40 @@ def _disjoint(segments: Tensor | None, size: int) -> Tensor:
     return segments
 
 
+# --------------------------------------------------------------------------------------------------------------- sketch
+
+
+def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
+    """A random projection of x (n, P) onto ``size`` dimensions that nearly keeps inner products: (n, size) float64.
+
+    A count sketch: :func:`grokcurv.reference.sketch` defines it and bounds its error. size is a power of two, 64 to
+    2**20; seed, 0 to 2**63 - 1, is all that is stored of the projection. ``start``, 0 to 2**62 - 1, is the number of
+    the first coordinate: the sketches of shards that begin where they do in the whole add up to its sketch.
+
+    Workspace: for every 32 * size coordinates (65536 at least) ``size`` float64 a vector, but at most 63 times that.
+    """
+    return cast(Tensor, _sketch(x, size, seed, start))
+
+
+def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
+    _check("x", x, _FLOATS, ("n", "P"))
+    if not 64 <= size <= 2**20 or size & (size - 1):
+        raise ValueError(f"size must be a power of two from 64 to 2**20, got {size}")
+    if seed < 0:
+        raise ValueError(f"seed must lie in 0..2**63 - 1, got {seed}")
+    if not 0 <= start < 2**62:
+        raise ValueError(f"start must lie in 0..2**62 - 1, got {start}")
+    return x.new_empty((x.shape[0], size), dtype=torch.float64)
+
+
+def _sketch_cpu(x: Tensor, size: int, seed: int, start: int) -> Tensor:
+    out = _sketch_fake(x, size, seed, start)
+    n, p = x.shape
+    workspace = torch.empty(_cpu.sketch_workspace(n, p, size, start), dtype=torch.float64)
+    _call(_cpu.sketch, _TYPES[x.dtype], n, p, size, seed, start, x, out, workspace)
+    return out
+
+
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -557,4 +591,9 @@ _rotate_ = _define(
     "rotate_(Tensor(a!) rows, Tensor coefficients, Tensor? segments, Tensor(b!)? mean, Tensor? weights) -> ()",
     _rotate_in_place_cpu,
     _rotate_in_place_fake,
+)
+_sketch = _define(
+    "sketch(Tensor x, int size, int seed, int start) -> Tensor",
+    _sketch_cpu,
+    _sketch_fake,
 )

@@ -214,6 +214,56 @@ def rotate_(
     return rows
 
 
+def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
+    """A count sketch ``z_i = Omega x_i`` of vectors x (n, P) with nothing of Omega stored: (n, size) float64.
+
+    Coordinate ``c = start + p`` lies in block ``c // size``. It is added, times a random sign ``s_c``, to ``z[h(c)]``
+    with ``h(c) = (c + shift of the block) % size``; signs are independent, shifts independent and uniform. They are the
+    words of ``philox((i low, i high, 0, purpose), (seed low, seed high))``: for purpose 0, bit k of the 128, the lowest
+    of the first word first, says that coordinate ``128 i + k`` is negated; for purpose 1, word k modulo size is the
+    shift of block ``4 i + k``. As c is counted from ``start``, shards of a vector have sketches that add up to that of
+    the whole. size is a power of two, 64 to 2**20.
+
+    Inner products are right on average, and their variance is that of any count sketch (Charikar, Chen and
+    Farach-Colton 2002; Weinberger et al. 2009)::
+
+        E <Omega x, Omega y>                =  <x, y>
+        E (<Omega x, Omega y> - <x, y>)^2  <=  (|x|^2 |y|^2 + <x, y>^2) / size
+
+    For ``<Omega x, Omega y>`` is the sum over c, d of ``s_c s_d x_c y_d [h(c) = h(d)]``. Its terms with c = d make up
+    ``<x, y>``; the others have mean 0. In the square of their sum, the mean of a product of terms is 0 unless both
+    have the same pair {c, d}: what is left is the sum over pairs of ``Pr(h(c) = h(d)) (x_c y_d + x_d y_c)^2``. The
+    probability is 0 within a block and 1/size between blocks, where the difference of two shifts is uniform. No term
+    is negative, so it is at most the sum over all c and d of ``(x_c^2 y_d^2 + x_c y_c x_d y_d) / size``.
+    """
+    c = torch.arange(x.shape[1]) + start
+    words = _draw(c // 128, 0, seed)[torch.arange(len(c)), c % 128 // 32]
+    shifts = _draw(c // size // 4, 1, seed)[torch.arange(len(c)), c // size % 4]
+    signs = 1.0 - 2.0 * (words >> c % 32 & 1)
+    out = x.new_zeros((len(x), size), dtype=torch.float64)
+    for z, row in zip(out, x.double(), strict=True):
+        z.index_add_(0, (c + shifts) % size, signs * row)
+    return out
+
+
+def _draw(indices: Tensor, purpose: int, seed: int) -> Tensor:
+    """The four words (len, 4) of each counter."""
+    key = (seed % 2**32, seed >> 32)
+    different, which = indices.unique(return_inverse=True)
+    words = [philox((i % 2**32, i >> 32, 0, purpose), key) for i in different.tolist()]
+    return torch.tensor(words, dtype=torch.int64).reshape(-1, 4)[which]
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10, four random 32-bit words from a counter and a key (Salmon, Moraes, Dror and Shaw 2011)."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 % 2**32, p0 >> 32 ^ c3 ^ k1, p0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
 def _spans(segments: Tensor | None, size: int) -> list[list[int]]:
     """(start, length) of each segment, or of the one that is all coordinates."""
     return [[0, size]] if segments is None else segments.tolist()

@@ -140,6 +140,13 @@ def _rotate_(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterat
     yield {"rows": rows, "coefficients": numbers((1, 9 * n, 9 * n), torch.float64, generator)}
 
 
+def _sketch(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    """The second has several ranges where P is more than 65536."""
+    yield {"x": numbers((n, p), dtype, generator), "size": 64, "seed": 2**62 + 5, "start": 2**40 + 77}
+    x = numbers((n, 40 * p), dtype, generator)
+    yield {"x": x, "size": 256, "seed": int(torch.randint(2**31, (), generator=generator))}
+
+
 _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs]]] = {
     "perturb": _perturb,
     "commutator": _commutator,
@@ -149,6 +156,7 @@ _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs
     "eigh": _eigh,
     "rotate": _rotate,
     "rotate_": _rotate_,
+    "sketch": _sketch,
 }
 OPS = tuple(_SAMPLES)
 WRITES = {"subspace_filter_": ("g",), "rotate_": ("rows", "mean")}

@@ -164,6 +164,7 @@ VECTORS = {
     "eigh": ("a",),
     "rotate": ("rows", "coefficients"),
     "rotate_": ("rows", "coefficients", "mean", "weights"),
+    "sketch": ("x",),
 }
 BAD_VECTORS = [
     (op, name, replace, error, name)
@@ -184,6 +185,8 @@ BAD_SHAPES = [
     ("rotate_", "mean", shortened, ValueError, "mean must have shape"),
     ("rotate_", "weights", shortened, ValueError, "weights must have shape"),
     ("rotate", "rows", torch.flatten, ValueError, "rows must have shape"),
+    ("sketch", "x", torch.flatten, ValueError, "x must have shape"),
+    ("sketch", "x", transposed, ValueError, "x must be contiguous"),
     ("rotate", "rows", transposed, ValueError, "rows must be contiguous"),
     ("rotate", "coefficients", lambda x: x.mT.contiguous().mT, ValueError, "coefficients must be contiguous"),
     ("perturb", "directions", transposed, ValueError, "directions must be contiguous"),
@@ -226,6 +229,10 @@ BAD_OPTIONS = [
             (torch.tensor([[9, 5], [1, 1], [9, 5], [2, 0]]), r"segments\[0\] and segments\[2\] overlap"),
         )
     ),
+    *(("sketch", "size", size, ValueError, "size must be a power of two") for size in (0, -64, 32, 96, 2**21)),
+    ("sketch", "seed", -1, ValueError, "seed must lie in"),
+    ("sketch", "start", -1, ValueError, "start must lie in"),
+    ("sketch", "start", 2**62, ValueError, "start must lie in"),
     ("rotate_", "mean", None, ValueError, "mean and weights belong together"),
     ("rotate_", "coefficients", lambda x: x.repeat(1, 2, 1), ValueError, "28 rows, which do not fit over 18"),
 ]

@@ -14,6 +14,7 @@
 #include "grokcurv/gram.h"
 #include "grokcurv/perturb.h"
 #include "grokcurv/rotate.h"
+#include "grokcurv/sketch.h"
 #include "grokcurv/subspace.h"
 
 namespace py = pybind11;
@@ -181,6 +182,26 @@ PYBIND11_MODULE(_cpu, m) {
                           .weights = at<double>(weights),
                           .workspace = at<double>(workspace)};
         cpu::rotate(task, threads);
+      },
+      unlocked);
+
+  m.def("sketch_workspace", [](Index vectors, Index size, Index outputs, Index start) {
+    return sketch_workspace(vectors, size, outputs, start);
+  });
+  m.def(
+      "sketch",
+      [](int type, Index vectors, Index size, Index outputs, std::uint64_t seed, Index start, Address x, Address out,
+         Address workspace, int threads) {
+        const Sketch task{.type = Type{type},
+                          .vectors = vectors,
+                          .size = size,
+                          .outputs = outputs,
+                          .seed = seed,
+                          .start = start,
+                          .x = at(x),
+                          .out = at<double>(out),
+                          .workspace = at<double>(workspace)};
+        cpu::sketch(task, threads);
       },
       unlocked);
 }

@@ -11,6 +11,7 @@
 #include "grokcurv/gram.h"
 #include "grokcurv/perturb.h"
 #include "grokcurv/rotate.h"
+#include "grokcurv/sketch.h"
 #include "grokcurv/subspace.h"
 
 namespace grokcurv::cpu {
@@ -27,6 +28,7 @@ struct Kernels {
   Kernel<Gram>& gram;
   Kernel<Eigh>& eigh;
   Kernel<Rotate>& rotate;
+  Kernel<Sketch>& sketch;
 };
 
 #define GROKCURV_DECLARE(isa)             \
@@ -38,9 +40,11 @@ struct Kernels {
   Kernel<Gram> gram;                      \
   Kernel<Eigh> eigh;                      \
   Kernel<Rotate> rotate;                  \
+  Kernel<Sketch> sketch;                  \
   }
-#define GROKCURV_KERNELS(isa) \
-  isa::perturb, isa::commutator, isa::subspace_split, isa::subspace_filter, isa::gram, isa::eigh, isa::rotate
+#define GROKCURV_KERNELS(isa)                                                                                  \
+  isa::perturb, isa::commutator, isa::subspace_split, isa::subspace_filter, isa::gram, isa::eigh, isa::rotate, \
+      isa::sketch
 
 GROKCURV_DECLARE(isa_default)
 #ifdef __x86_64__
@@ -115,6 +119,9 @@ void eigh(const Eigh& task, int threads) {
 }
 void rotate(const Rotate& task, int threads) {
   chosen().rotate(task, threads);
+}
+void sketch(const Sketch& task, int threads) {
+  chosen().sketch(task, threads);
 }
 
 }  // namespace grokcurv::cpu
