@@ -192,12 +192,26 @@ def test_gram_matrix(compare: Comparison, n: int, size: int) -> None:
     compare(lambda: ops.gram(rows, origin=origin), naive, moved=rows.nbytes)
 
 
-@pytest.mark.parametrize("n", [60, 128, 300])
-def test_eigh(compare: Comparison, n: int) -> None:
-    """Eight leading pairs of eight matrices, beside LAPACK, which finds all of them."""
+@pytest.mark.parametrize(("n", "k"), [(48, 48), (60, 8), (60, 60), (128, 16), (300, 8)])
+def test_eigh(compare: Comparison, n: int, k: int) -> None:
+    """Leading pairs of eight matrices, beside LAPACK, which finds all of them."""
     x = torch.randn(8, n, n, dtype=FLOAT64) * torch.arange(1, n + 1, dtype=FLOAT64).reciprocal()
     a = x @ x.mT
-    compare(lambda: ops.eigh(a, 8), lambda: torch.linalg.eigh(a), moved=a.nbytes)
+    compare(lambda: ops.eigh(a, k), lambda: torch.linalg.eigh(a), moved=a.nbytes)
+
+
+def test_eigh_of_every_prefix(compare: Comparison) -> None:
+    """The leading pair of the first 2, 3, ... 300 rows, as the history of the first component asks for it."""
+    x = torch.randn(300, 1000, dtype=FLOAT64).cumsum(0)
+    x -= x.mean(0)
+    gram = x @ x.T
+    prefixes = [gram[:n, :n].contiguous()[None] for n in range(2, 301)]
+
+    def run(solve: Callable[[Tensor], object]) -> None:
+        for a in prefixes:
+            solve(a)
+
+    compare(lambda: run(lambda a: ops.eigh(a, 1)), lambda: run(torch.linalg.eigh), sum(a.nbytes for a in prefixes))
 
 
 @pytest.mark.parametrize(("m", "q"), [(48, 16), (24, 12)])

@@ -260,7 +260,10 @@ def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, se
     """``(x_i - origin) . (y_j - origin)`` by segment: (S, n, m) float64 from x (n, P), y (m, P) or x, origin (P,) or 0.
 
     segments (S, 2) int64; without them S = 1 and the sum is over all P. An entry's bits depend on its two rows (and the
-    origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric.
+    origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
+    is read once.
+
+    Workspace for each thread: one block of 256 coordinates of every row in float64, and ``n m`` sums.
     """
     return cast(Tensor, _gram(x, y, origin, segments))
 
@@ -297,10 +300,11 @@ def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
 def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
-    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Where k is small
-    beside n, subspace iteration until ``|a v - w v| <= 1e-12 |a|``; else, and where that converges slowly or an
-    eigenvalue it finds is negative (and so need not lead), Jacobi rotations of the whole matrix. A matrix with a NaN or
-    an infinity yields NaN and harms no other.
+    Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Householder
+    reflections make a matrix tridiagonal; then implicit QL solves all of it or, for k <= n / 4, multisection finds the
+    k values and inverse iteration their vectors (QL again, should a residual stay above rounding). Values and
+    ``|a v - w v|`` are right to a few ``n eps |a|``, vectors orthonormal to a few ``n eps``. A matrix with a NaN or an
+    infinity yields NaN and harms no other.
     """
     return cast(tuple[Tensor, Tensor], _eigh(a, k))
 

@@ -109,6 +109,7 @@ def _eigh(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[
         size = min(p, 140)
         x = torch.randn(n, size, 20, generator=generator, dtype=dtype)
         yield {"a": x @ x.mT, "k": min(size, 3)}
+        yield {"a": x @ x.mT, "k": size}
 
 
 def disjoint_spans(size: int, generator: Generator) -> Tensor:

@@ -29,12 +29,16 @@ struct Tridiagonal {
   double* off;       // n - 1, and a zero
   double norm;       // a bound: the largest sum of magnitudes in a row (Gershgorin)
 
+  // Off-diagonal entries up to this may be dropped, which moves eigenvalues by less than epsilon / 2 norm.
+  double negligible() const { return epsilon / 4 * norm; }
+
   void measure() {
     norm = 0;
     for (Index i = 0; i < n; ++i) {
       const double sum = magnitude(diagonal[i]) + magnitude(off[i]) + (i > 0 ? magnitude(off[i - 1]) : 0);
       norm = sum > norm ? sum : norm;
     }
+    for (Index i = 0; i < n; ++i) off[i] = magnitude(off[i]) > negligible() ? off[i] : 0.0;
   }
 };
 
@@ -101,8 +105,8 @@ void tridiagonalise(double* a, Index stride, Tridiagonal& t, double* room) {
     t.off[j] = reflection(row, stride, j + 1);
     const Index from = eight_of(j + 1);
     Index i = j + 1;
-    for (; i + 4 <= n; i += 4) update_rows<4>(row + (i - j) * stride, stride, from, u, w, row, u + i, w + i, product + i);
-    for (; i < n; ++i) update_rows<1>(row + (i - j) * stride, stride, from, u, w, row, u + i, w + i, product + i);
+    for (; i + 4 <= n; i += 4) update_rows<4>(a + i * stride, stride, from, u, w, row, u + i, w + i, product + i);
+    for (; i < n; ++i) update_rows<1>(a + i * stride, stride, from, u, w, row, u + i, w + i, product + i);
     product[j] = 0.0;
     const double half = 0.5 * dot(row + from, product + from, stride - from);
     for (Index p = from; p < stride; ++p) w[p] = product[p] - half * row[p];
@@ -140,7 +144,7 @@ void carry_back(const double* a, Index n, Index stride, double* z, Index count) 
   }
 }
 
-// ------------------------------------------------------------------------------------------------ all pairs: implicit QL
+// ---------------------------------------------------------------------------------------------- all pairs: implicit QL
 
 void swap_rows(double* x, double* y, Index n) {
   for (Index i = 0; i < n; ++i) {
@@ -160,15 +164,14 @@ GROKCURV_INLINE void rotate_rows(double* x, double* y, Index stride, double c, d
   }
 }
 
-// Eigenvalues to t.diagonal, descending, and eigenvectors of t to the rows of z. Off-diagonal entries below
-// epsilon / 4 |t| are dropped, which moves t by less than epsilon / 2 |t|. Returns whether it converged.
+// Eigenvalues to t.diagonal, descending, and eigenvectors of t to the rows of z. Returns whether it converged.
 bool solve_all(Tridiagonal& t, double* z, Index stride) {
   const Index n = t.n;
   double *d = t.diagonal, *e = t.off;
   for (Index i = 0; i < n; ++i) {
     for (Index p = 0; p < stride; ++p) z[i * stride + p] = p == i ? 1.0 : 0.0;
   }
-  const double negligible = epsilon / 4 * t.norm;
+  const double negligible = t.negligible();
   for (Index l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
       Index m = l;
@@ -246,8 +249,9 @@ void leading_values(const Tridiagonal& t, Index k, double* squares, double* valu
   }
   for (Index first = 0; first < k; first += lanes) {
     const Index count = k - first < lanes ? k - first : lanes;
-    const Index points = count > 4 ? 1 : count > 2 ? 2 : count > 1 ? 4 : 8;  // for each eigenvalue
-    const int passes = count > 4 ? 54 : count > 2 ? 35 : count > 1 ? 24 : 18;  // (points + 1)^passes > 2^54
+    // For each eigenvalue so many points, and so many passes that (points + 1)^passes > 2^54.
+    const Index points = count > 4 ? 1 : count > 2 ? 2 : count > 1 ? 4 : 8;
+    const int passes = count > 4 ? 54 : count > 2 ? 35 : count > 1 ? 24 : 18;
     double low[lanes], high[lanes], x[lanes], below[lanes];
     for (Index j = 0; j < count; ++j) {
       low[j] = -t.norm;

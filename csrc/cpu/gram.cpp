@@ -195,7 +195,7 @@ void sum_range_of_few(const Source<T, shift>& source, const Rows<T>& few, const 
   sum_range_of_kept<gram_few>(source, few, many, here, room, sums, few_stride, many_stride);
 }
 
-// ----------------------------------------------------------------------------------------------------------- the driver
+// ---------------------------------------------------------------------------------------------------------- the driver
 
 template <class T, bool shift>
 void run(const Gram& task, int threads) {

@@ -22,7 +22,7 @@ struct Gram {
 constexpr Index gram_block = 256;
 constexpr Index gram_range = 8192;
 
-// This many rows or fewer, on one side, are kept over a slab of coordinates while the rows of the other side stream past.
+// This many rows or fewer, on one side, are kept over a slab of coordinates while those of the other side stream past.
 constexpr Index gram_few = 4;
 constexpr Index gram_slab = 2048;
 
