@@ -112,8 +112,8 @@ def test_rounding_terms_are_those_of_torch(dtype: torch.dtype, generator: torch.
 def test_no_cancellation_where_the_direct_formula_drowns(generator: torch.Generator) -> None:
     """delta of order 1e-10 beside theta of order 1: the direct float32 formula gives mere rounding.
 
-    A coordinate is then off by a unit in the last place u with probability |delta| / u, so |r - delta|^2 is some hundred
-    times |delta|^2 on average, with a relative scatter of a seventh for this many coordinates.
+    A coordinate is then off by a unit in the last place u with probability |delta| / u, so |r - delta|^2 is some
+    hundred times |delta|^2 on average, with a relative scatter of a seventh for this many coordinates.
     """
     size = 65537
     small = torch.randn(2, size, generator=generator, dtype=FLOAT64) * 1e-7

@@ -60,10 +60,10 @@ class Gram:
         shift = None if self._differences else self.origin
         start = 0
         for page in self.rows.pages():
-            block = ops.gram(rows, page, origin=shift, segments=self.layout.spans)
-            stop = start + len(page)
-            self.gram[:, old:new, start:stop] = block
-            self.gram[:, start:stop, old:new] = block.transpose(1, 2)
+            stop, first = start + len(page), max(old, start)  # pairs among the new rows once
+            block = ops.gram(rows[first - old :], page, origin=shift, segments=self.layout.spans)
+            self.gram[:, first:new, start:stop] = block
+            self.gram[:, start:stop, first:new] = block.transpose(1, 2)
             start = stop
         self.__dict__.pop("solution", None)
 

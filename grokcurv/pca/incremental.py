@@ -123,7 +123,7 @@ class Incremental:
         weights = torch.nn.functional.pad(self.valid[: self.pending], (self.rank + 1, 0))
         none = weights.new_empty(len(self.layout.lengths), 0, len(weights))
         ops.rotate_(self._used, none, segments=self.layout.spans, mean=total, weights=weights)
-        return (self.origin + total / (self.count + weights.sum())).to(self.dtype)
+        return total.div_(self.count + weights.sum()).add_(self.origin).to(self.dtype)
 
     def scores(self, rows: Tensor) -> Tensor:
         return along(rows, self.mean(), self.components(), self.layout)

@@ -35,7 +35,7 @@ class Rows:
         if scratch is not None:
             if device.type != "cpu":
                 raise ValueError(f"scratch holds rows of CPU tensors, got rows on {device}")
-            self._file = tempfile.TemporaryFile(dir=scratch, prefix="grokcurv-rows-")
+            self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (it lives as long as the pages)
 
     def __len__(self) -> int:
         return self._count
