@@ -90,7 +90,8 @@ def assert_same(a: StreamingPCA, b: StreamingPCA) -> None:
     mine, theirs = results(a), results(b)
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        assert value.dtype == theirs[name].dtype, name
+        assert torch.equal(value.nan_to_num(torch.pi), theirs[name].nan_to_num(torch.pi)), name
 
 
 def bits(pca: StreamingPCA) -> list[Any]:
@@ -166,11 +167,12 @@ def test_shapes_with_segments(options: dict[str, Any], generator: Generator) -> 
 @every_method
 def test_segments_are_independent_pcas(options: dict[str, Any], generator: Generator) -> None:
     x = trajectory(13, 90, generator, torch.float64)
-    pca = make(options, segments=SEGMENTS).partial_fit(x)
-    assert_within_bound(pca, x, SEGMENTS)
+    segments = [(50, 7), (60, 0), (3, 40), (10, 12), (50, 7)]  # in any order; they may overlap
+    pca = make(options, segments=segments).partial_fit(x)
+    assert_within_bound(pca, x, segments)
     if pca.method_ == "sketch":
         return  # a segment alone meets other random numbers
-    for index, (start, length) in enumerate(SEGMENTS):
+    for index, (start, length) in enumerate(segments):
         if not length:
             continue
         part = x[:, start : start + length]
@@ -178,9 +180,7 @@ def test_segments_are_independent_pcas(options: dict[str, Any], generator: Gener
         torch.testing.assert_close(pca.explained_variance_[index], alone.explained_variance_, rtol=1e-11, atol=0)
         torch.testing.assert_close(pca.components_[index], alone.components_, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(pca.mean_[index], alone.mean_, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            pca.pc1_history_[:, index], alone.pc1_history_, rtol=1e-11, atol=0, equal_nan=True
-        )
+        torch.testing.assert_close(pca.pc1_history_[:, index], alone.pc1_history_, rtol=1e-11, atol=0, equal_nan=True)
 
 
 @every_method
@@ -508,7 +508,7 @@ def test_a_damaged_state_is_refused(options: dict[str, Any], generator: Generato
     for what, state in damaged(other):
         try:
             pca.load_state_dict(state)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             if not (isinstance(error, ValueError) and "state is damaged" in str(error)):
                 accepted.append(f"{what}: {error!r}")
         else:
@@ -719,7 +719,7 @@ def test_a_sketch_and_another_method_merge_or_say_why_not(limits: tuple[int, int
     try:
         mine.merge(other)
     except ValueError as error:
-        assert "sketch" in str(error)
+        assert "sketch" in str(error)  # noqa: PT017
         assert (bits(mine), bits(other)) == before
     else:
         assert_within_bound(mine, x)
@@ -913,7 +913,7 @@ def test_masked_rows_do_not_count_even_before_they_are_reported(options: dict[st
 def test_every_row_masked(options: dict[str, Any], generator: Generator) -> None:
     x = trajectory(7, 40, generator)
     pca = make(options).partial_fit(torch.full((7, 40), math.nan))
-    with pytest.raises(ValueError, match="row 0 held NaN .* and 6 more after it"):
+    with pytest.raises(ValueError, match=r"row 0 held NaN .* and 6 more after it"):
         pca.explained_variance_  # noqa: B018
     assert pca.n_samples_seen_ == 0
     loaded = make(options)
@@ -926,22 +926,22 @@ def test_every_row_masked(options: dict[str, Any], generator: Generator) -> None
 
 @pytest.mark.usefixtures("masks")
 @every_method
-@pytest.mark.parametrize(
-    "read", ["components_", "mean_", "pc1_history_", "error_bound_", "state_dict", "transform", "merge"]
-)
-def test_every_reading_complains(read: str, options: dict[str, Any], generator: Generator) -> None:
+def test_every_reading_complains(options: dict[str, Any], generator: Generator) -> None:
     x = trajectory(8, 40, generator)
-    pca = make(options).partial_fit(spoilt(x, 3))
-    with pytest.raises(ValueError, match="row 3 held"):
-        if read == "merge":
-            make(options).merge(pca)
-        elif read == "transform":
-            pca.transform(x)
-        elif read == "state_dict":
-            pca.state_dict()
-        else:
-            getattr(pca, read)
-    assert_within_bound(pca, good(x, 3))
+    readings = [
+        lambda pca: pca.components_,
+        lambda pca: pca.mean_,
+        lambda pca: pca.pc1_history_,
+        lambda pca: pca.error_bound_,
+        lambda pca: pca.transform(x),
+        lambda pca: pca.state_dict(),
+        lambda pca: make(options).merge(pca),
+    ]
+    for read in readings:
+        pca = make(options).partial_fit(spoilt(x, 3))
+        with pytest.raises(ValueError, match="row 3 held"):
+            read(pca)
+        assert_within_bound(pca, good(x, 3))
 
 
 @pytest.mark.usefixtures("masks")

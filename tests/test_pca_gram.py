@@ -166,7 +166,7 @@ def test_a_scratch_file_can_be_saved_merged_and_masked(
     broken = x.clone()
     broken[[1, 6, 16], 5] = torch.nan
     masked = gram(scratch=tmp_path).partial_fit(broken)
-    with pytest.raises(ValueError, match="row 1 held .* and 2 more after it"):
+    with pytest.raises(ValueError, match=r"row 1 held .* and 2 more after it"):
         masked.mean_  # noqa: B018
     assert_same(masked, gram().partial_fit(x[[i for i in range(18) if i not in (1, 6, 16)]]))
 

@@ -1,4 +1,4 @@
-"""StreamingPCA, method incremental: what truncation loses is measured, one-sided, and known beforehand with shrinkage."""
+"""StreamingPCA, method incremental: what is cut off only loses, and is measured; shrinkage bounds it beforehand."""
 
 from __future__ import annotations
 
@@ -198,7 +198,9 @@ def test_merges_are_within_their_bound(dtype: torch.dtype, generator: Generator)
         x = rows_with("decaying", 64, 40, generator)
         x[20:45] += apart * torch.randn(40, generator=generator, dtype=torch.float64)
         x = x.to(dtype)
-        first, second, third = (incremental(block=6, oversampling=4).partial_fit(part) for part in x.split([20, 25, 19]))
+        first, second, third = (
+            incremental(block=6, oversampling=4).partial_fit(part) for part in x.split([20, 25, 19])
+        )
         assert_within_bound(first.merge(second), x[:45])
         assert_within_bound(first.merge(third), x)
         assert abs(first.total_variance_.item() - svd(x)[0].sum()) <= 3 * rounding(x) / 63
