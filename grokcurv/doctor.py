@@ -141,12 +141,25 @@ def _test_eigh() -> None:
         _close((values, reference.eigh(a, 3)[0]), (a @ vectors, vectors * values[:, None]))
 
 
+def _test_rotate() -> None:
+    rows, coefficients = _rows(5, _SIZE), _rows(1, 3, 5).double()
+    want = reference.rotate(rows, coefficients)
+    _close((ops.rotate(rows, coefficients), want), (ops.rotate_(rows.clone(), coefficients)[:3], want))
+
+
+def _test_sketch() -> None:
+    x = _rows(2, _SIZE)
+    _close((ops.sketch(x, 64, 1), reference.sketch(x, 64, 1)))
+
+
 SELF_TESTS: dict[str, Callable[[], None]] = {
     "perturb": _test_perturb,
     "commutator": _test_commutator,
     "subspace": _test_subspace,
     "gram": _test_gram,
     "eigh": _test_eigh,
+    "rotate": _test_rotate,
+    "sketch": _test_sketch,
 }
 
 if __name__ == "__main__":
