@@ -31,6 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
 every_method = pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 whole_and_segments = pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "segments"])
+every_kind = pytest.mark.parametrize(
+    ("segments", "dtype"), [(None, FLOATS[0]), (SEGMENTS, FLOATS[1]), (SEGMENTS, FLOATS[2])], ids=["32", "64", "16"]
+)
 
 
 def make(options: dict[str, Any], k: int = 3, **more: Any) -> StreamingPCA:
@@ -359,8 +362,7 @@ def test_transform_is_along_the_components_about_the_mean(options: dict[str, Any
 # Streaming
 
 
-@every_dtype
-@whole_and_segments
+@every_kind
 @every_method
 def test_block_boundaries_and_reading_change_no_bit(
     options: dict[str, Any], segments: list[tuple[int, int]] | None, dtype: torch.dtype, generator: Generator
@@ -443,8 +445,7 @@ def test_results_follow_new_rows(options: dict[str, Any], generator: Generator) 
 # Saving
 
 
-@every_dtype
-@whole_and_segments
+@every_kind
 @every_method
 def test_state_survives_a_file_bitwise(
     tmp_path: Path,
@@ -563,8 +564,7 @@ def test_memory_limit_and_scratch_may_differ(tmp_path: Path, generator: Generato
 # Merging
 
 
-@every_dtype
-@whole_and_segments
+@every_kind
 @every_method
 def test_merging_is_concatenation(
     options: dict[str, Any], segments: list[tuple[int, int]] | None, dtype: torch.dtype, generator: Generator
