@@ -71,16 +71,17 @@ def test_the_bound_is_the_one_stated(size: int, generator: Generator) -> None:
 
 
 def test_the_estimate_predicts_the_spread_over_seeds(generator: Generator) -> None:
-    """Of a hundred seeds the spread is known to 7 %, and the estimate of each is itself an estimate from M squares."""
-    x = rows_with([4.0, 2.0, 1.0, 0.1, 0.1], 12, 8192, generator)
+    """Of three hundred seeds the spread is known to 4 %; the second component also feels the larger one before it."""
+    x = rows_with([4.0, 2.0, 1.0, 0.1, 0.1], 12, 16_384, generator)
     found, estimates = [], []
-    for seed in range(100):
+    for seed in range(300):
         pca = sketch(size=256, seed=seed).partial_fit(x)
         found.append(pca.explained_variance_)
         estimates.append(pca.error_estimate_)
     spread, estimate = torch.stack(found).std(0), torch.stack(estimates).mean(0)
-    # The third is also pushed about by the two before it, which are larger: the first two are what the estimate means.
-    assert (spread[:2] / estimate[:2]).log().abs().max() < math.log(1.5), spread / estimate
+    ratios = (spread / estimate).log().abs()
+    assert ratios[0] < math.log(1.2)
+    assert ratios[1] < math.log(1.5)
     assert (torch.stack(estimates)[:, 0] / spread[0]).log().abs().max() < math.log(2)
 
 
