@@ -17,7 +17,7 @@ from grokcurv.pca import StreamingPCA
 from grokcurv.runs import pack, unpack
 
 few = settings(
-    derandomize=True, max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True, max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
