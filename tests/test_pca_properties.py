@@ -129,8 +129,8 @@ def test_merged_parts_are_within_their_bound(data: st.DataObject, case: Case) ->
 
 
 @few
-@given(cases(), st.floats(-100, 100).filter(lambda power: power == int(power)))
-def test_a_scale_that_is_a_power_of_two_changes_no_digit(case: Case, power: float) -> None:
+@given(cases(), st.integers(-60, 60))
+def test_a_scale_that_is_a_power_of_two_changes_no_digit(case: Case, power: int) -> None:
     scale = 2.0**power
     if len(case.x) < 2 or (case.x.double() * scale).abs().max() > 1e30:
         return

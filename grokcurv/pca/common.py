@@ -17,8 +17,8 @@ EPSILON = torch.finfo(torch.float64).eps
 EIGH_TOLERANCE = 1e-12
 """Relative to the largest: how closely :func:`grokcurv.ops.eigh` settles an eigenvalue."""
 
-LARGEST = 1e150
-"""Coordinates beyond this are refused: float64 sums of their squares could overflow."""
+LARGEST = {torch.float64: 1e150, torch.float32: 1e30, torch.bfloat16: 1e30}
+"""Coordinates beyond this are refused: sums of them, or of their squares in float64, could overflow."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,21 @@ class Method(Protocol):
 
 
 def finite(rows: Tensor) -> Tensor:
-    """(n,) bool: which rows hold neither NaN nor infinity nor a number whose square is as good as infinite."""
+    """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
     if not rows.numel():
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     # Row by row: torch reduces the rows of a matrix ten times slower.
     extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in rows])
-    return (extremes.abs() < LARGEST).all(1)
+    return (extremes.abs() < LARGEST[rows.dtype]).all(1)
+
+
+def check_state(state: Mapping[str, Any], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raises unless the state holds tensors of these shapes and dtypes."""
+    for name, (shape, dtype) in wanted.items():
+        value = state.get(name)
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"state is damaged: {name} must be {shape} {dtype}, got {got}")
 
 
 def trace(matrices: Tensor) -> Tensor:

@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.pca.common import EIGH_TOLERANCE, EPSILON, Layout, Spectrum, along, orthonormal_, padded, trace
+from grokcurv.pca.common import (
+    EIGH_TOLERANCE,
+    EPSILON,
+    Layout,
+    Spectrum,
+    along,
+    check_state,
+    finite,
+    orthonormal_,
+    padded,
+    trace,
+)
 from grokcurv.pca.rows import Rows
 from grokcurv.reference import compute_type
 
@@ -35,28 +46,44 @@ class Gram:
     ) -> None:
         self.n_components, self.layout, self.dtype = n_components, layout, dtype
         self.rows = Rows(layout.size, stored or dtype, layout.device, scratch)
-        self.origin = torch.empty(0)
+        self.origin = torch.zeros(layout.size, dtype=dtype, device=layout.device)
         # Has room to grow: only the leading n x n block counts.
         self.gram = torch.empty(len(layout.lengths), 0, 0, dtype=torch.float64, device=layout.device)
         self.shares = torch.empty(0, len(layout.lengths), dtype=torch.float64, device=layout.device)
+        self.rounded = self.gram.new_zeros(len(layout.lengths))  # squared distances of stored rows from those given
         self.flags: Tensor | None = None  # (n,) bool, on an accelerator: rows that are not masked
 
     @property
     def n_samples_seen(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self.flags is None else int(self.flags.sum())
 
     def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
+        old, new = len(self.rows), len(self.rows) + len(rows)
         if valid is not None:
             rows = torch.where(valid[:, None], rows, 0.0)
-            self.flags = valid if self.flags is None else torch.cat([self.flags, valid])
-        old, new = len(self.rows), len(self.rows) + len(rows)
+        origin = self.origin if old else rows[0].clone()
+        errors = self.gram.new_empty(len(self.rounded), 0)
+        if self._differences:
+            exact = rows.double() - origin.double()
+            rows = exact.to(self.rows.dtype)
+            held = finite(rows)
+            if valid is not None:
+                valid = valid & held
+                rows = torch.where(valid[:, None], rows, 0.0)
+            elif not held.all():
+                number = int(held.logical_not().nonzero()[0])
+                raise ValueError(f"x: row {number} is too far from the first one for store_dtype={self.rows.dtype}")
+            errors = ops.gram(exact - rows.double(), segments=self.layout.spans).diagonal(dim1=1, dim2=2)
         self.rows.reserve(new)
         self._reserve(new)
-        if not old:
-            self.origin = rows[0].clone()
-        if self._differences:
-            rows = (rows.to(compute_type(self.dtype)) - self.origin).to(self.rows.dtype)
         self.rows.append(rows)
+        self.origin = origin
+        for error in errors.T:  # one by one, so that it does not matter how the caller cuts the rows
+            self.rounded = self.rounded + error
+        if valid is not None or self.flags is not None:
+            parts = [(self.flags, old), (valid, len(rows))]
+            every = [torch.ones(n, dtype=torch.bool, device=rows.device) if t is None else t for t, n in parts]
+            self.flags = torch.cat(every)
         shift = None if self._differences else self.origin
         start = 0
         for page in self.rows.pages():
@@ -68,13 +95,21 @@ class Gram:
         self.__dict__.pop("solution", None)
 
     def merge(self, other: Gram) -> None:
+        self.rows.reserve(len(self.rows) + len(other.rows))  # all or nothing, where disk may be short
+        before = self.rounded
         for rows in other.given():
             self.append(rows)
+        # Rows that were rounded there and here are off by both.
+        self.rounded = before + ((self.rounded - before).sqrt() + other.rounded.sqrt()).square()
 
     def given(self) -> Iterator[Tensor]:
-        """The rows, (n_i, L) at a time; as they were given but for ``stored``."""
+        """The rows, (n_i, L) at a time, as they were given, but for what :meth:`rounding` says."""
         for page in list(self.rows.pages()):
-            yield (page + self.origin).to(self.dtype) if self._differences else page
+            yield (page.double() + self.origin).to(self.dtype) if self._differences else page
+
+    def rounding(self) -> Tensor:
+        """(S,): how far an eigenvalue can be off because rows were rounded when they were stored."""
+        return 2 * (self.rounded * trace(self.raw)).sqrt() + self.rounded
 
     def drop_masked(self) -> None:
         if self.flags is None:
@@ -109,10 +144,7 @@ class Gram:
         # trace in norm; centring adds four terms of at most (2n + 6) eps/2. An eigenvalue moves by at most the norm
         # of the error (Weyl); then what is rounded down to zero, and the solver.
         worst = (0.5 * lengths + 4 * n + 13) * EPSILON * trace(self.raw) + self._rank_floor()
-        if self._differences:  # |d d' - d' d| <= (2 u + u^2) |d|^2 for every row that was rounded
-            unit = torch.finfo(self.rows.dtype).eps / 2
-            worst = worst + (2 * unit + unit**2) / (1 - unit) ** 2 * trace(self.raw)
-        return Spectrum(values, total, worst + EIGH_TOLERANCE * values[:, 0])
+        return Spectrum(values, total, worst + EIGH_TOLERANCE * values[:, 0] + self.rounding())
 
     def components(self) -> Tensor:
         values, _, vectors = self.solution
@@ -154,26 +186,27 @@ class Gram:
             "rows": list(self.rows.pages()),
             "origin": self.origin,
             "gram": self.raw.contiguous(),
+            "rounded": self.rounded,
             "history": self.shares,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pages, gram, shares = state["rows"], state["gram"], state["history"]
-        n, count = sum(len(page) for page in pages), len(self.layout.lengths)
-        if (
-            any(page.shape[1:] != (self.layout.size,) or page.dtype != self.rows.dtype for page in pages)
-            or gram.shape != (count, n, n)
-            or shares.shape[1:] != (count,)
-            or len(shares) > n
-            or state["origin"].shape != (self.layout.size,)
-        ):
-            raise ValueError(
-                f"state is damaged: rows {[tuple(page.shape) for page in pages]}, gram {tuple(gram.shape)}, history "
-                f"{tuple(shares.shape)} do not fit {count} segments of {self.layout.size} coordinates"
-            )
+        pages, shares, count = state.get("rows"), state.get("history"), len(self.layout.lengths)
+        if not isinstance(pages, list) or not isinstance(shares, Tensor):
+            raise ValueError(f"state is damaged: it lacks {'history' if isinstance(pages, list) else 'rows'}")
+        for page in pages:
+            check_state({"rows": page}, {"rows": ((len(page), self.layout.size), self.rows.dtype)})
+        n, float64 = sum(len(page) for page in pages), torch.float64
+        wanted = {
+            "origin": ((self.layout.size,), self.dtype),
+            "gram": ((count, n, n), float64),
+            "rounded": ((count,), float64),
+            "history": ((min(n, len(shares)), count), float64),
+        }
+        check_state(state, wanted)
         for page in pages:
             self.rows.append(page)
-        self.origin, self.gram, self.shares = state["origin"], gram, shares
+        self.origin, self.gram, self.rounded, self.shares = state["origin"], state["gram"], state["rounded"], shares
 
     # Helpers
 

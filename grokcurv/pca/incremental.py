@@ -25,7 +25,17 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.pca.common import EIGH_TOLERANCE, EPSILON, Layout, Spectrum, along, orthonormal_, padded, trace
+from grokcurv.pca.common import (
+    EIGH_TOLERANCE,
+    EPSILON,
+    Layout,
+    Spectrum,
+    along,
+    check_state,
+    orthonormal_,
+    padded,
+    trace,
+)
 from grokcurv.reference import compute_type
 
 
@@ -74,7 +84,7 @@ class Incremental:
         self.total = zeros(count)
         self.lost = zeros(2, count)  # sums over the folds: largest eigenvalue cut off, and all of them
         self.rounding = zeros(count)
-        self.marks: list[int] = []  # numbers of rows after which the share was taken
+        self.marks = zeros(0)  # numbers of rows after which a share was taken
         self.shares = zeros(0, count)
 
     @property
@@ -84,8 +94,11 @@ class Incremental:
     def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
         for number, row in enumerate(rows):
             counts = None if valid is None else valid[number]
-            if not self.appended:
-                self.origin.copy_(row if counts is None else torch.where(counts, row, 0.0))
+            if counts is None and not self.appended:
+                self.origin.copy_(row)
+            elif counts is not None and not self.folds:
+                first = counts & (self.valid[: self.pending].sum() == 0)
+                self.origin.copy_(torch.where(first, row, self.origin))
             place = self._buffer[self.pending]
             torch.sub(row.to(self.dtype), self.origin, out=place)
             if counts is not None:
@@ -105,6 +118,11 @@ class Incremental:
         for row, counts in zip(other._buffer[: other.pending], other.valid, strict=False):
             self._buffer[self.pending].copy_((row.double() + shift) * counts)
             self._take(counts)
+
+    def add_rounding(self, rounding: Tensor) -> None:
+        """The rows were off already, by this (S,) in an eigenvalue."""
+        self.rounding = self.rounding + rounding
+        self._forget()
 
     def spectrum(self) -> Spectrum:
         fold = self.fold
@@ -131,8 +149,10 @@ class Incremental:
     @property
     def history(self) -> Tensor:
         """(n, S): known where a block ended, NaN elsewhere."""
-        history = self.shares.new_full((self.appended, self.shares.shape[1]), torch.nan)
-        history[[mark - 1 for mark in self.marks]] = self.shares
+        history = self.shares.new_full((self.n_samples_seen, self.shares.shape[1]), torch.nan)
+        for count, share in zip(self.marks.tolist(), self.shares, strict=True):
+            if count:
+                history[int(count) - 1] = share
         return history
 
     @cached_property
@@ -150,39 +170,45 @@ class Incremental:
             "count": self.count.clone(),
             "valid": self.valid.clone(),
             "appended": self.appended,
+            "pending": self.pending,
             "folds": self.folds,
             "total": self.total.clone(),
             "lost": self.lost.clone(),
             "rounding": self.rounding.clone(),
-            "marks": list(self.marks),
+            "marks": self.marks,
             "history": self.shares,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        rows, count = state["rows"], len(self.layout.lengths)
-        pending = len(rows) - self.rank - 1
-        shapes = {
-            "rows": (self.rank + 1 + pending, self.layout.size),
-            "origin": (self.layout.size,),
-            "sum": (self.layout.size,),
-            "count": (),
-            "valid": (self.block,),
-            "total": (count,),
-            "lost": (2, count),
-            "rounding": (count,),
-            "history": (len(state["marks"]), count),
+        numbers = {name: state.get(name) for name in ("appended", "pending", "folds")}
+        if any(type(value) is not int or value < 0 for value in numbers.values()):
+            raise ValueError(f"state is damaged: {numbers}")
+        pending, count, size = state["pending"], len(self.layout.lengths), self.layout.size
+        marks = state["marks"].shape[0] if isinstance(state.get("marks"), Tensor) and state["marks"].dim() else 0
+        float64 = torch.float64
+        wanted = {
+            "rows": ((self.rank + 1 + pending, size), self.dtype),
+            "origin": ((size,), self.dtype),
+            "sum": ((size,), float64),
+            "count": ((), float64),
+            "valid": ((self.block,), float64),
+            "total": ((count,), float64),
+            "lost": ((2, count), float64),
+            "rounding": ((count,), float64),
+            "marks": ((marks,), float64),
+            "history": ((marks, count), float64),
         }
-        wrong = {name: tuple(state[name].shape) for name, shape in shapes.items() if state[name].shape != shape}
-        if wrong or not 0 <= pending < self.block or rows.dtype != self.dtype:
-            raise ValueError(f"state is damaged: {wrong or f'{len(rows)} rows of {rows.dtype}'} do not fit")
-        self._used_of(pending).copy_(rows)
+        check_state(state, wanted)
+        if pending >= self.block:
+            raise ValueError(f"state is damaged: {pending} rows pending in a block of {self.block}")
+        self._used_of(pending).copy_(state["rows"])
         self.origin.copy_(state["origin"])
         self.sum.copy_(state["sum"])
         self.count, self.valid = state["count"].clone(), state["valid"].clone()
         self.appended, self.pending, self.folds = state["appended"], pending, state["folds"]
         self.total, self.lost = state["total"].clone(), state["lost"].clone()
         self.rounding, self.shares = state["rounding"].clone(), state["history"].clone()
-        self.marks = list(state["marks"])
+        self.marks = state["marks"].clone()
 
     # Folding
 
@@ -199,7 +225,8 @@ class Incremental:
 
     def _take(self, counts: Tensor | float) -> None:
         """The next place of the buffer has been filled."""
-        self.valid[self.pending] = counts
+        place = self.valid[self.pending]
+        place.copy_(counts) if isinstance(counts, Tensor) else place.fill_(counts)
         self.appended += 1
         self.pending += 1
         self._forget()
@@ -240,14 +267,14 @@ class Incremental:
             sums = (gram * among).sum(2)
             twice = alpha * (sums * among).sum(1)[:, None, None] * among[:, None] * among
             gram = gram - alpha * (sums[:, :, None] * among + among[:, None] * sums[:, None, :] - twice)
-        gram[:, basis] = 0.0
-        gram[:, :, basis] = 0.0
+        gram[:, basis].zero_()
+        gram[:, :, basis].zero_()
 
         values, vectors = ops.eigh(gram, min(basis + 1, len(rows)))
         turn = vectors.transpose(1, 2)
         share = (turn * among).sum(2, keepdim=True)
         turn = turn - alpha * share * among
-        turn[:, :, basis] = ((alpha * added - 1) * share)[:, :, 0] if centred else 0.0
+        turn[:, :, basis].copy_((alpha * added - 1) * share[:, :, 0] if centred else torch.zeros_like(alpha))
 
         grown = (gram.diagonal(dim1=1, dim2=2) * among).sum(1)
         unit = torch.finfo(self.dtype).eps / 2
@@ -283,7 +310,7 @@ class Incremental:
 
     def _mark(self, values: Tensor) -> None:
         """The basis is new, with these eigenvalues."""
-        self.marks.append(self.appended)
+        self.marks = torch.cat([self.marks, self.count[None]])
         self.shares = torch.cat([self.shares, (values[:, 0] / self.total)[None]])
         self._forget()
 

@@ -59,6 +59,9 @@ class Sketch:
     def merge(self, other: Sketch) -> None:
         self.short.merge(other.short)
 
+    def add_rounding(self, rounding: Tensor) -> None:
+        self.short.add_rounding(rounding)
+
     def spectrum(self) -> Spectrum:
         values, total, bound = self.short.spectrum()
         share = 2 / math.sqrt(FAILURE * self.size)

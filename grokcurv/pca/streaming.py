@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -122,17 +123,17 @@ class StreamingPCA:
         """
         rows = self._pack(x)
         valid = finite(rows)
-        if not _masks(rows.device):
-            if not valid.all():
-                number = int(valid.logical_not().nonzero()[0])
-                raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
-            if len(rows):
-                self._method_for(len(rows), x.shape[-1], rows).append(rows)
-        elif len(rows):
-            self._method_for(len(rows), x.shape[-1], rows).append(rows, valid)
-            self._count_masked(valid)
-        self._rows_taken += len(rows)
-        self._forget()
+        masks = _masks(rows.device)
+        if not masks and not valid.all():
+            number = int(valid.logical_not().nonzero()[0])
+            raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
+        if len(rows):
+            with self._all_or_nothing():
+                self._method_for(len(rows), x.shape[-1], rows).append(rows, valid if masks else None)
+            if masks:
+                self._count_masked(valid)
+            self._rows_taken += len(rows)
+            self._forget()
         return self
 
     def merge(self, other: StreamingPCA) -> StreamingPCA:
@@ -155,16 +156,22 @@ class StreamingPCA:
             twin = StreamingPCA(**self._arguments())
             twin.load_state_dict(self.state_dict())
             other = twin
-        assert other._method is not None
-        rows = torch.empty(0, dtype=other._dtype, device=other._layout.device)
-        mine = self._method_for(other._rows_taken, other._features, rows)
-        if isinstance(mine, Gram) and isinstance(other._method, Incremental):
-            mine = self._go_incremental(f"the PCA merged into this one had {other.reason_}")
-        if isinstance(other._method, Gram) and not isinstance(mine, Sketch):
-            for page in other._method.given():
-                mine.append(page)
-        else:
-            mine.merge(other._method)
+        theirs = other._method
+        with self._all_or_nothing():
+            if self._method is None:
+                self._features, self._dtype, self._layout = other._features, other._dtype, other._layout
+                self._begin(other.method_, f"as the PCA merged into this one: {other.reason_}")
+            if isinstance(self._method, Gram) and not isinstance(theirs, Gram):
+                self._go_over(other.method_, f"as the PCA merged into this one: {other.reason_}")
+            mine = self._method_for(other._rows_taken, self._features, torch.empty(0, dtype=self._dtype))
+            if isinstance(theirs, Gram) and not isinstance(mine, Gram):
+                _feed(mine, theirs)
+            elif type(mine) is type(theirs):
+                mine.merge(theirs)
+            else:
+                raise ValueError(
+                    f"other works by {other.method_!r}, this PCA by {self.method_!r}: neither becomes the other"
+                )
         self._rows_taken += other._rows_taken
         self._forget()
         return self
@@ -314,12 +321,13 @@ class StreamingPCA:
             raise ValueError(f"state is damaged: method_ {name!r}, dtype {state['dtype']!r}")
         method, layout, dtype = None, self._layout, DTYPES[state["dtype"]]
         if parts is not None:
+            if not isinstance(parts.get("history"), Tensor):
+                raise ValueError("state is damaged: its method lacks history")
             layout = self._new_layout(state["n_features"], parts["history"].device)
+            if max((s.stop for s in self.segments or ()), default=0) > state["n_features"]:
+                raise ValueError(f"state is damaged: segments reach beyond n_features = {state['n_features']}")
             method = self._new_method(name, layout, dtype)
-            try:
-                method.load_state_dict(parts)
-            except KeyError as error:
-                raise ValueError(f"state is damaged: its method lacks {error}") from error
+            method.load_state_dict(parts)
         self._method, self._layout, self._dtype = method, layout, dtype
         self.method_, self.reason_ = name, state["reason_"]
         self._features, self._rows_taken, self._masked = state["n_features"], state["rows_taken"], None
@@ -342,27 +350,39 @@ class StreamingPCA:
             else:
                 self._begin("gram", f"exact, and the rows are within memory_limit = {_gib(self.memory_limit)} so far")
         if self.method == "auto" and isinstance(self._method, Gram):
-            rows = self._method.n_samples_seen + count
-            need = self._gram_bytes(rows)
-            if need + self._incremental_bytes() > self.memory_limit:
-                self._go_incremental(f"{rows} rows would take {_gib(need)} and going over later more, {self._limit()}")
+            rows = self._rows_taken + count
+            need = self._gram_bytes(rows) + self._incremental_bytes()  # both, while it goes over
+            if need > self.memory_limit:
+                self._go_over(
+                    "incremental", f"{rows} rows would take {_gib(need)} with what follows them, {self._limit()}"
+                )
         assert self._method is not None
         return self._method
 
-    def _begin(self, name: str, reason: str) -> Method:
+    def _begin(self, name: str | None, reason: str) -> Method:
+        assert name is not None
         self._method = self._new_method(name, self._layout, self._dtype)
         self.method_, self.reason_ = name, reason
         log.info("StreamingPCA works by %s: %s", name, reason)
         return self._method
 
-    def _go_incremental(self, reason: str) -> Method:
+    def _go_over(self, name: str | None, reason: str) -> None:
+        """From ``gram`` to a method that does not keep the rows."""
         gram = self._method
         assert isinstance(gram, Gram)
         gram.drop_masked()
-        method = self._begin("incremental", reason)
-        for page in gram.given():
-            method.append(page)
-        return method
+        _feed(self._begin(name, reason), gram)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A method that fails has changed nothing of its own; this is for what was chosen before."""
+        names = ("_method", "method_", "reason_", "_layout", "_dtype", "_features")
+        before = {name: getattr(self, name) for name in names}
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def _new_method(self, name: str, layout: Layout, dtype: torch.dtype) -> Method:
         rank = self.n_components + self.oversampling
@@ -378,8 +398,8 @@ class StreamingPCA:
         return Layout(tuple(segment.length for segment in self.segments), device)
 
     def _gram_bytes(self, rows: int) -> int:
-        stored = self.store_dtype or self._dtype
-        return rows * self._layout.size * stored.itemsize + 8 * len(self._layout.lengths) * (2 * rows) ** 2
+        stored = 0 if self.scratch is not None else (self.store_dtype or self._dtype).itemsize
+        return rows * self._layout.size * stored + 8 * len(self._layout.lengths) * (2 * rows) ** 2
 
     def _incremental_bytes(self) -> int:
         vectors = self.n_components + self.oversampling + self.block + 2
@@ -398,7 +418,7 @@ class StreamingPCA:
             raise ValueError(f"x must have shape (P,) or (n, P), got {tuple(x.shape)}")
         if self._method is not None:
             self._check_alike("x", x.shape[-1], x.dtype, x.device)
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach()[None] if x.dim() == 1 else x.detach()
         if self.segments is None:
             return rows.contiguous()
         last = max(self.segments, key=lambda s: s.stop)
@@ -440,9 +460,9 @@ class StreamingPCA:
     # Results
 
     def _fitted(self) -> Method:
-        if self._method is None:
-            raise ValueError("this StreamingPCA has seen no rows yet: call partial_fit first")
         self._raise_if_masked()
+        if self._method is None or not self._method.n_samples_seen:
+            raise ValueError("this StreamingPCA has seen no rows yet: call partial_fit first")
         return self._method
 
     @cached_property
@@ -485,6 +505,14 @@ class StreamingPCA:
         settings["segments"] = None if self.segments is None else [[s.start, s.length] for s in self.segments]
         settings["store_dtype"] = None if self.store_dtype is None else str(self.store_dtype)
         return settings
+
+
+def _feed(method: Method, gram: Gram) -> None:
+    """Give the rows of ``gram`` to a method that keeps none, and what rounding has done to them."""
+    assert isinstance(method, Incremental | Sketch)
+    for rows in gram.given():
+        method.append(rows)
+    method.add_rounding(gram.rounding())
 
 
 def _masks(device: torch.device) -> bool:
