@@ -28,9 +28,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "gram": [{}],
     "gram, bfloat16": [{"store_dtype": torch.bfloat16}],
-    "incremental": [{"oversampling": extra} for extra in (0, 1, 2, 4, 8, 16, 32)],
-    "incremental, shrinkage": [{"oversampling": extra, "shrinkage": True} for extra in (0, 1, 2, 4, 8, 16, 32)],
-    "sketch": [{"sketch_size": 1 << power} for power in (8, 10, 12, 14)],
+    "incremental": [{"oversampling": extra} for extra in (0, 2, 4, 8, 16, 32)],
+    "incremental, shrinkage": [{"oversampling": extra, "shrinkage": True} for extra in (0, 2, 4, 8, 16, 32)],
+    "sketch": [{"sketch_size": 1 << power} for power in (8, 10, 12)],
 }
 
 
@@ -81,8 +81,8 @@ def angle(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.degrees(np.arcsin(min(1.0, np.linalg.norm(outside, 2)))))
 
 
-def kept_bytes(pca: gc.StreamingPCA, rows: Tensor) -> int:
-    """What the PCA keeps: all tensors of its state."""
+def kept_bytes(pca: gc.StreamingPCA) -> int:
+    """What the PCA keeps: the tensors of its state, and room in its buffer."""
 
     def size(value: Any) -> int:
         if isinstance(value, Tensor):
@@ -91,8 +91,11 @@ def kept_bytes(pca: gc.StreamingPCA, rows: Tensor) -> int:
             return sum(map(size, value.values() if isinstance(value, dict) else value))
         return 0
 
-    buffer = 0 if pca.method_ == "gram" else pca.block * (rows[0].nbytes if pca.method_ == "incremental" else 0)
-    return size(pca.state_dict()) + buffer
+    state = pca.state_dict()
+    if pca.method_ == "gram":
+        return size(state)
+    kept = state["state"]["rows"]
+    return size(state) + (pca.block - state["state"]["pending"]) * kept[0].nbytes  # the buffer's free places
 
 
 def compare(rows: Tensor, segments: list[Segment]) -> pd.DataFrame:
@@ -111,7 +114,7 @@ def compare(rows: Tensor, segments: list[Segment]) -> pd.DataFrame:
                 {
                     "method": name,
                     "option": ", ".join(f"{key}={value}" for key, value in options.items()),
-                    "vectors": kept_bytes(pca, rows) / rows[0].nbytes,
+                    "vectors": kept_bytes(pca) / rows[0].nbytes,
                     "pc1_error_points": 100 * np.abs(ours - shares).max(),
                     "bound_points": 100 * bound,
                     "top2_angle_degrees": max(angles, default=np.nan),
@@ -128,13 +131,15 @@ def draw(table: pd.DataFrame, file: Path) -> None:
 
     with style(LIGHT):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
-        errors, angles = figure.subplots(1, 2)
+        errors, angles = figure.subplots(1, 2, sharex=True)
         colours = dict(zip(SETTINGS, (LIGHT.ink, LIGHT.muted, LIGHT.blue, LIGHT.green, LIGHT.orange), strict=True))
         for name, part in table.groupby("method", sort=False):
             look = {"color": colours[name], "marker": "o", "markersize": 4, "label": name}
             errors.plot(part["vectors"], part["pc1_error_points"].clip(lower=1e-7), **look)
             if name != "gram":
-                errors.plot(part["vectors"], part["bound_points"], color=colours[name], linestyle=":")
+                errors.plot(
+                    part["vectors"], part["bound_points"], color=colours[name], linestyle=":", marker=".", markersize=4
+                )
             angles.plot(part["vectors"], part["top2_angle_degrees"].clip(lower=1e-7), **look)
         errors.set(title="PC1 %: error, and its bound (dotted)", ylabel="percentage points")
         angles.set(title="top-2 subspace: angle", ylabel="degrees")
