@@ -89,15 +89,17 @@ def test_incremental(note: Note) -> None:
     note(f"{mine:.2f} s, scikit-learn {scikit:.2f} s = {scikit / mine:.1f}x; errors {errors[0]:.1e}, {errors[1]:.1e}")
 
     # What must be moved for a block of b rows: each row read, with the first, and stored; the basis and the block read
-    # for the Gram matrix; both read, the basis and the sum written for the rotation.
+    # for the Gram matrix; both read, the basis and the sum written for the rotation. And what must be computed.
     rank, block, vector = k + pca.oversampling, pca.block, 4 * DEMO
-    moved = (3 * block + (rank + 1 + block) + (2 * rank + 1 + block) + 4) * vector
+    rows = rank + 1 + block
+    moved = (3 * block + rows + rows + rank + 4) * vector
+    flops = (rows * (rows + 1) + 2 * rank * rows) * DEMO
     source = torch.ones(moved // 8)
     target = torch.empty_like(source)
-    copying = seconds(lambda: target.copy_(source)) / block
+    copying, row = seconds(lambda: target.copy_(source)) / block, mine / len(x)
     note(
-        f"a row {mine / len(x) * 1e3:.2f} ms, {moved / block / 1e6:.1f} MB; copied in {copying * 1e3:.2f} ms "
-        f"= {mine / len(x) / copying:.1f}x"
+        f"a row {row * 1e3:.2f} ms: {moved / block / 1e6:.1f} MB, copied in {copying * 1e3:.2f} ms = "
+        f"{row / copying:.1f}x; {flops / block / 1e6:.1f} Mflop in float64, {flops / block / row / 1e9:.0f} Gflop/s"
     )
     assert scikit >= 8 * mine
     assert errors[0] <= errors[1]

@@ -54,7 +54,8 @@ class StreamingPCA:
             can lose is known beforehand, for any rows in any order.
         store_dtype: type in which ``gram`` stores differences from the first row; by default it stores the rows.
         scratch: a folder with room for a nameless file in which ``gram`` stores the rows; by default in memory.
-        sketch_size: M, a power of two, at least 64; the bound of ``sketch`` is ``20 / sqrt(M)`` of the total variance.
+        sketch_size: M, a power of two from 64 to 2**20; the bound of ``sketch`` is about ``20 / sqrt(M)`` of the total
+            variance.
         seed: of the sketch.
 
     Attributes:
@@ -96,8 +97,8 @@ class StreamingPCA:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
-        if sketch_size & (sketch_size - 1):
-            raise ValueError(f"sketch_size must be a power of two, got {sketch_size}")
+        if sketch_size & (sketch_size - 1) or sketch_size > 1 << 20:
+            raise ValueError(f"sketch_size must be a power of two up to 2**20, got {sketch_size}")
         self.method_: str | None = None
         self.reason_ = "no rows yet"
         self._method: Method | None = None
@@ -117,8 +118,8 @@ class StreamingPCA:
         Raises:
             TypeError: another dtype.
             ValueError: a shape, dtype or device unlike that of earlier rows, segments that reach beyond P, or (on the
-                CPU) a row with NaN, infinity or numbers beyond 1e150, whose number is given. The PCA is then what it
-                was.
+                CPU) a row with NaN, infinity or numbers beyond 1e30 (float64: 1e150), whose number is given. The PCA
+                is then what it was.
             OSError: no room for the rows in ``scratch``.
         """
         rows = self._pack(x)
