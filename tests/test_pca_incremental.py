@@ -267,3 +267,15 @@ def test_a_block_makes_the_same_calls_whatever_it_holds_and_never_waits(
     assert len(calls[0]) > 50
     for other in calls[1:]:
         assert other == calls[0]
+
+
+def test_a_block_leaves_everything_where_it_was(generator: Generator) -> None:
+    """As a captured graph would need it: what one block writes is what the next one reads."""
+    x = trajectory(24, 60, generator)
+    pca = incremental(block=6).partial_fit(x[:7])
+    method = pca._method
+    names = ("rows", "origin", "sum", "count", "valid", "total", "lost", "rounding")
+    places = [getattr(method, name).data_ptr() for name in names]
+    pca.partial_fit(x[7:])
+    assert method.folds == 4
+    assert [getattr(method, name).data_ptr() for name in names] == places

@@ -59,8 +59,9 @@ class Fold(NamedTuple):
 class Incremental:
     """The PCA of any number of rows in the memory of r + b + 1 of them, the first one and a sum in float64.
 
-    All that depends on the rows lives in tensors, their number too. So a block of b rows makes the same calls whatever
-    it holds, and never waits for the device.
+    All that depends on the rows lives in tensors that stay where they are, the number of rows too. So a block of b rows
+    makes the same calls on the same memory whatever it holds, and never waits for the device; only the list of shares
+    for :attr:`history` grows.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Incremental:
 
     def add_rounding(self, rounding: Tensor) -> None:
         """The rows were off already, by this (S,) in an eigenvalue."""
-        self.rounding = self.rounding + rounding
+        self.rounding += rounding
         self._forget()
 
     def spectrum(self) -> Spectrum:
@@ -244,7 +245,8 @@ class Incremental:
         fold = self.fold
         kept = self._replace_basis(fold, valid)
         self.count += valid.sum()
-        self.total, self.rounding = fold.total, fold.rounding
+        self.total.copy_(fold.total)
+        self.rounding.copy_(fold.rounding)
         self.valid.zero_()
         self.pending = 0
         self._set_mean()
@@ -326,7 +328,7 @@ class Incremental:
                 place.copy_(row)
             fold = self._fold(self.valid.new_ones(len(part)), centred=False)
             self._replace_basis(fold, self.valid.new_zeros(len(part)))
-            self.rounding = fold.rounding
+            self.rounding.copy_(fold.rounding)
         self.total += other.total + between * ops.gram(apart[None], segments=self.layout.spans)[:, 0, 0]
         self.lost += other.lost
         self.rounding += other.rounding
