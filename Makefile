@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py ops.py build.py doctor.py)
 
@@ -52,5 +52,5 @@ clean:
 .venv/ready: $(SOURCES)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
-	CMAKE_ARGS="-DGROKCURV_WERROR=ON $$CMAKE_ARGS" $(BIN)/pip install --quiet -e ".[dev]"
+	CMAKE_ARGS="-DGROKCURV_WERROR=ON -DGROKCURV_HOST=ON $$CMAKE_ARGS" $(BIN)/pip install --quiet -e ".[dev]"
 	touch $@

@@ -11,11 +11,11 @@ from setuptools.command.build_ext import build_ext
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake; CMAKE_ARGS adds arguments, CXX chooses the compiler."""
+    """Configures and builds with CMake; CMAKE_ARGS adds arguments, CXX and CUDACXX choose the compilers."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         source, build = Path(__file__).parent.resolve(), Path(self.build_temp).resolve()
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
         # --fresh: the cache of an earlier build names tools of pip's build environment, which is gone.
         configure = [
             *("cmake", "--fresh", "-S", source, "-B", build, "-G", "Ninja"),
@@ -27,4 +27,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
 
-setup(ext_modules=[Extension("grokcurv._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+MODULES = [
+    Extension("grokcurv._cpu", sources=[]),
+    Extension("grokcurv._cuda", sources=[], optional=True),  # where there is an nvcc
+    Extension("grokcurv._host", sources=[], optional=True),  # for tests
+]
+setup(ext_modules=MODULES, cmdclass={"build_ext": CMakeBuild})

@@ -5,19 +5,26 @@
 * Vectors are float32, float64 or bfloat16; sums are float64. N, P, K and S may be 0.
 * Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no
   input. Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
-* Results are bitwise the same for any number of threads, any instruction set and any batching of the N vectors.
+* Tables of indices (``segments``, ``rows``) are on the CPU wherever the vectors are: so they are checked before the
+  launch, and a GPU is never waited for.
+* Results are bitwise the same for any number of threads, any instruction set and any batching of the N vectors; on
+  GPUs from run to run and for any GPU. Between CPU and GPU the order of sums differs.
+* On a GPU work goes to the current stream; memory comes from torch's allocator; nothing waits, so that all of it can be
+  captured in a CUDA graph.
 
 Each op is written twice below: ``_<op>_fake`` checks what tensors say of themselves and allocates the outputs (all that
-tracing needs), ``_<op>_cpu`` checks the values of indices too and fills them in.
+tracing needs), ``_<op>_run`` checks the values of tables too and has a core, ``_cpu`` or ``_cuda``, fill them in.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
 from itertools import pairwise
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,20 +46,13 @@ _FLOATS = tuple(_TYPES)
 _library = torch.library.Library("grokcurv", "DEF")
 
 
-def _define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, partial(_refuse_cuda, name), "CUDA")
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"grokcurv::{name}", fake, lib=_library)
     return cast(Callable[..., Any], getattr(torch.ops.grokcurv, name).default)
-
-
-def _refuse_cuda(name: str, *_: object) -> NoReturn:
-    raise RuntimeError(
-        f"grokcurv.ops.{name}: CUDA tensors need the extension grokcurv._cuda, which is not built here "
-        "(docs/building.md says how it would be); move the tensors to the CPU with .cpu()"
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- perturb
@@ -77,9 +77,9 @@ def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
     return torch.empty_like(directions)
 
 
-def _perturb_cpu(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+def _perturb_run(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
     out = _perturb_fake(theta, directions, eta)
-    _call(_cpu.perturb, _TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    _call("perturb", theta, _TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
     return out
 
 
@@ -88,10 +88,10 @@ def _perturb_out_fake(theta: Tensor, directions: Tensor, eta: Tensor, out: Tenso
     _check("out", out, theta.dtype, tuple(directions.shape), theta)
 
 
-def _perturb_out_cpu(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
+def _perturb_out_run(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
     _perturb_out_fake(theta, directions, eta, out)
     _check_apart("out", out, theta=theta, directions=directions, eta=eta)
-    _call(_cpu.perturb, _TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    _call("perturb", theta, _TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
     _bump_version(out)
 
 
@@ -156,7 +156,7 @@ def _commutator_fake(
     if values is not None and rows is not None:
         _check_basis(values, rows, g_a)
     if segments is not None:
-        _check("segments", segments, torch.int64, ("S", 2), g_a)
+        _check_table("segments", segments, ("S", 2))
 
     def sums(columns: int) -> Tensor:
         return g_a.new_empty((n, columns), dtype=torch.float64)
@@ -169,7 +169,7 @@ def _commutator_fake(
     )
 
 
-def _commutator_cpu(
+def _commutator_run(
     g_a: Tensor,
     g_b: Tensor,
     a2: Tensor,
@@ -189,9 +189,9 @@ def _commutator_cpu(
         _check_row_values(values, rows, p)
     if segments is not None:
         _check_spans("segments", segments, p)
-    columns = sums.shape[1] + coefficients.shape[1] + energies.shape[1]
     _call(
-        _cpu.commutator,
+        "commutator",
+        g_a,
         _TYPES[g_a.dtype],
         n,
         p,
@@ -200,7 +200,6 @@ def _commutator_cpu(
         *(values, rows, coefficients.shape[1]),
         *(segments, energies.shape[1]),
         *(sums, coefficients, energies, delta if keep_delta else None),
-        _workspace(n, p, columns),
     )
     return outputs
 
@@ -220,12 +219,11 @@ def _subspace_split_fake(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tenso
     return v.new_empty((n,), dtype=torch.float64), v.new_empty((n, rows.shape[0]), dtype=torch.float64)
 
 
-def _subspace_split_cpu(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _subspace_split_run(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     norm2, coefficients = _subspace_split_fake(v, values, rows)
     (n, p), k = v.shape, len(rows)
     _check_row_values(values, rows, p)
-    workspace = _workspace(n, p, 1 + k)
-    _call(_cpu.subspace_split, _TYPES[v.dtype], n, p, v, values, rows, k, norm2, coefficients, workspace)
+    _call("subspace_split", v, _TYPES[v.dtype], n, p, v, values, rows, k, norm2, coefficients)
     return norm2, coefficients
 
 
@@ -245,11 +243,11 @@ def _subspace_filter_fake(g: Tensor, values: Tensor, rows: Tensor, strength: flo
         raise ValueError(f"strength must be finite, got {strength}")
 
 
-def _subspace_filter_cpu(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> None:
+def _subspace_filter_run(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> None:
     _subspace_filter_fake(g, values, rows, strength)
     _check_apart("g", g, values=values, rows=rows)
-    _, coefficients = _subspace_split_cpu(g, values, rows)
-    _call(_cpu.subspace_filter, _TYPES[g.dtype], *g.shape, g, values, rows, len(rows), coefficients, strength)
+    _, coefficients = _subspace_split_run(g, values, rows)
+    _call("subspace_filter", g, _TYPES[g.dtype], *g.shape, g, values, rows, len(rows), coefficients, strength)
     _bump_version(g)
 
 
@@ -276,21 +274,19 @@ def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Ten
     if origin is not None:
         _check("origin", origin, x.dtype, (p,), x)
     if segments is not None:
-        _check("segments", segments, torch.int64, ("S", 2), x)
+        _check_table("segments", segments, ("S", 2))
     count = 1 if segments is None else segments.shape[0]
     return x.new_empty((count, n, n if y is None else y.shape[0]), dtype=torch.float64)
 
 
-def _gram_cpu(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
+def _gram_run(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
     out = _gram_fake(x, y, origin, segments)
     n, p = x.shape
     if segments is None:
         segments = torch.tensor([[0, p]])
     else:
         _check_spans("segments", segments, p)
-    m = out.shape[2]
-    workspace = torch.empty((torch.get_num_threads(), _cpu.gram_workspace(n, m)), dtype=torch.float64)
-    _call(_cpu.gram, _TYPES[x.dtype], n, m, p, x, y, origin, segments, len(segments), out, workspace)
+    _call("gram", x, _TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)
     return out
 
 
@@ -319,11 +315,10 @@ def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return a.new_empty((batch, k)), a.new_empty((batch, n, k))
 
 
-def _eigh_cpu(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _eigh_run(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, vectors = _eigh_fake(a, k)
     batch, n, _ = a.shape
-    workspace = a.new_empty((batch, _cpu.eigh_workspace(n)))
-    _call(_cpu.eigh, batch, n, k, a, values, vectors, workspace)
+    _call("eigh", a, batch, n, k, a, values, vectors)
     return values, vectors
 
 
@@ -363,13 +358,13 @@ def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) ->
     _check("rows", rows, _FLOATS, ("m", "P"))
     m, p = rows.shape
     if segments is not None:
-        _check("segments", segments, torch.int64, ("S", 2), rows)
+        _check_table("segments", segments, ("S", 2))
     count = 1 if segments is None else segments.shape[0]
     _check("coefficients", coefficients, torch.float64, (count, "q", m), rows)
     return rows.new_empty((coefficients.shape[1], p), dtype=compute_type(rows.dtype))
 
 
-def _rotate_cpu(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
+def _rotate_run(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
     out = _rotate_fake(rows, coefficients, segments)
     segments = _disjoint(segments, rows.shape[1])
     if int(segments[:, 1].sum()) < rows.shape[1]:
@@ -391,7 +386,7 @@ def _rotate_in_place_fake(
         _check("weights", weights, torch.float64, (rows.shape[0],), rows)
 
 
-def _rotate_in_place_cpu(
+def _rotate_in_place_run(
     rows: Tensor, coefficients: Tensor, segments: Tensor | None, mean: Tensor | None, weights: Tensor | None
 ) -> None:
     _rotate_in_place_fake(rows, coefficients, segments, mean, weights)
@@ -415,11 +410,11 @@ def _call_rotate(
     weights: Tensor | None,
 ) -> None:
     m, p = rows.shape
-    workspace = torch.empty((torch.get_num_threads(), _cpu.rotate_workspace(m)), dtype=torch.float64)
     _call(
-        _cpu.rotate,
+        "rotate",
+        rows,
         *(_TYPES[rows.dtype], m, coefficients.shape[1], p),
-        *(rows, coefficients, segments, len(segments), out, mean, weights, workspace),
+        *(rows, coefficients, segments, len(segments), out, mean, weights),
     )
 
 
@@ -461,11 +456,10 @@ def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
     return x.new_empty((x.shape[0], size), dtype=torch.float64)
 
 
-def _sketch_cpu(x: Tensor, size: int, seed: int, start: int) -> Tensor:
+def _sketch_run(x: Tensor, size: int, seed: int, start: int) -> Tensor:
     out = _sketch_fake(x, size, seed, start)
     n, p = x.shape
-    workspace = torch.empty(_cpu.sketch_workspace(n, p, size, start), dtype=torch.float64)
-    _call(_cpu.sketch, _TYPES[x.dtype], n, p, size, seed, start, x, out, workspace)
+    _call("sketch", x, _TYPES[x.dtype], n, p, size, seed, start, x, out)
     return out
 
 
@@ -493,13 +487,20 @@ def _check(
         raise ValueError(f"{name} requires grad, but the op has no derivative: pass {name}.detach()")
 
 
+def _check_table(name: str, t: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises unless ``t`` is a table of indices: int64, of this shape, on the CPU."""
+    if t.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, wherever the vectors are; got {t.device}: pass {name}.cpu()")
+    _check(name, t, torch.int64, shape)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _check_basis(values: Tensor, rows: Tensor, vectors: Tensor) -> None:
     _check("values", values, compute_type(vectors.dtype), ("nnz",), vectors)
-    _check("rows", rows, torch.int64, ("K", 3), vectors)
+    _check_table("rows", rows, ("K", 3))
 
 
 def _check_row_values(values: Tensor, rows: Tensor, size: int) -> None:
@@ -531,15 +532,66 @@ def _bump_version(t: Tensor) -> None:
         torch.autograd.graph.increment_version(t)
 
 
-def _workspace(n: int, p: int, columns: int) -> Tensor:
-    """One float64 for each vector, chunk and sum."""
-    return torch.empty((n, -(-p // _cpu.CHUNK), columns), dtype=torch.float64)
+class _Core(NamedTuple):
+    """What carries out kernels on a device."""
+
+    kernels: Any
+    """``grokcurv._cpu`` or ``grokcurv._cuda``."""
+    where: int
+    """The number of threads, or the address of a stream."""
+    guard: AbstractContextManager[Any]
+    """In which they are called."""
 
 
-def _call(kernel: Callable[..., None], *args: Tensor | float | None) -> None:
-    """Calls a kernel with tensors as addresses (None as the null address) and with torch's number of threads."""
-    addresses = (0 if a is None else _address(a) if isinstance(a, Tensor) else a for a in args)
-    kernel(*addresses, torch.get_num_threads())
+def _core(device: torch.device) -> _Core:
+    if device.type == "cpu":
+        return _Core(_cpu, torch.get_num_threads(), nullcontext())
+    return _Core(_cuda(device), torch.cuda.current_stream(device).cuda_stream, torch.cuda.device(device))
+
+
+@cache
+def _cuda(device: torch.device) -> Any:
+    """The CUDA core, once it is known to run on ``device`` and has loaded its kernels there."""
+    try:
+        kernels = import_module("grokcurv._cuda")
+    except ImportError as error:
+        raise RuntimeError(
+            f"tensors on {device} need the extension grokcurv._cuda, which was not built here: install the CUDA "
+            "toolkit (nvcc) and build anew (docs/building.md), or move the tensors to the CPU with .cpu()"
+        ) from error
+    problem = cuda_problem(kernels.RUNTIME, kernels.driver())
+    if problem:
+        raise RuntimeError(f"tensors on {device}: {problem}")
+    with torch.cuda.device(device):
+        kernels.preload()
+    return kernels
+
+
+def cuda_problem(runtime: int, driver: int) -> str | None:
+    """Why kernels built with CUDA ``runtime`` (13000 is 13.0) cannot run with a driver good for ``driver``, or None."""
+    if runtime // 1000 <= driver // 1000:
+        return None
+    wanted = f"grokcurv._cuda was built with CUDA {_version(runtime)}, which needs a driver for CUDA {runtime // 1000}"
+    found = f"the driver here is good for CUDA {_version(driver)}" if driver else "there is no NVIDIA driver here"
+    return f"{wanted} (13: 580 or later), and {found}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _call(kernel: str, beside: Tensor, *args: Tensor | float | None) -> None:
+    """Calls a kernel where ``beside`` is, with tensors as addresses (None as the null address)."""
+    core = _core(beside.device)
+    addresses = [0 if a is None else _address(a) if isinstance(a, Tensor) else a for a in args]
+    workspace = []
+
+    def allocate(doubles: int) -> int:
+        workspace.append(torch.empty(doubles, dtype=torch.float64, device=beside.device))
+        return workspace[0].data_ptr()
+
+    with core.guard:
+        getattr(core.kernels, kernel)(allocate, core.where, *addresses)
 
 
 _anywhere = torch.empty(1)
@@ -552,52 +604,52 @@ def _address(tensor: Tensor) -> int:
 
 _perturb = _define(
     "perturb(Tensor theta, Tensor directions, Tensor eta) -> Tensor",
-    _perturb_cpu,
+    _perturb_run,
     _perturb_fake,
 )
 _perturb_out = _define(
     "perturb_out(Tensor theta, Tensor directions, Tensor eta, Tensor(a!) out) -> ()",
-    _perturb_out_cpu,
+    _perturb_out_run,
     _perturb_out_fake,
 )
 _commutator = _define(
     "commutator(Tensor g_a, Tensor g_b, Tensor a2, Tensor b2, Tensor eta, Tensor? theta, Tensor? values, Tensor? rows, "
     "Tensor? segments, str form, bool keep_delta) -> (Tensor, Tensor, Tensor, Tensor)",
-    _commutator_cpu,
+    _commutator_run,
     _commutator_fake,
 )
 _subspace_split = _define(
     "subspace_split(Tensor v, Tensor values, Tensor rows) -> (Tensor, Tensor)",
-    _subspace_split_cpu,
+    _subspace_split_run,
     _subspace_split_fake,
 )
 _subspace_filter_ = _define(
     "subspace_filter_(Tensor(a!) g, Tensor values, Tensor rows, float strength) -> ()",
-    _subspace_filter_cpu,
+    _subspace_filter_run,
     _subspace_filter_fake,
 )
 _gram = _define(
     "gram(Tensor x, Tensor? y, Tensor? origin, Tensor? segments) -> Tensor",
-    _gram_cpu,
+    _gram_run,
     _gram_fake,
 )
 _eigh = _define(
     "eigh(Tensor a, int k) -> (Tensor, Tensor)",
-    _eigh_cpu,
+    _eigh_run,
     _eigh_fake,
 )
 _rotate = _define(
     "rotate(Tensor rows, Tensor coefficients, Tensor? segments) -> Tensor",
-    _rotate_cpu,
+    _rotate_run,
     _rotate_fake,
 )
 _rotate_ = _define(
     "rotate_(Tensor(a!) rows, Tensor coefficients, Tensor? segments, Tensor(b!)? mean, Tensor? weights) -> ()",
-    _rotate_in_place_cpu,
+    _rotate_in_place_run,
     _rotate_in_place_fake,
 )
 _sketch = _define(
     "sketch(Tensor x, int size, int seed, int start) -> Tensor",
-    _sketch_cpu,
+    _sketch_run,
     _sketch_fake,
 )

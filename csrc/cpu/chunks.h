@@ -6,15 +6,6 @@
 
 namespace grokcurv::cpu::GROKCURV_ISA {
 
-struct Span {
-  Index start, stop;
-
-  GROKCURV_INLINE Index length() const { return stop > start ? stop - start : 0; }
-  GROKCURV_INLINE Span operator&(Span other) const {
-    return {start > other.start ? start : other.start, stop < other.stop ? stop : other.stop};
-  }
-};
-
 GROKCURV_INLINE Span nth_chunk(Index n, Index size) {
   return Span{n * chunk, (n + 1) * chunk} & Span{0, size};
 }
@@ -37,19 +28,6 @@ inline void fold(const double* partials, Index count, Index stride, Index column
   for (Index j = 0; j < columns; ++j) out[j] = 0.0;
   for (Index c = 0; c < count; ++c) {
     for (Index j = 0; j < columns; ++j) out[j] += partials[c * stride + j];
-  }
-}
-
-// Calls body(static_cast<T*>(nullptr)) with the element type.
-template <class Body>
-void with_type(Type type, Body body) {
-  switch (type) {
-    case Type::float32:
-      return body(static_cast<float*>(nullptr));
-    case Type::float64:
-      return body(static_cast<double*>(nullptr));
-    case Type::bfloat16:
-      return body(static_cast<bfloat16*>(nullptr));
   }
 }
 

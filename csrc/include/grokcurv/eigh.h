@@ -9,24 +9,32 @@ namespace grokcurv {
 // does not converge, yields NaN.
 struct Eigh {
   Index matrices, size, leading;
-  const double* a;    // (matrices, size, size)
-  double* values;     // (matrices, leading)
-  double* vectors;    // (matrices, size, leading)
-  double* workspace;  // (matrices, eigh_workspace(size))
+  const double* a;  // (matrices, size, size)
+  double* values;   // (matrices, leading)
+  double* vectors;  // (matrices, size, leading)
+  double* workspace;
 };
 
+namespace cpu {
 // Rows of matrices in the workspace are this long: whole eights, the last filled with zeros.
-[[gnu::always_inline]] constexpr Index eigh_stride(Index size) {
+GROKCURV_INLINE constexpr Index eigh_stride(Index size) {
   return (size + 7) / 8 * 8;
 }
 
-// In doubles: the matrix, its eigenvectors, and vectors beside them.
-[[gnu::always_inline]] constexpr Index eigh_workspace(Index size) {
+// In doubles, for each matrix: the matrix, its eigenvectors, and vectors beside them.
+GROKCURV_INLINE constexpr Index eigh_room(Index size) {
   return (2 * size + 12) * eigh_stride(size);
 }
 
-namespace cpu {
-void eigh(const Eigh& task, int threads);
+GROKCURV_INLINE Index eigh_workspace(const Eigh& task, int) {
+  return task.matrices * eigh_room(task.size);
 }
+void eigh(const Eigh& task, int threads);
+}  // namespace cpu
+
+namespace cuda {
+Index eigh_workspace(const Eigh& task, Stream stream);
+void eigh(const Eigh& task, Stream stream);
+}  // namespace cuda
 
 }  // namespace grokcurv

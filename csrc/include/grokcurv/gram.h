@@ -13,10 +13,11 @@ struct Gram {
   const void* y;       // (y_rows, size) or null: then y_rows = x_rows
   const void* origin;  // (size) or null: zero
   Segments segments;
-  double* out;        // (segments.count, x_rows, y_rows)
-  double* workspace;  // (threads, gram_workspace(x_rows, y_rows))
+  double* out;  // (segments.count, x_rows, y_rows)
+  double* workspace;
 };
 
+namespace cpu {
 // The order of a sum, counted from the start of the segment: eight lanes within a block of coordinates, blocks in order
 // within a range, ranges in order.
 constexpr Index gram_block = 256;
@@ -28,13 +29,20 @@ constexpr Index gram_slab = 2048;
 
 // In doubles, for each thread: one block of all rows, or one slab of few and of the origin; and the sums over a range.
 // Both have room for the rows of zeros that fill a register tile.
-[[gnu::always_inline]] constexpr Index gram_workspace(Index x_rows, Index y_rows) {
+GROKCURV_INLINE constexpr Index gram_room(Index x_rows, Index y_rows) {
   const Index x = x_rows + gram_few, y = y_rows + gram_few;
   return (x + y) * gram_block + (gram_few + 1) * gram_slab + (x * y + 7) / 8 * 8;
 }
 
-namespace cpu {
-void gram(const Gram& task, int threads);
+GROKCURV_INLINE Index gram_workspace(const Gram& task, int threads) {
+  return threads * gram_room(task.x_rows, task.y_rows);
 }
+void gram(const Gram& task, int threads);
+}  // namespace cpu
+
+namespace cuda {
+Index gram_workspace(const Gram& task, Stream stream);
+void gram(const Gram& task, Stream stream);
+}  // namespace cuda
 
 }  // namespace grokcurv

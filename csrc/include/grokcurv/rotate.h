@@ -16,18 +16,26 @@ struct Rotate {
   void* out;                   // (outputs, size) of the compute type, or null: in place, over the first rows
   double* mean;                // (size) or null
   const double* weights;       // (inputs), with mean
-  double* workspace;           // (threads, rotate_workspace(inputs))
+  double* workspace;
 };
 
+namespace cpu {
 // A thread works on this many coordinates of all rows at a time: as doubles they stay in the first cache.
 constexpr Index rotate_block = 16;
 
-[[gnu::always_inline]] constexpr Index rotate_workspace(Index inputs) {
+GROKCURV_INLINE constexpr Index rotate_room(Index inputs) {
   return inputs * rotate_block;
 }
 
-namespace cpu {
-void rotate(const Rotate& task, int threads);
+GROKCURV_INLINE Index rotate_workspace(const Rotate& task, int threads) {
+  return threads * rotate_room(task.inputs);
 }
+void rotate(const Rotate& task, int threads);
+}  // namespace cpu
+
+namespace cuda {
+Index rotate_workspace(const Rotate& task, Stream stream);
+void rotate(const Rotate& task, Stream stream);
+}  // namespace cuda
 
 }  // namespace grokcurv

@@ -18,9 +18,9 @@ struct Sketch {
   Index vectors, size, outputs;  // outputs is a power of two, 64 to 2^20
   std::uint64_t seed;
   Index start;
-  const void* x;      // (vectors, size)
-  double* out;        // (vectors, outputs)
-  double* workspace;  // sketch_workspace(vectors, size, outputs, start)
+  const void* x;  // (vectors, size)
+  double* out;    // (vectors, outputs)
+  double* workspace;
 };
 
 // The coordinates are cut into ranges, each with sums of its own that are folded in order: how, depends on P, start and
@@ -29,7 +29,7 @@ struct SketchRanges {
   Index first, length, count;  // range r is [first + r length, first + (r + 1) length), but for what lies outside of x
 };
 
-[[gnu::always_inline]] constexpr SketchRanges sketch_ranges(Index size, Index outputs, Index start) {
+GROKCURV_INLINE constexpr SketchRanges sketch_ranges(Index size, Index outputs, Index start) {
   constexpr Index most = 64;
   const Index step = outputs < 128 ? 128 : outputs;
   // So long that setting the sums to zero and folding them costs little beside reading the range.
@@ -41,14 +41,22 @@ struct SketchRanges {
   return {first, length, span / length + (span % length != 0)};
 }
 
-// In doubles: the first range sums into the result.
-[[gnu::always_inline]] constexpr Index sketch_workspace(Index vectors, Index size, Index outputs, Index start) {
-  const Index count = sketch_ranges(size, outputs, start).count;
-  return count > 1 ? (count - 1) * vectors * outputs : 0;
+// The sums of the ranges but the first, which sums into the result: in doubles.
+GROKCURV_INLINE Index sketch_sums(const Sketch& task) {
+  const Index count = sketch_ranges(task.size, task.outputs, task.start).count;
+  return count > 1 ? (count - 1) * task.vectors * task.outputs : 0;
 }
 
 namespace cpu {
-void sketch(const Sketch& task, int threads);
+GROKCURV_INLINE Index sketch_workspace(const Sketch& task, int) {
+  return sketch_sums(task);
 }
+void sketch(const Sketch& task, int threads);
+}  // namespace cpu
+
+namespace cuda {
+Index sketch_workspace(const Sketch& task, Stream stream);
+void sketch(const Sketch& task, Stream stream);
+}  // namespace cuda
 
 }  // namespace grokcurv

@@ -2,6 +2,14 @@
 
 #include <cstdint>
 
+// Always inline: these headers are compiled for several instruction sets, and a copy left to the linker could be one
+// that the processor lacks. nvcc compiles them for the GPU too.
+#ifdef __CUDACC__
+#define GROKCURV_INLINE __host__ __device__ __forceinline__
+#else
+#define GROKCURV_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace grokcurv {
 
 using Index = std::int64_t;
@@ -13,9 +21,7 @@ enum class Type : int { float32 = 0, float64 = 1, bfloat16 = 2 };
 // sums do not depend on which thread took which chunk.
 constexpr Index chunk = 4096;
 
-// Always inline, like every function of these headers: they are compiled for several instruction sets, and a copy left
-// to the linker could be one that the processor lacks.
-[[gnu::always_inline]] constexpr Index chunks(Index size) {
+GROKCURV_INLINE constexpr Index chunks(Index size) {
   return (size + chunk - 1) / chunk;
 }
 
@@ -31,6 +37,27 @@ struct Basis {
 struct Segments {
   const Index* spans;  // (count, 2): start, length
   Index count;
+};
+
+// Every kernel has two functions for each device: `<stem>_workspace` says how many doubles of workspace a task needs
+// there, `<stem>` carries it out: on the CPU with so many threads, on a GPU by launches on a stream. All pointers of a
+// task are the device's, but for tables (rows, spans), which are the host's.
+using Stream = void*;  // cudaStream_t
+namespace cpu {
+using Where = int;
+}
+namespace cuda {
+using Where = Stream;
+}
+
+// Coordinates start, start + 1, ... stop - 1.
+struct Span {
+  Index start, stop;
+
+  GROKCURV_INLINE Index length() const { return stop > start ? stop - start : 0; }
+  GROKCURV_INLINE Span operator&(Span other) const {
+    return {start > other.start ? start : other.start, stop < other.stop ? stop : other.stop};
+  }
 };
 
 }  // namespace grokcurv

@@ -1,0 +1,49 @@
+#pragma once
+
+#include "block/block.h"
+#include "grokcurv/perturb.h"
+
+namespace grokcurv::block {
+
+// A chunk of all vectors, so that theta is read once.
+template <class T, bool wide>
+struct PerturbChunk {
+  static constexpr bool any_threads = true;
+  static constexpr int threads = 256, resident = 4;
+
+  Perturb task;
+
+  template <class Block>
+  GROKCURV_BLOCK void operator()(Block& block) const {
+    using C = Compute<T>;
+    const Index start = block.index() * chunk, left = task.size - start;
+    for (Index i = quad * block.thread(); i < chunk && i < left; i += quad * block.threads()) {
+      const Quad<T> theta = load<wide>(static_cast<const T*>(task.theta) + start + i, left - i);
+      for (Index vector = 0; vector < task.vectors; ++vector) {
+        const Index at = vector * task.size + start + i;
+        const Quad<T> direction = load<wide>(static_cast<const T*>(task.directions) + at, left - i);
+        const C eta = static_cast<C>(task.eta[vector]);
+        Quad<T> out;
+        GROKCURV_UNROLL
+        for (Index e = 0; e < quad; ++e) {
+          const C step = eta * static_cast<C>(widen(direction.value[e]));
+          out.value[e] = narrow<T>(static_cast<C>(widen(theta.value[e])) - step);
+        }
+        store<wide>(out, static_cast<T*>(task.out) + at, left - i);
+      }
+    }
+  }
+};
+
+template <class Device>
+void perturb(Device& device, const Perturb& task) {
+  if (task.vectors == 0) return;
+  with_type(task.type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const bool wide = aligned<T>(task.theta, 1, task.size) && aligned<T>(task.directions, task.vectors, task.size) &&
+                      aligned<T>(task.out, task.vectors, task.size);
+    with_flag(wide, [&](auto flag) { device.launch(chunks(task.size), 0, PerturbChunk<T, flag>{task}); });
+  });
+}
+
+}  // namespace grokcurv::block

@@ -1,0 +1,110 @@
+#pragma once
+
+#include "block/block.h"
+#include "grokcurv/subspace.h"
+
+namespace grokcurv::block {
+
+// A range of one vector, chunk by chunk in shared memory.
+template <class T>
+struct SplitRange {
+  static constexpr bool any_threads = true;
+  static constexpr int threads = 256, resident = 4;
+
+  SubspaceSplit task;  // its table on the device
+  Ranges ranges;
+  double* partials;  // (vectors, 1 + basis.count, ranges)
+
+  template <class Block>
+  GROKCURV_BLOCK void operator()(Block& block) const {
+    const Index vector = block.index() % task.vectors, range = block.index() / task.vectors;
+    const Span all = ranges[range];
+    const T* v = static_cast<const T*>(task.v) + vector * task.size;
+    double* column = partials + vector * (1 + task.basis.count) * ranges.count + range;
+    double* room = block.shared();
+    double* x = room + block.threads() / warp;
+
+    double norm2[1] = {};
+    for (Index start = all.start; start < all.stop; start += chunk) {
+      const Span here = Span{start, start + chunk} & all;
+      for (Index i = here.start + block.thread(); i < here.stop; i += block.threads()) {
+        const double x_i = widen(v[i]);
+        norm2[0] = fma(x_i, x_i, norm2[0]);
+        x[i - start] = x_i;
+      }
+      block.sync();
+      project<Compute<T>>(block, task.basis, Segments{}, here, x, column + ranges.count, ranges.count,
+                          start == all.start);
+      block.sync();
+    }
+    sum_over_block(block, norm2, room, column, ranges.count);
+  }
+};
+
+template <class Device>
+void subspace_split(Device& device, const SubspaceSplit& given) {
+  SubspaceSplit task = given;
+  task.basis = upload(device, given.basis);
+  const Ranges ranges = ranges_of(task.size, chunk);
+  const Index columns = 1 + task.basis.count;
+  double* partials = device.workspace.take(task.vectors * columns * ranges.count);
+  with_type(task.type, [&](auto* t) {
+    using Body = SplitRange<std::remove_pointer_t<decltype(t)>>;
+    device.launch(task.vectors * ranges.count, Body::threads / warp + chunk, Body{task, ranges, partials});
+  });
+  fold(device, {partials,
+                task.vectors,
+                columns,
+                ranges.count,
+                {{task.norm2, 1}, {task.coefficients, task.basis.count}, {nullptr, 0}}});
+}
+
+// A chunk of one vector. A coordinate takes its terms in the order of the basis.
+template <class T, bool wide>
+struct FilterChunk {
+  static constexpr bool any_threads = true;
+  static constexpr int threads = 256, resident = 4;
+
+  SubspaceFilter task;  // its table on the device
+
+  template <class Block>
+  GROKCURV_BLOCK void operator()(Block& block) const {
+    const Index vector = block.index() % task.vectors, start = block.index() / task.vectors * chunk;
+    const Span here = Span{start, start + chunk} & Span{0, task.size};
+    const double* coefficients = task.coefficients + vector * task.basis.count;
+    const auto* values = static_cast<const Compute<T>*>(task.basis.values);
+    T* g = static_cast<T*>(task.g) + vector * task.size;
+    for (Index i = here.start + quad * block.thread(); i < here.stop; i += quad * block.threads()) {
+      Quad<T> q = load<wide>(g + i, here.stop - i);
+      double x[quad];
+      GROKCURV_UNROLL
+      for (Index e = 0; e < quad; ++e) x[e] = (1.0 - task.strength) * widen(q.value[e]);
+      for (Index j = 0; j < task.basis.count; ++j) {
+        const Index* row = task.basis.rows + 3 * j;
+        const Index place = i - row[0];  // of the quad in the row
+        if (place <= -quad || place >= row[1]) continue;
+        const double weight = task.strength * coefficients[j];
+        GROKCURV_UNROLL
+        for (Index e = 0; e < quad; ++e) {
+          if (place + e >= 0 && place + e < row[1]) x[e] += weight * static_cast<double>(values[row[2] + place + e]);
+        }
+      }
+      GROKCURV_UNROLL
+      for (Index e = 0; e < quad; ++e) q.value[e] = narrow<T>(x[e]);
+      store<wide>(q, g + i, here.stop - i);
+    }
+  }
+};
+
+template <class Device>
+void subspace_filter(Device& device, const SubspaceFilter& given) {
+  SubspaceFilter task = given;
+  task.basis = upload(device, given.basis);
+  with_type(task.type, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    with_flag(aligned<T>(task.g, task.vectors, task.size),
+              [&](auto flag) { device.launch(task.vectors * chunks(task.size), 0, FilterChunk<T, flag>{task}); });
+  });
+}
+
+}  // namespace grokcurv::block

@@ -1,0 +1,87 @@
+#pragma once
+
+// Runs block algorithms on the GPU: the block as they see it, the kernel around them, the launch.
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "block/block.h"
+
+namespace grokcurv::cuda {
+
+struct Block {
+  __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x); }
+  __device__ __forceinline__ Index index() const { return blockIdx.x; }
+  __device__ __forceinline__ Index count() const { return gridDim.x; }
+  __device__ __forceinline__ double* shared() const {
+    extern __shared__ __align__(16) double memory[];
+    return memory;
+  }
+  __device__ __forceinline__ void sync() const { __syncthreads(); }
+  __device__ __forceinline__ double warp_sum(double x) const {
+    GROKCURV_UNROLL
+    for (int distance = block::warp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+  }
+  __device__ __forceinline__ double warp_max(double x) const {
+    GROKCURV_UNROLL
+    for (int distance = block::warp / 2; distance > 0; distance /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+  }
+};
+
+template <class Body>
+__global__ void __launch_bounds__(Body::threads, Body::resident) kernel(const __grid_constant__ Body body) {
+  Block block;
+  body(block);
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Every kernel that is launched anywhere, to be loaded before the first: loading is not allowed during a capture.
+std::vector<const void*>& kernels();
+
+template <class Body>
+inline const bool registered = (kernels().push_back(reinterpret_cast<const void*>(&kernel<Body>)), true);
+
+// Counts the workspace of a task, or carries it out on a stream.
+class Device {
+ public:
+  Device() : workspace(nullptr) {}
+  Device(double* memory, Stream stream) : workspace(memory), stream_(static_cast<cudaStream_t>(stream)), runs_(true) {}
+
+  block::Workspace workspace;
+
+  // Blocks that fill the GPU, for an algorithm whose blocks take turn after turn.
+  Index resident() const {
+    int device = 0, processors = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return 2 * processors;
+  }
+
+  template <class Body>
+  void launch(Index blocks, Index shared, const Body& body) {
+    (void)registered<Body>;
+    if (!runs_ || blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks: too many");
+    const int bytes = static_cast<int>(shared * static_cast<Index>(sizeof(double)));
+    if (bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+    }
+    kernel<Body><<<static_cast<unsigned>(blocks), Body::threads, bytes, stream_>>>(body);
+    check(cudaGetLastError(), "launch");
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  bool runs_ = false;
+};
+
+}  // namespace grokcurv::cuda

@@ -1,0 +1,194 @@
+#include "host/fibers.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "block/block.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace grokcurv::host {
+
+namespace {
+
+constexpr std::size_t stack_bytes = 256 * 1024;
+constexpr int warp = block::warp;
+
+thread_local Fibers* current = nullptr;
+
+}  // namespace
+
+// A place to switch to. The address sanitizer must be told which stack that is.
+struct Fibers::Switch {
+  ucontext_t context;
+  void* stack = nullptr;
+  std::size_t size = 0;
+  void* fake = nullptr;
+
+  void leave_for(Switch& other, bool for_good) {
+    (void)for_good;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, other.stack, other.size);
+#endif
+    swapcontext(&context, &other.context);
+    arrived(nullptr);
+  }
+
+  // On this stack, coming from `origin` if that is not known yet.
+  void arrived(Switch* origin) {
+    (void)origin;
+#ifdef __SANITIZE_ADDRESS__
+    const void* bottom = nullptr;
+    std::size_t size = 0;
+    __sanitizer_finish_switch_fiber(fake, &bottom, &size);
+    if (origin != nullptr) {
+      origin->stack = const_cast<void*>(bottom);
+      origin->size = size;
+    }
+#endif
+  }
+};
+
+struct Fibers::Fiber {
+  Switch at;
+  State state = State::ready;
+  Index barriers = 0;
+  // What it has given to its warp: two by turns, so that the next is not written over one that is still read.
+  double given[2] = {};
+  int turn = 0;
+  double seen[warp] = {};
+
+  Fiber() {
+    at.stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at.stack == MAP_FAILED) throw std::bad_alloc();
+    at.size = stack_bytes;
+  }
+  ~Fiber() { munmap(at.stack, stack_bytes); }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+};
+
+Fibers::Fibers() : home_(std::make_unique<Switch>()) {}
+Fibers::~Fibers() = default;
+
+void Fibers::enter() {
+  Fibers& fibers = *current;
+  Fiber& self = *fibers.fibers_[static_cast<std::size_t>(fibers.running_)];
+  self.at.arrived(fibers.home_.get());
+  (*fibers.body_)(fibers.running_);
+  self.state = State::done;
+  self.at.leave_for(*fibers.home_, true);
+}
+
+std::size_t Fibers::pick() {
+  return order_.seed == 0 ? 0 : std::uniform_int_distribution<std::size_t>(0, ready_.size() - 1)(random_);
+}
+
+void Fibers::resume(int number) {
+  running_ = number;
+  home_->leave_for(fibers_[static_cast<std::size_t>(number)]->at, false);
+}
+
+void Fibers::run(int threads, const Order& order, const std::function<void(int)>& body) {
+  while (fibers_.size() < static_cast<std::size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
+  threads_ = threads;
+  order_ = order;
+  body_ = &body;
+  current = this;
+  random_.seed(order.seed);
+  ready_.clear();
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
+    fiber.state = State::ready;
+    fiber.barriers = 0;
+    fiber.turn = 0;
+    getcontext(&fiber.at.context);
+    fiber.at.context.uc_stack = {fiber.at.stack, 0, fiber.at.size};
+    fiber.at.context.uc_link = nullptr;
+    fiber.at.fake = nullptr;
+    makecontext(&fiber.at.context, &Fibers::enter, 0);
+    ready_.push_back(t);
+  }
+
+  const auto count = [&](State state) {
+    return std::count_if(fibers_.begin(), fibers_.begin() + threads, [&](auto& f) { return f->state == state; });
+  };
+  const auto release = [&](int first, int last) {
+    for (int t = first; t < last; ++t) {
+      fibers_[static_cast<std::size_t>(t)]->state = State::ready;
+      ready_.push_back(t);
+    }
+  };
+  for (;;) {
+    while (!ready_.empty()) {
+      const std::size_t place = pick();
+      const int number = ready_[place];
+      ready_.erase(ready_.begin() + static_cast<std::ptrdiff_t>(place));
+      resume(number);
+      if (fibers_[static_cast<std::size_t>(number)]->state != State::at_warp) continue;
+      const int first = number / warp * warp;
+      const auto waits = [&](int t) { return fibers_[static_cast<std::size_t>(t)]->state == State::at_warp; };
+      bool all = true;
+      for (int t = first; t < first + warp; ++t) all = all && waits(t);
+      if (!all) continue;
+      // All have given their number; each takes a copy of them before any can give the next.
+      for (int t = first; t < first + warp; ++t) {
+        Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
+        for (int k = 0; k < warp; ++k) {
+          const Fiber& other = *fibers_[static_cast<std::size_t>(first + k)];
+          fiber.seen[k] = other.given[other.turn];
+        }
+      }
+      release(first, first + warp);
+    }
+    if (count(State::done) == threads) return;
+    if (count(State::at_barrier) != threads) {
+      throw std::runtime_error("block of " + std::to_string(threads) +
+                               " threads: " + std::to_string(count(State::at_barrier)) + " wait at a barrier, " +
+                               std::to_string(count(State::at_warp)) + " for their warp, and " +
+                               std::to_string(count(State::done)) + " have returned");
+    }
+    release(0, threads);
+  }
+}
+
+void Fibers::wait(State state) {
+  Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
+  self.state = state;
+  self.at.leave_for(*home_, false);
+}
+
+void Fibers::sync() {
+  Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
+  if (self.barriers++ != order_.skipped) wait(State::at_barrier);
+}
+
+const double* Fibers::exchange(double x) {
+  Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
+  self.given[self.turn] = x;
+  wait(State::at_warp);
+  return self.seen;
+}
+
+// In pairs at a distance of 16, 8, ... 1, as on the GPU.
+double Fibers::warp_sum(double x) {
+  double sums[warp];
+  std::copy_n(exchange(x), warp, sums);
+  for (int distance = warp / 2; distance > 0; distance /= 2) {
+    for (int k = 0; k < distance; ++k) sums[k] += sums[k + distance];
+  }
+  return sums[0];
+}
+
+double Fibers::warp_max(double x) {
+  const double* all = exchange(x);
+  return *std::max_element(all, all + warp);
+}
+
+}  // namespace grokcurv::host

@@ -1,0 +1,55 @@
+#pragma once
+
+// The threads of a block, on one thread of the CPU: each runs until it waits for others, then another takes over.
+
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "grokcurv/vectors.h"
+
+namespace grokcurv::host {
+
+// How the threads of a block take turns.
+struct Order {
+  std::uint64_t seed;  // of the order in which they run between two barriers; 0: by number
+  int threads;         // of a block, for algorithms that leave the number open; 0: as on the GPU
+  Index skipped;       // the barrier that every thread runs through, counted from 0; -1: none
+};
+
+class Fibers {
+ public:
+  Fibers();
+  ~Fibers();
+
+  // Runs body(0), ..., body(threads - 1) until all have returned. Throws std::runtime_error if some wait where others
+  // never come.
+  void run(int threads, const Order& order, const std::function<void(int)>& body);
+
+  // For the thread that runs now: wait for all the others; exchange a number with the 32 of its warp.
+  void sync();
+  double warp_sum(double x);
+  double warp_max(double x);
+
+ private:
+  struct Fiber;
+  enum class State { ready, at_barrier, at_warp, done };
+
+  static void enter();
+  void wait(State state);
+  const double* exchange(double x);
+  void resume(int number);
+  std::size_t pick();
+
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<int> ready_;
+  const std::function<void(int)>* body_ = nullptr;
+  Order order_{};
+  std::mt19937_64 random_;
+  int threads_ = 0, running_ = 0;
+  struct Switch;
+  std::unique_ptr<Switch> home_;
+};
+
+}  // namespace grokcurv::host

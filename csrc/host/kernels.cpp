@@ -1,0 +1,36 @@
+#include "host/kernels.h"
+
+#include "block/commutator.h"
+#include "block/eigh.h"
+#include "block/gram.h"
+#include "block/perturb.h"
+#include "block/rotate.h"
+#include "block/sketch.h"
+#include "block/subspace.h"
+#include "host/device.h"
+
+namespace grokcurv::host {
+
+Order order{0, 0, -1};
+
+#define GROKCURV_DEFINE(Task, kernel)                 \
+  Index kernel##_workspace(const Task& task, Where) { \
+    Device device;                                    \
+    block::kernel(device, task);                      \
+    return device.workspace.used();                   \
+  }                                                   \
+  void kernel(const Task& task, Where) {              \
+    Device device(task.workspace);                    \
+    block::kernel(device, task);                      \
+  }
+GROKCURV_DEFINE(Perturb, perturb)
+GROKCURV_DEFINE(Commutator, commutator)
+GROKCURV_DEFINE(SubspaceSplit, subspace_split)
+GROKCURV_DEFINE(SubspaceFilter, subspace_filter)
+GROKCURV_DEFINE(Gram, gram)
+GROKCURV_DEFINE(Eigh, eigh)
+GROKCURV_DEFINE(Rotate, rotate)
+GROKCURV_DEFINE(Sketch, sketch)
+#undef GROKCURV_DEFINE
+
+}  // namespace grokcurv::host

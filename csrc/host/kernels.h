@@ -1,0 +1,34 @@
+#pragma once
+
+// The kernels as the host executor runs them.
+
+#include "grokcurv/commutator.h"
+#include "grokcurv/eigh.h"
+#include "grokcurv/gram.h"
+#include "grokcurv/perturb.h"
+#include "grokcurv/rotate.h"
+#include "grokcurv/sketch.h"
+#include "grokcurv/subspace.h"
+#include "host/fibers.h"
+
+namespace grokcurv::host {
+
+using Where = Index;
+
+// How the threads of all blocks take turns, until it is set anew.
+extern Order order;
+
+#define GROKCURV_DECLARE(Task, kernel)          \
+  Index kernel##_workspace(const Task&, Where); \
+  void kernel(const Task&, Where);
+GROKCURV_DECLARE(Perturb, perturb)
+GROKCURV_DECLARE(Commutator, commutator)
+GROKCURV_DECLARE(SubspaceSplit, subspace_split)
+GROKCURV_DECLARE(SubspaceFilter, subspace_filter)
+GROKCURV_DECLARE(Gram, gram)
+GROKCURV_DECLARE(Eigh, eigh)
+GROKCURV_DECLARE(Rotate, rotate)
+GROKCURV_DECLARE(Sketch, sketch)
+#undef GROKCURV_DECLARE
+
+}  // namespace grokcurv::host
