@@ -263,9 +263,9 @@ class CommutatorProbe:
         return eta[None]
 
     def _segment_table(self) -> Tensor | None:
-        """(S, 2) int64: the probe's segments, then the basis's support."""
+        """(S, 2) int64 on the CPU: the probe's segments, then the basis's support."""
         table = [(s.start, s.length) for s in self.segments] + (list(self.basis.support) if self.basis else [])
-        return torch.tensor(table, dtype=torch.int64, device=self.gradients.device) if table else None
+        return torch.tensor(table, dtype=torch.int64) if table else None
 
     def _stats(
         self, shared: _Shared, measured: tuple[Tensor, Vectors], method: Method, keep_delta: bool

@@ -43,7 +43,7 @@ class Subspace:
 
     Attributes:
         values: 1-D, the dtype of the basis.
-        rows: (K, 3) int64.
+        rows: (K, 3) int64 on the CPU, wherever the values are.
         size: P.
         support: the disjoint intervals ``(start, length)`` on which the basis lives, in order.
 
@@ -77,8 +77,8 @@ class Subspace:
     def from_pca(cls, pca: StreamingPCA, n_components: int | None = None, size: int | None = None) -> Subspace:
         """The leading components of a fitted PCA, of every segment if it has segments.
 
-        Components without variance are left out, so K can be less than the number asked for. Reading how many those
-        are waits for the device.
+        Components without variance are left out, so K can be less than the number asked for. On an accelerator they
+        stay, as rows of zeros, since nobody waits to see which those are.
 
         Args:
             pca: a fitted :class:`grokcurv.StreamingPCA`.
@@ -91,14 +91,9 @@ class Subspace:
         k = pca.n_components if n_components is None else n_components
         if not 0 <= k <= pca.n_components:
             raise ValueError(f"n_components must lie in 0..{pca.n_components}, which is what pca keeps; got {k}")
-        if pca.segments is None:
-            starts, components, variances = [0], [pca.components_], pca.explained_variance_[None]
-        else:
-            starts = [s.start for s in pca.segments]
-            components, variances = pca.components_, pca.explained_variance_
-        kept = (variances[:, :k] > 0).sum(1).tolist()
-        blocks = [(start, rows[:n]) for start, rows, n in zip(starts, components, kept, strict=True)]
-        return cls.from_blocks(pca.n_features_in_ if size is None else size, blocks)
+        space = cls.__new__(cls)
+        space._set(pca.n_features_in_ if size is None else size, pca.leading_blocks(k), check=False)
+        return space
 
     @classmethod
     def random(cls, dim: int, size: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Subspace:
@@ -115,7 +110,7 @@ class Subspace:
         normal = torch.randn(size, dim, dtype=torch.float64, device=generator.device, generator=generator)
         return cls(torch.linalg.qr(normal).Q.T.to(dtype))
 
-    def _set(self, size: int, blocks: list[tuple[int, Tensor]]) -> None:
+    def _set(self, size: int, blocks: list[tuple[int, Tensor]], check: bool = True) -> None:
         if not blocks:
             raise ValueError("blocks must hold at least one (start, rows)")
         blocks = sorted(((start, rows.detach().contiguous()) for start, rows in blocks), key=lambda block: block[0])
@@ -123,12 +118,14 @@ class Subspace:
         table, offset = [], 0
         for start, rows in blocks:
             _check_block(start, rows, first, stop, size)
+            if check:
+                _check_orthonormal(rows)
             stop = start + rows.shape[1]
             for _ in range(rows.shape[0]):
                 table.append((start, rows.shape[1], offset))
                 offset += rows.shape[1]
         self.values = torch.cat([rows.view(-1) for _, rows in blocks]) if len(blocks) > 1 else first.view(-1)
-        self.rows = torch.tensor(table, dtype=torch.int64, device=first.device).reshape(-1, 3)
+        self.rows = torch.tensor(table, dtype=torch.int64).reshape(-1, 3)
         self.size = size
         self.support = tuple((start, rows.shape[1]) for start, rows in blocks if len(rows))
 
@@ -153,8 +150,7 @@ class Subspace:
         """The same subspace in another floating dtype or on another device; arguments as for ``Tensor.to``."""
         space = Subspace.__new__(Subspace)
         space.values = self.values.to(*args, **kwargs)
-        space.rows = self.rows.to(space.values.device)
-        space.size, space.support = self.size, self.support
+        space.rows, space.size, space.support = self.rows, self.size, self.support
         return space
 
     def split(self, v: Tensor) -> Split:
@@ -284,9 +280,12 @@ def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) 
         raise ValueError(f"blocks must be disjoint and lie in 0..{size}; one spans {start}..{start + length}")
     if k > length:
         raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")
+
+
+def _check_orthonormal(rows: Tensor) -> None:
     tolerance = ORTHONORMAL_TOLERANCE * torch.finfo(rows.dtype).eps
     gram = ops.gram(rows)[0]
-    error = (gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().amax().item() if k else 0.0
+    error = (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().amax().item() if len(rows) else 0.0
     if not error <= tolerance:
         raise ValueError(f"rows must be orthonormal: inner products are off by {error:.2g}, beyond {tolerance:.2g}")
 

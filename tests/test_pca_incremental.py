@@ -259,7 +259,7 @@ def test_a_block_makes_the_same_calls_whatever_it_holds_and_never_waits(
     calls = []
     for block in blocks:
         pca = incremental(block=6, oversampling=2, segments=segments, shrinkage=shrinkage).partial_fit(x[:6])
-        folds = pca._method.folds
+        folds = int(pca._method.folds)
         with Recorder() as recorder:
             pca.partial_fit(block)
         assert pca._method.folds == folds + 1

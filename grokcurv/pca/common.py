@@ -42,13 +42,16 @@ class Layout:
 
     @cached_property
     def spans(self) -> Tensor:
-        """(S, 2) int64, as the ops take them."""
-        return torch.tensor(list(self.intervals()), dtype=torch.int64, device=self.device)
+        """(S, 2) int64 on the CPU, as the ops take them."""
+        return torch.tensor(list(self.intervals()), dtype=torch.int64).reshape(-1, 2)
 
     @cached_property
     def sizes(self) -> Tensor:
         """(S,) float64: the lengths."""
-        return torch.tensor(self.lengths, dtype=torch.float64, device=self.device)
+        sizes = torch.tensor(self.lengths, dtype=torch.float64)
+        if self.device.type == "cuda":
+            sizes = sizes.pin_memory()  # from elsewhere the copy would be waited for
+        return sizes.to(self.device, non_blocking=True)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """(..., L) by segment."""
@@ -81,6 +84,9 @@ class Method(Protocol):
 
     def drop_masked(self) -> None:
         """Take out masked rows that are still held; waits for the device."""
+
+    def forget(self) -> None:
+        """Drop what was worked out from rows before: a replay may have added some."""
 
     def merge(self, other: Any) -> None:
         """Add the rows of ``other``, which has the same settings and has seen some."""

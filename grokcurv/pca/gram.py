@@ -92,20 +92,23 @@ class Gram:
             self.gram[:, first:new, start:stop] = block
             self.gram[:, start:stop, first:new] = block.transpose(1, 2)
             start = stop
-        self.__dict__.pop("solution", None)
+        self.forget()
 
     def merge(self, other: Gram) -> None:
         self.rows.reserve(len(self.rows) + len(other.rows))  # all or nothing, where disk may be short
         before = self.rounded
-        for rows in other.given():
-            self.append(rows)
+        for rows, flags in other.given():
+            self.append(rows, flags)
         # Rows that were rounded there and here are off by both.
         self.rounded = before + ((self.rounded - before).sqrt() + other.rounded.sqrt()).square()
 
-    def given(self) -> Iterator[Tensor]:
-        """The rows, (n_i, L) at a time, as they were given, but for what :meth:`rounding` says."""
+    def given(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The rows, (n_i, L) at a time, as they were given, but for what :meth:`rounding` says; and their flags."""
+        start = 0
         for page in list(self.rows.pages()):
-            yield (page.double() + self.origin).to(self.dtype) if self._differences else page
+            flags = None if self.flags is None else self.flags[start : start + len(page)]
+            yield (page.double() + self.origin).to(self.dtype) if self._differences else page, flags
+            start += len(page)
 
     def rounding(self) -> Tensor:
         """(S,): how far an eigenvalue can be off because rows were rounded when they were stored."""
@@ -115,9 +118,14 @@ class Gram:
         if self.flags is None:
             return
         index = self.flags.nonzero()[:, 0]
-        self.rows.keep(index.tolist())
-        self.gram = self.gram[:, index][:, :, index]
-        self.shares, self.flags = self.shares[:0], self.flags[index]
+        self.flags = None
+        self.forget()
+        if len(index) < len(self.rows):
+            self.rows.keep(index.tolist())
+            self.gram = self.gram[:, index][:, :, index]
+            self.shares = self.shares[:0]
+
+    def forget(self) -> None:
         self.__dict__.pop("solution", None)
 
     # What follows from them
@@ -132,7 +140,7 @@ class Gram:
     def solution(self) -> tuple[Tensor, Tensor, Tensor]:
         """Leading eigenvalues (S, k) of the centred Gram matrices, their traces (S,), and eigenvectors (S, n, k)."""
         n = len(self.rows)
-        centred = Prefixes(self.raw).centred(n)
+        centred = self._centred()
         values, vectors = ops.eigh(centred, min(self.n_components, n))
         values = torch.where(values <= self._rank_floor()[:, None], 0.0, values)
         return padded(values, self.n_components), trace(centred), padded(vectors, self.n_components)
@@ -149,13 +157,17 @@ class Gram:
     def components(self) -> Tensor:
         values, _, vectors = self.solution
         scale = torch.where(values == 0, 0.0, values.rsqrt())
-        weights = (vectors - vectors.mean(1, keepdim=True)) * scale[:, None, :]
+        if self.flags is None:
+            weights = (vectors - vectors.mean(1, keepdim=True)) * scale[:, None, :]
+        else:
+            share = self._shares_of_rows()[:, None]
+            weights = (vectors - (share * vectors).sum(1, keepdim=True)) * (share > 0) * scale[:, None, :]
         rows = self._combination(weights.transpose(1, 2).contiguous()).to(compute_type(self.dtype))
         return orthonormal_(rows, self.layout)
 
     def mean(self) -> Tensor:
         n, count = len(self.rows), len(self.layout.lengths)
-        mean = self._combination(self.gram.new_full((count, 1, n), 1 / n))[0]
+        mean = self._combination(self._shares_of_rows().expand(count, 1, n).contiguous())[0]
         if self._differences:
             mean += self.origin
         return mean.to(compute_type(self.dtype))
@@ -222,6 +234,21 @@ class Gram:
             gram = self.gram.new_empty(len(self.gram), capacity, capacity)
             gram[:, :old, :old] = self.gram[:, :old, :old]
             self.gram = gram
+
+    def _shares_of_rows(self) -> Tensor:
+        """(n,) float64: the weight of each row in the mean; 0 for masked ones."""
+        if self.flags is None:
+            return self.gram.new_full((len(self.rows),), 1 / len(self.rows))
+        return self.flags.double() / self.flags.sum().clamp_min(1)
+
+    def _centred(self) -> Tensor:
+        """(S, n, n): the Gram matrices about the mean of the rows, zero where a row is masked."""
+        if self.flags is None:
+            return Prefixes(self.raw).centred(len(self.rows))
+        share, both = self._shares_of_rows(), self.flags[:, None] & self.flags
+        mean = self.raw @ share
+        grand = (mean @ share)[:, None, None]
+        return torch.where(both, self.raw - (mean[:, :, None] + mean[:, None, :]) + grand, 0.0)
 
     def _rank_floor(self) -> Tensor:
         """(S,): an eigenvalue below this is rounding: errors of a sum grow like a random walk; n of them; a margin."""

@@ -17,7 +17,7 @@ the bound is known beforehand too: at most the variance outside the leading j di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -37,6 +37,10 @@ from grokcurv.pca.common import (
     trace,
 )
 from grokcurv.reference import compute_type
+
+
+MARKS = 1 << 14
+"""Entries of :attr:`Incremental.history` that are kept, the latest; fewer for more than 63 segments."""
 
 
 class Fold(NamedTuple):
@@ -60,8 +64,8 @@ class Incremental:
     """The PCA of any number of rows in the memory of r + b + 1 of them, the first one and a sum in float64.
 
     All that depends on the rows lives in tensors that stay where they are, the number of rows too. So a block of b rows
-    makes the same calls on the same memory whatever it holds, and never waits for the device; only the list of shares
-    for :attr:`history` grows.
+    makes the same calls on the same memory whatever it holds, and never waits for the device: from the second block on
+    it can be captured in a CUDA graph.
     """
 
     def __init__(
@@ -81,30 +85,46 @@ class Incremental:
         self.count = zeros()  # rows folded
         self.valid = zeros(block)  # of the buffer's rows: 1, or 0 for one that was masked
         self.appended = self.pending = 0  # rows taken in, masked ones too; of these in the buffer
-        self.folds = 0
+        self.begun = False  # whether there was a fold
+        self.folds = zeros()
         self.total = zeros(count)
         self.lost = zeros(2, count)  # sums over the folds: largest eigenvalue cut off, and all of them
         self.rounding = zeros(count)
-        self.marks = zeros(0)  # numbers of rows after which a share was taken
-        self.shares = zeros(0, count)
+        # A ring of the shares of the first component, and of the numbers of rows after which they were taken.
+        self.marked = zeros(1, dtype=torch.int64)
+        self.marks = zeros(min(MARKS, max(1 << 10, (1 << 20) // (count + 1))))
+        self.shares = zeros(len(self.marks), count)
 
     @property
     def n_samples_seen(self) -> int:
         return int(self.count + self.valid[: self.pending].sum())
 
     def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
-        for number, row in enumerate(rows):
-            counts = None if valid is None else valid[number]
-            if counts is None and not self.appended:
-                self.origin.copy_(row)
-            elif counts is not None and not self.folds:
-                first = counts & (self.valid[: self.pending].sum() == 0)
-                self.origin.copy_(torch.where(first, row, self.origin))
-            place = self._buffer[self.pending]
-            torch.sub(row.to(self.dtype), self.origin, out=place)
-            if counts is not None:
-                place.copy_(torch.where(counts, place, 0.0))
-            self._take(1.0 if counts is None else counts)
+        if valid is None:
+            if not self.appended and len(rows):
+                self.origin.copy_(rows[0])
+        elif not self.begun and len(rows):
+            first = valid.any() & (self.valid[: self.pending].sum() == 0)
+            row = rows.index_select(0, valid.int().argmax()[None])[0]
+            self.origin.copy_(torch.where(first, row, self.origin))
+        for start, stop in self._cuts(len(rows)):
+            places = self._buffer[self.pending : self.pending + stop - start]
+            counts = self.valid[self.pending : self.pending + stop - start]
+            torch.sub(rows[start:stop], self.origin, out=places)
+            if valid is None:
+                counts.fill_(1)
+            else:
+                places.masked_fill_(valid[start:stop, None].logical_not(), 0.0)
+                counts.copy_(valid[start:stop])
+            self._took(stop - start)
+
+    def _cuts(self, count: int) -> Iterator[tuple[int, int]]:
+        """Parts of ``count`` rows, each to the end of a block or of the rows."""
+        start = 0
+        while start < count:
+            stop = min(count, start + self.block - self.pending)
+            yield start, stop
+            start = stop
 
     def drop_masked(self) -> None:
         """None are held: they are zeros of no weight."""
@@ -112,18 +132,19 @@ class Incremental:
     def merge(self, other: Incremental) -> None:
         if not self.appended:
             self.origin.copy_(other.origin)
-        if other.folds:
+        if other.begun:
             self._flush()
             self._merge_folded(other)
         shift = other.origin.double() - self.origin
         for row, counts in zip(other._buffer[: other.pending], other.valid, strict=False):
             self._buffer[self.pending].copy_((row.double() + shift) * counts)
-            self._take(counts)
+            self.valid[self.pending].copy_(counts)
+            self._took(1)
 
     def add_rounding(self, rounding: Tensor) -> None:
         """The rows were off already, by this (S,) in an eigenvalue."""
         self.rounding += rounding
-        self._forget()
+        self.forget()
 
     def spectrum(self) -> Spectrum:
         fold = self.fold
@@ -151,10 +172,18 @@ class Incremental:
     def history(self) -> Tensor:
         """(n, S): known where a block ended, NaN elsewhere."""
         history = self.shares.new_full((self.n_samples_seen, self.shares.shape[1]), torch.nan)
-        for count, share in zip(self.marks.tolist(), self.shares, strict=True):
+        marks, shares = self._kept_marks()
+        for count, share in zip(marks.tolist(), shares, strict=True):
             if count:
                 history[int(count) - 1] = share
         return history
+
+    def _kept_marks(self) -> tuple[Tensor, Tensor]:
+        """The marks and shares that are in the ring, in order."""
+        marked, size = int(self.marked), len(self.marks)
+        if marked <= size:
+            return self.marks[:marked].clone(), self.shares[:marked].clone()
+        return torch.roll(self.marks, -(marked % size), 0), torch.roll(self.shares, -(marked % size), 0)
 
     @cached_property
     def fold(self) -> Fold:
@@ -164,6 +193,7 @@ class Incremental:
     # State
 
     def state_dict(self) -> dict[str, Any]:
+        marks, shares = self._kept_marks()
         return {
             "rows": self._used.clone(),
             "origin": self.origin.clone(),
@@ -172,12 +202,12 @@ class Incremental:
             "valid": self.valid.clone(),
             "appended": self.appended,
             "pending": self.pending,
-            "folds": self.folds,
+            "folds": int(self.folds),
             "total": self.total.clone(),
             "lost": self.lost.clone(),
             "rounding": self.rounding.clone(),
-            "marks": self.marks,
-            "history": self.shares,
+            "marks": marks,
+            "history": shares,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,14 +232,18 @@ class Incremental:
         check_state(state, wanted)
         if pending >= self.block:
             raise ValueError(f"state is damaged: {pending} rows pending in a block of {self.block}")
+        if marks > len(self.marks):
+            raise ValueError(f"state is damaged: {marks} marks, but {len(self.marks)} are kept")
         self._used_of(pending).copy_(state["rows"])
         self.origin.copy_(state["origin"])
         self.sum.copy_(state["sum"])
-        self.count, self.valid = state["count"].clone(), state["valid"].clone()
-        self.appended, self.pending, self.folds = state["appended"], pending, state["folds"]
-        self.total, self.lost = state["total"].clone(), state["lost"].clone()
-        self.rounding, self.shares = state["rounding"].clone(), state["history"].clone()
-        self.marks = state["marks"].clone()
+        for name in ("count", "valid", "total", "lost", "rounding"):
+            getattr(self, name).copy_(state[name])
+        self.appended, self.pending, self.begun = state["appended"], pending, state["folds"] > 0
+        self.folds.fill_(state["folds"])
+        self.marked.fill_(marks)
+        self.marks[:marks] = state["marks"]
+        self.shares[:marks] = state["history"]
 
     # Folding
 
@@ -224,17 +258,15 @@ class Incremental:
     def _used(self) -> Tensor:
         return self._used_of(self.pending)
 
-    def _take(self, counts: Tensor | float) -> None:
-        """The next place of the buffer has been filled."""
-        place = self.valid[self.pending]
-        place.copy_(counts) if isinstance(counts, Tensor) else place.fill_(counts)
-        self.appended += 1
-        self.pending += 1
-        self._forget()
+    def _took(self, count: int) -> None:
+        """The next places of the buffer have been filled."""
+        self.appended += count
+        self.pending += count
+        self.forget()
         if self.pending == self.block:
             self._flush()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         self.__dict__.pop("fold", None)
 
     def _flush(self) -> None:
@@ -304,6 +336,7 @@ class Incremental:
         weights = torch.nn.functional.pad(valid, (self.rank + 1, 0))
         ops.rotate_(used, turn.contiguous(), segments=self.layout.spans, mean=self.sum, weights=weights)
         self.folds += 1
+        self.begun = True
         return kept
 
     def _set_mean(self) -> None:
@@ -312,9 +345,11 @@ class Incremental:
 
     def _mark(self, values: Tensor) -> None:
         """The basis is new, with these eigenvalues."""
-        self.marks = torch.cat([self.marks, self.count[None]])
-        self.shares = torch.cat([self.shares, (values[:, 0] / self.total)[None]])
-        self._forget()
+        place = self.marked % len(self.marks)
+        self.marks.index_copy_(0, place, self.count[None])
+        self.shares.index_copy_(0, place, (values[:, 0] / self.total)[None])
+        self.marked += 1
+        self.forget()
 
     def _merge_folded(self, other: Incremental) -> None:
         """Add what the other has folded: its basis, and the outer product of the difference of the means."""
@@ -336,7 +371,7 @@ class Incremental:
         self.count += other.count
         self._set_mean()
         self.appended += other.appended - other.pending
-        self._forget()
+        self.forget()
         self._mark(self.fold.values)
 
 

@@ -56,6 +56,9 @@ class Sketch:
     def drop_masked(self) -> None:
         self.short.drop_masked()
 
+    def forget(self) -> None:
+        self.short.forget()
+
     def merge(self, other: Sketch) -> None:
         self.short.merge(other.short)
 

@@ -15,6 +15,7 @@ from grokcurv.pca.common import Layout, Method, Spectrum, finite
 from grokcurv.pca.gram import Gram
 from grokcurv.pca.incremental import Incremental
 from grokcurv.pca.sketch import FAILURE, Sketch
+from grokcurv.records import capturing
 from grokcurv.reference import compute_type
 
 METHODS = ("auto", "gram", "incremental", "sketch")
@@ -105,8 +106,10 @@ class StreamingPCA:
         self._layout = Layout((), torch.device("cpu"))
         self._dtype = torch.float32
         self._features = 0
-        self._rows_taken = 0  # masked ones too
-        self._masked: Tensor | None = None  # on an accelerator: number of the first masked row, and how many there are
+        self._rows_taken = 0  # masked ones too, without those of replays
+        # On an accelerator: number of the first masked row, how many there are, and how many rows were taken.
+        self._counts: Tensor | None = None
+        self._replays = False  # whether rows may arrive without a call, by replays of a captured one
 
     def partial_fit(self, x: Tensor) -> StreamingPCA:
         """Add one row (P,) or several (n, P), and return the PCA itself.
@@ -115,7 +118,12 @@ class StreamingPCA:
         would mean to wait for it: there the row is masked, which means left out of everything, and the next result
         that is read raises with its number, once.
 
+        A call can be captured in a CUDA graph, and replayed with new rows in the memory of ``x``, once a first block
+        has been folded: with ``incremental`` or ``sketch``, ``x`` being whole blocks of :attr:`block` rows, and none
+        pending from before.
+
         Raises:
+            RuntimeError: in a capture, a call that cannot be captured.
             TypeError: another dtype.
             ValueError: a shape, dtype or device unlike that of earlier rows, segments that reach beyond P, or (on the
                 CPU) a row with NaN, infinity or numbers beyond 1e30 (float64: 1e150), whose number is given. The PCA
@@ -129,6 +137,8 @@ class StreamingPCA:
             number = int(valid.logical_not().nonzero()[0])
             raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
         if len(rows):
+            if capturing(rows.device):
+                self._check_capture(len(rows))
             with self._all_or_nothing():
                 self._method_for(len(rows), x.shape[-1], rows).append(rows, valid if masks else None)
             if masks:
@@ -136,6 +146,24 @@ class StreamingPCA:
             self._rows_taken += len(rows)
             self._forget()
         return self
+
+    def leading_blocks(self, k: int) -> list[tuple[int, Tensor]]:
+        """What :meth:`grokcurv.Subspace.from_pca` is made of: for each segment its start and k leading components.
+
+        On the CPU those without variance are left out. On an accelerator to look would mean to wait: there they are
+        rows of zeros, and masked rows are not reported.
+        """
+        if self._method is None:
+            self._fitted()
+        if not _masks(self._layout.device):
+            values = self._spectrum.values
+            kept = (values[:, :k] > 0).sum(1).tolist()
+        else:
+            kept = [k] * len(self._layout.lengths)
+        assert self._method is not None
+        components = self._layout.split(self._method.components())
+        starts = [0] if self.segments is None else [s.start for s in self.segments]
+        return [(start, rows[:n]) for start, rows, n in zip(starts, components, kept, strict=True)]
 
     def merge(self, other: StreamingPCA) -> StreamingPCA:
         """Add the rows of another PCA after one's own, and return the PCA itself; ``other`` stays as it is.
@@ -164,7 +192,7 @@ class StreamingPCA:
                 self._begin(other.method_, f"as the PCA merged into this one: {other.reason_}")
             if isinstance(self._method, Gram) and not isinstance(theirs, Gram):
                 self._go_over(other.method_, f"as the PCA merged into this one: {other.reason_}")
-            mine = self._method_for(other._rows_taken, self._features, torch.empty(0, dtype=self._dtype))
+            mine = self._method_for(other._taken(), self._features, torch.empty(0, dtype=self._dtype))
             if isinstance(theirs, Gram) and not isinstance(mine, Gram):
                 _feed(mine, theirs)
             elif type(mine) is type(theirs):
@@ -173,7 +201,9 @@ class StreamingPCA:
                 raise ValueError(
                     f"other works by {other.method_!r}, this PCA by {self.method_!r}: neither becomes the other"
                 )
-        self._rows_taken += other._rows_taken
+        self._rows_taken += other._taken()
+        if self._counts is not None:
+            self._counts[2] += other._taken()
         self._forget()
         return self
 
@@ -300,7 +330,7 @@ class StreamingPCA:
             "reason_": self.reason_,
             "n_features": self._features,
             "dtype": str(self._dtype),
-            "rows_taken": self._rows_taken,
+            "rows_taken": self._taken(),
             "state": None if self._method is None else self._method.state_dict(),
         }
 
@@ -331,7 +361,7 @@ class StreamingPCA:
             method.load_state_dict(parts)
         self._method, self._layout, self._dtype = method, layout, dtype
         self.method_, self.reason_ = name, state["reason_"]
-        self._features, self._rows_taken, self._masked = state["n_features"], state["rows_taken"], None
+        self._features, self._rows_taken, self._counts = state["n_features"], state["rows_taken"], None
         self._forget()
 
     def __repr__(self) -> str:
@@ -371,7 +401,6 @@ class StreamingPCA:
         """From ``gram`` to a method that does not keep the rows."""
         gram = self._method
         assert isinstance(gram, Gram)
-        gram.drop_masked()
         _feed(self._begin(name, reason), gram)
 
     @contextmanager
@@ -437,31 +466,54 @@ class StreamingPCA:
 
     def _count_masked(self, valid: Tensor) -> None:
         """Note the masked rows among the next ones, without waiting for the device."""
-        if self._masked is None:
-            self._masked = torch.zeros(2, dtype=torch.int64, device=valid.device)
+        if self._counts is None:
+            self._counts = torch.zeros(3, dtype=torch.int64, device=valid.device)
+            self._counts[2].fill_(self._rows_taken)
+        first, masked, taken = self._counts
         bad = valid.logical_not()
-        number = self._rows_taken + bad.int().argmax()
-        first = torch.where((self._masked[1] == 0) & bad.any(), number, self._masked[0])
-        self._masked = torch.stack([first, self._masked[1] + bad.sum()])
+        first.copy_(torch.where((masked == 0) & bad.any(), taken + bad.int().argmax(), first))
+        masked += bad.sum()
+        taken += len(valid)
+
+    def _taken(self) -> int:
+        """Rows taken so far, masked ones and those of replays too; waits for the device."""
+        return self._rows_taken if self._counts is None else int(self._counts[2])
 
     def _raise_if_masked(self) -> None:
-        if self._masked is None:
+        if self._counts is None:
             return
-        first, count = self._masked.tolist()
-        self._masked = None
+        first, count, _ = self._counts.tolist()
+        self._counts[:2].zero_()
+        assert self._method is not None
+        self._method.drop_masked()
         if count:
-            assert self._method is not None
-            self._method.drop_masked()
             self._forget()
             raise ValueError(
                 f"x: row {first} held NaN or infinity, or numbers whose squares overflow, and was left out"
                 + (f", and {count - 1} more after it" if count > 1 else "")
             )
 
+    def _check_capture(self, count: int) -> None:
+        """Raises unless a call with ``count`` rows does the same to the same memory whenever it is replayed."""
+        inner = self._method.short if isinstance(self._method, Sketch) else self._method
+        if not isinstance(inner, Incremental):
+            raise RuntimeError(
+                "a captured partial_fit needs method='incremental' or 'sketch', and rows before the capture; "
+                f"this PCA works by {self.method_!r}"
+            )
+        if not inner.begun or inner.pending or count % self.block:
+            raise RuntimeError(
+                f"a captured partial_fit takes whole blocks of {self.block} rows after a first block, none pending; got "
+                f"{count} rows with {inner.pending} pending after {inner.appended}"
+            )
+        self._replays = True
+
     # Results
 
     def _fitted(self) -> Method:
         self._raise_if_masked()
+        if self._replays:
+            self._forget()
         if self._method is None or not self._method.n_samples_seen:
             raise ValueError("this StreamingPCA has seen no rows yet: call partial_fit first")
         return self._method
@@ -486,6 +538,8 @@ class StreamingPCA:
     def _forget(self) -> None:
         for name in ("_spectrum_cache", "_components", "_mean"):
             self.__dict__.pop(name, None)
+        if self._replays and self._method is not None:
+            self._method.forget()
 
     def _shaped(self, per_segment: Tensor) -> Tensor:
         return per_segment if self.segments is not None else per_segment[0]
@@ -511,8 +565,8 @@ class StreamingPCA:
 def _feed(method: Method, gram: Gram) -> None:
     """Give the rows of ``gram`` to a method that keeps none, and what rounding has done to them."""
     assert isinstance(method, Incremental | Sketch)
-    for rows in gram.given():
-        method.append(rows)
+    for rows, valid in gram.given():
+        method.append(rows, valid)
     method.add_rounding(gram.rounding())
 
 

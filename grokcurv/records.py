@@ -1,0 +1,97 @@
+"""Numbers that are written down on the device where they arise, and read when somebody asks: nobody waits before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CAPACITY = 1 << 14
+"""Rows that an accelerator holds until they are read."""
+
+DRAIN = 1 << 10
+"""After so many rows they are sent to the host, which goes on meanwhile."""
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph instead of being carried out."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def later(t: Tensor) -> Callable[[], Tensor]:
+    """A copy of ``t`` as it is now, on its way to pinned memory of the host; call what is returned to wait for it."""
+    if t.device.type != "cuda":
+        copied = t.detach().clone()
+        return lambda: copied
+    copied = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+    copied.copy_(t.detach(), non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copied
+
+    return wait
+
+
+class Records:
+    """Rows of ``width`` float64 numbers.
+
+    On an accelerator they go to a ring of :data:`CAPACITY` rows at a place that the device counts, so that each replay
+    of a captured :meth:`append` adds a row of its own.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width, self.device = width, device
+        self._read: list[Tensor] = []
+        self._appended = 0
+        if device.type != "cpu":
+            self._ring = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
+            self._filled = torch.zeros(1, dtype=torch.int64, device=device)
+            self._sent: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []
+
+    def append(self, row: Tensor) -> None:
+        """Add a row (width,), float64 on the device."""
+        self._appended += 1
+        if self.device.type == "cpu":
+            self._read.append(row[None])
+            return
+        self._ring.index_copy_(0, self._filled % CAPACITY, row[None])
+        self._filled += 1
+        if self._appended % DRAIN == 0 and not capturing(self.device):
+            self._send()
+
+    def extend(self, rows: Tensor) -> None:
+        """Add rows (n, width) that come from the host, after all there are."""
+        self.read()
+        self._read.append(rows.to("cpu", torch.float64))
+        self._appended += len(rows)
+
+    def read(self) -> Tensor:
+        """All rows so far, (n, width) float64 on the host; waits for the device.
+
+        Raises:
+            RuntimeError: a captured graph was replayed more than :data:`CAPACITY` times between two readings, and rows
+                were overwritten. Those that are left are read next time.
+        """
+        if self.device.type != "cpu":
+            self._send()
+            sent, self._sent = self._sent, []
+            lost = 0
+            for ring, filled in sent:
+                count = int(filled())
+                rows = ring() if count <= CAPACITY else torch.roll(ring(), -(count % CAPACITY), 0)
+                self._read.append(rows[: min(count, CAPACITY)].clone())
+                lost += max(0, count - CAPACITY)
+            if lost:
+                raise RuntimeError(
+                    f"{lost} records were overwritten: read them at least every {CAPACITY} replays of a captured step"
+                )
+        self._read = [torch.cat(self._read)] if self._read else []
+        return self._read[0] if self._read else torch.empty(0, self.width, dtype=torch.float64)
+
+    def _send(self) -> None:
+        self._sent.append((later(self._ring), later(self._filled)))
+        self._filled.zero_()
