@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grokcurv.flat import Segment, flatten, segments_of
+from grokcurv.records import capturing
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Vectors = tuple[Tensor, ...]
@@ -35,6 +36,9 @@ class LoopGradients:
     Randomness inside the model (dropout) is drawn from a generator seeded by the caller, so that the same batch
     meets the same mask at different parameters; the visible generators are left as they were. ``stochastic`` says
     whether anything has been drawn so far.
+
+    Evaluations can be captured in a CUDA graph, after one that was not, by models that draw nothing: a generator cannot
+    be set in a capture.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
@@ -44,6 +48,7 @@ class LoopGradients:
         theta = flatten(self.model)  # refuses several dtypes or devices
         self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
         self.stochastic = False
+        self._evaluated = False
 
     def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
         """Write the gradient at ``theta`` on ``batch`` into ``out``.
@@ -134,7 +139,14 @@ class LoopGradients:
     def _evaluation(self, seed: int) -> Iterator[None]:
         """Gradients on, whatever the caller's mode, and a private random stream."""
         generators = [torch.default_generator]
-        if self.device.type == "cuda":
+        if capturing(self.device):
+            if self.stochastic or not self._evaluated:
+                raise RuntimeError(
+                    "model draws at random (dropout), which a CUDA graph cannot repeat: measure it without a capture"
+                    if self.stochastic
+                    else "measure once before the capture: what the model draws at random shows only then"
+                )
+        elif self.device.type == "cuda":
             generators.append(torch.cuda.default_generators[self.device.index or 0])
         states = [generator.get_state() for generator in generators]
         try:
@@ -143,6 +155,7 @@ class LoopGradients:
                 yield
             drawn = (not torch.equal(g.get_state(), state) for g, state in zip(generators, seeded, strict=True))
             self.stochastic = self.stochastic or any(drawn)
+            self._evaluated = True
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from grokcurv.commutator import CommutatorProbe, CommutatorStats, Method, Sampler, quantile
+from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Method, Sampler, quantile
 from grokcurv.flat import Segment, flatten, select_segments
 from grokcurv.gradients import LossFn
 from grokcurv.pca import StreamingPCA
+from grokcurv.records import Records, capturing, later, must_wait
 from grokcurv.subspace import RandomBaseline, Subspace
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ BASIS_COMPONENTS = 2
 
 GRADIENT_TOLERANCE = 0.05
 """Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""
+
+VERDICT_LAG = 2
+"""On an accelerator, after how many more measurements the host learns whether one was reliable."""
 
 FIELDS = (
     "defect_median",
@@ -48,6 +53,10 @@ FIELDS = (
 """What one measurement records, each the median over its pairs unless its name says otherwise."""
 
 
+HEAD = ("step", "method", "measure_seconds")
+"""What stands before :data:`FIELDS` in a row of numbers; the method by its place among the methods."""
+
+
 class CurvatureMonitor:
     """Measures commutator defects and the trajectory's PCA along a training loop, and changes nothing in it.
 
@@ -58,15 +67,19 @@ class CurvatureMonitor:
 
     A measurement whose difference form drowns in rounding is repeated as the exact bracket, and the row's
     ``method`` says so; a row that neither can vouch for is NaN. The published float32 formula is recorded beside it
-    (``reference_median``), from the same gradients. On an accelerator the row is NaN instead of being repeated,
-    since deciding would stall the device.
+    (``reference_median``), from the same gradients.
+
+    On an accelerator nothing waits. A row that turns out unreliable is NaN there instead of being repeated; two
+    measurements later the host knows of it, and from then on measures the bracket. :meth:`step` can be captured in a
+    CUDA graph, once a step was measured without: a captured step measures whatever ``every`` says, each replay adds a
+    record and counts as a step, and the PCA is fed by :meth:`feed`, between replays.
 
     Args:
         model, loss_fn, eta, method: as for :class:`grokcurv.CommutatorProbe`.
         every: measure at every this many steps, from the first (step 0) on.
         pairs: pairs of batches per measurement.
         pca: a :class:`grokcurv.StreamingPCA` to feed with the parameters; its leading two directions per segment
-            are the execution basis on which every ``delta`` is projected.
+            are the execution basis on which every ``delta`` is projected (``method="sketch"`` has none).
         pca_every: feed ``pca`` at every this many steps.
         sampler: a function of no arguments that draws ``(batch_a, batch_b)``.
         loggers: each gets every record, through ``log(record, step)``; passing any makes each measurement read back.
@@ -98,10 +111,14 @@ class CurvatureMonitor:
         self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
         self.sampler = sampler
         self.loggers = tuple(loggers)
-        self.steps = 0
         self._baselines: tuple[RandomBaseline, RandomBaseline] | None = None
-        self._rows: list[tuple[int, Method, float, Tensor]] = []
-        self._pca_steps: list[int] = []
+        device = self.probe.gradients.device
+        self._steps = 0  # without those of replays
+        self._clock = torch.zeros((), dtype=torch.int64, device=device)
+        self._records = Records(len(HEAD) + len(FIELDS), device)
+        self._verdicts: deque[Callable[[], Tensor]] = deque()
+        self._gave_up = False  # the difference form
+        self._pca_steps: list[Tensor] = []
         self._gradient_ratio: Tensor | None = None
 
     def lookahead(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -124,19 +141,39 @@ class CurvatureMonitor:
         Raises:
             ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
         """
-        step, self.steps = self.steps, self.steps + 1
-        if self.pca is not None and step % self.pca_every == 0:
-            self._feed(self.pca, step)
-        if step % self.every == 0:
+        step, captured = self._steps, capturing(self.probe.gradients.device)
+        if self.pca is not None and step % self.pca_every == 0 and not captured:
+            self.feed()
+        if step % self.every == 0 or captured:
             if self.sampler is None and batch is None:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
             if self.sampler is not None or next_batch is not None:
                 self._measure(step, batch, next_batch)
+        self._steps += not captured
+        self._clock += 1
+
+    def feed(self) -> None:
+        """Feed the PCA with the parameters as they are; :meth:`step` does it when it is due.
+
+        Raises:
+            ValueError: the monitor has no PCA.
+        """
+        if self.pca is None:
+            raise ValueError("feed() needs a monitor with a pca")
+        self.pca.partial_fit(flatten(self.probe.gradients.model))
+        self._pca_steps.append(self._clock.clone())
+        self._update_basis(self.pca)
+
+    @property
+    def steps(self) -> int:
+        """How many steps there were, replays included; reading it waits for the device."""
+        return int(self._clock)
 
     @property
     def last(self) -> dict[str, Any] | None:
         """The latest record, or None; reading it waits for the device."""
-        return self._record(self._rows[-1]) if self._rows else None
+        row = self._records.last()
+        return None if row is None else _record(row)
 
     def records(self) -> pd.DataFrame:
         """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :data:`FIELDS`.
@@ -151,13 +188,13 @@ class CurvatureMonitor:
         import pandas as pd
 
         self._check_gradient()
-        steps, methods, seconds, rows = zip(*self._rows, strict=True) if self._rows else ((), (), (), ())
-        values = torch.stack(rows).cpu() if rows else torch.empty(0, len(FIELDS))
+        rows = self._records.read()
+        head, values = rows[:, : len(HEAD)], rows[:, len(HEAD) :]
         frame = pd.DataFrame(values.numpy(), columns=list(FIELDS))
-        frame.insert(0, "step", pd.array(steps, dtype="int64").to_numpy())
-        frame.insert(5, "method", pd.Series(methods, dtype="str"))
+        frame.insert(0, "step", head[:, 0].numpy().astype("int64"))
+        frame.insert(5, "method", pd.Series([METHODS[int(m)] for m in head[:, 1].tolist()], dtype="str"))
         frame["reliable"] = frame["reliable"] == 1.0
-        frame["measure_seconds"] = pd.array(seconds, dtype="float64").to_numpy()
+        frame["measure_seconds"] = head[:, 2].numpy()
         return frame
 
     def pca_records(self) -> pd.DataFrame:
@@ -169,18 +206,20 @@ class CurvatureMonitor:
         names = [s.name for s in self.pca.segments] if self.pca.segments else ["all"]
         history = 100.0 * self.pca.pc1_history_.reshape(len(self._pca_steps), len(names)).cpu().numpy()
         frame = pd.DataFrame(history, columns=names)
-        frame.insert(0, "step", self._pca_steps)
+        frame.insert(0, "step", self._fed_at())
         return frame.melt("step", var_name="matrix", value_name="pc1_percent").sort_values("step", kind="stable")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in another process: counters, records and the PCA; tensors and plain values."""
+        rows = self._records.read()
+        head = rows[:, : len(HEAD)].tolist()
         return {
             "steps": self.steps,
-            "pca_steps": list(self._pca_steps),
-            "row_steps": [row[0] for row in self._rows],
-            "row_methods": [row[1] for row in self._rows],
-            "row_seconds": [row[2] for row in self._rows],
-            "rows": torch.stack([row[3] for row in self._rows]) if self._rows else torch.empty(0, len(FIELDS)),
+            "pca_steps": self._fed_at(),
+            "row_steps": [int(step) for step, _, _ in head],
+            "row_methods": [METHODS[int(method)] for _, method, _ in head],
+            "row_seconds": [seconds for _, _, seconds in head],
+            "rows": rows[:, len(HEAD) :].contiguous(),
             "pca": self.pca.state_dict() if self.pca is not None else None,
         }
 
@@ -192,43 +231,78 @@ class CurvatureMonitor:
         """
         if (state["pca"] is None) != (self.pca is None):
             raise ValueError("state was saved with a pca and the monitor has none, or the other way round")
-        self.steps = state["steps"]
-        self._pca_steps = list(state["pca_steps"])
-        rows = state["rows"].to(self.probe.gradients.device, torch.float64)
-        self._rows = list(zip(state["row_steps"], state["row_methods"], state["row_seconds"], rows, strict=True))
+        device = self.probe.gradients.device
+        self._steps = state["steps"]
+        self._clock.fill_(state["steps"])
+        self._pca_steps = [torch.tensor(step) for step in state["pca_steps"]]
+        columns = (state["row_steps"], map(METHODS.index, state["row_methods"]), state["row_seconds"])
+        head = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.float64).reshape(-1, len(HEAD))
+        rows = torch.cat([head, state["rows"].to("cpu", torch.float64)], dim=1)
+        self._records = Records(rows.shape[1], device)
+        self._records.extend(rows)
+        self._verdicts.clear()
+        self._gave_up = False
+        for reliable in rows[:, len(HEAD) + FIELDS.index("reliable")]:  # as they came in then
+            self._next_method()
+            self._note(reliable)
         if self.pca is not None:
             self.pca.load_state_dict(state["pca"])
             self._update_basis(self.pca)
 
-    def _feed(self, pca: StreamingPCA, step: int) -> None:
-        pca.partial_fit(flatten(self.probe.gradients.model))
-        self._pca_steps.append(step)
-        self._update_basis(pca)
+    def _fed_at(self) -> list[int]:
+        return [int(step) for step in self._pca_steps]
 
     def _update_basis(self, pca: StreamingPCA) -> None:
         """The execution basis so far. Two rows span one direction: the basis waits until every block is full."""
-        if pca.n_samples_seen_ > BASIS_COMPONENTS:
-            basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
+        at_hand = not must_wait(self.probe.gradients.device)
+        seen = pca.n_samples_seen_ if at_hand else len(self._pca_steps)
+        if seen <= BASIS_COMPONENTS or pca.method_ == "sketch":
+            return
+        basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
+        if at_hand or self.probe.basis is None:
             self.probe.basis = basis
             self._baselines = (basis.random_baseline("full"), basis.random_baseline("matched"))
+        else:
+            self.probe.basis.values.copy_(basis.values)  # where a captured measurement looks for them
 
     def _measure(self, step: int, batch: Any, next_batch: Any) -> None:
         start = time.perf_counter()
-        probe = self.probe
+        probe, device = self.probe, self.probe.gradients.device
+        at_hand, captured = not must_wait(device), capturing(device)
         if self.sampler is not None:
             source, known = [self.sampler() for _ in range(self.pairs)], None
         else:
             source, known = [(batch, next_batch)], self._training_gradient()
-        stats = reported = probe.measure(source, first_gradient=known, seed=step)
+        method = probe.method if captured else self._next_method()
+        stats = reported = probe.measure(source, method=method, first_gradient=known, seed=step)
         if self.sampler is None and self._gradient_ratio is None:
             self._compare_gradient(stats)
-        on_host = probe.gradients.device.type == "cpu"
-        if probe.method == "difference" and on_host and not bool(stats.reliable.all()):
+        if at_hand and method == "difference" and not bool(stats.reliable.all()):
             reported = probe.measure(source, method="bracket", seed=step)
         values = self._values(reported, stats.reference)
-        self._rows.append((step, reported.method, time.perf_counter() - start, values))
-        for logger in self.loggers:
-            logger.log(self._record(self._rows[-1]), step=step)
+        if not captured:
+            self._note(values[FIELDS.index("reliable")])
+        seconds = math.nan if captured else time.perf_counter() - start
+        head = [torch.full_like(values[0], x) for x in (METHODS.index(reported.method), seconds)]
+        self._records.append(torch.cat([torch.stack([self._clock.to(values.dtype), *head]), values]))
+        for logger in self.loggers if not captured else ():
+            record = self.last
+            assert record is not None
+            logger.log(record, step=step)
+
+    def _next_method(self) -> Method:
+        """The probe's, or on an accelerator the bracket, once the difference form is known to have failed."""
+        method = self.probe.method
+        if method != "difference" or not must_wait(self.probe.gradients.device):
+            return method
+        while len(self._verdicts) >= VERDICT_LAG:
+            self._gave_up = self._gave_up or not bool(self._verdicts.popleft()())
+        return "bracket" if self._gave_up else method
+
+    def _note(self, reliable: Tensor) -> None:
+        """Have the host learn, in its own time, whether the measurement was reliable."""
+        if self.probe.method == "difference" and must_wait(self.probe.gradients.device) and not self._gave_up:
+            self._verdicts.append(later(reliable))
 
     def _values(self, stats: CommutatorStats, reference: Tensor) -> Tensor:
         """One row of :data:`FIELDS`, float64 on the device; what rests on an unreliable delta is NaN."""
@@ -260,12 +334,6 @@ class CurvatureMonitor:
         }
         missing = torch.full_like(row["reliable"], math.nan)
         return torch.stack([row.get(name, missing) for name in FIELDS])
-
-    def _record(self, row: tuple[int, Method, float, Tensor]) -> dict[str, Any]:
-        step, method, seconds, values = row
-        record: dict[str, Any] = dict(zip(FIELDS, values.tolist(), strict=True))
-        record["reliable"] = record["reliable"] == 1.0
-        return {"step": step, "method": method, **record, "measure_seconds": seconds}
 
     def _training_gradient(self) -> Tensor | None:
         """The flat ``.grad``, once it has been checked; None at the first step and for models that draw at random."""
@@ -299,6 +367,13 @@ class CurvatureMonitor:
                 f"|.grad| is {ratio:.3g} times the norm of the gradient of loss_fn on the batch given to step(); "
                 "call step() after backward and before clipping, with the same loss, or give the monitor a sampler"
             )
+
+
+def _record(row: Tensor) -> dict[str, Any]:
+    step, method, seconds, *values = row.tolist()
+    record: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+    record["reliable"] = record["reliable"] == 1.0
+    return {"step": int(step), "method": METHODS[int(method)], **record, "measure_seconds": seconds}
 
 
 def _attention(model: nn.Module) -> tuple[Segment, ...]:

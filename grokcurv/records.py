@@ -14,6 +14,11 @@ DRAIN = 1 << 10
 """After so many rows they are sent to the host, which goes on meanwhile."""
 
 
+def must_wait(device: torch.device) -> bool:
+    """Whether to look at a number there would mean to wait for the device."""
+    return device.type != "cpu"
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is launched now goes into a CUDA graph instead of being carried out."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -47,50 +52,58 @@ class Records:
         self.width, self.device = width, device
         self._read: list[Tensor] = []
         self._appended = 0
-        if device.type != "cpu":
+        if must_wait(device):
             self._ring = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
             self._filled = torch.zeros(1, dtype=torch.int64, device=device)
             self._sent: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []
 
     def append(self, row: Tensor) -> None:
         """Add a row (width,), float64 on the device."""
-        self._appended += 1
-        if self.device.type == "cpu":
+        if not must_wait(self.device):
             self._read.append(row[None])
             return
         self._ring.index_copy_(0, self._filled % CAPACITY, row[None])
         self._filled += 1
+        self._appended += 1
         if self._appended % DRAIN == 0 and not capturing(self.device):
             self._send()
 
     def extend(self, rows: Tensor) -> None:
-        """Add rows (n, width) that come from the host, after all there are."""
-        self.read()
-        self._read.append(rows.to("cpu", torch.float64))
-        self._appended += len(rows)
+        """Add rows (n, width) of the host."""
+        self._receive()
+        self._read.append(rows)
 
     def read(self) -> Tensor:
         """All rows so far, (n, width) float64 on the host; waits for the device.
 
         Raises:
             RuntimeError: a captured graph was replayed more than :data:`CAPACITY` times between two readings, and rows
-                were overwritten. Those that are left are read next time.
+                were overwritten. The next reading gives those that are left.
         """
-        if self.device.type != "cpu":
-            self._send()
-            sent, self._sent = self._sent, []
-            lost = 0
-            for ring, filled in sent:
-                count = int(filled())
-                rows = ring() if count <= CAPACITY else torch.roll(ring(), -(count % CAPACITY), 0)
-                self._read.append(rows[: min(count, CAPACITY)].clone())
-                lost += max(0, count - CAPACITY)
-            if lost:
-                raise RuntimeError(
-                    f"{lost} records were overwritten: read them at least every {CAPACITY} replays of a captured step"
-                )
+        self._receive()
         self._read = [torch.cat(self._read)] if self._read else []
         return self._read[0] if self._read else torch.empty(0, self.width, dtype=torch.float64)
+
+    def last(self) -> Tensor | None:
+        """The latest row, or None; waits, and raises, as :meth:`read` does."""
+        self._receive()
+        return next((rows[-1] for rows in reversed(self._read) if len(rows)), None)
+
+    def _receive(self) -> None:
+        if not must_wait(self.device):
+            return
+        self._send()
+        sent, self._sent = self._sent, []
+        lost = 0
+        for ring, filled in sent:
+            count = int(filled())
+            lost += max(0, count - CAPACITY)
+            rows = torch.roll(ring(), -(count % CAPACITY), 0) if count > CAPACITY else ring()[:count]
+            self._read.append(rows.clone())
+        if lost:
+            raise RuntimeError(
+                f"{lost} records were overwritten: read them at least every {CAPACITY} replays of a captured step"
+            )
 
     def _send(self) -> None:
         self._sent.append((later(self._ring), later(self._filled)))

@@ -285,7 +285,9 @@ def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) 
 def _check_orthonormal(rows: Tensor) -> None:
     tolerance = ORTHONORMAL_TOLERANCE * torch.finfo(rows.dtype).eps
     gram = ops.gram(rows)[0]
-    error = (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().amax().item() if len(rows) else 0.0
+    error = (
+        (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().amax().item() if len(rows) else 0.0
+    )
     if not error <= tolerance:
         raise ValueError(f"rows must be orthonormal: inner products are off by {error:.2g}, beyond {tolerance:.2g}")
 

@@ -15,7 +15,7 @@ from grokcurv.pca.common import Layout, Method, Spectrum, finite
 from grokcurv.pca.gram import Gram
 from grokcurv.pca.incremental import Incremental
 from grokcurv.pca.sketch import FAILURE, Sketch
-from grokcurv.records import capturing
+from grokcurv.records import capturing, must_wait
 from grokcurv.reference import compute_type
 
 METHODS = ("auto", "gram", "incremental", "sketch")
@@ -132,7 +132,7 @@ class StreamingPCA:
         """
         rows = self._pack(x)
         valid = finite(rows)
-        masks = _masks(rows.device)
+        masks = must_wait(rows.device)
         if not masks and not valid.all():
             number = int(valid.logical_not().nonzero()[0])
             raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
@@ -155,7 +155,7 @@ class StreamingPCA:
         """
         if self._method is None:
             self._fitted()
-        if not _masks(self._layout.device):
+        if not must_wait(self._layout.device):
             values = self._spectrum.values
             kept = (values[:, :k] > 0).sum(1).tolist()
         else:
@@ -568,11 +568,6 @@ def _feed(method: Method, gram: Gram) -> None:
     for rows, valid in gram.given():
         method.append(rows, valid)
     method.add_rounding(gram.rounding())
-
-
-def _masks(device: torch.device) -> bool:
-    """Whether to look at a row's numbers would mean to wait for the device."""
-    return device.type != "cpu"
 
 
 def _default_block(rank: int) -> int:
