@@ -457,10 +457,10 @@ def header(*cells: str) -> None:
 _failed: list[str] = []
 
 
-def attempt(run: Callable[[], str]) -> str:
+def attempt(run: Callable[[], str | None]) -> str:
     """What it returns, or why it did not."""
     try:
-        return run()
+        return run() or ""
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         _failed.append(text)
@@ -473,14 +473,14 @@ def main() -> int:
     columns = ("time", "MB", "Gflop", "floor", "floor / time", "plain PyTorch", "ratio", "asked for")
     header("kernel", *columns)
     for make in cases():
-        failure = attempt(lambda make=make: measure(make(), ceiling) or "")
+        failure = attempt(lambda make=make: measure(make(), ceiling))
         if failure:
             print(f"| {failure} |", flush=True)
         if not REHEARSAL:
             torch.cuda.empty_cache()
     pairs = 1 if REHEARSAL else 9
     header(f"whole measurement of the demo's model, K = {pairs}", "time", "faster than naive")
-    failure = attempt(lambda: whole_measurement(pairs) or "")
+    failure = attempt(lambda: whole_measurement(pairs))
     if failure:
         print(f"| {failure} |", flush=True)
     return 1 if _failed else 0

@@ -38,14 +38,15 @@ class Nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-def capture(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Any, Callable[[], None]]:
-    result = tuple(x.clone() for x in run())
+def capture(run: Callable[[], list[tuple[Tensor, ...]]]) -> tuple[Any, Callable[[], None]]:
+    results = [tuple(x.clone() for x in result) for result in run()]
 
     def replay() -> None:
-        for x, new in zip(result, run(), strict=True):
-            x.copy_(new)
+        for held, new in zip(results, run(), strict=True):
+            for x, y in zip(held, new, strict=True):
+                x.copy_(y)
 
-    return result, replay
+    return results, replay
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -35,7 +35,7 @@ SHAPES = (*cases.SHAPES, (2, 8192))
 """The last: vectors in a row that are all aligned to 16 bytes."""
 SMALL = ((2, 33), (1, 4100))
 MANY, LONG = 22, 100_000_000
-"""Vectors of so many coordinates: one is beyond 2**31 bytes in float64, all of them beyond 2**31 numbers."""
+"""Vectors of so many coordinates: together more than 2**31 numbers."""
 
 
 def host_executor() -> Any:
@@ -161,14 +161,17 @@ def test_work_goes_to_the_current_stream(op: str, generator: Generator) -> None:
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_capture_and_replay_with_new_numbers(op: str, generator: Generator) -> None:
-    for inputs in samples(op, generator):
-        held = there(inputs)
-        result, replay = gpu.capture(lambda held=held: in_place(op, held))
-        for _ in range(2):
-            numbers = other_numbers(inputs, generator)
-            fill(held, numbers)
-            replay()
-            assert_equal(result, cases.run(op, there(numbers)))
+    """One graph of all samples: what each of them works in is its own."""
+    every = samples(op, generator)
+    held = [there(inputs) for inputs in every]
+    results, replay = gpu.capture(lambda: [in_place(op, inputs) for inputs in held])
+    for _ in range(2):
+        numbers = [other_numbers(inputs, generator) for inputs in every]
+        for tensors, new in zip(held, numbers, strict=True):
+            fill(tensors, new)
+        replay()
+        for result, new in zip(results, numbers, strict=True):
+            assert_equal(result, cases.run(op, there(new)))
 
 
 FIRST_CALL_IN_A_CAPTURE = """
