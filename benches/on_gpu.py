@@ -109,7 +109,7 @@ def ceilings() -> Ceilings:
     try:
         vector = f"{vector_rate() / 1e12:.1f} Tflop/s"
     except Exception as error:  # torch calls its compiler of such kernels experimental; no floor is made of this
-        vector = f"not measured: {error}"
+        vector = f"not measured: {type(error).__name__}"
     row("float64 fused multiply-adds on registers", vector)
     return Ceilings(bandwidth, rate)
 
