@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -164,10 +164,10 @@ WRITES = {"subspace_filter_": ("g",), "rotate_": ("rows", "mean")}
 """The arguments that an op writes to, the one that it returns first."""
 
 
-def sample_inputs(op: str, generator: Generator) -> Iterator[Inputs]:
+def sample_inputs(op: str, generator: Generator, shapes: Iterable[tuple[int, int]] = SHAPES) -> Iterator[Inputs]:
     """Keyword arguments of `ops.<op>`, over dtypes, shapes and options."""
     for dtype in DTYPES:
-        for n, p in SHAPES:
+        for n, p in shapes:
             yield from _SAMPLES[op](n, p, dtype, generator)
 
 
