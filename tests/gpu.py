@@ -14,6 +14,8 @@ from torch import Tensor
 from grokcurv import ops
 
 DEVICE = torch.device("cuda", 0)
+CAPTURES_RUN = False
+"""Whether what is captured is carried out at once, too: not by a CUDA graph, but in a rehearsal."""
 
 
 @cache
@@ -88,13 +90,14 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def capture(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+def capture(run: Callable[[], Any], warm_up: bool = True) -> tuple[Any, Callable[[], None]]:
     """Captures a call in a CUDA graph, after one on another stream to warm up: its result, and what fills it anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
+    if warm_up:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()

@@ -1,7 +1,7 @@
-"""pytest -p rehearsal tests/test_gpu.py: the GPU tests where there is no GPU, so that they work on the day.
+"""pytest -p rehearsal tests/test_gpu*.py: the GPU tests where there is no GPU, so that they work on the day.
 
 Tensors stay on the CPU, the host executor runs the source of the CUDA kernels, and what streams, graphs and devices add
-is left out: a captured call is called again to replay it. So are the tests of the kernels, which need no rehearsal.
+is left out: a captured call goes on tape. So are the tests of the kernels, which need no rehearsal.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import gpu
 import pytest
+import tape
 import torch
-from torch import Tensor
 
 NEEDS_A_GPU = (
     "test_the_first_call_of_an_op_may_be_in_a_capture",
@@ -20,6 +20,8 @@ NEEDS_A_GPU = (
     "test_vectors_left_on_the_cpu_are_refused",
     "test_tables_on_the_gpu_are_refused",
     "test_devices_other_than_the_current_one",
+    "test_a_captured_measurement",  # these two take long here, and are on tape in test_device.py
+    "test_a_captured_step",
 )
 
 
@@ -38,15 +40,10 @@ class Nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-def capture(run: Callable[[], list[tuple[Tensor, ...]]]) -> tuple[Any, Callable[[], None]]:
-    results = [tuple(x.clone() for x in result) for result in run()]
-
-    def replay() -> None:
-        for held, new in zip(results, run(), strict=True):
-            for x, y in zip(held, new, strict=True):
-                x.copy_(y)
-
-    return results, replay
+def capture(run: Callable[[], Any], warm_up: bool = True) -> tuple[Any, Callable[[], None]]:
+    if warm_up:
+        run()
+    return tape.capture(run)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     gpu.problem = lambda: None
     gpu.name = lambda: "no GPU, but the host executor in its place"
     gpu.capture = capture
+    gpu.CAPTURES_RUN = True
     for name in ("Stream", "stream", "current_stream", "_sleep", "synchronize", "set_sync_debug_mode", "empty_cache"):
         setattr(torch.cuda, name, Nothing())
     torch.cuda.device_count = lambda: 1
@@ -63,11 +61,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item.cls is None and item.originalname not in NEEDS_A_GPU]
     for module in {item.module for item in items}:
-        module.SHAPES, module.SMALL = ((2, 37), (1, 1), (0, 5)), ((2, 33),)
-        module.MANY, module.LONG = 3, 20_000
+        if module.__name__ == "test_gpu":
+            module.SHAPES, module.SMALL = ((2, 37), (1, 1), (0, 5)), ((2, 33),)
+            module.MANY, module.LONG = 3, 20_000
+        else:
+            module.STEPS = 7
 
 
 @pytest.fixture(autouse=True)
 def on_the_host_executor() -> Iterator[None]:
-    with gpu.host_executor():
+    with gpu.host_executor(), tape.patched("must_wait", lambda device: True):
         yield

@@ -24,7 +24,7 @@ def run(*command: str) -> str:
 
 def test_gpu_tests() -> None:
     pytest.importorskip("grokcurv._host", reason="grokcurv._host was not built: set GROKCURV_HOST=ON")
-    printed = run("-m", "pytest", "-p", "rehearsal", "tests/test_gpu.py")
+    printed = run("-m", "pytest", "-p", "rehearsal", "tests/test_gpu.py", "tests/test_gpu_measurement.py")
     assert re.search(r"GPU tests: \d+ ran on no GPU, but the host executor in its place", printed)
 
 

@@ -38,7 +38,6 @@ from grokcurv.pca.common import (
 )
 from grokcurv.reference import compute_type
 
-
 MARKS = 1 << 14
 """Entries of :attr:`Incremental.history` that are kept, the latest; fewer for more than 63 segments."""
 

@@ -503,8 +503,8 @@ class StreamingPCA:
             )
         if not inner.begun or inner.pending or count % self.block:
             raise RuntimeError(
-                f"a captured partial_fit takes whole blocks of {self.block} rows after a first block, none pending; got "
-                f"{count} rows with {inner.pending} pending after {inner.appended}"
+                f"a captured partial_fit takes whole blocks of {self.block} rows after a first block, none pending; "
+                f"got {count} rows with {inner.pending} pending after {inner.appended}"
             )
         self._replays = True
 

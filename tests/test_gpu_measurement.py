@@ -1,0 +1,73 @@
+"""The whole measurement on a GPU: nothing waits for it, and what test_device.py captures with a tape, a graph does."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from models import PROBLEMS
+from test_device import Place, drawn, test_a_captured_block, test_a_captured_measurement, test_a_captured_step
+from torch import Generator
+
+import grokcurv as gc
+from grokcurv.flat import attention_segments
+
+pytestmark = pytest.mark.gpu
+__all__ = ["test_a_captured_block", "test_a_captured_measurement", "test_a_captured_step"]
+
+PROBLEM = PROBLEMS["tied attention"]
+STEPS = 40
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place(str(gpu.DEVICE), partial(gpu.capture, warm_up=False), gpu.CAPTURES_RUN, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["difference", "bracket"])
+def test_a_measurement_does_not_wait(method: Any, place: Place, generator: Generator) -> None:
+    """And it is that of the CPU, within what rounding explains."""
+    model = PROBLEM.model()
+    pairs = [tuple(PROBLEM.batch(generator) for _ in range(2)) for _ in range(3)]
+    wanted = gc.CommutatorProbe(model, PROBLEM.loss_fn, method=method).measure(pairs)
+    model = model.to(place.device)
+    moved = [tuple({k: v.to(place.device) for k, v in batch.items()} for batch in pair) for pair in pairs]
+    probe = gc.CommutatorProbe(model, PROBLEM.loss_fn, method=method, segments=attention_segments(model))
+    with gpu.no_synchronisation():
+        stats = probe.measure(moved)
+    allowed = wanted.noise_floor + stats.noise_floor.cpu() + 1e-6 * wanted.defect
+    assert ((stats.defect.cpu() - wanted.defect).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("method", ["gram", "incremental", "sketch"])
+def test_a_monitored_loop_does_not_wait(method: str, place: Place, generator: Generator) -> None:
+    model = PROBLEM.model().to(place.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loader = drawn(place, STEPS, generator)
+    pca = gc.StreamingPCA(2, method, segments=attention_segments(model), block=5)
+    monitor = gc.CurvatureMonitor(model, PROBLEM.loss_fn, pca=pca, pca_every=1)
+    with gpu.no_synchronisation():
+        for batch, following in monitor.lookahead(loader):
+            PROBLEM.loss_fn(model, batch).backward()
+            monitor.step(batch, following)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = monitor.records()
+    assert found["step"].tolist() == list(range(STEPS - 1))
+    assert found["defect_median"][found["reliable"]].notna().all()
+    assert found["rho"][5:][found["reliable"][5:]].between(0, 1 + 1e-6).all() or method == "sketch"
+
+
+def test_a_row_of_nan_is_masked(place: Place, generator: Generator) -> None:
+    rows = torch.randn(9, 50, generator=generator).to(place.device)
+    rows[4, 7] = torch.nan
+    for method in ("gram", "incremental"):
+        with gpu.no_synchronisation():
+            pca = gc.StreamingPCA(3, method).partial_fit(rows)
+        with pytest.raises(ValueError, match="row 4 held NaN"):
+            pca.explained_variance_  # noqa: B018
+        good = gc.StreamingPCA(3, method).partial_fit(rows[[0, 1, 2, 3, 5, 6, 7, 8]].cpu())
+        torch.testing.assert_close(pca.explained_variance_.cpu(), good.explained_variance_, rtol=1e-5, atol=1e-5)
