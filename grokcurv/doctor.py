@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def report() -> dict[str, Any]:
             "OpenMP runtimes loaded": _openmp_runtimes(),
         },
         "cuda": {
-            "extension": "built" if find_spec("grokcurv._cuda") else "not built: this version has no CUDA kernels",
+            **_cuda_core(),
             "torch's CUDA": torch.version.cuda or "none: this torch was built for the CPU alone",
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
@@ -80,6 +80,18 @@ def _openmp_runtimes() -> list[str]:
     maps = Path("/proc/self/maps")
     paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
     return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _cuda_core() -> dict[str, str]:
+    """What the CUDA kernels were built with and for, and whether the driver here can run them."""
+    try:
+        core = import_module("grokcurv._cuda")
+    except ImportError as error:
+        return {"extension": f"not built, or it does not load: {error}"}
+    return {
+        "extension": f"{core.COMPILER} for {core.ARCHITECTURES}",
+        "driver": ops.cuda_problem(core.RUNTIME, core.driver()) or f"good for CUDA {ops.cuda_version(core.driver())}",
+    }
 
 
 def _outcome(test: Callable[[], None]) -> str:

@@ -118,8 +118,6 @@ def commutator(
     (difference form only); values (float32, or float64 with float64 vectors) and rows (K, 3) int64 are a block-sparse
     basis; segments (S, 2) int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if
     ``keep_delta``.
-
-    Workspace: ``ceil(P / 4096) * (6 or 10 + K + S)`` float64 a vector.
     """
     return Commutator(*_commutator(g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta))
 
@@ -259,9 +257,7 @@ def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, se
 
     segments (S, 2) int64; without them S = 1 and the sum is over all P. An entry's bits depend on its two rows (and the
     origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
-    is read once.
-
-    Workspace for each thread: one block of 256 coordinates of every row in float64, and ``n m`` sums.
+    is read once (on a GPU once for every 32 rows of the other side).
     """
     return cast(Tensor, _gram(x, y, origin, segments))
 
@@ -329,10 +325,9 @@ def rotate(rows: Tensor, coefficients: Tensor, *, segments: Tensor | None = None
     """Linear combinations ``sum_i coefficients[s, j, i] rows[i]`` over each segment s, zero elsewhere.
 
     rows (m, P), coefficients (S, q, m) float64, segments (S, 2) int64, disjoint; without them S = 1 and all P. Returns
-    (q, P), float64 for float64 rows, else float32, bitwise equal to :func:`grokcurv.reference.rotate`: float64 terms in
-    the order of the rows, rounded once. A NaN in a row reaches every output, coefficient 0 or not.
-
-    Workspace: 128 bytes a row and thread.
+    (q, P), float64 for float64 rows, else float32: float64 terms in the order of the rows, rounded once. On the CPU
+    bitwise equal to :func:`grokcurv.reference.rotate`; on a GPU a product is not rounded before it is added. A NaN in
+    a row reaches every output, coefficient 0 or not.
     """
     return cast(Tensor, _rotate(rows, coefficients, segments))
 
@@ -439,8 +434,6 @@ def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
     A count sketch: :func:`grokcurv.reference.sketch` defines it and bounds its error. size is a power of two, 64 to
     2**20; seed, 0 to 2**63 - 1, is all that is stored of the projection. ``start``, 0 to 2**62 - 1, is the number of
     the first coordinate: the sketches of shards that begin where they do in the whole add up to its sketch.
-
-    Workspace: for every 32 * size coordinates (65536 at least) ``size`` float64 a vector, but at most 63 times that.
     """
     return cast(Tensor, _sketch(x, size, seed, start))
 
@@ -571,12 +564,15 @@ def cuda_problem(runtime: int, driver: int) -> str | None:
     """Why kernels built with CUDA ``runtime`` (13000 is 13.0) cannot run with a driver good for ``driver``, or None."""
     if runtime // 1000 <= driver // 1000:
         return None
-    wanted = f"grokcurv._cuda was built with CUDA {_version(runtime)}, which needs a driver for CUDA {runtime // 1000}"
-    found = f"the driver here is good for CUDA {_version(driver)}" if driver else "there is no NVIDIA driver here"
+    wanted = (
+        f"grokcurv._cuda was built with CUDA {cuda_version(runtime)}, which needs a driver for CUDA {runtime // 1000}"
+    )
+    found = f"the driver here is good for CUDA {cuda_version(driver)}" if driver else "there is no NVIDIA driver here"
     return f"{wanted} (13: 580 or later), and {found}"
 
 
-def _version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """13.0 for 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,20 @@ def test_report_says_what_was_built() -> None:
     assert "-ffp-contract=off" in facts["build"]["flags"]
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["machine"]["threads"] == torch.get_num_threads()
-    assert "not built" in facts["cuda"]["extension"]
+    assert "extension" in facts["cuda"]
     assert facts["self_test"] == dict.fromkeys(doctor.SELF_TESTS, "ok")
+
+
+def test_cuda_kernels_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SimpleNamespace(COMPILER="NVIDIA 13.0", ARCHITECTURES="sm_80, sm_90", RUNTIME=13000, driver=lambda: 0)
+    monkeypatch.setitem(sys.modules, "grokcurv._cuda", core)
+    facts = doctor.report()["cuda"]
+    assert facts["extension"] == "NVIDIA 13.0 for sm_80, sm_90"
+    assert "no NVIDIA driver" in facts["driver"]
+    core.driver = lambda: 13010
+    assert doctor.report()["cuda"]["driver"] == "good for CUDA 13.1"
+    monkeypatch.setitem(sys.modules, "grokcurv._cuda", None)
+    assert "not built" in doctor.report()["cuda"]["extension"]
 
 
 def test_one_openmp_runtime_is_loaded() -> None:
