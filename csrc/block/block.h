@@ -2,8 +2,8 @@
 
 // What block algorithms are written in. A block algorithm is a struct with a number of `threads`, a multiple of 32, and
 // a call operator that every thread of a block runs; its members are its arguments. `resident` says for how many blocks
-// the registers of a multiprocessor must do; `any_threads`, that another number of threads would do as well. The block
-// that it gets offers
+// the registers of a multiprocessor must do; `any_threads`, that fewer threads would do as well. The block that it gets
+// offers
 //
 //   thread(), threads()   this thread's number, and of how many
 //   index(), count()      the number of this block, and of how many
@@ -22,10 +22,12 @@
 
 #ifdef __CUDACC__
 #define GROKCURV_BLOCK __device__ __forceinline__
-#define GROKCURV_UNROLL _Pragma("unroll")  // so that an array lives in registers
+#define GROKCURV_UNROLL _Pragma("unroll")    // so that an array lives in registers
+#define GROKCURV_ROLLED _Pragma("unroll 1")  // so that they suffice
 #else
 #define GROKCURV_BLOCK inline
 #define GROKCURV_UNROLL
+#define GROKCURV_ROLLED
 #endif
 
 namespace grokcurv::block {
@@ -180,11 +182,12 @@ GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& se
     const Index* entry = is_row ? basis.rows + 3 * j : segments.spans + 2 * (j - basis.count);
     const Span both = Span{entry[0], entry[0] + entry[1]} & here;
     if (both.length() == 0 && !first) continue;
-    const C* values = is_row ? static_cast<const C*>(basis.values) + entry[2] - entry[0] : nullptr;
+    const C* values = static_cast<const C*>(basis.values);
+    const Index shift = is_row ? entry[2] - entry[0] : 0;
     double sum = 0.0;
     for (Index i = both.start + lane; i < both.stop; i += warp) {
       const double x_i = x[i - here.start];
-      sum = fma(x_i, is_row ? static_cast<double>(values[i]) : x_i, sum);
+      sum = fma(x_i, is_row ? static_cast<double>(values[i + shift]) : x_i, sum);
     }
     sum = block.warp_sum(sum);
     if (lane == 0) totals[j * stride] = first ? sum : totals[j * stride] + sum;
