@@ -24,7 +24,7 @@ import test_perturb
 import test_sketch
 import test_subspace_op
 import torch
-from cases import DTYPES, Inputs, basis, gamma, gradients, numbers, orthonormal_basis, spans
+from cases import DTYPES, Inputs, basis, gamma, gradients, numbers, spans
 from torch import Generator, Tensor
 
 from grokcurv import _cpu, ops, reference
@@ -60,14 +60,19 @@ test_bits_do_not_depend_on_the_batch = test_ops.test_bits_do_not_depend_on_the_b
 
 @pytest.fixture(autouse=True)
 def host(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors on the CPU go the way of those on a GPU; of what nobody wrote to, torch makes NaN."""
+    """Tensors on the CPU go the way of those on a GPU; of what nobody wrote to, torch makes NaN.
+
+    Threads of torch would wait, busily, beside the executor, which has one.
+    """
     monkeypatch.setattr(ops, "_core", lambda device: ops._Core(_host, 0, nullcontext()))
-    before = torch.are_deterministic_algorithms_enabled()
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
     _host.set_order(seed=int(torch.randint(1, 2**62, (), generator=generator)))
     yield
     _host.set_order()
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
 
 
 def on_cpu(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -111,7 +116,7 @@ def test_a_filter_has_the_bits_of_the_cpu(dtype: torch.dtype, generator: Generat
     assert bits((filtered(_host),)) == bits((filtered(_cpu),))
 
 
-# --------------------------------------------------------------------------------- sizes at which a block works otherwise
+# ------------------------------------------------------------------------------ sizes at which a block works otherwise
 
 
 def test_two_chunks_in_a_range(generator: Generator) -> None:
@@ -130,8 +135,7 @@ def test_tables_of_several_uploads(generator: Generator) -> None:
     x = numbers((3, size), torch.float32, generator)
     test_subspace_op.assert_split(x, **space)
     test_gram.assert_equals_definition(x, segments=spans(330, size, generator))
-    disjoint = torch.arange(0, size, 2)[:, None] + torch.tensor([0, 0])
-    disjoint[:, 1] = 1
+    disjoint = torch.tensor([[start, 1] for start in range(0, size, 2)])
     coefficients = numbers((len(disjoint), 2, 3), FLOAT64, generator)
     assert_rotates("rotate", {"rows": x, "coefficients": coefficients, "segments": disjoint})
 
@@ -251,12 +255,10 @@ def test_eigh_with_nothing_in_shared_memory(generator: Generator) -> None:
     a = torch.diag(torch.rand(n, generator=generator, dtype=FLOAT64))
     a[:dense, :dense] = test_eigh.gram_matrices(1, dense, dense, generator)[0]
     a[700, 701] = a[701, 700] = 3.0
-    order = torch.randperm(n, generator=generator)[: n - dense] % (n - dense) + dense
-    assert (a[order].count_nonzero(1) <= 2).all()
     test_eigh.assert_leading_pairs(a[None], 3)
 
 
-# ------------------------------------------------------------------------------------------ what results do not depend on
+# ---------------------------------------------------------------------------------------- what results do not depend on
 
 WIDE_OPS = ("perturb", "commutator", "subspace_split", "subspace_filter_")
 
@@ -302,17 +304,22 @@ def barrier_inputs(generator: Generator) -> list[tuple[str, Inputs]]:
         ("subspace_split", {"v": numbers((1, size), torch.bfloat16, generator), **basis(1, size, f32, generator)}),
         ("gram", {"x": numbers((40, 300), f32, generator), "y": numbers((3, 300), f32, generator)}),
         ("eigh", {"a": test_eigh.gram_matrices(2, 40, 42, generator), "k": 40}),
-        ("rotate", {"rows": numbers((3, 2000), f32, generator), "coefficients": numbers((1, 5, 3), FLOAT64, generator)}),
+        (
+            "rotate",
+            {"rows": numbers((3, 2000), f32, generator), "coefficients": numbers((1, 5, 3), FLOAT64, generator)},
+        ),
         (
             "rotate",
             {"rows": numbers((100, 400), f32, generator), "coefficients": numbers((1, 140, 100), FLOAT64, generator)},
         ),
-        ("sketch", {"x": numbers((1, 100_000), f32, generator), "size": 2048, "seed": 5}),
+        ("sketch", {"x": numbers((1, 70_000), f32, generator), "size": 1024, "seed": 5}),
     ]
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(generator: Generator) -> None:
-    samples = [(op, x) for op in cases.OPS if op != "eigh" for x in islice(cases.sample_inputs(op, generator), 0, None, 4)]
+    samples = [
+        (op, x) for op in cases.OPS if op != "eigh" for x in islice(cases.sample_inputs(op, generator), 0, None, 4)
+    ]
     for op, inputs in samples + barrier_inputs(generator):
         _host.set_order()
         in_turn = bits(cases.run(op, inputs))

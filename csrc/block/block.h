@@ -2,8 +2,8 @@
 
 // What block algorithms are written in. A block algorithm is a struct with a number of `threads`, a multiple of 32, and
 // a call operator that every thread of a block runs; its members are its arguments. `resident` says for how many blocks
-// the registers of a multiprocessor must do; `any_threads`, that fewer threads would do as well. The block that it gets
-// offers
+// the registers of a multiprocessor must do; `any_threads`, that fewer threads would do as well, down to two warps. The
+// block that it gets offers
 //
 //   thread(), threads()   this thread's number, and of how many
 //   index(), count()      the number of this block, and of how many
@@ -12,6 +12,7 @@
 //   warp_sum(x)           the sum over the 32 threads of a warp, each of which comes to it; all get the same bits
 //   warp_max(x)           likewise the largest
 //
+// The last two exchange registers and order no memory: what one thread writes and another reads has a sync() between.
 // csrc/cuda/device.cuh runs blocks on a GPU, csrc/host/device.h the same source on the CPU. Both do the arithmetic
 // that is written down: products and sums are fused only where it says fma.
 
@@ -194,8 +195,7 @@ GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& se
   }
 }
 
-// --------------------------------------------------------------------------------------------------------------
-// drivers
+// ------------------------------------------------------------------------------------------------------------- drivers
 
 // The workspace of a task, dealt out piece by piece. Without memory behind it, it only counts.
 class Workspace {

@@ -117,7 +117,7 @@ struct EighMatrix {
   // them next.
   template <class Block>
   GROKCURV_BLOCK void tridiagonalise(Block& block, double* a, Index stride, double* diagonal, double* off, double* u,
-                                       double* product) const {
+                                     double* product) const {
     const Index n = task.size;
     for (Index j = 0; j < n; ++j) {
       double* row = a + j * stride;
