@@ -45,8 +45,7 @@ GROKCURV_INLINE constexpr Index divided_up(Index n, Index by) {
 template <class Body>
 constexpr bool any_threads = requires { requires Body::any_threads; };
 
-// -------------------------------------------------------------------------------------------------- coordinates by
-// fours
+// ------------------------------------------------------------------------------------------------ coordinates by fours
 
 // Four coordinates in a row, the piece of a vector that a thread takes: of float32, one load of 16 bytes.
 constexpr Index quad = 4;
