@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
-KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py ops.py build.py doctor.py)
+KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py host.py ops.py build.py doctor.py)
 
 .PHONY: demo test check bench gpu numerics trajectory sanitize clean
 
@@ -44,9 +44,10 @@ sanitize: .venv/ready
 	rm -rf build/sanitize/package
 	mkdir -p build/sanitize/package
 	cp -r grokcurv build/sanitize/package/
-	rm build/sanitize/package/grokcurv/_cpu.*.so
+	rm build/sanitize/package/grokcurv/_*.so
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-		-DGROKCURV_SANITIZE=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize/package/grokcurv
+		-DGROKCURV_SANITIZE=ON -DGROKCURV_HOST=ON -DGROKCURV_CUDA=OFF \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize/package/grokcurv
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=$(CURDIR)/build/sanitize/package $(BIN)/pytest $(KERNEL_TESTS)

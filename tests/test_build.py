@@ -61,7 +61,7 @@ def test_the_core_includes_nothing_of_torch_or_python() -> None:
 
 def test_every_kernel_is_compiled() -> None:
     listed = (ROOT / "CMakeLists.txt").read_text()
-    for source in sorted(CORE.rglob("*.cpp")):
+    for source in sorted([*CORE.rglob("*.cpp"), *CORE.rglob("*.cu")]):
         assert str(source.relative_to(ROOT)) in listed
 
 

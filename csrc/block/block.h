@@ -2,8 +2,8 @@
 
 // What block algorithms are written in. A block algorithm is a struct with a number of `threads`, a multiple of 32, and
 // a call operator that every thread of a block runs; its members are its arguments. `resident` says for how many blocks
-// the registers of a multiprocessor must do; `any_threads`, that another number of threads would do as well. The block
-// that it gets offers
+// the registers of a multiprocessor must do; `any_threads`, that fewer threads would do as well, down to two warps. The
+// block that it gets offers
 //
 //   thread(), threads()   this thread's number, and of how many
 //   index(), count()      the number of this block, and of how many
@@ -12,6 +12,7 @@
 //   warp_sum(x)           the sum over the 32 threads of a warp, each of which comes to it; all get the same bits
 //   warp_max(x)           likewise the largest
 //
+// The last two exchange registers and order no memory: what one thread writes and another reads has a sync() between.
 // csrc/cuda/device.cuh runs blocks on a GPU, csrc/host/device.h the same source on the CPU. Both do the arithmetic
 // that is written down: products and sums are fused only where it says fma.
 
@@ -22,10 +23,12 @@
 
 #ifdef __CUDACC__
 #define GROKCURV_BLOCK __device__ __forceinline__
-#define GROKCURV_UNROLL _Pragma("unroll")  // so that an array lives in registers
+#define GROKCURV_UNROLL _Pragma("unroll")    // so that an array lives in registers
+#define GROKCURV_ROLLED _Pragma("unroll 1")  // so that they suffice
 #else
 #define GROKCURV_BLOCK inline
 #define GROKCURV_UNROLL
+#define GROKCURV_ROLLED
 #endif
 
 namespace grokcurv::block {
@@ -42,8 +45,7 @@ GROKCURV_INLINE constexpr Index divided_up(Index n, Index by) {
 template <class Body>
 constexpr bool any_threads = requires { requires Body::any_threads; };
 
-// -------------------------------------------------------------------------------------------------- coordinates by
-// fours
+// ------------------------------------------------------------------------------------------------ coordinates by fours
 
 // Four coordinates in a row, the piece of a vector that a thread takes: of float32, one load of 16 bytes.
 constexpr Index quad = 4;
@@ -180,19 +182,19 @@ GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& se
     const Index* entry = is_row ? basis.rows + 3 * j : segments.spans + 2 * (j - basis.count);
     const Span both = Span{entry[0], entry[0] + entry[1]} & here;
     if (both.length() == 0 && !first) continue;
-    const C* values = is_row ? static_cast<const C*>(basis.values) + entry[2] - entry[0] : nullptr;
+    const C* values = static_cast<const C*>(basis.values);
+    const Index shift = is_row ? entry[2] - entry[0] : 0;
     double sum = 0.0;
     for (Index i = both.start + lane; i < both.stop; i += warp) {
       const double x_i = x[i - here.start];
-      sum = fma(x_i, is_row ? static_cast<double>(values[i]) : x_i, sum);
+      sum = fma(x_i, is_row ? static_cast<double>(values[i + shift]) : x_i, sum);
     }
     sum = block.warp_sum(sum);
     if (lane == 0) totals[j * stride] = first ? sum : totals[j * stride] + sum;
   }
 }
 
-// --------------------------------------------------------------------------------------------------------------
-// drivers
+// ------------------------------------------------------------------------------------------------------------- drivers
 
 // The workspace of a task, dealt out piece by piece. Without memory behind it, it only counts.
 class Workspace {

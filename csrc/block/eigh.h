@@ -72,8 +72,8 @@ struct EighMatrix {
         z[i * stride + j] = i == j ? 1.0 : 0.0;
       }
       block.sync();
-      const double norm = tridiagonalise(block, a, stride, diagonal, off, u, product);
-      failed = !solve(block, diagonal, off, epsilon / 4 * norm, z, stride, rotations);
+      tridiagonalise(block, a, stride, diagonal, off, u, product);
+      failed = !solve(block, diagonal, off, z, stride, rotations);
       if (!failed) {
         rank(block, diagonal, order);
         finish(block, a, stride, diagonal, order, z, scale, values, vectors);
@@ -113,11 +113,11 @@ struct EighMatrix {
   }
 
   // Reduces a, full and symmetric, to its diagonal and the entries right of it. Row j then holds, from j + 1 on, the u
-  // of reflection j, I - u u^T with |u|^2 = 2 or u = 0. Returns a bound on the norm (Gershgorin); entries beside the
-  // diagonal that are negligible beside it are zero.
+  // of reflection j, I - u u^T with |u|^2 = 2 or u = 0. Thread 0 alone writes to the diagonal and beside it, and reads
+  // them next.
   template <class Block>
-  GROKCURV_BLOCK double tridiagonalise(Block& block, double* a, Index stride, double* diagonal, double* off, double* u,
-                                       double* product) const {
+  GROKCURV_BLOCK void tridiagonalise(Block& block, double* a, Index stride, double* diagonal, double* off, double* u,
+                                     double* product) const {
     const Index n = task.size;
     for (Index j = 0; j < n; ++j) {
       double* row = a + j * stride;
@@ -155,25 +155,23 @@ struct EighMatrix {
       for (Index p = j + 1 + block.thread(); p < n; p += block.threads()) row[p] = u[p];
       block.sync();
     }
+  }
+
+  // What is negligible beside the diagonal: a rounding of a bound on the norm (Gershgorin).
+  GROKCURV_BLOCK double rounding(const double* diagonal, const double* off) const {
     double bound = 0.0;
-    for (Index i = block.thread() % warp; i < n; i += warp) {
+    for (Index i = 0; i < task.size; ++i) {
       bound = fmax(bound, fabs(diagonal[i]) + fabs(off[i]) + (i > 0 ? fabs(off[i - 1]) : 0.0));
     }
-    bound = block.warp_max(bound);
-    block.sync();
-    for (Index i = block.thread(); i < n; i += block.threads()) {
-      if (fabs(off[i]) <= epsilon / 4 * bound) off[i] = 0.0;
-    }
-    block.sync();
-    return bound;
+    return epsilon / 4 * bound;
   }
 
   // Turns the diagonal into the eigenvalues, in no order, and z, the identity, into their eigenvectors, as rows.
   // Returns whether it converged. Room for 4 stride + 4 doubles.
   template <class Block>
-  GROKCURV_BLOCK bool solve(Block& block, double* diagonal, double* off, double negligible, double* z, Index stride,
-                            double* room) const {
+  GROKCURV_BLOCK bool solve(Block& block, double* diagonal, double* off, double* z, Index stride, double* room) const {
     double* sizes = room + 4 * stride;  // of the sweep that is applied, and of the next: low and count
+    const double negligible = block.thread() == 0 ? rounding(diagonal, off) : 0.0;
     const auto prepare = [&](int turn, Index& low, int& sweeps) {
       double* c = room + 2 * turn * stride;
       const Sweep sweep = next_sweep(diagonal, off, negligible, low, sweeps, c, c + stride);

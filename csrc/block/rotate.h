@@ -102,6 +102,7 @@ struct RotateColumns {
 
   // sum[j][e] += c[i][j] x[i][e] for `count` inputs; the columns of a thread are `places` from each other.
   GROKCURV_BLOCK void add(const double* c, const double* x, int count, int places, double (&sum)[tile][quad]) const {
+    GROKCURV_ROLLED
     for (int i = 0; i < count; ++i, c += tile, x += plan.columns) {
       double x_e[quad];
       GROKCURV_UNROLL

@@ -27,10 +27,11 @@ struct SplitRange {
     double norm2[1] = {};
     for (Index start = all.start; start < all.stop; start += chunk) {
       const Span here = Span{start, start + chunk} & all;
-      for (Index i = here.start + block.thread(); i < here.stop; i += block.threads()) {
-        const double x_i = widen(v[i]);
+      const int length = static_cast<int>(here.length());
+      for (int i = block.thread(); i < length; i += block.threads()) {
+        const double x_i = widen(v[start + i]);
         norm2[0] = fma(x_i, x_i, norm2[0]);
-        x[i - start] = x_i;
+        x[i] = x_i;
       }
       block.sync();
       project<Compute<T>>(block, task.basis, Segments{}, here, x, column + ranges.count, ranges.count,

@@ -68,7 +68,7 @@ class Device {
 
   template <class Body>
   void launch(Index blocks, Index shared, const Body& body) {
-    (void)registered<Body>;
+    (void)&registered<Body>;
     if (!runs_ || blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks: too many");
     const int bytes = static_cast<int>(shared * static_cast<Index>(sizeof(double)));

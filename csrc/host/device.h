@@ -24,7 +24,7 @@ class Block {
   Index index() const { return index_; }
   Index count() const { return count_; }
   double* shared() const { return shared_; }
-  void sync() const { fibers_.sync(); }
+  void sync(const std::source_location& place = std::source_location::current()) const { fibers_.sync(place); }
   double warp_sum(double x) const { return fibers_.warp_sum(x); }
   double warp_max(double x) const { return fibers_.warp_max(x); }
 
@@ -50,8 +50,8 @@ class Device {
     // What a GPU would refuse.
     if (shared > block::shared_limit) throw std::runtime_error("a block asks for too much shared memory");
     if (blocks > 0x7fffffff) throw std::runtime_error("a launch of too many blocks");
-    const int threads = block::any_threads<Body> && order.threads > 0 ? order.threads : Body::threads;
-    static thread_local Fibers fibers;
+    const bool fewer = block::any_threads<Body> && order.threads > 0 && order.threads < Body::threads;
+    const int threads = fewer ? order.threads : Body::threads;
     std::vector<Index> numbers(static_cast<std::size_t>(blocks));
     std::iota(numbers.begin(), numbers.end(), 0);
     std::mt19937_64 random(order.seed);
@@ -59,16 +59,15 @@ class Device {
     for (const Index index : numbers) {
       // Of exactly this size, so that a sanitizer sees what lies beyond; never zeros that somebody counts on.
       std::vector<double> memory(static_cast<std::size_t>(shared), std::numeric_limits<double>::quiet_NaN());
-      Order own = order;
-      if (order.seed != 0) own.seed = random() | 1;
-      fibers.run(threads, own, [&](int thread) {
-        Block block(fibers, thread, threads, index, blocks, memory.data());
+      fibers_.run(threads, order.seed == 0 ? 0 : random() | 1, [&](int thread) {
+        Block block(fibers_, thread, threads, index, blocks, memory.data());
         body(block);
       });
     }
   }
 
  private:
+  static inline thread_local Fibers fibers_;
   bool runs_ = false;
 };
 

@@ -4,12 +4,15 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
+#include <filesystem>
 #include <stdexcept>
 #include <string>
 
 #include "block/block.h"
 
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -23,6 +26,19 @@ constexpr int warp = block::warp;
 thread_local Fibers* current = nullptr;
 
 }  // namespace
+
+Order order;
+
+bool Order::skips(const std::source_location& place) {
+  for (const Barrier& barrier : met) {
+    if (barrier.place.line() == place.line() && barrier.place.file_name() == place.file_name()) {
+      return barrier.name == skipped;
+    }
+  }
+  const auto file = std::filesystem::path(place.file_name()).filename().string();
+  met.push_back({place, file + ":" + std::to_string(place.line())});
+  return met.back().name == skipped;
+}
 
 // A place to switch to. The address sanitizer must be told which stack that is.
 struct Fibers::Switch {
@@ -58,7 +74,6 @@ struct Fibers::Switch {
 struct Fibers::Fiber {
   Switch at;
   State state = State::ready;
-  Index barriers = 0;
   // What it has given to its warp: two by turns, so that the next is not written over one that is still read.
   double given[2] = {};
   int turn = 0;
@@ -87,7 +102,7 @@ void Fibers::enter() {
 }
 
 std::size_t Fibers::pick() {
-  return order_.seed == 0 ? 0 : std::uniform_int_distribution<std::size_t>(0, ready_.size() - 1)(random_);
+  return !shuffled_ ? 0 : std::uniform_int_distribution<std::size_t>(0, ready_.size() - 1)(random_);
 }
 
 void Fibers::resume(int number) {
@@ -95,19 +110,21 @@ void Fibers::resume(int number) {
   home_->leave_for(fibers_[static_cast<std::size_t>(number)]->at, false);
 }
 
-void Fibers::run(int threads, const Order& order, const std::function<void(int)>& body) {
+void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>& body) {
   while (fibers_.size() < static_cast<std::size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
   threads_ = threads;
-  order_ = order;
+  shuffled_ = seed != 0;
   body_ = &body;
   current = this;
-  random_.seed(order.seed);
+  random_.seed(seed);
   ready_.clear();
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
     fiber.state = State::ready;
-    fiber.barriers = 0;
     fiber.turn = 0;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(fiber.at.stack, fiber.at.size);  // of frames that were left and never returned from
+#endif
     getcontext(&fiber.at.context);
     fiber.at.context.uc_stack = {fiber.at.stack, 0, fiber.at.size};
     fiber.at.context.uc_link = nullptr;
@@ -164,9 +181,8 @@ void Fibers::wait(State state) {
   self.at.leave_for(*home_, false);
 }
 
-void Fibers::sync() {
-  Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
-  if (self.barriers++ != order_.skipped) wait(State::at_barrier);
+void Fibers::sync(const std::source_location& place) {
+  if (!order.skips(place)) wait(State::at_barrier);
 }
 
 const double* Fibers::exchange(double x) {
@@ -188,7 +204,8 @@ double Fibers::warp_sum(double x) {
 
 double Fibers::warp_max(double x) {
   const double* all = exchange(x);
-  return *std::max_element(all, all + warp);
+  for (int k = 0; k < warp; ++k) x = std::fmax(x, all[k]);
+  return x;
 }
 
 }  // namespace grokcurv::host

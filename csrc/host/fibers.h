@@ -5,18 +5,30 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <source_location>
+#include <string>
 #include <vector>
 
 #include "grokcurv/vectors.h"
 
 namespace grokcurv::host {
 
-// How the threads of a block take turns.
+// How the threads of all blocks take turns, until it is set anew.
 struct Order {
-  std::uint64_t seed;  // of the order in which they run between two barriers; 0: by number
-  int threads;         // of a block, for algorithms that leave the number open; 0: as on the GPU
-  Index skipped;       // the barrier that every thread runs through, counted from 0; -1: none
+  std::uint64_t seed = 0;  // of the order in which they run between two barriers; 0: by number
+  int threads = 0;         // of a block, for algorithms that leave the number open, if that is fewer; 0: as on the GPU
+  std::string skipped;     // the barrier that every thread runs through, as file:line; empty: none
+
+  // The barriers of the source that threads have come to.
+  struct Barrier {
+    std::source_location place;
+    std::string name;
+  };
+  std::vector<Barrier> met;
+
+  bool skips(const std::source_location& place);
 };
+extern Order order;
 
 class Fibers {
  public:
@@ -25,10 +37,10 @@ class Fibers {
 
   // Runs body(0), ..., body(threads - 1) until all have returned. Throws std::runtime_error if some wait where others
   // never come.
-  void run(int threads, const Order& order, const std::function<void(int)>& body);
+  void run(int threads, std::uint64_t seed, const std::function<void(int)>& body);
 
   // For the thread that runs now: wait for all the others; exchange a number with the 32 of its warp.
-  void sync();
+  void sync(const std::source_location& place);
   double warp_sum(double x);
   double warp_max(double x);
 
@@ -45,7 +57,7 @@ class Fibers {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_;
   const std::function<void(int)>* body_ = nullptr;
-  Order order_{};
+  bool shuffled_ = false;
   std::mt19937_64 random_;
   int threads_ = 0, running_ = 0;
   struct Switch;

@@ -11,7 +11,22 @@
 
 namespace grokcurv::host {
 
-Order order{0, 0, -1};
+namespace {
+
+struct BarrierForSome {
+  static constexpr int threads = 64, resident = 1;
+
+  template <class Block>
+  void operator()(Block& block) const {
+    if (block.thread() < 40) block.sync();
+  }
+};
+
+}  // namespace
+
+void barrier_for_some() {
+  Device(nullptr).launch(1, 0, BarrierForSome{});
+}
 
 #define GROKCURV_DEFINE(Task, kernel)                 \
   Index kernel##_workspace(const Task& task, Where) { \

@@ -15,8 +15,8 @@ namespace grokcurv::host {
 
 using Where = Index;
 
-// How the threads of all blocks take turns, until it is set anew.
-extern Order order;
+// A mistake to be found: of the 64 threads of a block, 40 come to its barrier.
+void barrier_for_some();
 
 #define GROKCURV_DECLARE(Task, kernel)          \
   Index kernel##_workspace(const Task&, Where); \
