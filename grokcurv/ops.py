@@ -329,9 +329,8 @@ def rotate(rows: Tensor, coefficients: Tensor, *, segments: Tensor | None = None
     """Linear combinations ``sum_i coefficients[s, j, i] rows[i]`` over each segment s, zero elsewhere.
 
     rows (m, P), coefficients (S, q, m) float64, segments (S, 2) int64, disjoint; without them S = 1 and all P. Returns
-    (q, P), float64 for float64 rows, else float32: float64 terms in the order of the rows, rounded once; on the CPU
-    bitwise equal to :func:`grokcurv.reference.rotate`, on a GPU with each product and sum fused. A
-    NaN in a row reaches every output, coefficient 0 or not.
+    (q, P), float64 for float64 rows, else float32, bitwise equal to :func:`grokcurv.reference.rotate`: float64 terms in
+    the order of the rows, rounded once. A NaN in a row reaches every output, coefficient 0 or not.
 
     Workspace: 128 bytes a row and thread.
     """
