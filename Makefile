@@ -39,7 +39,7 @@ trajectory: .venv/ready
 	$(BIN)/python benches/trajectory.py
 
 # The kernels' tests on a core built with the address and undefined-behaviour sanitizers, in a copy of the package. The
-# sanitizer must be loaded first, and Python's own leaks are not ours.
+# sanitizer must be loaded first, Python's own leaks are not ours, and pytest must not keep what the sanitizer prints.
 sanitize: .venv/ready
 	rm -rf build/sanitize/package
 	mkdir -p build/sanitize/package
@@ -50,7 +50,7 @@ sanitize: .venv/ready
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize/package/grokcurv
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=$(CURDIR)/build/sanitize/package $(BIN)/pytest $(KERNEL_TESTS)
+		PYTHONPATH=$(CURDIR)/build/sanitize/package $(BIN)/pytest --capture=sys $(KERNEL_TESTS)
 
 clean:
 	rm -rf .venv build

@@ -11,7 +11,7 @@ template <class T, bool bracket, bool with_theta, bool wide>
 struct CommutatorRange {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256;
-  static constexpr int resident = sizeof(T) < 8 ? (with_theta ? 3 : 4) : (with_theta ? 1 : 2);
+  static constexpr int resident = sizeof(T) < 8 ? (with_theta ? 2 : 4) : (with_theta ? 1 : 2);
   static constexpr int sums = with_theta ? 10 : 6;
   using C = Compute<T>;
 

@@ -74,10 +74,8 @@ struct Fibers::Switch {
 struct Fibers::Fiber {
   Switch at;
   State state = State::ready;
-  // What it has given to its warp: two by turns, so that the next is not written over one that is still read.
-  double given[2] = {};
-  int turn = 0;
-  double seen[warp] = {};
+  double given = 0.0;      // to its warp
+  double seen[warp] = {};  // what all of the warp have given
 
   Fiber() {
     at.stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -121,7 +119,6 @@ void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
     fiber.state = State::ready;
-    fiber.turn = 0;
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(fiber.at.stack, fiber.at.size);  // of frames that were left and never returned from
 #endif
@@ -158,8 +155,7 @@ void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>
       for (int t = first; t < first + warp; ++t) {
         Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
         for (int k = 0; k < warp; ++k) {
-          const Fiber& other = *fibers_[static_cast<std::size_t>(first + k)];
-          fiber.seen[k] = other.given[other.turn];
+          fiber.seen[k] = fibers_[static_cast<std::size_t>(first + k)]->given;
         }
       }
       release(first, first + warp);
@@ -187,7 +183,7 @@ void Fibers::sync(const std::source_location& place) {
 
 const double* Fibers::exchange(double x) {
   Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
-  self.given[self.turn] = x;
+  self.given = x;
   wait(State::at_warp);
   return self.seen;
 }
