@@ -142,7 +142,7 @@ def architecture() -> str:
 
 
 def gpu_tests(limit: float) -> Outcome:
-    done = execute("gpu-tests", pytest(ROOT / "tests/test_gpu.py"), limit)
+    done = execute("gpu-tests", pytest(ROOT / "tests/test_gpu.py", ROOT / "tests/test_gpu_measurement.py"), limit)
     outcome = tests_outcome(done)
     if outcome.state == "passed" and not re.search(r"^GPU tests: \d+ ran on ", done.output, re.M):
         outcome.state = "DID NOT RUN"
