@@ -1,0 +1,49 @@
+"""The transformer's logits with less arithmetic: nothing is computed twice, and nothing that nobody reads.
+
+A batch holds few distinct tokens, so what depends on one token at one position alone (its embedding, the first
+LayerNorm, the first projections to queries, keys and values) is computed once for each and gathered per sample. The
+answer is read at one position, so the last layer attends from there alone, and its feed-forward part sees only that.
+Values and gradients are the module's up to rounding: the sums are the same, their order is not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, arange
+from torch.nn import functional
+
+from grokcurv.modular.model import Transformer
+
+
+def logits(model: Transformer, pairs: Tensor) -> Tensor:
+    """``model(pairs)``, (n, 2) int64 numbers below p -> (n, p), by the shorter way.
+
+    The parameters are read from ``model``, so :func:`torch.func.functional_call` on it, or on a module that holds it,
+    can replace them.
+    """
+    tokens = model._tokens(pairs)
+    length = tokens.shape[1]
+    read = length - 1 if model.decoder else 0
+    layers = list(model.encoder.layers)
+
+    # Row i * vocabulary + token of a table is that token at position i.
+    table = (model.tok_emb.weight + model.pos_emb[:, None]).flatten(0, 1)
+    rows = tokens + model.tok_emb.num_embeddings * arange(length, device=tokens.device)
+    first = layers[0].self_attn
+    projected = functional.linear(layers[0].norm1(table), first.in_proj_weight, first.in_proj_bias)
+    x, qkv = functional.embedding(rows, table), functional.embedding(rows, projected)
+
+    for layer in layers:
+        attention, last = layer.self_attn, layer is layers[-1]
+        if layer is not layers[0]:
+            qkv = functional.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = (
+            part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
+        )
+        mask = model.mask.logical_not() if model.decoder and not last else None
+        if last:  # what is read sees every position, so a decoder needs no mask either
+            x, query = x[:, read : read + 1], query[:, :, read : read + 1]
+        mixed = functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        x = x + attention.out_proj(mixed)
+        x = x + layer.linear2(layer.activation(layer.linear1(layer.norm2(x))))
+    answer: Tensor = model.head(model.ln(x[:, 0]))
+    return answer
