@@ -33,6 +33,8 @@ class Transformer(nn.Module):
             residual stream at the scale the layers expect.
     """
 
+    mask: Tensor
+
     def __init__(
         self,
         p: int = 97,
