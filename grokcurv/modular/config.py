@@ -72,8 +72,8 @@ class TrainConfig:
     """The run ends this many steps after it has grokked."""
     rng: Rng = "torch"
     """torch: a generator each for split, weights, batches and measurements, so that measuring changes nothing.
-    paper: the draws of the paper's code in its order; measurements share the stream of the training batches, and the
-    network runs as the module itself, so that published digits are met; otherwise a transformer runs by a shorter way."""
+    paper: the draws of the paper's code in its order; measurements share the stream of the training batches, and
+    the network runs as the module itself, to meet published digits; otherwise a transformer runs by a shorter way."""
     method: Literal["difference", "bracket", "reference"] = "difference"
     """How the commutator is computed."""
     eta: float = 1e-3
