@@ -107,7 +107,7 @@ class CommutatorProbe:
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
     Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
     and one parameter's gradient on its way to them (a kept ``delta`` and the float64 evaluation behind the noise floor
-    aside).
+    aside). ``errors`` holds what that evaluation last found, by the form it was made for: (2,) absolute and relative.
 
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps.
@@ -146,6 +146,7 @@ class CommutatorProbe:
         self.eta = eta
         self.method: Method = method
         self.noise_floor = noise_floor
+        self.errors: dict[str, Tensor] = {}
         self.basis = basis
         self.segments = tuple(segments or ())
         for segment in self.segments:
@@ -173,6 +174,7 @@ class CommutatorProbe:
         keep_delta: bool = False,
         method: Method | None = None,
         first_gradient: Tensor | None = None,
+        check: bool = True,
         seed: int = 0,
     ) -> CommutatorStats:
         """Measure the commutator of each pair of batches at the model's present parameters.
@@ -184,6 +186,8 @@ class CommutatorProbe:
             method: instead of the probe's own.
             first_gradient: (P,) the gradient on the first pair's ``batch_a``, if it is already known. It saves one
                 gradient; it must come from the same ``loss_fn`` at the same parameters.
+            check: make the float64 evaluations behind the noise floor. ``False`` takes the sizes of the errors from the
+                latest ones, where there are any; the floor then speaks of those parameters, not of these.
             seed: of the model's own randomness (dropout); the same batch meets the same mask at every parameter
                 vector of its pair.
 
@@ -196,7 +200,11 @@ class CommutatorProbe:
         size, dtype, device = self.gradients.size, self.gradients.dtype, self.gradients.device
         if first_gradient is not None and first_gradient.shape != (size,):
             raise ValueError(f"first_gradient must have shape ({size},), got {tuple(first_gradient.shape)}")
-        shared = _Shared(self._segment_table(), torch.full((2,), math.nan, dtype=torch.float64, device=device))
+        form = "bracket" if method == "bracket" else "difference"
+        check = self.noise_floor and (check or form not in self.errors)
+        if form not in self.errors:  # one tensor for good, so that a captured measurement finds the latest errors
+            self.errors[form] = torch.full((2,), math.nan, dtype=torch.float64, device=device)
+        shared = _Shared(self._segment_table(), self.errors[form])
         if method != "bracket":
             shared.theta = flatten(self.gradients.model)
             shared.work = torch.empty(4, size, dtype=dtype, device=device)
@@ -204,11 +212,10 @@ class CommutatorProbe:
         for index, pair in enumerate(_take(source, pairs)):
             seeds = (2 * (seed + index), 2 * (seed + index) + 1)
             known = first_gradient if index == 0 else None
-            check = self.noise_floor and index == 0
-            if method == "bracket":
-                measured = self._brackets(shared, pair, seeds, check)
+            if form == "bracket":
+                measured = self._brackets(shared, pair, seeds, check and index == 0)
             else:
-                measured = self._differences(shared, pair, seeds, known, check)
+                measured = self._differences(shared, pair, seeds, known, check and index == 0)
             rows.append(self._stats(shared, measured, method, keep_delta))
             del measured  # before the next pair's vectors are allocated
         if not rows:
@@ -232,10 +239,11 @@ class CommutatorProbe:
             ops.perturb(theta, direction[None], eta, out=stepped[None])
             self.gradients.gradient(stepped, batch, out, seed=seed)
         if check:
-            shared.error = rms(
+            errors = rms(
                 rounding_error(found, self._exact_gradient(theta, eta, direction, batch, seed))
                 for found, direction, batch, seed in ((a2, g_b, batch_a, seeds[0]), (b2, g_a, batch_b, seeds[1]))
             )
+            shared.error.copy_(errors)
         return eta, (g_a, g_b, a2, b2)
 
     def _exact_gradient(self, theta: Tensor, eta: Tensor, direction: Tensor, batch: Any, seed: int) -> Tensor:
@@ -249,7 +257,7 @@ class CommutatorProbe:
         if check:
             theta = flatten(self.gradients.model).to(other_dtype(self.gradients.dtype))
             exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
-            shared.error = rms(map(rounding_error, vectors[2:], exact[2:]))
+            shared.error.copy_(rms(map(rounding_error, vectors[2:], exact[2:])))
         return self._step(*vectors[:2]), vectors
 
     def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
@@ -368,7 +376,7 @@ class _Shared:
 
     Attributes:
         segments: (S, 2) int64, or None.
-        error: (2,) rms absolute and relative error of the two vectors that were checked at the first pair.
+        error: (2,) rms absolute and relative error of the two vectors that were checked last.
         theta: (P,), the parameters; not needed for brackets.
         work: (4, P), the gradients of one pair after another; brackets bring their own.
     """

@@ -32,6 +32,9 @@ GRADIENT_TOLERANCE = 0.05
 VERDICT_LAG = 2
 """On an accelerator, after how many more measurements the host learns whether one was reliable."""
 
+CHECK_EVERY = 25
+"""Steps after which the float64 evaluations behind the noise floor are made anew; ``docs/numerics.md`` says why 25."""
+
 FIELDS = (
     "defect_median",
     "defect_p25",
@@ -69,6 +72,9 @@ class CurvatureMonitor:
     ``method`` says so; a row that neither can vouch for is NaN. The published float32 formula is recorded beside it
     (``reference_median``), from the same gradients.
 
+    The float64 gradients behind the noise floor cost more than a pair of batches does, so that measurements of nearby
+    steps share them: see ``check_every``.
+
     On an accelerator nothing waits. A row that turns out unreliable is NaN there instead of being repeated; two
     measurements later the host knows of it, and from then on measures the bracket. :meth:`step` can be captured in a
     CUDA graph, once a step was measured without: a captured step measures whatever ``every`` says, each replay adds a
@@ -82,6 +88,8 @@ class CurvatureMonitor:
             are the execution basis on which every ``delta`` is projected (``method="sketch"`` has none).
         pca_every: feed ``pca`` at every this many steps.
         sampler: a function of no arguments that draws ``(batch_a, batch_b)``.
+        check_every: a measurement this many steps or more after the latest evaluations behind the noise floor makes
+            them anew, one sooner takes the sizes of the errors from them. A captured step always makes them.
         loggers: each gets every record, through ``log(record, step)``; passing any makes each measurement read back.
 
     Raises:
@@ -98,18 +106,20 @@ class CurvatureMonitor:
         pca: StreamingPCA | None = None,
         pca_every: int = 100,
         sampler: Sampler | None = None,
+        check_every: int = CHECK_EVERY,
         method: Method = "difference",
         eta: float | Literal["auto"] = 1e-3,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        for name, value in {"every": every, "pairs": pairs, "pca_every": pca_every}.items():
+        for name, value in {"every": every, "pairs": pairs, "pca_every": pca_every, "check_every": check_every}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if sampler is None and pairs > 1:
             raise ValueError(f"pairs={pairs} needs a sampler: without one the only pair is (this batch, next batch)")
         self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, segments=_attention(model))
         self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
-        self.sampler = sampler
+        self.sampler, self.check_every = sampler, check_every
+        self._checked: dict[str, int] = {}  # the step of the latest check, by method
         self.loggers = tuple(loggers)
         self._baselines: tuple[RandomBaseline, RandomBaseline] | None = None
         device = self.probe.gradients.device
@@ -220,6 +230,8 @@ class CurvatureMonitor:
             "row_methods": [METHODS[int(method)] for _, method, _ in head],
             "row_seconds": [seconds for _, _, seconds in head],
             "rows": rows[:, len(HEAD) :].contiguous(),
+            "checked": dict(self._checked),
+            "errors": dict(self.probe.errors),
             "pca": self.pca.state_dict() if self.pca is not None else None,
         }
 
@@ -240,6 +252,8 @@ class CurvatureMonitor:
         rows = torch.cat([head, state["rows"].to("cpu", torch.float64)], dim=1)
         self._records = Records(rows.shape[1], device)
         self._records.extend(rows)
+        self._checked = dict(state["checked"])
+        self.probe.errors = {form: error.to(device) for form, error in state["errors"].items()}
         self._verdicts.clear()
         self._gave_up = False
         for reliable in rows[:, len(HEAD) + FIELDS.index("reliable")]:  # as they came in then
@@ -274,11 +288,12 @@ class CurvatureMonitor:
         else:
             source, known = [(batch, next_batch)], self._training_gradient()
         method = probe.method if captured else self._next_method()
-        stats = reported = probe.measure(source, method=method, first_gradient=known, seed=step)
+        check = self._check_due(method, step)
+        stats = reported = probe.measure(source, method=method, first_gradient=known, check=check, seed=step)
         if self.sampler is None and self._gradient_ratio is None:
             self._compare_gradient(stats)
         if at_hand and method == "difference" and not bool(stats.reliable.all()):
-            reported = probe.measure(source, method="bracket", seed=step)
+            reported = probe.measure(source, method="bracket", check=self._check_due("bracket", step), seed=step)
         values = self._values(reported, stats.reference)
         if not captured:
             self._note(values[FIELDS.index("reliable")])
@@ -289,6 +304,14 @@ class CurvatureMonitor:
             record = self.last
             assert record is not None
             logger.log(record, step=step)
+
+    def _check_due(self, method: Method, step: int) -> bool:
+        """Whether the errors of the latest check are too old for this step; if so, it is taken to be made."""
+        age = step - self._checked.get(method, -self.check_every)
+        due = age >= self.check_every or capturing(self.probe.gradients.device)
+        if due:
+            self._checked[method] = step
+        return due
 
     def _next_method(self) -> Method:
         """The probe's, or on an accelerator the bracket, once the difference form is known to have failed."""

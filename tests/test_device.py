@@ -232,7 +232,13 @@ def test_a_captured_step(place: Place, generator: Generator) -> None:
         pca = gc.StreamingPCA(2, "incremental", segments=attention_segments(model), block=3)
         pairs = iter([tuple(batches[:2]), tuple(batches[2:])] * 100)
         return gc.CurvatureMonitor(
-            model, PROBLEM.loss_fn, pairs=2, every=1, pca=pca, pca_every=1, sampler=lambda: next(pairs)
+            model,
+            PROBLEM.loss_fn,
+            pairs=2,
+            pca=pca,
+            pca_every=1,
+            check_every=1,  # as a captured step does
+            sampler=lambda: next(pairs),
         )
 
     captured, eager = new_monitor(), new_monitor()

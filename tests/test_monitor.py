@@ -264,3 +264,55 @@ def test_bad_input(generator):
 
 def test_reliability_is_ten_times_the_floor():
     assert commutator.RELIABLE_RATIO == 10
+
+
+def test_the_check_behind_the_floor_is_shared_by_nearby_steps(generator):
+    problem = PROBLEMS["tied attention"]
+    torch.manual_seed(4)
+    model = problem.model()
+    batches = [problem.batch(generator) for _ in range(8)]
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, check_every=3)
+    gradient, exact = monitor.probe.gradients.gradient, []
+
+    def spy(theta, batch, out, **options):
+        if theta.dtype == torch.float64:
+            exact.append(monitor.steps)
+        return gradient(theta, batch, out, **options)
+
+    monitor.probe.gradients.gradient = spy
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch, following in monitor.lookahead(batches):
+        optimizer.zero_grad()
+        problem.loss_fn(model, batch).backward()
+        monitor.step(batch, following)
+        optimizer.step()
+        if monitor.steps == 6:
+            errors = monitor.probe.errors["difference"].clone()
+    assert exact == [0, 0, 3, 3, 6, 6]
+    records = monitor.records()
+    assert records["reliable"].all()
+    assert len(set(records["noise_floor"])) == len(records)  # the sizes of the gradients are always the step's own
+    assert not torch.equal(errors, monitor.probe.errors["difference"])
+
+
+def test_a_floor_from_an_earlier_check_is_the_earlier_error_over_the_new_gradients(generator):
+    problem = PROBLEMS["perceptron"]
+    torch.manual_seed(6)
+    model = problem.model()
+    pairs = [[(problem.batch(generator), problem.batch(generator))] for _ in range(2)]
+    probe = gc.CommutatorProbe(model, problem.loss_fn)
+    probe.measure(pairs[0])
+    absolute, relative = probe.errors["difference"].tolist()
+    stats = probe.measure(pairs[1], check=False)
+    a, b = stats.grad_norm_a.item(), stats.grad_norm_b.item()
+    size = np.hypot(max(absolute, relative * a), max(absolute, relative * b))
+    expected = commutator.FLOOR_MARGIN * np.sqrt(2) * size / (1e-3 * a * b)
+    np.testing.assert_allclose(stats.noise_floor.item(), expected, rtol=1e-12)
+
+
+def test_without_an_earlier_check_one_is_made(generator):
+    problem = PROBLEMS["perceptron"]
+    pairs = [(problem.batch(generator), problem.batch(generator))]
+    probe = gc.CommutatorProbe(problem.model(), problem.loss_fn)
+    assert probe.measure(pairs, check=False).noise_floor.isfinite().all()
+    assert probe.measure(pairs, check=False, method="bracket").noise_floor.isfinite().all()

@@ -372,3 +372,43 @@ def test_unknown_device(device: str) -> None:
 def test_settings_that_cannot_be(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**values)
+
+
+def test_successive_steps() -> None:
+    config = changed(successive=True, pairs=1, measure_every=1, steps=30)
+    measured = train(config)
+    plain = train(changed(config, measure_every=0))
+    pd.testing.assert_frame_equal(untimed(measured.metrics), untimed(plain.metrics), check_exact=True)
+    assert measured.curvature["step"].tolist() == list(range(30))  # after the last update there is no next batch
+    assert measured.curvature["defect_median"].notna().all()
+
+
+def test_successive_steps_resume_bitwise(tmp_path: Path) -> None:
+    config = changed(successive=True, pairs=1, measure_every=1, steps=60, checkpoint_every=10, float64_logits=True)
+    whole = train(config, out=tmp_path / "whole")
+
+    def press(latest: dict[str, Any]) -> None:
+        if latest["step"] == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, out=tmp_path / "parts", on_progress=press)
+    parts = train(config, out=tmp_path / "parts", resume=True)
+    pd.testing.assert_frame_equal(untimed(parts.curvature), untimed(whole.curvature), check_exact=True)
+
+
+def test_successive_steps_may_meet_the_bad_weights_first() -> None:
+    with pytest.raises(TrainingError, match=r"(loss is (NaN|infinite)|a weight is beyond 1e\+30) at step [1-9]$"):
+        train(changed(successive=True, pairs=1, measure_every=1, pca_every=1, lr=1e30, eval_every=100))
+
+
+@pytest.mark.parametrize("wrong", [{"pairs": 2}, {"pairs": 1, "batch_size": 0}])
+def test_successive_needs_one_pair_of_different_batches(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="successive measures one pair"):
+        changed(successive=True, **wrong)
+
+
+def test_float64_logits_train_alike_at_first() -> None:
+    one, other = train(changed(UNMEASURED, steps=10)), train(changed(UNMEASURED, steps=10, float64_logits=True))
+    for name in ("train_loss", "weight_norm"):
+        np.testing.assert_allclose(one.metrics[name], other.metrics[name], rtol=1e-5)

@@ -38,6 +38,8 @@ class TrainConfig:
     """Of AdamW."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly."""
+    float64_logits: bool = False
+    """Whether training takes its cross-entropy of float64 logits, as measurements on pairs of their own always do."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     batch_size: int = 512
@@ -80,6 +82,9 @@ class TrainConfig:
     """Step length of the commutator."""
     pairs: int = 5
     """Pairs of batches per measurement."""
+    successive: bool = False
+    """Measure the batch of this step against that of the next, and take training's own gradient for the first of the
+    four: for a measurement at every step. Needs pairs = 1."""
     measure_every: int = 100
     """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100
@@ -126,6 +131,11 @@ class TrainConfig:
             raise ValueError(f"seed must lie between 0 and 2^32 - 1; got {self.seed}")
         if self.d_model % self.heads and self.architecture == "transformer":
             raise ValueError(f"d_model must be a multiple of heads; got {self.d_model} and {self.heads}")
+        if self.successive and (self.pairs != 1 or self.batch_size == 0):
+            raise ValueError(
+                "successive measures one pair, this step's batch and the next one's: it needs pairs = 1 and a "
+                f"batch_size above 0; got {self.pairs} and {self.batch_size}"
+            )
         if self.batch_size > self.train_rows:
             raise ValueError(
                 f"batch_size is larger than the training set: {self.batch_size} of {self.train_rows} rows; "

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,15 @@ PROGRESS_EVERY = 10
 """Steps between calls of ``on_progress``."""
 
 
+DIVERGED = 1e30
+"""Weights from here on count as infinite: sums of squares of them are."""
+
+
 class TrainingError(RuntimeError):
-    """The loss was not finite at an evaluation. ``run`` is what there is of the run."""
+    """The loss was not finite at an evaluation, or the weights were too large to be measured.
+
+    ``run`` is what there is of the run.
+    """
 
     def __init__(self, message: str, run: Run) -> None:
         super().__init__(message)
@@ -79,7 +86,8 @@ def train(
         The run; its metrics, curvature and PCA history are DataFrames.
 
     Raises:
-        TrainingError: the loss is NaN or infinite at an evaluation. The last good checkpoint is kept.
+        TrainingError: the loss is NaN or infinite at an evaluation, or a weight beyond 1e30 at a measurement.
+            The last good checkpoint is kept.
         RunError: the folder is held by another process, damaged, or holds another run; the disk is full.
         ValueError: ``resume`` without ``out``; an unknown or absent device.
     """
@@ -152,6 +160,13 @@ def forward_of(config: TrainConfig) -> Forward:
     return lambda model, pairs: model(pairs)
 
 
+def training_loss(config: TrainConfig) -> Callable[[nn.Module, Batch], Tensor]:
+    """``loss(model, (pairs, answers))``: the mean cross-entropy of ``config``'s run."""
+    forward = forward_of(config)
+    cross_entropy = cross_entropy64 if config.float64_logits else functional.cross_entropy
+    return lambda model, batch: cross_entropy(forward(model, batch[0]), batch[1])
+
+
 class _TorchDraws:
     """Independent generators for the split, the weights, the batches and the measurements."""
 
@@ -214,7 +229,7 @@ class _Training:
         )
         self.data = split(config.op, config.p, config.train_fraction, self.draws.order).to(device)
         self.model = build_model(config, self.draws.weights_seed).to(device)
-        self.forward = forward_of(config)
+        self.forward, self.loss = forward_of(config), training_loss(config)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
@@ -253,7 +268,9 @@ class _Training:
                     raise KeyboardInterrupt
                 if last:
                     return "finished"
-                self._update()
+                healthy = self._update()
+                if not healthy:
+                    break
                 self.step += 1
                 healthy = self._observe()
                 if on_progress and (self.step % PROGRESS_EVERY == 0 or self._evaluation_due()):
@@ -301,16 +318,23 @@ class _Training:
             if not math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]):
                 return False
         if self.monitor is not None:
-            try:
-                if self.monitor.sampler is not None:
-                    self.monitor.step()
-            except ValueError:
-                if evaluated or self._finite():
-                    raise
-                self._evaluate()  # the monitor met the bad weights before an evaluation did
+            if self.monitor.sampler is not None and not self._measure():
                 return False
             if evaluated and self.monitor.last is not None:
                 self.defect = self.monitor.last["defect_median"]
+        return True
+
+    def _measure(self, *batches: Batch) -> bool:
+        """Have the monitor do what is due; False if it met weights that are not finite."""
+        assert self.monitor is not None
+        try:
+            self.monitor.step(*batches)
+        except ValueError:
+            if self._finite():
+                raise
+            if self.rows[-1]["step"] != self.step:
+                self._evaluate()  # the monitor met the bad weights before an evaluation did
+            return False
         return True
 
     def _evaluation_due(self) -> bool:
@@ -351,15 +375,17 @@ class _Training:
             total += torch.stack([loss, (logits.argmax(1) == y).sum()])
         return total / len(answers)
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
+        """Take one step; False, and no step, if the monitor meets weights that are not finite."""
         batch = self._training_batch()
         self.optimizer.zero_grad()
-        functional.cross_entropy(self.forward(self.model, batch[0]), batch[1]).backward()
-        if self.monitor is not None and self.monitor.sampler is None:
-            self.monitor.step(batch, self._peek())
+        self.loss(self.model, batch).backward()
+        if self.monitor is not None and self.monitor.sampler is None and not self._measure(batch, self._peek()):
+            return False
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
+        return True
 
     def _warm_up(self) -> None:
         """Set the learning rate of the update that takes this step to the next."""
@@ -399,7 +425,7 @@ class _Training:
             self.saved = self.step
 
     def _finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+        return all(bool((p.abs() < DIVERGED).all()) for p in self.model.parameters())
 
     def _write_tables(self, writer: RunWriter) -> None:
         for name, frame in self.tables().items():
@@ -408,7 +434,11 @@ class _Training:
     def _failure(self) -> str:
         loss = self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]
         kept = "" if self.saved is None else f"; the last good checkpoint, of step {self.saved}, is kept"
-        return f"failed: loss is {'NaN' if math.isnan(loss) else 'infinite'} at step {self.step}{kept}"
+        if math.isfinite(loss):
+            what = f"a weight is beyond {DIVERGED:.0e}"
+        else:
+            what = f"loss is {'NaN' if math.isnan(loss) else 'infinite'}"
+        return f"failed: {what} at step {self.step}{kept}"
 
     def _progress(self, steps_per_second: float) -> dict[str, Any]:
         row = self.rows[-1]
@@ -434,15 +464,14 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
 
     segments = attention_segments(model) if config.architecture == "transformer" else None
     pca = StreamingPCA(segments=segments) if config.pca_every else None
-    forward = forward_of(config)
     return CurvatureMonitor(
         model,
-        lambda network, batch: cross_entropy64(forward(network, batch[0]), batch[1]),
+        training_loss(config if config.successive else replace(config, float64_logits=True)),
         every=config.measure_every,
         pairs=config.pairs,
         pca=pca,
         pca_every=config.pca_every or 1,
-        sampler=sampler,
+        sampler=None if config.successive else sampler,
         method=config.method,
         eta=config.eta,
     )
