@@ -8,6 +8,8 @@ Values and gradients are the module's up to rounding: the sums are the same, the
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, arange
 from torch.nn import functional
 
@@ -36,14 +38,22 @@ def logits(model: Transformer, pairs: Tensor) -> Tensor:
         attention, last = layer.self_attn, layer is layers[-1]
         if layer is not layers[0]:
             qkv = functional.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = (
-            part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
-        )
-        mask = model.mask.logical_not() if model.decoder and not last else None
+        query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+        mask = model.mask if model.decoder and not last else None
         if last:  # what is read sees every position, so a decoder needs no mask either
-            x, query = x[:, read : read + 1], query[:, :, read : read + 1]
-        mixed = functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
-        x = x + attention.out_proj(mixed)
+            x, query = x[:, read : read + 1], query[:, read : read + 1]
+        x = x + attention.out_proj(_attend(query, key, value, mask).flatten(2))
         x = x + layer.linear2(layer.activation(layer.linear1(layer.norm2(x))))
     answer: Tensor = model.head(model.ln(x[:, 0]))
     return answer
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of (n, I, heads, d) queries on (n, J, heads, d) keys and values, entry by entry.
+
+    For the two to four positions here that takes a fraction of the time of kernels made for long sequences.
+    """
+    scores = (query[:, :, None] * key[:, None]).sum(-1) / math.sqrt(query.shape[-1])  # (n, I, J, heads)
+    if mask is not None:
+        scores = scores.masked_fill(mask[:, :, None], -math.inf)
+    return (scores.softmax(2)[..., None] * value[:, None]).sum(2)
