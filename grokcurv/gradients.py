@@ -1,8 +1,11 @@
 """Gradients and Hessian-vector products of a loss at arbitrary flat parameter vectors.
 
-The strategy here is the plain loop: one forward and one backward pass at a time, for any module. The module is
-called through :func:`torch.func.functional_call`, so its own parameters, their ``.grad`` and its buffers are never
-written, and gradients are accumulated by autograd straight into flat buffers.
+The module is called through :func:`torch.func.functional_call`, so its own parameters, their ``.grad`` and its buffers
+are never written. Three strategies give the same gradients:
+
+``loop``   one forward and one backward pass at a time, for any module; autograd accumulates into the flat buffer
+``vmap``   one batched program for several parameter vectors and batches (:func:`torch.func.vmap`)
+``graph``  the loop, launched from CUDA graphs, which a small model's hundreds of tiny kernels gain most from
 """
 
 from __future__ import annotations
@@ -10,28 +13,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from grokcurv.flat import Segment, flatten, segments_of
 from grokcurv.records import capturing
+
+Strategy = Literal["auto", "loop", "vmap", "graph"]
+
+SMALL = 1 << 24
+"""Up to so many parameters a step's time on a GPU goes into launching it."""
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Vectors = tuple[Tensor, ...]
 
 
-class LoopGradients:
-    """Gradients of ``loss_fn(model, batch)`` one at a time, at any parameter vector.
+class GradientEngine:
+    """Gradients of ``loss_fn(model, batch)`` at any parameter vectors.
 
     Args:
         model: any module with at least one trainable parameter; all trainable parameters on one device and of
             one floating dtype. A module wrapped by ``torch.compile`` is unwrapped: compiled graphs cannot be
             differentiated twice.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar tensor.
+        strategy: ``"auto"`` is ``graph`` for models of at most 2^24 parameters on a GPU, and ``loop`` for all others
+            and wherever the former two do not go. ``vmap`` wants batches of tensors of the same shapes, and a model and
+            loss without random draws and without decisions on values; it evaluates the directions of a pair at once,
+            in memory for four vectors of P more. ``graph`` wants batches of tensors and no random draws; each shape of
+            batch has a graph of its own, captured when it is met for the second time.
 
     Randomness inside the model (dropout) is drawn from a generator seeded by the caller, so that the same batch
     meets the same mask at different parameters; the visible generators are left as they were. ``stochastic`` says
@@ -41,7 +55,9 @@ class LoopGradients:
     be set in a capture.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.segments: tuple[Segment, ...] = segments_of(self.model)
         self._call = _Loss(self.model, loss_fn)
@@ -49,6 +65,40 @@ class LoopGradients:
         self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
         self.stochastic = False
         self._evaluated = False
+        on_gpu = self.device.type == "cuda"
+        if strategy == "graph" and not on_gpu:
+            raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.device}")
+        if strategy == "auto":
+            strategy = "graph" if on_gpu and self.size <= SMALL else "loop"
+        self.strategy: Strategy = strategy
+        self._graphs: dict[Any, _Graph | None] = {}  # None: met once
+
+    def gradients(self, thetas: Tensor, batches: Sequence[Any], out: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Write the gradient at each parameter vector, on the batch beside it, into the rows of ``out``.
+
+        Args:
+            thetas: (N, P), or (P,) for all batches.
+            batches: N of whatever ``loss_fn`` takes.
+            out: (N, P) of the dtype of ``thetas``; overwritten.
+            seeds: of the model's own randomness, one per batch.
+
+        Raises:
+            ValueError: as :meth:`gradient`; other numbers of vectors, batches, rows or seeds; with ``vmap``, batches of
+                different shapes.
+            RuntimeError: with ``vmap``, a model or loss that :func:`torch.func.vmap` cannot run.
+        """
+        n = len(batches)
+        if len(seeds) != n or out.shape != (n, self.size) or thetas.shape not in ((self.size,), (n, self.size)):
+            raise ValueError(
+                f"thetas, batches, out and seeds must agree: {n} batches ask for thetas of shape ({self.size},) or "
+                f"({n}, {self.size}), out of shape ({n}, {self.size}) and {n} seeds; got {tuple(thetas.shape)}, "
+                f"{tuple(out.shape)} and {len(seeds)}"
+            )
+        if self.strategy == "vmap" and n > 1:
+            return self._batched(thetas, batches, out)
+        for theta, batch, row, seed in zip(thetas.expand(n, -1), batches, out, seeds, strict=True):
+            self.gradient(theta, batch, row, seed=seed)
+        return out
 
     def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
         """Write the gradient at ``theta`` on ``batch`` into ``out``.
@@ -63,10 +113,37 @@ class LoopGradients:
         Raises:
             ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
         """
+        if self.strategy == "graph" and not self.stochastic and not capturing(self.device):
+            key = (theta.dtype, _signature(batch))
+            if key in self._graphs:
+                graph = self._graphs[key] = self._graphs[key] or _Graph(self._one, theta, batch)
+                return graph.replay(theta, batch, out)
+            if key[1] is not None:  # the first time launches what a capture cannot: lazy loading, workspaces
+                self._graphs[key] = None
+        return self._one(theta, batch, out, seed)
+
+    def _one(self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0) -> Tensor:
         leaves = self._leaves(theta)
         with self._evaluation(seed):
             loss = self._loss(leaves, batch)
             _accumulate(leaves, self._views(out.zero_()), loss)
+        return out
+
+    def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
+        """All gradients as one program. Generators are left alone: ``vmap`` refuses to draw."""
+        shared = thetas.ndim == 1
+        leaves = tuple(thetas.detach()[..., s.start : s.stop].unflatten(-1, s.shape) for s in self.segments)
+        stacked = _stack(batches)
+
+        def loss(leaves: Vectors, batch: Any) -> Tensor:
+            return self._loss(list(leaves), batch)
+
+        # The fused attention of the CPU would run once per vector: it has no batched form.
+        with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
+            rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None if shared else 0, 0))(leaves, stacked)
+        for segment, values in zip(self.segments, rows, strict=True):
+            out[:, segment.start : segment.stop].copy_(values.flatten(1))
+        self._evaluated = True
         return out
 
     def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
@@ -171,6 +248,48 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss_fn[0](self.model, batch)
+
+
+class _Graph:
+    """A gradient's launches, captured once and replayed with other parameters and another batch of the same shapes."""
+
+    def __init__(self, gradient: Callable[[Tensor, Any, Tensor], Tensor], theta: Tensor, batch: Any) -> None:
+        self._theta, self._batch = theta.clone(), _map_tensors(batch, Tensor.clone)
+        self._out = torch.empty_like(theta)
+        self._replay = capture(lambda: gradient(self._theta, self._batch, self._out))
+
+    def replay(self, theta: Tensor, batch: Any, out: Tensor) -> Tensor:
+        self._theta.copy_(theta)
+        for own, given in zip(tree_leaves(self._batch), tree_leaves(batch), strict=True):
+            own.copy_(given)
+        self._replay()
+        return out.copy_(self._out)
+
+
+def capture(run: Callable[[], object]) -> Callable[[], None]:
+    """What launches again all that ``run`` launches, on the same memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _signature(batch: Any) -> Any:
+    """What two batches must share to share a graph; None for one that is not made of tensors alone."""
+    leaves, structure = tree_flatten(batch)
+    if not all(isinstance(leaf, Tensor) and leaf.device.type == "cuda" for leaf in leaves):
+        return None
+    return structure, tuple((leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in leaves)
+
+
+def _stack(batches: Sequence[Any]) -> Any:
+    """One batch whose tensors have a leading dimension that counts the batches."""
+    leaves, structures = zip(*map(tree_flatten, batches), strict=True)
+    first = structures[0]
+    shapes = [[(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in row] for row in leaves]
+    if any(s != first for s in structures) or any(row != shapes[0] or None in row for row in shapes):
+        raise ValueError("strategy 'vmap' needs batches made of tensors of the same shapes and dtypes")
+    return tree_unflatten([torch.stack(column) for column in zip(*leaves, strict=True)], first)
 
 
 def _accumulate(leaves: list[Tensor], views: list[Tensor], roots: Any, weights: list[Tensor] | None = None) -> None:

@@ -6,14 +6,26 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Method, Sampler, quantile
+from grokcurv.commutator import (
+    DESIGNS,
+    METHODS,
+    CommutatorProbe,
+    CommutatorStats,
+    Design,
+    Method,
+    Pair,
+    Sampler,
+    quantile,
+)
 from grokcurv.flat import Segment, flatten, select_segments
-from grokcurv.gradients import LossFn
+from grokcurv.gradients import LossFn, Strategy
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
 from grokcurv.subspace import RandomBaseline, Subspace
@@ -88,6 +100,9 @@ class CurvatureMonitor:
             are the execution basis on which every ``delta`` is projected (``method="sketch"`` has none).
         pca_every: feed ``pca`` at every this many steps.
         sampler: a function of no arguments that draws ``(batch_a, batch_b)``.
+        design: ``"chain"`` draws one batch more than there are pairs, and each next pair begins with the batch that the
+            one before ended with: 3 n + 1 gradients instead of 4 n.
+        strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
         check_every: a measurement this many steps or more after the latest evaluations behind the noise floor makes
             them anew, one sooner takes the sizes of the errors from them. A captured step always makes them.
         loggers: each gets every record, through ``log(record, step)``; passing any makes each measurement read back.
@@ -106,6 +121,8 @@ class CurvatureMonitor:
         pca: StreamingPCA | None = None,
         pca_every: int = 100,
         sampler: Sampler | None = None,
+        design: Design = "independent",
+        strategy: Strategy = "auto",
         check_every: int = CHECK_EVERY,
         method: Method = "difference",
         eta: float | Literal["auto"] = 1e-3,
@@ -116,7 +133,12 @@ class CurvatureMonitor:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if sampler is None and pairs > 1:
             raise ValueError(f"pairs={pairs} needs a sampler: without one the only pair is (this batch, next batch)")
-        self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, segments=_attention(model))
+        if design not in DESIGNS:
+            raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {design!r}")
+        self.probe = CommutatorProbe(
+            model, loss_fn, eta=eta, method=method, segments=_attention(model), strategy=strategy
+        )
+        self.design: Design = design
         self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
         self.sampler, self.check_every = sampler, check_every
         self._checked: dict[str, int] = {}  # the step of the latest check, by method
@@ -284,16 +306,17 @@ class CurvatureMonitor:
         probe, device = self.probe, self.probe.gradients.device
         at_hand, captured = not must_wait(device), capturing(device)
         if self.sampler is not None:
-            source, known = [self.sampler() for _ in range(self.pairs)], None
+            source, known = self._draw(self.sampler), None
         else:
             source, known = [(batch, next_batch)], self._training_gradient()
         method = probe.method if captured else self._next_method()
         check = self._check_due(method, step)
-        stats = reported = probe.measure(source, method=method, first_gradient=known, check=check, seed=step)
+        measure = partial(probe.measure, source, design=self.design, seed=step)
+        stats = reported = measure(method=method, first_gradient=known, check=check)
         if self.sampler is None and self._gradient_ratio is None:
             self._compare_gradient(stats)
         if at_hand and method == "difference" and not bool(stats.reliable.all()):
-            reported = probe.measure(source, method="bracket", check=self._check_due("bracket", step), seed=step)
+            reported = measure(method="bracket", check=self._check_due("bracket", step))
         values = self._values(reported, stats.reference)
         if not captured:
             self._note(values[FIELDS.index("reliable")])
@@ -304,6 +327,12 @@ class CurvatureMonitor:
             record = self.last
             assert record is not None
             logger.log(record, step=step)
+
+    def _draw(self, sampler: Sampler) -> list[Pair]:
+        if self.design == "independent":
+            return [sampler() for _ in range(self.pairs)]
+        batches = [batch for _ in range(self.pairs // 2 + 1) for batch in sampler()]
+        return list(pairwise(batches[: self.pairs + 1]))
 
     def _check_due(self, method: Method, step: int) -> bool:
         """Whether the errors of the latest check are too old for this step; if so, it is taken to be made."""

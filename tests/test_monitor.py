@@ -316,3 +316,17 @@ def test_without_an_earlier_check_one_is_made(generator):
     probe = gc.CommutatorProbe(problem.model(), problem.loss_fn)
     assert probe.measure(pairs, check=False).noise_floor.isfinite().all()
     assert probe.measure(pairs, check=False, method="bracket").noise_floor.isfinite().all()
+
+
+@pytest.mark.parametrize(("pairs", "drawn"), [(1, 1), (2, 2), (4, 3), (5, 3)])
+def test_a_chain_draws_one_batch_more_than_pairs(generator, pairs, drawn):
+    problem = PROBLEMS["perceptron"]
+    batches = [(problem.batch(generator), problem.batch(generator)) for _ in range(drawn)]
+    left = iter(batches)
+    model = problem.model()
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, pairs=pairs, design="chain", sampler=lambda: next(left))
+    monitor.step()
+    assert next(left, None) is None
+    flat = [batch for pair in batches for batch in pair]
+    stats = gc.CommutatorProbe(model, problem.loss_fn).measure(list(zip(flat, flat[1:], strict=False))[:pairs])
+    assert monitor.records()["defect_median"].item() == stats.median().item()

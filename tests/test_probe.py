@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -411,3 +412,40 @@ def test_at_most_six_vectors_of_memory(method, pairs):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | at_once)
     # One layer's own gradient (a sixteenth of P) is in flight while autograd adds it to the flat buffer.
     assert 4.0 < float(done.stdout) <= 6.0 + 2 / 16
+
+
+def test_a_chain_shares_the_gradients_between_its_pairs(generator):
+    problem = PROBLEMS["tied attention"]
+    model = problem.model()
+    batches = [problem.batch(generator) for _ in range(5)]
+    chain = list(pairwise(batches))
+    probe = gc.CommutatorProbe(model, problem.loss_fn, noise_floor=False)
+    calls = []
+    gradient = probe.gradients.gradient
+    probe.gradients.gradient = lambda *args, **options: calls.append(args) or gradient(*args, **options)
+    shared = probe.measure(chain, design="chain", keep_delta=True)
+    assert len(calls) == 3 * len(chain) + 1
+    apart = probe.measure(chain, keep_delta=True)
+    assert len(calls) == 7 * len(chain) + 1
+    assert torch.equal(shared.delta, apart.delta)
+    assert torch.equal(shared.defect, apart.defect)
+
+
+def test_a_chain_s_masks_belong_to_its_batches(generator):
+    """With dropout, too, one evaluation at theta serves both pairs: the gradients are those of one mask per batch."""
+    model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Tanh(), nn.Linear(64, 3))
+    problem = PROBLEMS["perceptron"]
+    chain = list(pairwise([problem.batch(generator) for _ in range(4)]))
+    stats = gc.CommutatorProbe(model, problem.loss_fn).measure(chain, design="chain")
+    assert (stats.defect < 100).all()  # unequal masks would give about 1 / eta
+    assert torch.equal(stats.grad_norm_a[1:], stats.grad_norm_b[:-1])
+
+
+def test_a_chain_has_no_gap(generator):
+    problem = PROBLEMS["perceptron"]
+    pairs = [(problem.batch(generator), problem.batch(generator)) for _ in range(2)]
+    probe = gc.CommutatorProbe(problem.model(), problem.loss_fn)
+    with pytest.raises(ValueError, match="pair 1 of a chain must begin with the batch that ended the one before"):
+        probe.measure(pairs, design="chain")
+    with pytest.raises(ValueError, match="design must be one of independent, chain, got 'star'"):
+        probe.measure(pairs, design="star")

@@ -82,6 +82,9 @@ class TrainConfig:
     """Step length of the commutator."""
     pairs: int = 5
     """Pairs of batches per measurement."""
+    design: Literal["independent", "chain"] = "independent"
+    """Whether the pairs of a measurement share no batch, or each one the batch of the one before: 3 n + 1 gradients
+    instead of 4 n."""
     successive: bool = False
     """Measure the batch of this step against that of the next, and take training's own gradient for the first of the
     four: for a measurement at every step. Needs pairs = 1."""
@@ -109,6 +112,7 @@ class TrainConfig:
             "sequence": tuple(SEQUENCES),
             "rng": get_args(Rng),
             "method": ("difference", "bracket", "reference"),
+            "design": ("independent", "chain"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")

@@ -472,6 +472,7 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
         pca=pca,
         pca_every=config.pca_every or 1,
         sampler=None if config.successive else sampler,
+        design=config.design,
         method=config.method,
         eta=config.eta,
     )

@@ -1,0 +1,147 @@
+"""GradientEngine: every strategy gives the gradients of plain autograd."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import PROBLEMS, Problem
+from tape import capture
+from torch import Tensor, nn
+
+import grokcurv as gc
+from grokcurv import gradients
+from grokcurv.flat import flatten
+from grokcurv.gradients import GradientEngine
+from grokcurv.modular import Transformer, fast
+
+VMAPPED = [name for name in PROBLEMS if name != "batch norm"]
+
+
+def direct(problem: Problem, model: nn.Module, theta: Tensor, batch) -> Tensor:
+    other = copy.deepcopy(model)
+    parameters = [p for p in other.parameters() if p.requires_grad]
+    nn.utils.vector_to_parameters(theta, parameters)
+    found = torch.autograd.grad(problem.loss_fn(other, batch), parameters, allow_unused=True)
+    return torch.cat(
+        [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+    )
+
+
+def points(model: nn.Module, n: int, generator: torch.Generator) -> Tensor:
+    theta = flatten(model)
+    return theta + 0.1 * torch.randn(n, len(theta), generator=generator)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+@pytest.mark.parametrize("name", VMAPPED)
+def test_pairwise(name: str, strategy, n: int, generator: torch.Generator) -> None:
+    problem = PROBLEMS[name]
+    model = problem.model()
+    batches = [problem.batch(generator) for _ in range(n)]
+    thetas = points(model, n, generator)
+    out = torch.full_like(thetas, torch.nan)
+    GradientEngine(model, problem.loss_fn, strategy=strategy).gradients(thetas, batches, out, seeds=range(n))
+    for theta, batch, row in zip(thetas, batches, out, strict=True):
+        torch.testing.assert_close(row, direct(problem, model, theta, batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_one_point_for_all_batches(strategy, generator: torch.Generator) -> None:
+    problem = PROBLEMS["tied attention"]
+    model = problem.model()
+    batches = [problem.batch(generator) for _ in range(4)]
+    theta = flatten(model)
+    out = torch.empty(4, len(theta))
+    GradientEngine(model, problem.loss_fn, strategy=strategy).gradients(theta, batches, out, seeds=range(4))
+    for batch, row in zip(batches, out, strict=True):
+        torch.testing.assert_close(row, direct(problem, model, theta, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_the_shorter_way_as_one_program(generator: torch.Generator) -> None:
+    model = Transformer(11, d_model=16, heads=2, d_ff=24)
+    loss = lambda model, batch: nn.functional.cross_entropy(fast.logits(model, batch[0]), batch[1])  # noqa: E731
+    draw = lambda high, *shape: torch.randint(high, shape, generator=generator)  # noqa: E731
+    batches = [(draw(11, 20, 2), draw(11, 20)) for _ in range(3)]
+    thetas = points(model, 3, generator)
+    rows = [
+        GradientEngine(model, loss, strategy=s).gradients(thetas, batches, torch.empty_like(thetas), seeds=range(3))
+        for s in ("loop", "vmap")
+    ]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
+
+
+def test_a_probe_measures_the_same_by_either(generator: torch.Generator) -> None:
+    problem = PROBLEMS["tied attention"]
+    model = problem.model().double()
+    pairs = [(problem.batch(generator), problem.batch(generator)) for _ in range(2)]
+    loop, batched = (
+        gc.CommutatorProbe(model, problem.loss_fn, strategy=s).measure(pairs, keep_delta=True) for s in ("loop", "vmap")
+    )
+    torch.testing.assert_close(batched.defect, loop.defect, rtol=1e-8, atol=0)
+    torch.testing.assert_close(batched.delta, loop.delta, rtol=0, atol=1e-9 * float(loop.delta.abs().max()))
+
+
+def test_graphs_are_captured_at_the_second_meeting(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape stands in for the graph: replayed with other parameters and batches it gives their gradients."""
+    captured = []
+
+    def record(run):
+        captured.append(run)
+        return capture(run)[1]
+
+    monkeypatch.setattr(gradients, "capture", record)
+    monkeypatch.setattr(gradients, "_signature", lambda batch: tuple(x.shape for x in batch.values()))
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    engine = GradientEngine(model, problem.loss_fn)
+    engine.strategy = "graph"
+    for index in range(5):
+        batch = problem.batch(generator)
+        theta = points(model, 1, generator)[0]
+        out = torch.empty_like(theta)
+        engine.gradient(theta, batch, out)
+        # A tape, unlike a graph, does not run while it records: the second meeting replays too.
+        torch.testing.assert_close(out, direct(problem, model, theta, batch), rtol=1e-5, atol=1e-6)
+        assert len(captured) == min(index, 1)
+    smaller = {name: x[:4] for name, x in batch.items()}
+    engine.gradient(theta, smaller, out)
+    assert len(captured) == 1
+    engine.gradient(theta, smaller, out)
+    assert len(captured) == 2
+    torch.testing.assert_close(out, direct(problem, model, theta, smaller), rtol=1e-5, atol=1e-6)
+
+
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="strategy 'graph' needs a model on a CUDA device; this one is on cpu"):
+        GradientEngine(nn.Linear(2, 1), lambda m, x: m(x).sum(), strategy="graph")
+
+
+def test_vmap_says_what_it_wants(generator: torch.Generator) -> None:
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    engine = GradientEngine(model, problem.loss_fn, strategy="vmap")
+    batch = problem.batch(generator)
+    out = torch.empty(2, engine.size)
+    with pytest.raises(ValueError, match="batches made of tensors of the same shapes"):
+        engine.gradients(flatten(model), [batch, {k: x[:3] for k, x in batch.items()}], out, seeds=(0, 1))
+    dropping = GradientEngine(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)), problem.loss_fn, strategy="vmap")
+    with pytest.raises(RuntimeError, match="random"):
+        dropping.gradients(flatten(dropping.model), [batch, batch], torch.empty(2, dropping.size), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_shapes_must_agree(strategy, generator: torch.Generator) -> None:
+    problem = PROBLEMS["perceptron"]
+    engine = GradientEngine(problem.model(), problem.loss_fn, strategy=strategy)
+    batch, theta = problem.batch(generator), flatten(engine.model)
+    for thetas, rows, seeds in ((theta[:-1], 2, 2), (theta.expand(3, -1), 2, 2), (theta, 3, 2), (theta, 2, 1)):
+        with pytest.raises(ValueError, match="thetas, batches, out and seeds must agree"):
+            engine.gradients(thetas, [batch, batch], torch.empty(rows, engine.size), seeds=range(seeds))
+
+
+def test_unknown_strategy() -> None:
+    with pytest.raises(ValueError, match="strategy must be one of auto, loop, vmap, graph; got 'jit'"):
+        gc.CommutatorProbe(nn.Linear(2, 1), lambda m, x: m(x).sum(), strategy="jit")
