@@ -192,9 +192,10 @@ class CommutatorProbe:
             method: instead of the probe's own.
             first_gradient: (P,) the gradient on the first pair's ``batch_a``, if it is already known. It saves one
                 gradient; it must come from the same ``loss_fn`` at the same parameters.
-            design: ``"independent"``, or ``"chain"`` for pairs (B0, B1), (B1, B2), ... each of which begins with the batch
-                object that the one before ended with: the gradient at theta serves both, so that n pairs cost 3 n + 1
-                gradients instead of 4 n (not for brackets). Neighbours are then correlated, see ``docs/numerics.md``.
+            design: ``"independent"``, or ``"chain"`` for pairs (B0, B1), (B1, B2), ... each of which begins with the
+                batch object that the one before ended with: the gradient at theta serves both, so that n pairs cost
+                3 n + 1 gradients instead of 4 n (not for brackets). Neighbours are then correlated, see
+                ``docs/numerics.md``.
             check: make the float64 evaluations behind the noise floor. ``False`` takes the sizes of the errors from the
                 latest ones, where there are any; the floor then speaks of those parameters, not of these.
             seed: of the model's own randomness (dropout); the same batch meets the same mask at every parameter
@@ -227,7 +228,7 @@ class CommutatorProbe:
             if chained and index:
                 if pair[0] is not end:
                     raise ValueError(
-                        f"source: pair {index} of a chain must begin with the batch that ended the one before"
+                        f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}"
                     )
                 known = shared.work[1] if form == "difference" else None
             end = pair[1]

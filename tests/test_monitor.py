@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -328,5 +329,5 @@ def test_a_chain_draws_one_batch_more_than_pairs(generator, pairs, drawn):
     monitor.step()
     assert next(left, None) is None
     flat = [batch for pair in batches for batch in pair]
-    stats = gc.CommutatorProbe(model, problem.loss_fn).measure(list(zip(flat, flat[1:], strict=False))[:pairs])
+    stats = gc.CommutatorProbe(model, problem.loss_fn).measure(list(pairwise(flat))[:pairs])
     assert monitor.records()["defect_median"].item() == stats.median().item()

@@ -445,7 +445,7 @@ def test_a_chain_has_no_gap(generator):
     problem = PROBLEMS["perceptron"]
     pairs = [(problem.batch(generator), problem.batch(generator)) for _ in range(2)]
     probe = gc.CommutatorProbe(problem.model(), problem.loss_fn)
-    with pytest.raises(ValueError, match="pair 1 of a chain must begin with the batch that ended the one before"):
+    with pytest.raises(ValueError, match="pair 1 of a chain must begin with the batch that ended pair 0"):
         probe.measure(pairs, design="chain")
     with pytest.raises(ValueError, match="design must be one of independent, chain, got 'star'"):
         probe.measure(pairs, design="star")
