@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from grokcurv import ops
 from grokcurv.flat import Segment, flatten
-from grokcurv.gradients import GradientEngine, LossFn, Strategy, Vectors
+from grokcurv.gradients import Asking, GradientEngine, LossFn, Strategy, Vectors, Wanted, carry_out
 from grokcurv.reference import compute_type
 from grokcurv.subspace import Subspace
 
@@ -204,6 +204,36 @@ class CommutatorProbe:
         Raises:
             ValueError: no pair, a chain with a gap, or a loss that is not a scalar.
         """
+        (stats,) = carry_out(
+            self.gradients,
+            [
+                self.measuring(
+                    source,
+                    pairs,
+                    keep_delta=keep_delta,
+                    method=method,
+                    first_gradient=first_gradient,
+                    design=design,
+                    check=check,
+                    seed=seed,
+                )
+            ],
+        )
+        return stats
+
+    def measuring(
+        self,
+        source: Iterable[Pair] | Sampler,
+        pairs: int | None = None,
+        *,
+        keep_delta: bool = False,
+        method: Method | None = None,
+        first_gradient: Tensor | None = None,
+        design: Design = "independent",
+        check: bool = True,
+        seed: int = 0,
+    ) -> Asking[CommutatorStats]:
+        """:meth:`measure`, stopping where it needs gradients, so that several probes' can be computed at once."""
         method = method or self.method
         for name, value, known_values in (("method", method, METHODS), ("design", design, DESIGNS)):
             if value not in known_values:
@@ -235,7 +265,7 @@ class CommutatorProbe:
             if form == "bracket":
                 measured = self._brackets(shared, pair, seeds, check and index == 0)
             else:
-                measured = self._differences(shared, pair, seeds, known, check and index == 0)
+                measured = yield from self._differences(shared, pair, seeds, known, check and index == 0)
             rows.append(self._stats(shared, measured, method, keep_delta))
             del measured  # before the next pair's vectors are allocated
         if not rows:
@@ -244,36 +274,33 @@ class CommutatorProbe:
 
     def _differences(
         self, shared: _Shared, pair: Pair, seeds: Pair, known: Tensor | None, check: bool
-    ) -> tuple[Tensor, Vectors]:
+    ) -> Asking[tuple[Tensor, Vectors]]:
         """The step, and g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A."""
         theta, (batch_a, batch_b) = shared.theta, pair
         g_a, g_b, a2, b2 = shared.work
-        if known is None:
-            self.gradients.gradients(theta, pair, shared.work[:2], seeds=seeds)
-        else:
+        at_theta = [Wanted(theta, batch_a, g_a, seeds[0]), Wanted(theta, batch_b, g_b, seeds[1])]
+        if known is not None:
             g_a.copy_(known)
-            self.gradients.gradient(theta, batch_b, g_b, seed=seeds[1])
+        yield at_theta[known is not None :]
         eta = self._step(g_a, g_b)
         if self.gradients.strategy == "vmap":
-            stepped = ops.perturb(theta, torch.stack([g_b, g_a]), eta.expand(2).contiguous())
-            self.gradients.gradients(stepped, pair, shared.work[2:], seeds=seeds)
+            past_b, past_a = ops.perturb(theta, torch.stack([g_b, g_a]), eta.expand(2).contiguous())
+            yield [Wanted(past_b, batch_a, a2, seeds[0]), Wanted(past_a, batch_b, b2, seeds[1])]
         else:  # one at a time, in memory for one
             stepped = torch.empty_like(theta)
             for direction, batch, seed, out in ((g_b, batch_a, seeds[0], a2), (g_a, batch_b, seeds[1], b2)):
                 ops.perturb(theta, direction[None], eta, out=stepped[None])
-                self.gradients.gradient(stepped, batch, out, seed=seed)
+                yield [Wanted(stepped, batch, out, seed)]
         if check:
-            errors = rms(
-                rounding_error(found, self._exact_gradient(theta, eta, direction, batch, seed))
-                for found, direction, batch, seed in ((a2, g_b, batch_a, seeds[0]), (b2, g_a, batch_b, seeds[1]))
-            )
-            shared.error.copy_(errors)
+            errors = []
+            for found, direction, batch, seed in ((a2, g_b, batch_a, seeds[0]), (b2, g_a, batch_b, seeds[1])):
+                # In the other precision; the step itself is not rounded.
+                stepped = (theta.to(torch.float64) - eta * direction).to(other_dtype(theta.dtype))
+                exact = torch.empty_like(stepped)
+                yield [Wanted(stepped, batch, exact, seed)]
+                errors.append(rounding_error(found, exact))
+            shared.error.copy_(rms(errors))
         return eta, (g_a, g_b, a2, b2)
-
-    def _exact_gradient(self, theta: Tensor, eta: Tensor, direction: Tensor, batch: Any, seed: int) -> Tensor:
-        """The gradient past a step along ``direction``, in the other precision; the step itself is not rounded."""
-        stepped = (theta.to(torch.float64) - eta * direction).to(other_dtype(theta.dtype))
-        return self.gradients.gradient(stepped, batch, torch.empty_like(stepped), seed=seed)
 
     def _brackets(self, shared: _Shared, pair: Pair, seeds: Pair, check: bool) -> tuple[Tensor, Vectors]:
         """The step, and g_A, g_B, H_A g_B and H_B g_A at the model's own parameters."""

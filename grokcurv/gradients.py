@@ -11,9 +11,10 @@ are never written. Three strategies give the same gradients:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ Strategy = Literal["auto", "loop", "vmap", "graph"]
 
 SMALL = 1 << 24
 """Up to so many parameters a step's time on a GPU goes into launching it."""
+
+T = TypeVar("T")
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Vectors = tuple[Tensor, ...]
@@ -248,6 +251,48 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss_fn[0](self.model, batch)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A gradient that a measurement waits for: at ``theta`` on ``batch``, into ``out``."""
+
+    theta: Tensor
+    batch: Any
+    out: Tensor
+    seed: int
+
+
+Asking = Generator[list[Wanted], None, T]
+"""Work that stops wherever it needs gradients, and goes on once they are there; so several can wait for one program."""
+
+
+def carry_out(engine: GradientEngine, works: Sequence[Asking[T]]) -> list[T]:
+    """The results of works that ask for gradients of one engine, which gets at once what they ask for together."""
+    results: dict[int, T] = {}
+    waiting = dict(enumerate(works))
+    while waiting:
+        wanted: list[Wanted] = []
+        for index, work in list(waiting.items()):
+            try:
+                wanted += next(work)
+            except StopIteration as end:
+                results[index] = end.value
+                del waiting[index]
+        for dtype in {w.theta.dtype for w in wanted}:
+            _serve(engine, [w for w in wanted if w.theta.dtype == dtype])
+    return [results[index] for index in range(len(works))]
+
+
+def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
+    if engine.strategy != "vmap" or len(wanted) == 1:
+        for w in wanted:
+            engine.gradient(w.theta, w.batch, w.out, seed=w.seed)
+        return
+    thetas = torch.stack([w.theta for w in wanted])
+    rows = engine.gradients(thetas, [w.batch for w in wanted], torch.empty_like(thetas), seeds=[w.seed for w in wanted])
+    for w, row in zip(wanted, rows, strict=True):
+        w.out.copy_(row)
 
 
 class _Graph:

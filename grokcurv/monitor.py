@@ -25,7 +25,7 @@ from grokcurv.commutator import (
     quantile,
 )
 from grokcurv.flat import Segment, flatten, select_segments
-from grokcurv.gradients import LossFn, Strategy
+from grokcurv.gradients import Asking, LossFn, Strategy, carry_out
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
 from grokcurv.subspace import RandomBaseline, Subspace
@@ -173,6 +173,10 @@ class CurvatureMonitor:
         Raises:
             ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
         """
+        carry_out(self.probe.gradients, [self.stepping(batch, next_batch)])
+
+    def stepping(self, batch: Any = None, next_batch: Any = None) -> Asking[None]:
+        """:meth:`step`, stopping where it needs gradients, so that several monitors' can be computed at once."""
         step, captured = self._steps, capturing(self.probe.gradients.device)
         if self.pca is not None and step % self.pca_every == 0 and not captured:
             self.feed()
@@ -180,7 +184,7 @@ class CurvatureMonitor:
             if self.sampler is None and batch is None:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
             if self.sampler is not None or next_batch is not None:
-                self._measure(step, batch, next_batch)
+                yield from self._measure(step, batch, next_batch)
         self._steps += not captured
         self._clock += 1
 
@@ -301,7 +305,7 @@ class CurvatureMonitor:
         else:
             self.probe.basis.values.copy_(basis.values)  # where a captured measurement looks for them
 
-    def _measure(self, step: int, batch: Any, next_batch: Any) -> None:
+    def _measure(self, step: int, batch: Any, next_batch: Any) -> Asking[None]:
         start = time.perf_counter()
         probe, device = self.probe, self.probe.gradients.device
         at_hand, captured = not must_wait(device), capturing(device)
@@ -311,12 +315,12 @@ class CurvatureMonitor:
             source, known = [(batch, next_batch)], self._training_gradient()
         method = probe.method if captured else self._next_method()
         check = self._check_due(method, step)
-        measure = partial(probe.measure, source, design=self.design, seed=step)
-        stats = reported = measure(method=method, first_gradient=known, check=check)
+        measure = partial(probe.measuring, source, design=self.design, seed=step)
+        stats = reported = yield from measure(method=method, first_gradient=known, check=check)
         if self.sampler is None and self._gradient_ratio is None:
             self._compare_gradient(stats)
         if at_hand and method == "difference" and not bool(stats.reliable.all()):
-            reported = measure(method="bracket", check=self._check_due("bracket", step))
+            reported = yield from measure(method="bracket", check=self._check_due("bracket", step))
         values = self._values(reported, stats.reference)
         if not captured:
             self._note(values[FIELDS.index("reliable")])
