@@ -267,8 +267,11 @@ Asking = Generator[list[Wanted], None, T]
 """Work that stops wherever it needs gradients, and goes on once they are there; so several can wait for one program."""
 
 
-def carry_out(engine: GradientEngine, works: Sequence[Asking[T]]) -> list[T]:
-    """The results of works that ask for gradients of one engine, which gets at once what they ask for together."""
+def carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list[T]:
+    """The results of works that ask ``engine`` for gradients, which gets at once what they ask for together.
+
+    None does for works that ask for nothing.
+    """
     results: dict[int, T] = {}
     waiting = dict(enumerate(works))
     while waiting:
@@ -280,6 +283,7 @@ def carry_out(engine: GradientEngine, works: Sequence[Asking[T]]) -> list[T]:
                 results[index] = end.value
                 del waiting[index]
         for dtype in {w.theta.dtype for w in wanted}:
+            assert engine is not None
             _serve(engine, [w for w in wanted if w.theta.dtype == dtype])
     return [results[index] for index in range(len(works))]
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ class Recorder:
 
     def __init__(self, model: torch.nn.Module, sampler: Any) -> None:
         self.model, self.sampler, self.seen, self.last = model, sampler, [], None
-        self.probe = type("Probe", (), {"basis": None})()
+        self.probe = type("Probe", (), {"basis": None, "gradients": None})()
+
+    def stepping(self, *batches: Any) -> Iterator[None]:
+        yield from ()
+        self.step(*batches)
 
     def step(self, batch: Any = None, next_batch: Any = None) -> None:
         gradient = None if batch is None else torch.cat([p.grad.flatten() for p in self.model.parameters()])

@@ -1,6 +1,7 @@
 """Training on modular arithmetic: the tasks, the networks, and a trainer that measures as it goes."""
 
 from grokcurv.modular.config import PRESETS, TrainConfig
+from grokcurv.modular.ensemble import train_ensemble
 from grokcurv.modular.model import MLP, Transformer
 from grokcurv.modular.tasks import OPERATIONS, Dataset, Operation, split, table
 from grokcurv.modular.trainer import TrainingError, build_model, load_model, train
@@ -19,4 +20,5 @@ __all__ = [
     "split",
     "table",
     "train",
+    "train_ensemble",
 ]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grokcurv.gradients import Asking, carry_out
 from grokcurv.losses import cross_entropy64
 from grokcurv.modular import fast
 from grokcurv.modular.config import TrainConfig
@@ -96,27 +97,14 @@ def train(
     if monitor is not None and not callable(monitor):
         raise TypeError(f"monitor must be a function (model, sampler) -> monitor; got {type(monitor).__name__}")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_threads(config.threads))
-        here = {"device": _describe_device(config.device), "threads": torch.get_num_threads()}
-        writer = None
+        stack.enter_context(threads_of(config.threads))
+        training = Training(config, monitor)
         if out is not None:
-            writer = stack.enter_context(RunWriter(out, asdict(config), resume=resume, environment=here))
-        training = _Training(config, monitor)
-        checkpoint = writer.read_checkpoint() if writer else None
-        if writer and checkpoint is not None:
-            writer.drop_after(checkpoint["step"])
-            metrics = writer.read_table("metrics")
-            if metrics.empty:
-                raise RunError(f"{writer.path} has a checkpoint, but its metrics.parquet is missing")
-            training.load_state_dict(checkpoint, metrics)
-        status = training.run(writer, on_progress)
-        if writer:
-            writer.set_status(status)
-    if out is not None:
-        run = open_run(out)
-    else:
-        tables = training.tables()
-        run = Run(None, asdict(config), {**describe_environment(), **here}, status=status, tables=tables)
+            training.enter(out, resume, stack)
+        status = training.run(on_progress)
+        if training.writer:
+            training.writer.set_status(status)
+    run = training.result(status)
     if status != "finished":
         raise TrainingError(status.removeprefix("failed: "), run)
     return run
@@ -218,11 +206,13 @@ class _PaperDraws:
         self._stream.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": 0, "gauss": 0.0})
 
 
-class _Training:
+class Training:
     """A run in progress: all that a checkpoint holds, and how to take one step."""
 
     def __init__(self, config: TrainConfig, monitor: MonitorFactory | None) -> None:
         self.config = config
+        self.environment = {"device": _describe_device(config.device), "threads": torch.get_num_threads()}
+        self.writer: RunWriter | None = None
         device = torch.device(config.device)
         self.draws: _PaperDraws | _TorchDraws = (
             _PaperDraws(config.seed, device) if config.rng == "paper" else _TorchDraws(config.seed, device)
@@ -254,30 +244,67 @@ class _Training:
             return self.config.steps
         return min(self.config.steps, self.grok_step + self.config.steps_after_grok)
 
-    def run(self, writer: RunWriter | None, on_progress: Progress | None) -> str:
+    def enter(self, out: str | PathLike[str], resume: bool, stack: contextlib.ExitStack) -> None:
+        """Take hold of the run's folder until ``stack`` closes, and go back to where the run in it stands."""
+        writer = RunWriter(out, asdict(self.config), resume=resume, environment=self.environment)
+        self.writer = stack.enter_context(writer)
+        checkpoint = writer.read_checkpoint()
+        if checkpoint is not None:
+            writer.drop_after(checkpoint["step"])
+            metrics = writer.read_table("metrics")
+            if metrics.empty:
+                raise RunError(f"{writer.path} has a checkpoint, but its metrics.parquet is missing")
+            self.load_state_dict(checkpoint, metrics)
+
+    def result(self, status: str) -> Run:
+        """The run as its folder has it, or as it was kept in memory."""
+        if self.writer:
+            return open_run(self.writer.path)
+        environment = {**describe_environment(), **self.environment}
+        return Run(None, asdict(self.config), environment, status=status, tables=self.tables())
+
+    def run(self, on_progress: Progress | None) -> str:
         """Go on to the end; the status."""
         first, began = self.step, time.perf_counter()
-        with _ctrl_c() as interrupted:
-            healthy = bool(self.rows) or self._observe()
+        with ctrl_c() as interrupted:
+            healthy = bool(self.rows) or self._alone(self.observing())
             while healthy:
-                last = self.step >= self.last_step
-                due = last or interrupted.is_set() or self.step % self.config.checkpoint_every == 0
-                if writer and due and self.saved != self.step:
-                    self._save(writer)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-                if last:
+                if self.pause(interrupted.is_set()):
                     return "finished"
                 healthy = self._update()
                 if not healthy:
                     break
                 self.step += 1
-                healthy = self._observe()
-                if on_progress and (self.step % PROGRESS_EVERY == 0 or self._evaluation_due()):
-                    on_progress(self._progress((self.step - first) / (time.perf_counter() - began)))
-        if writer:
-            self._write_tables(writer)
-        return self._failure()
+                healthy = self._alone(self.observing())
+                if on_progress and self.progress_due:
+                    on_progress(self.progress((self.step - first) / (time.perf_counter() - began)))
+        return self.failed()
+
+    def pause(self, interrupted: bool) -> bool:
+        """Between observation and update: write what is due; True if this was the last step.
+
+        Raises:
+            KeyboardInterrupt: ``interrupted``, once the checkpoint is written.
+        """
+        last = self.step >= self.last_step
+        due = last or interrupted or self.step % self.config.checkpoint_every == 0
+        if self.writer and due and self.saved != self.step:
+            self._save(self.writer)
+        if interrupted:
+            raise KeyboardInterrupt
+        return last
+
+    def failed(self) -> str:
+        """The status of a run that cannot go on; its tables are written."""
+        if self.writer:
+            self._write_tables(self.writer)
+        loss = self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]
+        kept = "" if self.saved is None else f"; the last good checkpoint, of step {self.saved}, is kept"
+        if math.isfinite(loss):
+            what = f"a weight is beyond {DIVERGED:.0e}"
+        else:
+            what = f"loss is {'NaN' if math.isnan(loss) else 'infinite'}"
+        return f"failed: {what} at step {self.step}{kept}"
 
     def tables(self) -> dict[str, pd.DataFrame]:
         import pandas as pd
@@ -309,7 +336,7 @@ class _Training:
         self.started = time.perf_counter() - self.rows[-1]["seconds"]
         self.saved = self.step
 
-    def _observe(self) -> bool:
+    def observing(self) -> Asking[bool]:
         """Evaluate and measure what is due at this step; False if the loss is not finite."""
         self._warm_up()
         evaluated = self._evaluation_due()
@@ -318,17 +345,17 @@ class _Training:
             if not math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]):
                 return False
         if self.monitor is not None:
-            if self.monitor.sampler is not None and not self._measure():
+            if self.monitor.sampler is not None and not (yield from self._measuring()):
                 return False
             if evaluated and self.monitor.last is not None:
                 self.defect = self.monitor.last["defect_median"]
         return True
 
-    def _measure(self, *batches: Batch) -> bool:
+    def _measuring(self, *batches: Batch) -> Asking[bool]:
         """Have the monitor do what is due; False if it met weights that are not finite."""
         assert self.monitor is not None
         try:
-            self.monitor.step(*batches)
+            yield from self.monitor.stepping(*batches)
         except ValueError:
             if self._finite():
                 raise
@@ -377,10 +404,10 @@ class _Training:
 
     def _update(self) -> bool:
         """Take one step; False, and no step, if the monitor meets weights that are not finite."""
-        batch = self._training_batch()
+        batch = self.training_batch()
         self.optimizer.zero_grad()
         self.loss(self.model, batch).backward()
-        if self.monitor is not None and self.monitor.sampler is None and not self._measure(batch, self._peek()):
+        if not self._alone(self.looking_ahead(batch)):
             return False
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -394,7 +421,17 @@ class _Training:
         elif self.step == self.config.warmup:
             self.optimizer.param_groups[0]["lr"] = self.config.lr
 
-    def _training_batch(self) -> Batch:
+    def looking_ahead(self, batch: Batch) -> Asking[bool]:
+        """Measure ``batch``, whose gradient is in ``.grad``, against the next one, if that is what is measured."""
+        if self.monitor is None or self.monitor.sampler is not None:
+            return True
+        return (yield from self._measuring(batch, self._peek()))
+
+    def _alone(self, work: Asking[bool]) -> bool:
+        (done,) = carry_out(self.monitor.probe.gradients if self.monitor else None, [work])
+        return done
+
+    def training_batch(self) -> Batch:
         if self.config.batch_size == 0:
             return self.data.train_pairs, self.data.train_answers
         return self._rows_of(self.draws.training(len(self.data.train_answers), self.config.batch_size))
@@ -402,7 +439,7 @@ class _Training:
     def _peek(self) -> Batch:
         """The next training batch, left to be drawn again."""
         state = self.draws.state_dict()
-        batch = self._training_batch()
+        batch = self.training_batch()
         self.draws.load_state_dict(state)
         return batch
 
@@ -431,16 +468,11 @@ class _Training:
         for name, frame in self.tables().items():
             writer.write_table(name, frame)
 
-    def _failure(self) -> str:
-        loss = self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]
-        kept = "" if self.saved is None else f"; the last good checkpoint, of step {self.saved}, is kept"
-        if math.isfinite(loss):
-            what = f"a weight is beyond {DIVERGED:.0e}"
-        else:
-            what = f"loss is {'NaN' if math.isnan(loss) else 'infinite'}"
-        return f"failed: {what} at step {self.step}{kept}"
+    @property
+    def progress_due(self) -> bool:
+        return self.step % PROGRESS_EVERY == 0 or self._evaluation_due()
 
-    def _progress(self, steps_per_second: float) -> dict[str, Any]:
+    def progress(self, steps_per_second: float) -> dict[str, Any]:
         row = self.rows[-1]
         return {
             "step": self.step,
@@ -488,7 +520,7 @@ def _describe_device(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads_of(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     if number:
         torch.set_num_threads(number)
@@ -499,7 +531,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
+def ctrl_c() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets; the second one acts as ever. Only the main thread hears signals."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
