@@ -33,7 +33,7 @@ def sweep_results(
     accuracy, defect = _measured(metrics, "test_acc"), _measured(curvature, "defect_median")
     early = defect.groupby("run").head(3).groupby("run")["defect_median"].median().clip(lower=0.1)
     level = defect["defect_median"]
-    risen = (level > 10 * defect["run"].map(early)) & (level > 20)
+    risen = (level > 10 * early.reindex(defect["run"]).to_numpy()) & (level > 20)
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
     last = [_last(table).reindex(runs.index) for table in (metrics, curvature)]
     found = {

@@ -58,7 +58,7 @@ class SweepSummary:
             said.append(
                 f"{_count(total['unfinished'], 'run')} of {total['runs']:,} {_are(total['unfinished'])} not finished "
                 f"({self._statuses(*UNFINISHED)}) and count{'s' * (total['unfinished'] == 1)} neither for grokking nor "
-                "against it. As runs that grok end sooner, the fractions are likely to fall."
+                "against it. Until then the fractions may be too high, as runs that grok end sooner."
             )
         if total["failed"]:
             said.append(f"{_count(total['failed'], 'run')} failed and count{'s' * (total['failed'] == 1)} neither way.")
@@ -74,8 +74,8 @@ class SweepSummary:
         total, results = self.total, self.results
         numbers = [("Runs", f"{total['runs']:,}", self._statuses("finished", "failed", *UNFINISHED))]
         if total["finished"]:
-            interval = f"of finished runs; 95% interval {_interval(total)}"
-            numbers.append(("Grokked", f"{total['grokked']:,} of {total['finished']:,}", interval))
+            reached = f"finished runs; test accuracy of {GROKKED:.0%} or more"
+            numbers.append(("Grokked", f"{total['grokked']:,} of {total['finished']:,}", reached))
         finished = results[results["status"] == "finished"]
         if total["grokked"]:
             lowest, highest = total["grok_step_min"], total["grok_step_max"]
@@ -96,10 +96,10 @@ class SweepSummary:
         """Names of the columns after those of the fields; then each setting's values and its cells."""
         asked = {"failed": "failed", "unfinished": "unfinished"}
         told = [name for name in asked if self.total[name]]
-        columns = ["grokked", "95% interval", "grok step", "lowest to highest", "highest defect", "lead", *told]
+        columns = ["grokked", "95% interval", "grok step", "over seeds", "highest defect", "lead", *told]
         table = []
         for row in self.settings.to_dict("records"):
-            spread = f"{_steps(row['grok_step_min'])} to {_steps(row['grok_step_max'])}" if row["grokked"] else ""
+            spread = f"{_steps(row['grok_step_min'])}–{_steps(row['grok_step_max'])}" if row["grokked"] > 1 else ""
             step = f"not by {row['censored_step']:,.0f}" if row["censored_step"] > 0 else "never"
             cells = [
                 f"{row['grokked']:,} of {row['finished']:,}" if row["finished"] else "",
@@ -115,24 +115,26 @@ class SweepSummary:
 
     @property
     def runs_table(self) -> tuple[list[str], list[Row]]:
-        """Names of the columns after the run's; then a row a run."""
+        """Names of the columns after the run's, the last one ``reason`` where a run failed; then a row a run."""
         columns = [*self.varied, "status", "grok step", "onset", "lead", "highest defect", "last step", "test accuracy"]
+        failed = bool(self.results["reason"].any())
         rows: list[Row] = []
         for name, row in zip(self.results.index, self.results.to_dict("records"), strict=True):
             never = "never" if row["status"] == "finished" else ""
             cells = [
                 *(plain(row[field]) for field in self.varied),
-                f"{row['status']}: {row['reason']}" if row["reason"] else row["status"],
+                row["status"],
                 _steps(row["grok_step"]) or never,
                 _steps(row["onset_step"]) or (never if math.isfinite(row["max_defect"]) else ""),
                 _steps(row["lead_time"]),
                 _defect(row["max_defect"]),
                 _steps(row["last_step"]),
                 f"{row['test_acc']:.1%}" if math.isfinite(row["test_acc"]) else "",
+                *([row["reason"]] * failed),
             ]
             report = self.path / "runs" / str(name) / "report.html"
             rows.append((str(name), f"runs/{quote(str(name))}/report.html" if report.is_file() else "", cells))
-        return columns, rows
+        return [*columns, *["reason"] * failed], rows
 
     @property
     def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
