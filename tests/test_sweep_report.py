@@ -142,8 +142,10 @@ def test_random_records_as_the_functions_of_one_run_see_them() -> None:
 @pytest.mark.parametrize("empty", ["metrics", "curvature", "both"])
 def test_results_without_records(empty: str) -> None:
     runs, metrics, curvature = by_hand()
-    metrics, curvature = (NOTHING if empty in (name, "both") else table for name, table in
-                          (("metrics", metrics), ("curvature", curvature)))
+    metrics, curvature = (
+        NOTHING if empty in (name, "both") else table
+        for name, table in (("metrics", metrics), ("curvature", curvature))
+    )
     results = sweep_results(runs, metrics, curvature)
     assert results["grok_step"].isna().all() == metrics.empty
     assert results["max_defect"].isna().all() == curvature.empty
@@ -160,7 +162,9 @@ def test_bad_records() -> None:
 
 def many() -> Sweep:
     """5,000 runs of 50 rows each, in memory."""
-    runs = synthetic_sweep.plan(op=synthetic_sweep.OPS[:5], lr=tuple(np.geomspace(1e-4, 1e-2, 20)), seed=tuple(range(50)))
+    runs = synthetic_sweep.plan(
+        op=synthetic_sweep.OPS[:5], lr=tuple(np.geomspace(1e-4, 1e-2, 20)), seed=tuple(range(50))
+    )
     generator = np.random.default_rng(0)
     rows = {"run": np.repeat(runs.index, 50), "step": np.tile(np.arange(50) * 100, len(runs))}
     accuracy, defect = generator.random(50 * len(runs)) * 0.93, np.exp(generator.normal(0, 2, 50 * len(runs)))
@@ -227,14 +231,14 @@ def test_the_page_needs_nothing_else(page: Page) -> None:
 
 def test_words_and_numbers(page: Page) -> None:
     for words in (
-        "op (6) × lr (3) × seed (3) 54 runs",
+        "op (6), lr (3), seed (3) 54 runs",
         "2 runs of 54 are not finished (2 pending) and count neither for grokking nor against it",
         "1 run failed and counts neither way",
         "Runs 54 51 finished, 1 failed, 2 pending",
         "Grokked 33 of 51",
-        "x2_y2 0.0003 1 of 3 6–79% 19,000",
-        "x3_xy 0.003 0 of 1 0–79% not by 20,000",
-        "loss is not finite at step 1,013",
+        "x2_y2 0.0003 1 of 3 6 to 79% 19,000",
+        "x3_xy 0.003 0 of 1 0 to 79% not by 20,000",
+        "Failed runs sub-0.003-137 loss is not finite at step 1,013",
         "x3_xy 0.003 2024 pending",
         "Settings of every run p 97 preset paper weight_decay 1 layers 2",
     ):
@@ -333,6 +337,7 @@ def test_rows_of_nan(tmp_path: Path) -> None:
     page = Page(write_report(sweep))
     assert "Grokked 0 of 4" in page.text
     assert "Highest defect" not in page.text
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"phase"}
 
 
 @pytest.mark.filterwarnings("error")

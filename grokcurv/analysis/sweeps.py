@@ -28,6 +28,8 @@ def sweep_results(
         metrics, curvature: the rows of all runs, in any order; ``run`` holds the id. Either may be empty.
         threshold: test accuracy that counts as grokked.
     """
+    import pandas as pd
+
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
     accuracy, defect = _measured(metrics, "test_acc"), _measured(curvature, "defect_median")
@@ -35,17 +37,16 @@ def sweep_results(
     level = defect["defect_median"]
     risen = (level > 10 * early.reindex(defect["run"]).to_numpy()) & (level > 20)
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
-    last = [_last(table).reindex(runs.index) for table in (metrics, curvature)]
     found = {
         "grok_step": _first(accuracy[accuracy["test_acc"] >= threshold]),
         "onset_step": _first(defect[risen]),
         "max_defect": peak["defect_median"],
         "max_defect_step": peak["step"],
-        "last_step": np.fmax(*last),
+        "last_step": pd.concat([_last(metrics), _last(curvature)], axis=1).max(axis=1),
         "test_acc": accuracy.groupby("run")["test_acc"].last(),
     }
     results = runs.assign(**{name: column.reindex(runs.index).astype(float) for name, column in found.items()})
-    results.insert(results.columns.get_loc("max_defect"), "lead_time", results["grok_step"] - results["onset_step"])
+    results.insert(len(runs.columns) + 2, "lead_time", results["grok_step"] - results["onset_step"])
     return results
 
 
@@ -109,8 +110,9 @@ def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:
     missing = {"run", "step", name} - set(table)
     if missing:
         raise ValueError(f"the rows of the runs have no column {', '.join(map(repr, sorted(missing)))}")
-    kept = np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1)
-    return table[kept].astype({"run": str}).sort_values("step", kind="stable")
+    kept = table[np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1)]
+    ordered: pd.DataFrame = kept.assign(run=kept["run"].astype(str)).sort_values("step", kind="stable")
+    return ordered
 
 
 def _first(rows: pd.DataFrame) -> pd.Series:

@@ -121,7 +121,9 @@ def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
         said = [f"{name.lower()} {value}, {remark}" for name, value, remark in summary.key_numbers]
         alt = f"By {' and '.join(fields)}; the numbers are in the table below. Over all runs: {'; '.join(said)}."
         yield _drawing("phase", alt, lambda theme: sweep_figures.phase(settings, results, fields, theme))
-    metrics, curvature = summary.metrics, summary.curvature
+    # A table in which nothing can be drawn counts as empty.
+    metrics = summary.metrics if results["test_acc"].notna().any() else summary.metrics.iloc[:0]
+    curvature = summary.curvature if (results["max_defect"] > 0).any() else summary.curvature.iloc[:0]
     if not (metrics.empty and curvature.empty):
         names = ["test accuracy"] * (not metrics.empty) + ["defect"] * (not curvature.empty)
         alt = f"One line a run: {' above, '.join(names)}{' below' * (len(names) == 2)}, over the training steps."

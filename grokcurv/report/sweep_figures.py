@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,23 +56,21 @@ QUANTITIES = (
 
 def arrange(runs: pd.DataFrame, fields: Sequence[str]) -> dict[str, list[Any]]:
     """The fields with their values: those of words before those of numbers; words as planned, numbers ascending."""
-    numeric = {
-        field: pd.api.types.is_numeric_dtype(runs[field]) and not pd.api.types.is_bool_dtype(runs[field])
-        for field in fields
-    }
     values = {field: list(pd.unique(runs[field])) for field in fields}
-    return {field: sorted(values[field]) if numeric[field] else values[field] for field in sorted(fields, key=numeric.get)}  # type: ignore[arg-type]
+    words = {field: there for field, there in values.items() if not _numeric(there)}
+    return words | {field: sorted(values[field]) for field in fields if field not in words}
 
 
 def plain(value: Any) -> str:
     """A setting in words: 0.0003 rather than 3e-04, 1,000,000; other values as they are."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+    if not _numeric([value]):
         return str(value)
-    if value and not 1e-6 <= abs(value) < 1e15:
-        return f"{value:g}"
-    text = np.format_float_positional(value, trim="-")
+    number = float(value)
+    if number and not 1e-6 <= abs(number) < 1e15:
+        return f"{number:g}"
+    text = np.format_float_positional(number, trim="-")
     whole, point, rest = text.partition(".")
-    return f"{int(whole):,}{point}{rest}" if abs(value) >= 10_000 else text
+    return f"{int(whole):,}{point}{rest}" if abs(number) >= 10_000 else text
 
 
 def phase(settings: pd.DataFrame, results: pd.DataFrame, fields: dict[str, list[Any]], theme: Theme) -> Figure:
@@ -89,13 +88,13 @@ def trajectories(
 ) -> Figure:
     """Test accuracy and reliable defect of every run over the steps: a panel by one field, a colour by the next.
 
-    An empty table's panels are left out; at least one must have rows.
+    An empty table's panels are left out. One at least must have rows, and what has rows a value to draw.
     """
     names = list(fields)
-    words = bool(names) and not isinstance(fields[names[0]][0], int | float | np.number)
+    words = bool(names) and not _numeric(fields[names[0]])
     facet = names.pop(0) if names and (words or len(names) > 1) and len(fields[names[0]]) <= FACETS else None
     hue = names[0] if names else None
-    values = fields[facet] if facet else [None]
+    values: list[Any] = fields[facet] if facet else [None]
     columns = min(3, len(values))
     heights = [1.05 if facet else 1.8] * (not metrics.empty) + [1.25 if facet else 2.6] * (not curvature.empty)
     left, right, between, top, title, ticks = 0.76, 0.12, 0.2, 0.27 if hue else 0.1, 0.3 if facet else 0.1, 0.3
@@ -109,7 +108,8 @@ def trajectories(
     panels: list[list[Axes]] = []
     for index, value in enumerate(values):
         row, column = divmod(index, columns)
-        edge, panel = total - top - row * block - title, []
+        edge = total - top - row * block - title
+        panel: list[Axes] = []
         for height in heights:
             place = (left + column * (width + between), edge - height, width, height)
             panel.append(_axes(figure, place, sharex=panels[0][0] if panels else panel[0] if panel else None))
@@ -117,7 +117,9 @@ def trajectories(
         panels.append(panel)
         mine = runs if facet is None else runs[runs[facet] == value]
         if facet:
-            panel[0].set_title(plain(value) if words else f"{facet} {plain(value)}", loc="left", fontsize=9, fontweight="bold", pad=4)
+            panel[0].set_title(
+                plain(value) if words else f"{facet} {plain(value)}", loc="left", fontsize=9, fontweight="bold", pad=4
+            )
         shade = mine[hue].map(colours) if hue else None
         for axes, table, name, colour in (
             *((panel[0], metrics, "test_acc", theme.green) for _ in range(not metrics.empty)),
@@ -137,8 +139,7 @@ def trajectories(
         for panel in panels:
             log_scale(panel[-1])
             panel[-1].tick_params(axis="y", which="minor", length=0)
-            if low <= high:
-                panel[-1].set_ylim(low / 1.5, max(high * 1.5, 10 * low))
+            panel[-1].set_ylim(low / 1.5, max(high * 1.5, 10 * low))
     labels = ["test accuracy"] * (not metrics.empty) + ["defect D"] * (not curvature.empty)
     for index, panel in enumerate(panels):
         for axes, label in zip(panel, labels, strict=True):
@@ -157,12 +158,12 @@ def _maps(
     shown: list[Quantity], settings: pd.DataFrame, _: pd.DataFrame, fields: dict[str, list[Any]], theme: Theme
 ) -> Figure:
     """Rows by the first field, columns by the second, a block of rows for every combination of the others."""
-    (down, rows), (across, columns), *others = fields.items()
-    rest = [name for name, _ in others]
-    blocks = list(settings.groupby(rest, sort=False, dropna=False)) if rest else [((), settings)]
-    if rest:
-        order = {name: {value: place for place, value in enumerate(values)} for name, values in others}
-        blocks.sort(key=lambda block: [order[name][value] for name, value in zip(rest, block[0], strict=True)])
+    down, across, *rest = fields
+    rows, columns = fields[down], fields[across]
+    blocks: list[tuple[Any, pd.DataFrame]] = (
+        list(settings.groupby(rest, sort=False, dropna=False)) if rest else [((), settings)]
+    )
+    blocks.sort(key=lambda block: [fields[name].index(value) for name, value in zip(rest, block[0], strict=True)])
     count = len(blocks) * len(rows)
     head = 0.28 if rest else 0.0  # inches a block's heading takes
     high = min(0.3, max(0.05, 16 / count), 60 / count)  # inches a row
@@ -297,8 +298,9 @@ def _dots(
         axes = _axes(figure, (left + column * (width + between), edge - height, width, height))
         axes.set_title(quantity.title, loc="left", fontsize=9, fontweight="bold", pad=5)
         axes.set_xlim(-0.5, len(values) - 0.5)
-        slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if turned else {}
-        axes.set_xticks(range(len(values)), labels, fontsize=8, **slant)
+        axes.set_xticks(range(len(values)), labels, fontsize=8)
+        for label in axes.get_xticklabels() if turned else ():
+            label.set(rotation=35, ha="right", rotation_mode="anchor")
         axes.tick_params(length=3)
         axes.grid(axis="x", visible=False)
         if index + abreast >= len(shown):
@@ -315,19 +317,28 @@ def _dots(
             groups = finished.groupby(field)[quantity.column]
             low, high = (settings[field].map(ends) for ends in (groups.min(), groups.max()))
             axes.vlines(at, low, high, color=colour, alpha=0.35, linewidth=2.5)
-            axes.plot(finished[field].map(places), finished[quantity.column], ".", color=colour, alpha=0.6, markersize=4)
+            axes.plot(
+                finished[field].map(places), finished[quantity.column], ".", color=colour, alpha=0.6, markersize=4
+            )
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
             for x in at[np.isnan(middle) & (settings["finished"] > 0).to_numpy()]:
                 text = _says(quantity, settings.iloc[int(np.flatnonzero(at == x)[0])])
-                axes.text(x, 0.04, text, transform=axes.get_xaxis_transform(), ha="center", color=theme.muted, fontsize=8)
-        numeric = isinstance(values[0], int | float | np.number)
-        axes.plot(at[order], middle[order], "o-" if numeric else "o", color=colour, markersize=5.5, linewidth=1.1)
+                axes.text(
+                    x, 0.04, text, transform=axes.get_xaxis_transform(), ha="center", color=theme.muted, fontsize=8
+                )
+        axes.plot(
+            at[order], middle[order], "o-" if _numeric(values) else "o", color=colour, markersize=5.5, linewidth=1.1
+        )
         bottom, top_limit = axes.get_ylim()
         if quantity.log and top_limit < 100 * bottom:  # decades are labelled: show two
             axes.set_ylim(10 ** np.floor(np.log10(bottom)), 10 ** np.ceil(np.log10(top_limit)))
         elif not quantity.log and bottom > 0:
             axes.set_ylim(bottom=0)
     return figure
+
+
+def _numeric(values: list[Any]) -> bool:
+    return all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
 
 
 def _says(quantity: Quantity, row: pd.Series) -> str:
@@ -365,9 +376,9 @@ def _shades(theme: Theme, colour: str) -> Colormap:
 
 
 def _colours(values: list[Any], theme: Theme) -> dict[Any, Any]:
-    """A colour for each value: in order from blue over purple to orange for numbers, the theme's own for a few words."""
+    """A colour for each value: the theme's own for a few words, in order from blue over purple to orange for others."""
     own = (theme.blue, theme.orange, theme.green, theme.purple)
-    if not isinstance(values[0], int | float | np.number) and len(values) <= len(own):
+    if not _numeric(values) and len(values) <= len(own):
         return dict(zip(values, own, strict=False))
     ramp = LinearSegmentedColormap.from_list("ramp", [theme.blue, theme.purple, theme.orange])
     return {value: ramp(place) for value, place in zip(values, np.linspace(0, 1, len(values)), strict=True)}

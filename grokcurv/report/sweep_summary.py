@@ -48,7 +48,7 @@ class SweepSummary:
     def subtitle(self) -> list[str]:
         """How many values of which settings, and how many runs in all."""
         values = [f"{name} ({self.results[name].nunique(dropna=False):,})" for name in self.varied]
-        return [" × ".join(values) or "one setting", _count(self.total["runs"], "run")]
+        return [", ".join(values) or "one setting", _count(self.total["runs"], "run")]
 
     @property
     def missing(self) -> list[str]:
@@ -86,7 +86,7 @@ class SweepSummary:
             remark = f"median; the defect rose first in {(leads > 0).sum():,} of {len(leads):,}"
             numbers.append(("Lead", f"{total['lead_time']:,.0f} steps", remark))
         if finished["max_defect"].notna().any():
-            top = finished.loc[finished["max_defect"].idxmax()]
+            top = finished.sort_values("max_defect", na_position="first").iloc[-1]
             remark = f"reliable; {top.name} at step {top['max_defect_step']:,.0f}"
             numbers.append(("Highest defect", number(top["max_defect"]), remark))
         return numbers
@@ -99,7 +99,7 @@ class SweepSummary:
         columns = ["grokked", "95% interval", "grok step", "over seeds", "highest defect", "lead", *told]
         table = []
         for row in self.settings.to_dict("records"):
-            spread = f"{_steps(row['grok_step_min'])}–{_steps(row['grok_step_max'])}" if row["grokked"] > 1 else ""
+            spread = f"{_steps(row['grok_step_min'])} to {_steps(row['grok_step_max'])}" if row["grokked"] > 1 else ""
             step = f"not by {row['censored_step']:,.0f}" if row["censored_step"] > 0 else "never"
             cells = [
                 f"{row['grokked']:,} of {row['finished']:,}" if row["finished"] else "",
@@ -115,9 +115,8 @@ class SweepSummary:
 
     @property
     def runs_table(self) -> tuple[list[str], list[Row]]:
-        """Names of the columns after the run's, the last one ``reason`` where a run failed; then a row a run."""
+        """Names of the columns after the run's; then a row a run."""
         columns = [*self.varied, "status", "grok step", "onset", "lead", "highest defect", "last step", "test accuracy"]
-        failed = bool(self.results["reason"].any())
         rows: list[Row] = []
         for name, row in zip(self.results.index, self.results.to_dict("records"), strict=True):
             never = "never" if row["status"] == "finished" else ""
@@ -130,18 +129,21 @@ class SweepSummary:
                 _defect(row["max_defect"]),
                 _steps(row["last_step"]),
                 f"{row['test_acc']:.1%}" if math.isfinite(row["test_acc"]) else "",
-                *([row["reason"]] * failed),
             ]
             report = self.path / "runs" / str(name) / "report.html"
             rows.append((str(name), f"runs/{quote(str(name))}/report.html" if report.is_file() else "", cells))
-        return [*columns, *["reason"] * failed], rows
+        return columns, rows
 
     @property
     def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """The settings that all runs share."""
+        """Why runs failed, and the settings that all runs share."""
         runs = self.results.iloc[:, : self.results.columns.get_loc("grok_step")]
         shared = runs.drop(columns=[*self.varied, "status", "reason"])
-        return [("Settings of every run", {str(name): plain(column.iloc[0]) for name, column in shared.items()})]
+        failed = self.results[self.results["reason"] != ""]
+        return [
+            ("Failed runs", dict(zip(map(str, failed.index), failed["reason"], strict=True))),
+            ("Settings of every run", {str(name): plain(column.iloc[0]) for name, column in shared.items()}),
+        ]
 
     def _statuses(self, *statuses: str) -> str:
         """Runs by status, those that occur: 51 finished, 1 failed, 2 pending."""
@@ -158,7 +160,7 @@ def _defect(value: float) -> str:
 
 
 def _interval(row: Mapping[Any, Any]) -> str:
-    return f"{100 * row['grok_low']:.0f}–{row['grok_high']:.0%}"
+    return f"{100 * row['grok_low']:.0f} to {row['grok_high']:.0%}"
 
 
 def _count(count: int, what: str) -> str:
