@@ -282,7 +282,7 @@ def test_all_failed(tmp_path: Path) -> None:
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
-    evil = "<script>alert('$x$')</script>\"&?#$"
+    evil = "<script>alert('$\\nonsense$')</script>\"&?#"
     sweep = small(tmp_path, tables={}, op=(evil, "add"), lr=(1.0, 2.0))
     sweep.runs.index = pd.Index([evil, "b", "c", "d"])
     page = Page(write_report(sweep))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +96,17 @@ def trajectories(
     facet = names.pop(0) if names and (words or len(names) > 1) and len(fields[names[0]]) <= FACETS else None
     hue = names[0] if names else None
     values: list[Any] = fields[facet] if facet else [None]
+    kinds = [  # a table, its column, the axis' label, a colour where none tells settings apart, the height
+        (metrics, "test_acc", "test accuracy", theme.green, 1.05 if facet else 1.8),
+        (curvature, "defect_median", "defect D", theme.blue, 1.25 if facet else 2.6),
+    ]
+    kinds = [kind for kind in kinds if not kind[0].empty]
     columns = min(3, len(values))
-    heights = [1.05 if facet else 1.8] * (not metrics.empty) + [1.25 if facet else 2.6] * (not curvature.empty)
-    left, right, between, top, title, ticks = 0.76, 0.12, 0.2, 0.27 if hue else 0.1, 0.3 if facet else 0.1, 0.3
-    width = (WIDTH - left - right - between * (columns - 1)) / columns
-    block = title + sum(heights) + 0.1 * (len(heights) - 1) + ticks
-    rows = math.ceil(len(values) / columns)
-    total = top + rows * block + 0.22
+    left, right, across, down = 0.76, 0.12, 0.2, 0.1
+    top, title, ticks, bottom = 0.27 if hue else 0.1, 0.3 if facet else 0.1, 0.3, 0.22
+    width = (WIDTH - left - right - across * (columns - 1)) / columns
+    block = title + sum(height + down for *_, height in kinds) - down + ticks
+    total = top + math.ceil(len(values) / columns) * block + bottom
     figure = _figure(total)
 
     colours = _colours(fields[hue], theme) if hue else {}
@@ -109,45 +114,25 @@ def trajectories(
     for index, value in enumerate(values):
         row, column = divmod(index, columns)
         edge = total - top - row * block - title
-        panel: list[Axes] = []
-        for height in heights:
-            place = (left + column * (width + between), edge - height, width, height)
-            panel.append(_axes(figure, place, sharex=panels[0][0] if panels else panel[0] if panel else None))
-            edge -= height + 0.1
-        panels.append(panel)
         mine = runs if facet is None else runs[runs[facet] == value]
-        if facet:
-            panel[0].set_title(
-                plain(value) if words else f"{facet} {plain(value)}", loc="left", fontsize=9, fontweight="bold", pad=4
-            )
-        shade = mine[hue].map(colours) if hue else None
-        for axes, table, name, colour in (
-            *((panel[0], metrics, "test_acc", theme.green) for _ in range(not metrics.empty)),
-            *((panel[-1], curvature, "defect_median", theme.blue) for _ in range(not curvature.empty)),
-        ):
-            _overlay(axes, table, name, mine.index, shade if shade is not None else colour)
-
-    _steps(panels, metrics, curvature)
-    if not metrics.empty:
-        for panel in panels:
-            panel[0].set_ylim(-0.03, 1.03)
-            panel[0].set_yticks([0, 0.5, 1])
-            panel[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if not curvature.empty:
-        trusted = curvature["defect_median"].where(curvature["reliable"].astype(bool))
-        low, high = trusted[trusted > 0].min(), trusted[trusted < np.inf].max()
-        for panel in panels:
-            log_scale(panel[-1])
-            panel[-1].tick_params(axis="y", which="minor", length=0)
-            panel[-1].set_ylim(low / 1.5, max(high * 1.5, 10 * low))
-    labels = ["test accuracy"] * (not metrics.empty) + ["defect D"] * (not curvature.empty)
-    for index, panel in enumerate(panels):
-        for axes, label in zip(panel, labels, strict=True):
-            if index % columns:
+        panel: list[Axes] = []
+        panels.append(panel)
+        for table, name, label, colour, height in kinds:
+            place = (left + column * (width + across), edge - height, width, height)
+            axes = _axes(figure, place, sharex=next(chain(*panels), None))
+            panel.append(axes)
+            edge -= height + down
+            _overlay(axes, table, name, mine.index, mine[hue].map(colours) if hue else colour)
+            (_accuracy_axis if name == "test_acc" else _defect_axis)(axes, table)
+            if column:
                 axes.tick_params(axis="y", labelleft=False)
             else:
                 axes.set_ylabel(label)
                 axes.yaxis.set_label_coords(-0.58 / width, 0.5)
+        if facet:
+            heading = _label(value) if isinstance(value, str) else f"{facet} {_label(value)}"
+            panel[0].set_title(heading, loc="left", fontsize=9, fontweight="bold", pad=4)
+    _steps(panels, metrics, curvature)
     figure.text((left + WIDTH - right) / 2 / WIDTH, 0.07 / total, "training step", ha="center", va="bottom")
     if hue:
         _legend(figure, hue, colours, total, left, theme)
@@ -171,7 +156,7 @@ def _maps(
     stacked = count > 30  # four narrow maps abreast rather than two wide ones
     abreast = min(len(shown), 4 if stacked else 2)
 
-    row_labels, column_labels = list(map(plain, rows)), list(map(plain, columns))
+    row_labels, column_labels = list(map(_label, rows)), list(map(_label, columns))
     left = 0.2 + CHARACTER * max(map(len, [*row_labels, down, across]))
     between, right, title = 0.3, 0.08, 0.5 if stacked else 0.3
     width = (WIDTH - left - right - between * (abreast - 1)) / abreast
@@ -194,7 +179,7 @@ def _maps(
         for number, (key, block) in enumerate(blocks):
             start = number * len(rows) + (number + 1) * head / high
             if rest:
-                words = ", ".join(f"{name} {plain(value)}" for name, value in zip(rest, key, strict=True))
+                words = ", ".join(f"{name} {_label(value)}" for name, value in zip(rest, key, strict=True))
                 axes.text(0, start - 0.05 / high, words, va="bottom", color=theme.muted, fontsize=8)
             where = (block[across].map(columns.index), start + block[down].map(rows.index))
             _cells(axes, quantity, block, where, (wide, high), scale, theme)
@@ -279,7 +264,7 @@ def _dots(
 ) -> Figure:
     """Over one field: every run a small dot, the median a large one, a line from the lowest to the highest."""
     ((field, values),) = fields.items()
-    labels = list(map(plain, values))
+    labels = list(map(_label, values))
     left, right, top, title, between, height = 0.72, 0.1, 0.05, 0.3, 0.75, 1.7
     abreast = min(2, len(shown))
     width = (WIDTH - left - right - between * (abreast - 1)) / abreast
@@ -337,6 +322,11 @@ def _dots(
     return figure
 
 
+def _label(value: Any) -> str:
+    """A setting's value as matplotlib draws it: a pair of dollar signs would mean mathematics."""
+    return plain(value).replace("$", r"\$")
+
+
 def _numeric(values: list[Any]) -> bool:
     return all(isinstance(value, Real) and not isinstance(value, bool) for value in values)
 
@@ -392,7 +382,7 @@ def _legend(figure: Figure, field: str, colours: dict[Any, Any], total: float, l
     handles = [Line2D([], [], color="none")] + [Line2D([], [], color=colour, linewidth=2.5) for _, colour in items]
     legend = figure.legend(
         handles,
-        [field, *(plain(value) for value, _ in items)],
+        [field, *(_label(value) for value, _ in items)],
         loc="upper left",
         bbox_to_anchor=((left - 0.4) / WIDTH, 1 - 0.02 / total),
         ncols=len(handles),
@@ -429,6 +419,21 @@ def _overlay(axes: Axes, table: pd.DataFrame, name: str, runs: pd.Index, colour:
             capstyle="round",
         )
     )
+
+
+def _accuracy_axis(axes: Axes, _: pd.DataFrame) -> None:
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_yticks([0, 0.5, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def _defect_axis(axes: Axes, curvature: pd.DataFrame) -> None:
+    """Logarithmic, over the reliable defects of all runs and a decade at least."""
+    trusted = curvature["defect_median"][curvature["reliable"].astype(bool)]
+    low, high = trusted[trusted > 0].min(), trusted[trusted < np.inf].max()
+    log_scale(axes)
+    axes.tick_params(axis="y", which="minor", length=0)
+    axes.set_ylim(low / 1.5, max(high * 1.5, 10 * low))
 
 
 def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
