@@ -116,7 +116,7 @@ def draw(summary: Summary) -> Iterator[Drawing]:
 
 def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
     """The figures of a sweep for which there is data."""
-    settings, results, fields = summary.settings, summary.results, summary.fields
+    settings, results, fields = summary.settings, summary.grouped, summary.fields
     if fields and settings["finished"].any():
         said = [f"{name.lower()} {value}, {remark}" for name, value, remark in summary.key_numbers]
         alt = f"By {' and '.join(fields)}; the numbers are in the table below. Over all runs: {'; '.join(said)}."

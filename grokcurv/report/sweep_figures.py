@@ -176,13 +176,16 @@ def _maps(
         axes.set(xlim=(0, len(columns)), ylim=(tall / high, 0))
         scale = _scale(quantity, settings, theme)
         _heading(figure, axes, quantity, scale, stacked, theme)
+        said = pd.Series([_says(quantity, row) for _, row in settings.iterrows()], index=settings.index)
+        fits = high >= 0.15 and SMALL_CHARACTER * said.map(len).max() + 0.06 <= wide
         for number, (key, block) in enumerate(blocks):
             start = number * len(rows) + (number + 1) * head / high
             if rest:
                 words = ", ".join(f"{name} {_label(value)}" for name, value in zip(rest, key, strict=True))
                 axes.text(0, start - 0.05 / high, words, va="bottom", color=theme.muted, fontsize=8)
             where = (block[across].map(columns.index), start + block[down].map(rows.index))
-            _cells(axes, quantity, block, where, (wide, high), scale, theme)
+            cells = block.assign(value=block[quantity.column], said=said if fits else "")
+            _cells(axes, cells, where, (wide, high), scale, theme)
             every = math.ceil(0.15 / high)  # labels that would overlap are left out
             for row, label in list(enumerate(row_labels if place == 0 else ()))[::every]:
                 axes.text(-0.09 / wide, start + row + 0.5, label, ha="right", va="center_baseline")
@@ -198,19 +201,16 @@ def _maps(
 
 def _cells(
     axes: Axes,
-    quantity: Quantity,
-    block: pd.DataFrame,
+    cells: pd.DataFrame,
     where: tuple[pd.Series, pd.Series],
     size: tuple[float, float],
     scale: tuple[Colormap, Normalize],
     theme: Theme,
 ) -> None:
-    """A block's settings as coloured cells, with the value where it fits; hatched where runs finished without one."""
+    """A cell a setting, coloured by its ``value``, with what is ``said``; hatched where runs finished without one."""
     (wide, high), (shades, norm) = size, scale
     gap = 0.02  # inches of paper between cells
-    said = [_says(quantity, row) for _, row in block.iterrows()]
-    fits = high >= 0.15 and SMALL_CHARACTER * max(map(len, said)) + 0.06 <= wide
-    for x, y, text, value, finished in zip(*where, said, block[quantity.column], block["finished"], strict=True):
+    for x, y, text, value, finished in zip(*where, cells["said"], cells["value"], cells["finished"], strict=True):
         cell = Rectangle((x + gap / 2 / wide, y + gap / 2 / high), 1 - gap / wide, 1 - gap / high, linewidth=0)
         colour = theme.muted
         if np.isfinite(value):
@@ -222,7 +222,7 @@ def _cells(
         else:
             cell.set(facecolor="none", edgecolor=theme.rule, linewidth=0.8)
         axes.add_patch(cell)
-        if fits:
+        if text:
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=8, color=colour)
 
 

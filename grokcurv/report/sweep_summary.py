@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
     from grokcurv.sweep import Sweep
 
+MANY = 24
+"""More values of a number than this are put into classes."""
+
+CLASSES = 8
+
 Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "", its cells
 
 
@@ -27,17 +32,24 @@ class SweepSummary:
         path: the sweep's folder.
         varied: the settings in which runs differ.
         fields: those but the seed, with their values in the order of the figures.
+        classed: those of the fields, drawn at random as a rule, whose many values were put into classes.
         metrics, curvature: the rows of all runs.
-        results: one row a run, from ``analysis.sweep_results``.
+        results: one row a run, from ``analysis.sweep_results``; grouped: the same with classes for values.
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
     """
 
     def __init__(self, sweep: Sweep) -> None:
         self.path, self.varied = sweep.path, list(sweep.varied)
+        runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
         self.metrics, self.curvature = sweep.table("metrics"), sweep.table("curvature")
-        self.fields = arrange(sweep.runs, [name for name in self.varied if name != "seed"])
-        self.results = sweep_results(sweep.runs, self.metrics, self.curvature, GROKKED)
-        self.settings = sweep_settings(self.results, list(self.fields))
+        self.results = sweep_results(runs, self.metrics, self.curvature, GROKKED)
+        fields = arrange(runs, [name for name in self.varied if name != "seed"])
+        self.classed = [
+            name for name, values in fields.items() if len(values) > MANY and not isinstance(values[0], str)
+        ]
+        self.grouped = self.results.assign(**{name: _classes(runs[name]) for name in self.classed})
+        self.fields = arrange(self.grouped, list(fields))
+        self.settings = sweep_settings(self.grouped, list(self.fields))
         self.total: dict[Any, Any] = sweep_settings(self.results, []).to_dict("records")[0]
 
     @property
@@ -62,6 +74,11 @@ class SweepSummary:
             )
         if total["failed"]:
             said.append(f"{_count(total['failed'], 'run')} failed and count{'s' * (total['failed'] == 1)} neither way.")
+        if self.classed:
+            said.append(
+                f"The many values of {' and '.join(self.classed)} are in {CLASSES} classes of about as many runs, each "
+                "named after its median."
+            )
         if self.metrics.empty:
             said.append("No evaluation was recorded: there are no accuracies.")
         if self.curvature.empty:
@@ -138,7 +155,8 @@ class SweepSummary:
     def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Why runs failed, and the settings that all runs share."""
         runs = self.results.iloc[:, : self.results.columns.get_loc("grok_step")]
-        shared = runs.drop(columns=[*self.varied, "status", "reason"])
+        settings = runs.drop(columns=[*self.varied, "status", "reason"])
+        shared = settings.loc[:, settings.nunique(dropna=False) == 1]
         failed = self.results[self.results["reason"] != ""]
         return [
             ("Failed runs", dict(zip(map(str, failed.index), failed["reason"], strict=True))),
@@ -149,6 +167,13 @@ class SweepSummary:
         """Runs by status, those that occur: 51 finished, 1 failed, 2 pending."""
         counts: pd.Series = self.results["status"].value_counts()
         return ", ".join(f"{counts[status]:,} {status}" for status in statuses if status in counts)
+
+
+def _classes(values: pd.Series) -> pd.Series:
+    """For every value the median of its class, to two digits; the classes hold about equally many values."""
+    rank = values.rank(method="min") - 1  # ties stay together
+    medians = values.groupby((rank * CLASSES / len(values)).astype(int)).transform("median")
+    return medians.map(lambda median: float(f"{median:.2g}"))
 
 
 def _steps(value: float) -> str:
