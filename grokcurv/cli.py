@@ -119,10 +119,13 @@ def _report(arguments: list[str]) -> int:
 
     @dataclass(frozen=True)
     class Options:
-        """Write report.html and figures/*.png into a run's folder, and print the page's path."""
+        """Write report.html and figures/*.png into the folder of a run or a sweep, and print the page's path.
+
+        A sweep's page has its phase diagram, the records of all runs, and links to the runs that have a page.
+        """
 
         run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
-        """Folder of the run."""
+        """Folder of the run or the sweep."""
 
     options = tyro.cli(Options, prog="grokcurv report", args=arguments)
 

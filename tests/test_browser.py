@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic_run
+import synthetic_sweep
 from matplotlib.image import imread
 
 from grokcurv.report import write_report
@@ -53,9 +54,17 @@ addEventListener("load", () => {
 """
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(synthetic_run.write_run(tmp_path_factory.mktemp("browser") / "run"))
+EXPECTED = {"run": ("add mod 97, seed 42", 4), "lr": ("lr", 2)}
+"""By the folder's name: the heading and the number of pictures."""
+
+
+@pytest.fixture(scope="module", params=EXPECTED)
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("browser") / str(request.param)
+    if request.param == "run":
+        return write_report(synthetic_run.write_run(folder))
+    folder.mkdir()
+    return write_report(synthetic_sweep.published(folder))
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +100,7 @@ def probe(page: Path, site: str, width: int) -> dict[str, Any]:
 
 def test_pictures_decode_and_nothing_is_fetched(page: Path, site: str) -> None:
     found = probe(page, site, 1200)
-    assert found["heading"] == "add mod 97, seed 42"
-    assert len(found["pictures"]) == 4
+    assert (found["heading"], len(found["pictures"])) == EXPECTED[page.parent.name]
     for complete, width, height in found["pictures"]:
         assert complete
         assert (width, height > 500) == (1600, True)
@@ -122,16 +130,17 @@ def test_it_is_drawn_in_both_colour_schemes(page: Path, scheme: str, theme: Any)
     browse(
         page.as_uri(),
         f"--screenshot={shot}",
-        "--window-size=1000,1400",
+        "--window-size=1000,2200",
         f"--blink-settings=preferredColorScheme={scheme}",
     )
     pixels = np.round(255 * imread(shot)[..., :3]).astype(int)
-    assert pixels.shape == (1400, 1000, 3)
+    assert pixels.shape == (2200, 1000, 3)
 
     def share(colour: str) -> float:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         return float((np.abs(pixels - wanted).max(axis=-1) <= 3).mean())
 
     assert share(theme.paper) > 0.5
-    for colour in (theme.blue, theme.orange, theme.green):  # lines of the figures
+    third = theme.green if page.parent.name == "run" else theme.purple
+    for colour in (theme.blue, theme.orange, third):  # lines of the figures
         assert share(colour) > 1e-4

@@ -14,13 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grokcurv.analysis.random_walk import RandomWalkNull, random_walk_pc1
+from grokcurv.analysis.sweeps import sweep_results, sweep_settings
 
 if TYPE_CHECKING:
     import pandas as pd
 
     Records = pd.DataFrame | Mapping[str, Iterable[float]]
 
-__all__ = ["RandomWalkNull", "grok_step", "lead_time", "onset_step", "random_walk_pc1"]
+__all__ = [
+    "RandomWalkNull",
+    "grok_step",
+    "lead_time",
+    "onset_step",
+    "random_walk_pc1",
+    "sweep_results",
+    "sweep_settings",
+]
 
 
 def grok_step(records: Records, threshold: float = 0.9) -> int | None:

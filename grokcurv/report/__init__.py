@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, and its figures as PNG files."""
+"""The report of a run or of a sweep of them: one self-contained HTML page, and the figures as PNG files."""
 
 from grokcurv.report.page import write_report
 

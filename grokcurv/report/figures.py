@@ -168,7 +168,7 @@ def dynamics(metrics: pd.DataFrame, curvature: pd.DataFrame, theme: Theme) -> Fi
     """Losses, and the norms of the gradient and of the bracket, on logarithmic axes."""
     norms = _has(curvature, "grad_norm") or _has(curvature, "bracket_norm")
     figure, panels = _panels([2.0, 2.0] if norms else [2.0], metrics, curvature)
-    _log_scale(panels[0])
+    log_scale(panels[0])
     panels[0].set_ylabel("loss (nats)")
     _label_ends(
         panels[0],
@@ -178,7 +178,7 @@ def dynamics(metrics: pd.DataFrame, curvature: pd.DataFrame, theme: Theme) -> Fi
         ],
     )
     if norms:
-        _log_scale(panels[1])
+        log_scale(panels[1])
         panels[1].set_ylabel("norm")
         _label_ends(
             panels[1],
@@ -258,7 +258,7 @@ def _accuracy(axes: Axes, metrics: pd.DataFrame, theme: Theme) -> None:
 
 def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
     axes.set_ylabel("defect D")
-    _log_scale(axes)
+    log_scale(axes)
     step = curvature["step"]
     ends = [_line(axes, curvature, "reference_median", "float32\nformula", theme.orange, linewidth=1.1)]
     axes.fill_between(step, curvature["defect_p25"], curvature["defect_p75"], color=theme.blue, alpha=0.25, linewidth=0)
@@ -333,7 +333,7 @@ def _end_label(label: str) -> str:
     return (name if len(name) <= 16 else "…" + name[-15:]).replace("$", r"\$")
 
 
-def _log_scale(axes: Axes) -> None:
+def log_scale(axes: Axes) -> None:
     axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="minor", visible=False)

@@ -1,4 +1,4 @@
-"""From a run folder to ``report.html`` and ``figures/*.png``."""
+"""From the folder of a run or a sweep to ``report.html`` and ``figures/*.png`` in it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grokcurv.report import figures
+from grokcurv.report import figures, sweep_figures
 from grokcurv.report.summary import GROKKED, Summary, number
+from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import Run, open_run, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from grokcurv.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -29,26 +32,41 @@ class Drawing:
     dark: bytes
 
 
-def write_report(run: Run | str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` and ``figures/*.png`` into the run's folder, over older ones; returns the page's path.
+def write_report(source: Run | Sweep | str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` into the folder of a run or a sweep; returns the page's path.
 
-    The page needs no other file and no network. An unfinished run, or one without curvature, is reported as far as
-    it goes, and the page says what is missing.
+    Older ones are replaced. The page needs no other file and no network; a sweep's links to the reports of its runs
+    that have one. What is unfinished, or without curvature, is reported as far as it goes, and the page says what is
+    missing.
 
     Raises:
-        RunError: no run there, a damaged one, or a disk that refuses.
+        RunError: neither there, damaged files, or a disk that refuses.
         ValueError: a run that was kept in memory alone.
     """
-    if not isinstance(run, Run):
-        run = open_run(run)
-    if run.path is None:
+    if isinstance(source, str | os.PathLike):
+        source = _open(Path(source))
+    if source.path is None:
         raise ValueError("run was kept in memory alone: a report is written into a run's folder, and it has none")
-    summary = Summary(run)
-    drawings = list(draw(summary))
-    folder = run.path / "figures"
-    folder.mkdir(exist_ok=True)
+    if isinstance(source, Run):
+        summary = Summary(source)
+        return _write(source.path, "page.html", summary, list(draw(summary)))
+    sweep = SweepSummary(source)
+    return _write(source.path, "sweep.html", sweep, list(draw_sweep(sweep)))
+
+
+def _open(folder: Path) -> Run | Sweep:
+    if not (folder / "sweep.json").is_file():
+        return open_run(folder)
+    from grokcurv.sweep import open_sweep
+
+    return open_sweep(folder)
+
+
+def _write(folder: Path, template: str, summary: Summary | SweepSummary, drawings: list[Drawing]) -> Path:
+    pictures = folder / "figures"
+    pictures.mkdir(exist_ok=True)
     for drawing in drawings:
-        write_atomically(folder / f"{drawing.name}.png", drawing.light)
+        write_atomically(pictures / f"{drawing.name}.png", drawing.light)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,8 +75,8 @@ def write_report(run: Run | str | os.PathLike[str]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    page = run.path / "report.html"
-    write_atomically(page, environment.get_template("page.html").render(run=summary, drawings=drawings).encode())
+    page = folder / "report.html"
+    write_atomically(page, environment.get_template(template).render(summary=summary, drawings=drawings).encode())
     return page
 
 
@@ -94,6 +112,24 @@ def draw(summary: Summary) -> Iterator[Drawing]:
         first, last = metrics["train_loss"].iloc[[0, -1]]
         alt = f"On logarithmic axes over the steps; the training loss goes from {number(first)} to {number(last)}."
         yield _drawing("dynamics", alt, lambda theme: figures.dynamics(metrics, curvature, theme))
+
+
+def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
+    """The figures of a sweep for which there is data."""
+    settings, results, fields = summary.settings, summary.grouped, summary.fields
+    if fields and settings["finished"].any():
+        said = [f"{name.lower()} {value}, {remark}" for name, value, remark in summary.key_numbers]
+        alt = f"By {' and '.join(fields)}; the numbers are in the table below. Over all runs: {'; '.join(said)}."
+        yield _drawing("phase", alt, lambda theme: sweep_figures.phase(settings, results, fields, theme))
+    # A table in which nothing can be drawn counts as empty.
+    metrics = summary.metrics if results["test_acc"].notna().any() else summary.metrics.iloc[:0]
+    curvature = summary.curvature if (results["max_defect"] > 0).any() else summary.curvature.iloc[:0]
+    if not (metrics.empty and curvature.empty):
+        names = ["test accuracy"] * (not metrics.empty) + ["defect"] * (not curvature.empty)
+        alt = f"One line a run: {' above, '.join(names)}{' below' * (len(names) == 2)}, over the training steps."
+        yield _drawing(
+            "trajectories", alt, lambda theme: sweep_figures.trajectories(results, metrics, curvature, fields, theme)
+        )
 
 
 def _drawing(name: str, alt: str, draw: Callable[[figures.Theme], Figure]) -> Drawing:

@@ -129,6 +129,11 @@ class Summary:
         return [*matrices, "mean"], table
 
     @property
+    def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Lists of names and values, each under its heading."""
+        return [("Settings", self.config), ("Environment", self.environment), ("Timings", self.timings)]
+
+    @property
     def timings(self) -> dict[str, str]:
         said = {}
         seconds = 0.0 if self.metrics.empty else float(self.metrics["seconds"].max())

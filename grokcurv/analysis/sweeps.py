@@ -1,0 +1,125 @@
+"""What the runs of a sweep came to, one row a run and one row a setting, without a loop over the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+UNFINISHED = ("pending", "running", "interrupted")
+"""Statuses of a run that may still grok."""
+
+
+def sweep_results(
+    runs: pd.DataFrame, metrics: pd.DataFrame, curvature: pd.DataFrame, threshold: float = 0.9
+) -> pd.DataFrame:
+    """``runs`` with what each came to; NaN where it did not, or has not yet.
+
+    The columns added are grok_step, onset_step and lead_time, as the functions of those names define them; max_defect,
+    the highest reliable defect, and max_defect_step; last_step, of an evaluation or a measurement; and test_acc, the
+    last one measured. A run without a grok step is censored at its last step: it had not grokked by then.
+
+    Args:
+        runs: one row a run, indexed by its id.
+        metrics, curvature: the rows of all runs, in any order; ``run`` holds the id. Either may be empty.
+        threshold: test accuracy that counts as grokked.
+    """
+    import pandas as pd
+
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
+    accuracy, defect = _measured(metrics, "test_acc"), _measured(curvature, "defect_median")
+    early = defect.groupby("run").head(3).groupby("run")["defect_median"].median().clip(lower=0.1)
+    level = defect["defect_median"]
+    risen = (level > 10 * early.reindex(defect["run"]).to_numpy()) & (level > 20)
+    peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
+    found = {
+        "grok_step": _first(accuracy[accuracy["test_acc"] >= threshold]),
+        "onset_step": _first(defect[risen]),
+        "max_defect": peak["defect_median"],
+        "max_defect_step": peak["step"],
+        "last_step": pd.concat([_last(metrics), _last(curvature)], axis=1).max(axis=1),
+        "test_acc": accuracy.groupby("run")["test_acc"].last(),
+    }
+    results = runs.assign(**{name: column.reindex(runs.index).astype(float) for name, column in found.items()})
+    results.insert(len(runs.columns) + 2, "lead_time", results["grok_step"] - results["onset_step"])
+    return results
+
+
+def sweep_settings(results: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame:
+    """The results of :func:`sweep_results` by setting: one row a combination of the fields, in order of appearance.
+
+    Only finished runs enter the fraction and the medians. A failed or unfinished run is counted as such: it stands
+    neither for grokking nor against it, not even when it has passed the threshold, since the others that are still
+    running cannot yet. As runs that grok end sooner, the fractions of a sweep in progress lie rather too high.
+
+    Returns:
+        The fields; then runs, finished, failed, unfinished, grokked (of the finished); grok_fraction with its 95 %
+        Wilson interval, grok_low and grok_high; grok_step, the median of those that grokked, with grok_step_min and
+        grok_step_max; censored_step, to which the shortest run went that finished without grokking; max_defect and
+        lead_time, medians. NaN where there is none.
+    """
+    fields = list(fields)
+    finished = results["status"] == "finished"
+    step = results["grok_step"].where(finished)
+    columns = results[fields].assign(
+        runs=1,
+        finished=finished,
+        failed=results["status"] == "failed",
+        unfinished=results["status"].isin(UNFINISHED),
+        grokked=step.notna(),
+        grok_step=step,
+        grok_step_min=step,
+        grok_step_max=step,
+        censored_step=results["last_step"].where(finished & step.isna()),
+        max_defect=results["max_defect"].where(finished),
+        lead_time=results["lead_time"].where(finished),
+    )
+    counts = ("runs", "finished", "failed", "unfinished", "grokked")
+    how = dict.fromkeys(counts, "sum") | {"grok_step_min": "min", "grok_step_max": "max", "censored_step": "min"}
+    how |= dict.fromkeys(("grok_step", "max_defect", "lead_time"), "median")
+    # One group where no field differs; groupby wants at least one key.
+    keys = fields or np.zeros(len(columns), dtype=int)
+    settings = columns.groupby(keys, sort=False, dropna=False).agg(how).reset_index(drop=not fields)
+    fraction, low, high = wilson(settings["grokked"], settings["finished"])
+    settings = settings.assign(grok_fraction=fraction, grok_low=low, grok_high=high)
+    shares, numbers = ["grok_fraction", "grok_low", "grok_high"], ["grok_step", "grok_step_min", "grok_step_max"]
+    return settings[[*fields, *counts, *shares, *numbers, "censored_step", "max_defect", "lead_time"]]
+
+
+def wilson(successes: pd.Series, trials: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
+    """Fractions and their 95 % Wilson score intervals (low, high); NaN where there was no trial."""
+    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+    count = trials.astype(float).where(trials > 0)
+    fraction = successes / count
+    centre = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return fraction, (centre - half).clip(lower=0), (centre + half).clip(upper=1)
+
+
+def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The rows in which ``step`` and the column ``name`` are finite, in order of steps."""
+    import pandas as pd
+
+    if table.empty:
+        return pd.DataFrame({"run": [], "step": [], name: [], "reliable": []}, dtype=float)
+    missing = {"run", "step", name} - set(table)
+    if missing:
+        raise ValueError(f"the rows of the runs have no column {', '.join(map(repr, sorted(missing)))}")
+    kept = table[np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1)]
+    ordered: pd.DataFrame = kept.assign(run=kept["run"].astype(str)).sort_values("step", kind="stable")
+    return ordered
+
+
+def _first(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby("run")["step"].min()
+
+
+def _last(table: pd.DataFrame) -> pd.Series:
+    import pandas as pd
+
+    return pd.Series(dtype=float) if table.empty else table.groupby(table["run"].astype(str))["step"].max()

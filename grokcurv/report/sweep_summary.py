@@ -1,0 +1,196 @@
+"""What a sweep's report says in words and numbers, worked out from the tables of its runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from grokcurv.analysis import sweep_results, sweep_settings
+from grokcurv.analysis.sweeps import UNFINISHED
+from grokcurv.report.summary import GROKKED, number
+from grokcurv.report.sweep_figures import arrange, plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from grokcurv.sweep import Sweep
+
+MANY = 24
+"""More values of a number than this are put into classes."""
+
+CLASSES = 8
+
+Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "", its cells
+
+
+class SweepSummary:
+    """The words and numbers of a sweep's report; runs need not have started.
+
+    Attributes:
+        path: the sweep's folder.
+        varied: the settings in which runs differ.
+        fields: those but the seed, with their values in the order of the figures.
+        classed: those of the fields, drawn at random as a rule, whose many values were put into classes.
+        metrics, curvature: the rows of all runs.
+        results: one row a run, from ``analysis.sweep_results``; grouped: the same with classes for values.
+        settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.path, self.varied = sweep.path, list(sweep.varied)
+        runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
+        self.metrics, self.curvature = sweep.table("metrics"), sweep.table("curvature")
+        self.results = sweep_results(runs, self.metrics, self.curvature, GROKKED)
+        fields = arrange(runs, [name for name in self.varied if name != "seed"])
+        self.classed = [
+            name for name, values in fields.items() if len(values) > MANY and not isinstance(values[0], str)
+        ]
+        self.grouped = self.results.assign(**{name: _classes(runs[name]) for name in self.classed})
+        self.fields = arrange(self.grouped, list(fields))
+        self.settings = sweep_settings(self.grouped, list(self.fields))
+        self.total: dict[Any, Any] = sweep_settings(self.results, []).to_dict("records")[0]
+
+    @property
+    def title(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def subtitle(self) -> list[str]:
+        """How many values of which settings, and how many runs in all."""
+        values = [f"{name} ({self.results[name].nunique(dropna=False):,})" for name in self.varied]
+        return [", ".join(values) or "one setting", _count(self.total["runs"], "run")]
+
+    @property
+    def missing(self) -> list[str]:
+        """What keeps these numbers from being the whole sweep's, a sentence each."""
+        said, total = [], self.total
+        if total["unfinished"]:
+            said.append(
+                f"{_count(total['unfinished'], 'run')} of {total['runs']:,} {_are(total['unfinished'])} not finished "
+                f"({self._statuses(*UNFINISHED)}) and count{'s' * (total['unfinished'] == 1)} neither for grokking nor "
+                "against it. Until then the fractions may be too high, as runs that grok end sooner."
+            )
+        if total["failed"]:
+            said.append(f"{_count(total['failed'], 'run')} failed and count{'s' * (total['failed'] == 1)} neither way.")
+        if self.classed:
+            said.append(
+                f"The many values of {' and '.join(self.classed)} are in {CLASSES} classes of about as many runs, each "
+                "named after its median."
+            )
+        if self.metrics.empty:
+            said.append("No evaluation was recorded: there are no accuracies.")
+        if self.curvature.empty:
+            said.append("No curvature was measured: there is no defect, no onset and no lead.")
+        return said
+
+    @property
+    def key_numbers(self) -> list[tuple[str, str, str]]:
+        """(name, value, remark) of what a reader wants first."""
+        total, results = self.total, self.results
+        numbers = [("Runs", f"{total['runs']:,}", self._statuses("finished", "failed", *UNFINISHED))]
+        if total["finished"]:
+            reached = f"finished runs; test accuracy of {GROKKED:.0%} or more"
+            numbers.append(("Grokked", f"{total['grokked']:,} of {total['finished']:,}", reached))
+        finished = results[results["status"] == "finished"]
+        if total["grokked"]:
+            lowest, highest = total["grok_step_min"], total["grok_step_max"]
+            remark = f"median of those that did; {lowest:,.0f} to {highest:,.0f}"
+            numbers.append(("Grok step", f"{total['grok_step']:,.0f}", remark))
+        leads = finished["lead_time"].dropna()
+        if len(leads):
+            remark = f"median; the defect rose first in {(leads > 0).sum():,} of {len(leads):,}"
+            numbers.append(("Lead", f"{total['lead_time']:,.0f} steps", remark))
+        if finished["max_defect"].notna().any():
+            top = finished.sort_values("max_defect", na_position="first").iloc[-1]
+            remark = f"reliable; {top.name} at step {top['max_defect_step']:,.0f}"
+            numbers.append(("Highest defect", number(top["max_defect"]), remark))
+        return numbers
+
+    @property
+    def settings_table(self) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
+        """Names of the columns after those of the fields; then each setting's values and its cells."""
+        asked = {"failed": "failed", "unfinished": "unfinished"}
+        told = [name for name in asked if self.total[name]]
+        columns = ["grokked", "95% interval", "grok step", "over seeds", "highest defect", "lead", *told]
+        table = []
+        for row in self.settings.to_dict("records"):
+            spread = f"{_steps(row['grok_step_min'])} to {_steps(row['grok_step_max'])}" if row["grokked"] > 1 else ""
+            step = f"not by {row['censored_step']:,.0f}" if row["censored_step"] > 0 else "never"
+            cells = [
+                f"{row['grokked']:,} of {row['finished']:,}" if row["finished"] else "",
+                _interval(row) if row["finished"] else "",
+                _steps(row["grok_step"]) if row["grokked"] else step if row["finished"] else "",
+                spread,
+                _defect(row["max_defect"]),
+                _steps(row["lead_time"]),
+                *(f"{row[name]:,}" if row[name] else "" for name in told),
+            ]
+            table.append(([plain(row[name]) for name in self.fields], cells))
+        return columns, table
+
+    @property
+    def runs_table(self) -> tuple[list[str], list[Row]]:
+        """Names of the columns after the run's; then a row a run."""
+        columns = [*self.varied, "status", "grok step", "onset", "lead", "highest defect", "last step", "test accuracy"]
+        rows: list[Row] = []
+        for name, row in zip(self.results.index, self.results.to_dict("records"), strict=True):
+            never = "never" if row["status"] == "finished" else ""
+            cells = [
+                *(plain(row[field]) for field in self.varied),
+                row["status"],
+                _steps(row["grok_step"]) or never,
+                _steps(row["onset_step"]) or (never if math.isfinite(row["max_defect"]) else ""),
+                _steps(row["lead_time"]),
+                _defect(row["max_defect"]),
+                _steps(row["last_step"]),
+                f"{row['test_acc']:.1%}" if math.isfinite(row["test_acc"]) else "",
+            ]
+            report = self.path / "runs" / str(name) / "report.html"
+            rows.append((str(name), f"runs/{quote(str(name))}/report.html" if report.is_file() else "", cells))
+        return columns, rows
+
+    @property
+    def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Why runs failed, and the settings that all runs share."""
+        runs = self.results.iloc[:, : self.results.columns.get_loc("grok_step")]
+        settings = runs.drop(columns=[*self.varied, "status", "reason"])
+        shared = settings.loc[:, settings.nunique(dropna=False) == 1]
+        failed = self.results[self.results["reason"] != ""]
+        return [
+            ("Failed runs", dict(zip(map(str, failed.index), failed["reason"], strict=True))),
+            ("Settings of every run", {str(name): plain(column.iloc[0]) for name, column in shared.items()}),
+        ]
+
+    def _statuses(self, *statuses: str) -> str:
+        """Runs by status, those that occur: 51 finished, 1 failed, 2 pending."""
+        counts: pd.Series = self.results["status"].value_counts()
+        return ", ".join(f"{counts[status]:,} {status}" for status in statuses if status in counts)
+
+
+def _classes(values: pd.Series) -> pd.Series:
+    """For every value the median of its class, to two digits; the classes hold about equally many values."""
+    rank = values.rank(method="min") - 1  # ties stay together
+    medians = values.groupby((rank * CLASSES / len(values)).astype(int)).transform("median")
+    return medians.map(lambda median: float(f"{median:.2g}"))
+
+
+def _steps(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else ""
+
+
+def _defect(value: float) -> str:
+    return number(value) if math.isfinite(value) else ""
+
+
+def _interval(row: Mapping[Any, Any]) -> str:
+    return f"{100 * row['grok_low']:.0f} to {row['grok_high']:.0%}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
