@@ -364,30 +364,32 @@ class CurvatureMonitor:
         """One row of :data:`FIELDS`, float64 on the device; what rests on an unreliable delta is NaN."""
         reliable = stats.reliable.all()
         delta = stats.bracket_norm * stats.eta.square()
-        row = {
-            "defect_median": stats.median(),
-            "defect_p25": stats.quantile(0.25),
-            "defect_p75": stats.quantile(0.75),
-            "bracket_norm": quantile(stats.bracket_norm, 0.5),
+        pairs = {
+            "defect": stats.defect,
+            "bracket_norm": stats.bracket_norm,
+            "noise_floor": stats.noise_floor,
+            "grad_cosine": stats.grad_cosine,
+            "reference": reference,
         }
         if stats.energies is not None:
-            row["attention_fraction"] = quantile(stats.energies.sum(1).sqrt() / delta, 0.5)
+            pairs["attention_fraction"] = stats.energies.sum(1).sqrt() / delta
         if stats.parallel is not None and stats.residual is not None and stats.support is not None and self._baselines:
             full, matched = self._baselines
-            row["rho"] = quantile(stats.residual / delta, 0.5)
-            row["exec_fraction"] = quantile(stats.parallel / delta, 0.5)
-            row["exec_random_ratio"] = row["exec_fraction"] / full.mean
-            row["exec_matched_ratio"] = quantile(stats.parallel / stats.support, 0.5) / matched.mean
-        row = {name: torch.where(reliable, value, math.nan) for name, value in row.items()}
-        row |= {
-            "noise_floor": quantile(stats.noise_floor, 0.5),
-            "reliable": reliable.to(torch.float64),
-            "grad_norm": quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5),
-            "grad_cosine": quantile(stats.grad_cosine, 0.5),
-            "reference_median": quantile(reference, 0.5),
-            "reference_p25": quantile(reference, 0.25),
-            "reference_p75": quantile(reference, 0.75),
-        }
+            pairs["rho"] = stats.residual / delta
+            pairs["exec_fraction"] = stats.parallel / delta
+            pairs["exec_random_ratio"] = pairs["exec_fraction"] / full.mean
+            pairs["exec_matched_ratio"] = stats.parallel / stats.support / matched.mean
+        # Not a tensor of three levels: on an accelerator it would come from the host.
+        table = torch.stack(list(pairs.values()))
+        lower, middle, upper = (quantile(table, level) for level in (0.25, 0.5, 0.75))
+        row = dict(zip(pairs, middle, strict=True))
+        for name in ("defect", "reference"):
+            place = list(pairs).index(name)
+            row |= {f"{name}_median": row.pop(name), f"{name}_p25": lower[place], f"{name}_p75": upper[place]}
+        trusted = ("noise_floor", "grad_cosine", "reference_median", "reference_p25", "reference_p75")
+        row = {name: x if name in trusted else torch.where(reliable, x, math.nan) for name, x in row.items()}
+        row["reliable"] = reliable.to(torch.float64)
+        row["grad_norm"] = quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5)
         missing = torch.full_like(row["reliable"], math.nan)
         return torch.stack([row.get(name, missing) for name in FIELDS])
 
