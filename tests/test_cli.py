@@ -19,7 +19,7 @@ import pytest
 import synthetic_run
 from rich.console import Console
 
-from grokcurv import cli
+from grokcurv import cli, progress
 from grokcurv.modular import PRESETS, TrainConfig, TrainingError
 from grokcurv.runs import Run
 
@@ -60,7 +60,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == cli.USAGE
     assert cli.main([]) == 2
     assert capsys.readouterr().err == cli.USAGE
-    for command in ("train", "report", "doctor"):
+    for command in ("train", "sweep", "report", "doctor"):
         assert f"\n  {command} " in cli.USAGE
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
@@ -131,7 +131,7 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("fly", "no command 'fly': there are train, report, doctor"),
+        ("fly", "no command 'fly': there are train, sweep, report, doctor"),
         ("train --op pow", "op must be one of add, sub, mul,"),
         ("train --op div --p 10", "p must be prime for op 'div'"),
         ("train --preset mine", "preset must be one of 'paper',"),
@@ -241,12 +241,12 @@ LATEST = {
 
 def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    with cli._Progress("add", Console(file=file)) as progress:
-        progress(LATEST)
+    with progress.RunProgress("add", Console(file=file)) as shown:
+        shown(LATEST)
         assert not file.getvalue()  # the first line is due after PLAIN_SECONDS
-        monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.0)
-        progress(LATEST)
-        progress({**LATEST, "step": 3000, "steps": 4100, "grok_step": 3100, "defect": None, "steps_per_second": 0.0})
+        monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+        shown(LATEST)
+        shown({**LATEST, "step": 3000, "steps": 4100, "grok_step": 3100, "defect": None, "steps_per_second": 0.0})
     lines = file.getvalue().splitlines()
     assert lines[0] == ("2,000/20,000  225 steps/s  0:01:20 left  loss 0.0123  train 100.0%  test 34.2%  defect 87.3")
     assert lines[1] == "3,000/4,100  0 steps/s  loss 0.0123  train 100.0%  test 34.2%  grokked at 3,100"
@@ -255,7 +255,7 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_said_of_a_run_that_never_started() -> None:
     file = io.StringIO()
-    with cli._Progress("add", Console(file=file)):
+    with progress.RunProgress("add", Console(file=file)):
         pass
     assert not file.getvalue()
 
@@ -264,11 +264,11 @@ def test_nothing_is_said_of_a_run_that_never_started() -> None:
 def test_bar_on_a_terminal(width: int) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, color_system=None)
-    with cli._Progress("add mod 97, seed 42", console) as progress:
-        progress.live.refresh()
+    with progress.RunProgress("add mod 97, seed 42", console) as shown:
+        shown.live.refresh()
         assert "starting" in file.getvalue()
-        progress(LATEST)
-        progress.live.refresh()
+        shown(LATEST)
+        shown.live.refresh()
     bar, state = file.getvalue().rpartition("starting")[2].splitlines()[-3:-1]
     assert "add mod 97, seed 42" in bar
     assert "━" in bar

@@ -171,7 +171,9 @@ def _draws(name: str, law: Any, drawn: Random) -> list[Any]:
     """The values of one field in all samples."""
     where = f"[random.fields] {name}"
     if not isinstance(law, dict) or len(law) != 1 or next(iter(law)) not in ("uniform", "log_uniform", "choice"):
-        raise ValueError(f"{where} must be one of {{uniform = ...}}, {{log_uniform = ...}}, {{choice = ...}}; got {law}")
+        raise ValueError(
+            f"{where} must be one of {{uniform = ...}}, {{log_uniform = ...}}, {{choice = ...}}; got {law}"
+        )
     ((kind, values),) = law.items()
     if not isinstance(values, list) or not values:
         raise ValueError(f"{where}: {kind} must be a list; got {values!r}")
@@ -193,7 +195,9 @@ def _draws(name: str, law: Any, drawn: Random) -> list[Any]:
         drawn_values = [math.exp(math.log(low) + share * (math.log(high) - math.log(low))) for share in shares]
     else:
         drawn_values = [low + share * (high - low) for share in shares]
-    return [min(max(math.floor(value + 0.5), values[0]), values[1]) for value in drawn_values] if whole else drawn_values
+    return (
+        [min(max(math.floor(value + 0.5), values[0]), values[1]) for value in drawn_values] if whole else drawn_values
+    )
 
 
 @cache

@@ -118,12 +118,11 @@ class _Driver:
     def run(self) -> None:
         with _ctrl_c() as interrupted:
             stopping = False
-            while self.waiting or self.running:
+            while self.running or (self.waiting and not stopping):
                 if interrupted.is_set() and not stopping:
                     stopping = True
-                    self.waiting.clear()
                     self.engine.interrupt()
-                while self.waiting and len(self.running) < self.engine.workers:
+                while self.waiting and not stopping and len(self.running) < self.engine.workers:
                     self._start(self.waiting.popleft())
                 for event in self.engine.wait(WAIT_SECONDS):
                     if event.kind == "progress":
@@ -219,6 +218,4 @@ class _Pace:
 
     def share(self, plan: dict[str, Any]) -> float:
         """Share of their steps that runs took, as they end some time after they grok; 1 until one has finished."""
-        return statistics.fmean(
-            [steps / max(plan[run].steps, 1) for run, steps in self._lengths.items()] or [1.0]
-        )
+        return statistics.fmean([steps / max(plan[run].steps, 1) for run, steps in self._lengths.items()] or [1.0])

@@ -13,6 +13,9 @@ from typing import Any, Literal, Protocol, Self
 REPORT_SECONDS = 0.5
 """Seconds between two reports of a run under way."""
 
+LEAVE_SECONDS = 60.0
+"""How long workers may take to write their checkpoints and end."""
+
 PATIENCE_SECONDS = 60.0
 """How long to wait for a worker of a driver that died to let go of a run."""
 

@@ -142,7 +142,7 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
         config = SweepConfig.from_dict(content["config"])
         plan = {run: TrainConfig(**{**content["common"], **settings}) for run, settings in content["plan"].items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder / 'sweep.json'} is damaged: {error}") from error
+        raise RunError(f"{folder / 'sweep.json'} is damaged: {error!r}") from error
     there = (folder / "failures.json").exists()
     return Sweep(folder, config, plan, _read_json(folder / "failures.json", "failures") if there else {})
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from grokcurv.runs import RunError
-from grokcurv.sweep.engine import Event, Task, execute
+from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
 
 READY = Event("", "progress")
 """What a worker says when it has loaded everything."""
@@ -29,11 +29,8 @@ READY = Event("", "progress")
 DEATHS_AT_BIRTH = 3
 """Workers in a row that may die before they are ready."""
 
-LEAVE_SECONDS = 60.0
-"""How long a worker may take to write its checkpoint and end."""
-
 Events = queue.Queue[tuple["_Worker | None", Event | None]]
-"""What workers say, with who says it: None for a task that no worker had. An event that is None is the worker's death."""
+"""What workers say, with who says it: None for a task that no worker had. An event that is None is a worker's death."""
 
 
 class LocalEngine:

@@ -1,18 +1,17 @@
 """The engine of a Ray cluster: a task of Ray Core for each run, on processes that Ray starts and uses again.
 
-Progress, and the wish to stop, pass through an actor. The folder of the sweep has to be the same on all machines.
+Progress passes through an actor. The folder of the sweep has to be the same on all machines.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from types import TracebackType
 from typing import Any, Self
 
 from grokcurv.modular.config import TrainConfig
 from grokcurv.runs import RunError
-from grokcurv.sweep.engine import Event, Task, execute
+from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
 
 
 class RayEngine:
@@ -44,7 +43,6 @@ class RayEngine:
         self._workers, self._address = workers, address
         self._needs = {"num_cpus": max(1, *(config.threads for config in configs)), "num_gpus": gpus_per_run}
         self._tasks: dict[Any, Task] = {}
-        self._stopping = False
 
     def __enter__(self) -> Self:
         cpus, gpus = self._needs["num_cpus"], self._needs["num_gpus"]
@@ -52,6 +50,7 @@ class RayEngine:
         if self._mine:
             here: dict[str, Any] = {"address": self._address}
             if self._address is None:
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster for one sweep reports to nobody
                 here = {"address": "local", "num_cpus": cpus * (self._workers or len(os.sched_getaffinity(0)))}
             try:
                 self._ray.init(**here, include_dashboard=False, log_to_driver=False, logging_level="warning")
@@ -76,75 +75,54 @@ class RayEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping = True
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
-            while self._tasks:
-                self.wait(1.0)
-        for future in self._tasks:
-            self._ray.cancel(future, force=True)
+        at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.interrupt(force=at_once)
+        if self._tasks and not at_once:
+            self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=LEAVE_SECONDS)
         self._leave()
 
     def start(self, task: Task) -> None:
         self._tasks[self._execute.remote(task, self._mailbox)] = task
 
     def wait(self, seconds: float) -> list[Event]:
-        ready, _ = self._ray.wait(list(self._tasks), timeout=seconds) if self._tasks else ([], [])
-        events: list[Event] = self._ray.get(self._mailbox.take.remote(self._stopping))
+        ended, _ = self._ray.wait(list(self._tasks), timeout=seconds) if self._tasks else ([], [])
         running = {task.run for task in self._tasks.values()}
-        events = [event for event in events if event.run in running]
-        for future in ready:
+        events = [event for event in self._ray.get(self._mailbox.take.remote()) if event.run in running]
+        for future in ended:
             task = self._tasks.pop(future)
             try:
                 events.append(self._ray.get(future))
+            except self._ray.exceptions.TaskCancelledError:
+                events.append(Event(task.run, "interrupted"))
             except self._ray.exceptions.RayError as error:
-                events.append(Event(task.run, "died", reason=f"its Ray worker ended ({_summary(error)})"))
+                said = str(error).strip().partition("\n")[0]
+                events.append(Event(task.run, "died", reason=f"its Ray worker ended ({type(error).__name__}: {said})"))
         return events
 
-    def interrupt(self) -> None:
-        self._stopping = True
-        for future, task in list(self._tasks.items()):
-            if task.run not in ...:
-                self._ray.cancel(future)
+    def interrupt(self, force: bool = False) -> None:
+        for future in self._tasks:  # to a run under way this is Ctrl-C, which train knows what to do with
+            self._ray.cancel(future, force=force)
 
     def _leave(self) -> None:
         if self._mine:
             self._ray.shutdown()
 
 
-def _summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
 class _Mailbox:
-    """Holds the latest progress of each run for the driver, and the driver's wish to stop for the runs."""
+    """Holds the latest news of each run until the driver takes them."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Event] = {}
-        self._stopping = False
 
     def report(self, event: Event) -> None:
         self._latest[event.run] = event
 
-    def stopping(self) -> bool:
-        return self._stopping
-
-    def take(self, stopping: bool) -> list[Event]:
-        self._stopping = stopping
-        events = list(self._latest.values())
+    def take(self) -> list[Event]:
+        latest = list(self._latest.values())
         self._latest.clear()
-        return events
+        return latest
 
 
 def _execute(task: Task, mailbox: Any) -> Event:
-    """A run on a worker of Ray's."""
-    import time
-
-    import ray
-
-    asked, answer = 0.0, False
-
-    def stop() -> bool:
-        nonlocal asked, answer
-        ...
-
-    return execute(task, lambda event: mailbox.report.remote(event), stop)
+    """A run in a worker of Ray's, which stops it by what looks like Ctrl-C."""
+    return execute(task, mailbox.report.remote, lambda: False)
