@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from grokcurv.modular.config import TrainConfig
 from grokcurv.runs import SCHEMA, TABLES, Run, RunError, _check_schema, _holder, _read_json, open_run, write_atomically
 from grokcurv.sweep.config import SweepConfig, varied_fields
@@ -90,10 +92,13 @@ class Sweep:
         if name not in TABLES:
             raise ValueError(f"name must be one of {', '.join(map(repr, TABLES))}; got {name!r}")
         with ThreadPoolExecutor(READERS) as pool:
-            tables = [table for table in pool.map(lambda run: self._read(run, name), self.plan) if table is not None]
+            read = zip(self.plan, pool.map(lambda run: self._read(run, name), self.plan), strict=True)
+            tables = {run: table for run, table in read if table is not None}
         if not tables:
             return pd.DataFrame({"run": pd.Series(dtype=object)})
-        frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        rows = pa.concat_tables(tables.values(), promote_options="permissive").replace_schema_metadata(None)
+        runs = pa.array(np.repeat(np.array(list(tables), dtype=object), [len(table) for table in tables.values()]))
+        frame: pd.DataFrame = rows.add_column(0, "run", runs).to_pandas()
         return frame
 
     def _state(self, run: str) -> tuple[str, str]:
@@ -109,7 +114,7 @@ class Sweep:
         return status, ""
 
     def _read(self, run: str, name: str) -> pa.Table | None:
-        """A run's table with the column ``run`` put first; None where there is none or it has no rows."""
+        """A run's table; None where there is none or it has no rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -122,10 +127,7 @@ class Sweep:
             return None
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise RunError(f"{path} is damaged: {error}") from error
-        if not table.num_rows:
-            return None
-        ids = pa.DictionaryArray.from_arrays(pa.array([0] * table.num_rows, pa.int32()), pa.array([run]))
-        return table.replace_schema_metadata(None).add_column(0, "run", ids.cast(pa.string()))
+        return table if table.num_rows else None
 
 
 def open_sweep(path: str | os.PathLike[str]) -> Sweep:
