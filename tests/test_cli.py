@@ -22,6 +22,7 @@ from rich.console import Console
 from grokcurv import cli, progress
 from grokcurv.modular import PRESETS, TrainConfig, TrainingError
 from grokcurv.runs import Run
+from grokcurv.sweep import Sweep, SweepConfig
 
 SMALL = [
     f"--{flag}" for flag in ("p=11", "d-model=8", "heads=2", "d-ff=8", "layers=1", "batch-size=16", "eval-every=5")
@@ -144,11 +145,19 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
         ("train --resume --out {}/damaged", "config.json is missing or damaged"),
         ("report {}", "holds no run: there is no config.json in it"),
         ("report", "Missing from grokcurv report: DIR"),
+        ("sweep", "Missing from grokcurv sweep: FILE"),
+        ("sweep {}/none.toml", "none.toml: cannot be read (No such file or directory)"),
+        ("sweep {}/empty.toml", "empty.toml: a sweep needs at least one of [grid], [[runs]] and [random]; got none"),
+        ("sweep {}/good.toml --out {}/damaged", "damaged holds a run; a sweep needs a folder of its own"),
+        ("sweep {}/good.toml --address there --out {}/new", "address is for the engine 'ray'; got 'there' with"),
+        ("sweep {}/good.toml --engine slurm", "invalid choice 'slurm'"),
         ("doctor --loud", "Unrecognized options: --loud"),
     ],
 )
 def test_bad_input(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "empty.toml").touch()
+    (tmp_path / "good.toml").write_text("grid.lr = [0.1]")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
     try:
@@ -181,6 +190,66 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "stopped; to go on: grokcurv train --resume --out somewhere\n"
     monkeypatch.setattr(cli, "_defaults", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))  # before training
     assert cli.main(["train"]) == 130
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces the running of a sweep, of which every other run fails; what it was called with."""
+    call: dict[str, Any] = {}
+
+    def run_sweep(config: SweepConfig, out: Path, **options: Any) -> Sweep:
+        call.update(options, config=config, out=out)
+        failures = {run: {"reason": "loss is NaN", "final": True} for run in list(config.plan)[1::2]}
+        return Sweep(out, config, config.plan, failures)
+
+    monkeypatch.setattr("grokcurv.sweep.run_sweep", run_sweep)
+    return call
+
+
+def test_sweep(swept: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rates.toml").write_text("grid.lr = [0.1, 0.2, 0.3, 0.4]")
+    file = str(tmp_path / "rates.toml")
+    assert cli.main(["sweep", file]) == 1
+    assert (
+        capsys.readouterr().out
+        == """\
+runs/rates: 4 runs, 0 finished, 2 failed
+  0001-lr0.2: loss is NaN
+  0003-lr0.4: loss is NaN
+to see it: grokcurv report runs/rates
+"""
+    )
+    assert isinstance(swept.pop("on_progress"), progress.SweepProgress)
+    assert swept.pop("config") == SweepConfig(grid={"lr": [0.1, 0.2, 0.3, 0.4]})
+    assert swept == {
+        "out": Path("runs/rates"),
+        "engine": "local",
+        "workers": None,
+        "address": None,
+        "gpus_per_run": 0.0,
+        "retry_failed": False,
+    }
+    options = "--out some/where --engine ray --workers 3 --address a:1 --gpus-per-run 0.5 --retry-failed"
+    (tmp_path / "rates.toml").write_text("grid.lr = [0.1]")
+    assert cli.main(["sweep", file, *options.split()]) == 0
+    assert {name: swept[name] for name in ("out", "engine", "workers", "address", "gpus_per_run", "retry_failed")} == {
+        "out": Path("some/where"),
+        "engine": "ray",
+        "workers": 3,
+        "address": "a:1",
+        "gpus_per_run": 0.5,
+        "retry_failed": True,
+    }
+
+
+def test_ctrl_c_in_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run_sweep(*_: object, **__: object) -> Sweep:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grokcurv.sweep.run_sweep", run_sweep)
+    (tmp_path / "rates.toml").write_text("grid.lr = [0.1]")
+    assert cli.main(["sweep", str(tmp_path / "rates.toml")]) == 130
+    assert capsys.readouterr().err == "stopped; to go on: the same command\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,3 +343,39 @@ def test_bar_on_a_terminal(width: int) -> None:
     assert "━" in bar
     assert "2,000/20,000  225 steps/s  0:01:20 left" in bar
     assert state == "loss 0.0123  train 100.0%  test 34.2%  defect 87.3"
+
+
+SWEEP = {
+    "runs": 5000,
+    "finished": 1200,
+    "failed": 2,
+    "deaths": 0,
+    "running": {f"{index:04}-add": {} if index % 2 else LATEST for index in range(14)},
+    "steps_per_second": 1234.4,
+    "seconds_left": 3723.3,
+}
+
+
+def test_lines_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    file = io.StringIO()
+    with progress.SweepProgress("lr", Console(file=file)) as shown:
+        shown(SWEEP)
+        shown({**SWEEP, "running": {}, "deaths": 3, "seconds_left": None, "steps_per_second": 0.0})
+    first, second, _ = file.getvalue().splitlines()
+    assert first == "1,202/5,000 runs  1,234 steps/s  1:02:03 left  14 running  1,200 finished  2 failed"
+    assert second == "1,202/5,000 runs  0 steps/s  0 running  1,200 finished  2 failed  3 workers died"
+
+
+def test_a_sweep_on_a_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None, height=40)
+    with progress.SweepProgress("lr", console) as shown:
+        shown(SWEEP)
+        shown.live.refresh()
+    lines = [line.rstrip() for line in file.getvalue().splitlines()[-16:]]
+    bar = next(index for index, line in enumerate(lines) if "1,202/5,000 runs  1,234 steps/s  1:02:03 left" in line)
+    assert lines[bar + 1] == "14 running  1,200 finished  2 failed"
+    assert lines[bar + 2] == "  0000-add  2,000/20,000  test 34.2%"
+    assert lines[bar + 3] == "  0001-add  starting"
+    assert "  and 2 more" in lines
