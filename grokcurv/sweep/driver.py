@@ -84,9 +84,13 @@ def run_sweep(
     path = Path(out)
     with hold(path):
         sweep = claim(path, config)
-        sweep.failures = {run: why for run, why in sweep.failures.items() if why["final"] and not retry_failed}
         states = sweep.runs["status"]
-        final = set(sweep.failures)
+        final = {run: why for run, why in sweep.failures.items() if why["final"] and states[run] != "finished"}
+        if retry_failed:
+            final = {}
+        if final != sweep.failures:
+            sweep.failures = final
+            _keep_failures(sweep)
         waiting = [run for run in sweep.plan if states[run] != "finished" and run not in final]
         if waiting:
             with _engine(engine, sweep, workers, address, gpus_per_run) as started:
@@ -100,6 +104,11 @@ def _engine(name: str, sweep: Sweep, workers: int | None, address: str | None, g
     from grokcurv.sweep.ray import RayEngine
 
     return RayEngine(list(sweep.plan.values()), workers, address, gpus_per_run)
+
+
+def _keep_failures(sweep: Sweep) -> None:
+    with contextlib.suppress(RunError):  # the disk may be full, and that be the reason: it is known until the end
+        write_failures(sweep)
 
 
 class _Driver:
@@ -163,8 +172,7 @@ class _Driver:
 
     def _fail(self, run: str, reason: str, final: bool) -> None:
         self.sweep.failures[run] = {"reason": reason, "final": final}
-        with contextlib.suppress(RunError):  # the disk may be full, and that be the reason: it is known until the end
-            write_failures(self.sweep)
+        _keep_failures(self.sweep)
 
     def _checkpoint(self, run: str) -> int | None:
         """What tells a run's checkpoint from the one before: its time of writing; None without one."""

@@ -185,18 +185,20 @@ def hold(path: Path) -> Iterator[None]:
     """Be the one driver of the sweep in ``path``, which is made if missing; RunError if another one is."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+", encoding="utf-8")
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise RunError(f"cannot write into {path}: {error.strerror}") from error
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{path} is being run by process {_holder(path) or 'unknown'}") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with contextlib.suppress(OSError):  # on a full disk it stays unknown who holds the lock
+            os.truncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
         yield
+    finally:
+        os.close(lock)
 
 
 def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> str:

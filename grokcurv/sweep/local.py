@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from grokcurv.runs import RunError
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
@@ -132,8 +132,9 @@ class _Worker:
         self.task: Task | None = None
         self._events = events
         # It imports what this process imports, wherever that came from.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with log.open("ab") as printed:
+        imported = [path or os.getcwd() for path in sys.path]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(imported)}
+        with _open_log(log) as printed:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", "from grokcurv.sweep.local import serve; serve()"],
                 stdin=subprocess.PIPE,
@@ -168,6 +169,13 @@ class _Worker:
             for line in self.process.stdout:
                 self._events.put((self, Event(**json.loads(line))))
         self._events.put((self, None))
+
+
+def _open_log(path: Path) -> BinaryIO:
+    try:
+        return path.open("ab")
+    except OSError:  # a full disk is the runs' to report
+        return open(os.devnull, "ab")
 
 
 def serve() -> None:

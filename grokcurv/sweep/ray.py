@@ -94,6 +94,8 @@ class RayEngine:
                 events.append(self._ray.get(future))
             except self._ray.exceptions.TaskCancelledError:
                 events.append(Event(task.run, "interrupted"))
+            except self._ray.exceptions.RayTaskError as error:  # it cannot even begin: grokcurv is not there, say
+                events.append(Event(task.run, "failed", reason=str(error.cause)))
             except self._ray.exceptions.RayError as error:
                 said = str(error).strip().partition("\n")[0]
                 events.append(Event(task.run, "died", reason=f"its Ray worker ended ({type(error).__name__}: {said})"))
