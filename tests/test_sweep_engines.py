@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,13 @@ def writers(out: Path) -> dict[str, int]:
     return {run: holder for run, holder in holders.items() if holder}
 
 
-def wait_for_writers(process: subprocess.Popen[str], out: Path, number: int = 1) -> dict[str, int]:
-    """The writers, once there are so many; fewer if the driver ends first."""
+def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> Any:
+    """What there is of ``what`` as soon as there is something; nothing if the driver ends first."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and len(writers(out)) < number:
+    while process.poll() is None and not what():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return writers(out)
+    return what()
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
@@ -148,21 +149,25 @@ def test_workers_killed_and_losses_not_finite(
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_ctrl_c_then_the_same_command(
-    engine: str, file: Path, config: SweepConfig, undisturbed: Sweep, tmp_path: Path
-) -> None:
-    with driver(file, tmp_path, f"--engine={engine}") as process:
-        assert wait_for_writers(process, tmp_path, 2)
+def test_ctrl_c_then_the_same_command(engine: str, file: Path, undisturbed: Sweep, tmp_path: Path) -> None:
+    """Runs under way write a checkpoint, though none is due, and go on from it."""
+    rare = tmp_path / "rare.toml"
+    rare.write_text(file.read_text().replace("checkpoint_every = 20", "checkpoint_every = 1000"))
+    out = tmp_path / "sweep"
+    with driver(rare, out, f"--engine={engine}") as process:
+        assert wait_for(process, lambda: list(out.glob("runs/*/checkpoint.safetensors")))
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped; to go on: the same command" in said
     assert "Traceback" not in said
-    assert not writers(tmp_path)
-    runs = open_sweep(tmp_path).runs
-    assert (runs["status"] == "interrupted").sum() == 2
-    assert (runs["reason"] == "").all()
-    sweep = run_sweep(config, tmp_path, workers=2)
+    assert not writers(out)
+    sweep = open_sweep(out)
+    interrupted = sweep.runs.query("status == 'interrupted'").index
+    assert any(sweep.run(run).checkpoint()["step"] > 0 for run in interrupted)
+    assert (sweep.runs["reason"] == "").all()
+    sweep = run_sweep(sweep.config, out, workers=2)
     assert (sweep.runs["status"] == "finished").all()
     assert_same_records(sweep, undisturbed)
 
@@ -193,7 +198,7 @@ def test_chaos(engine: str, file: Path, undisturbed: Sweep, tmp_path: Path) -> N
     out = tmp_path
     while True:
         with driver(file, out, f"--engine={engine}") as process:
-            while killed.total() < KILLS and wait_for_writers(process, out):
+            while killed.total() < KILLS and wait_for(process, partial(writers, out)):
                 time.sleep(random.uniform(0.0, 2.0))
                 victim, pid = random.choice(
                     [("driver", process.pid), *(("worker", pid) for pid in writers(out).values())]
