@@ -1,23 +1,19 @@
-"""The command line: ``grokcurv train``, ``grokcurv report`` and ``grokcurv doctor``.
+"""The command line: ``grokcurv train``, ``grokcurv sweep``, ``grokcurv report`` and ``grokcurv doctor``.
 
-Exit status: 0 done; 1 the training failed; 2 input or a run folder that cannot be used, with the reason on standard
-error; 130 stopped by Ctrl-C.
+Exit status: 0 done; 1 the training, or a run of the sweep, failed; 2 input or a folder that cannot be used, with the
+reason on standard error; 130 stopped by Ctrl-C.
 """
 
 # No postponed annotations in this file: tyro could not resolve those of the classes that live inside functions.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
     from grokcurv.modular import TrainConfig
 
 USAGE = """\
@@ -27,20 +23,23 @@ Curvature and trajectory geometry of training, measured at every step.
 
 commands:
   train    train a network on modular arithmetic and measure it on the way
+  sweep    do the many runs that a file describes
   report   write the page and the figures of a run
   doctor   say what was built and what works on this machine
 
 grokcurv COMMAND --help lists the options of a command.
 """
 
-PLAIN_SECONDS = 10.0
-"""Seconds between lines of progress where there is no terminal to draw a bar on."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: the process's own) name; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "report": _report, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "sweep": _sweep,
+        "report": _report,
+        "doctor": _doctor,
+    }
     if not arguments:
         print(USAGE, end="", file=sys.stderr)
         return 2
@@ -61,6 +60,7 @@ def _train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from grokcurv.modular import TrainConfig, TrainingError, train
+    from grokcurv.progress import RunProgress
     from grokcurv.runs import RunError
 
     @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _train(arguments: list[str]) -> int:
     config = options.config
     out = options.out or Path("runs") / f"{config.op}-seed{config.seed}"
     try:
-        with _Progress(f"{config.op} mod {config.p}, seed {config.seed}", Console(stderr=True)) as progress:
+        with RunProgress(f"{config.op} mod {config.p}, seed {config.seed}", Console(stderr=True)) as progress:
             run = train(config, out=out, resume=options.resume, on_progress=progress)
     except KeyboardInterrupt:
         print(f"stopped; to go on: grokcurv train --resume --out {out}", file=sys.stderr)
@@ -112,6 +112,67 @@ def _defaults(arguments: list[str]) -> "TrainConfig":
     if known.preset is None and known.resume and known.out is not None and (known.out / "config.json").exists():
         return TrainConfig(**open_run(known.out).config)
     return PRESETS.get(known.preset, PRESETS["paper"])
+
+
+def _sweep(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Do the runs that a sweep file describes, or those that are left of them.
+
+        The same command goes on after anything that stopped it. Ctrl-C stops the runs after they wrote checkpoints.
+        """
+
+        file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]]
+        """The sweep: a TOML file with the tables [run], [grid], [[runs]] and [random]."""
+        out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+        """Folder of the sweep; runs/NAME for the file NAME.toml if not given."""
+        engine: Literal["local", "ray"] = "local"
+        """Worker processes on this machine, or a Ray cluster."""
+        workers: int | None = None
+        """Runs at a time; as many as there is room for if not given."""
+        address: str | None = None
+        """Address of the Ray cluster to join; one is started on this machine if not given."""
+        gpus_per_run: float = 0.0
+        """With Ray, the share of a GPU that a run has."""
+        retry_failed: tyro.conf.FlagCreatePairsOff[bool] = False
+        """Try again also the runs that would fail again: loss not finite, workers that kept dying."""
+
+    options = tyro.cli(Options, prog="grokcurv sweep", args=arguments)
+
+    from rich.console import Console
+
+    from grokcurv.progress import SweepProgress
+    from grokcurv.runs import RunError
+    from grokcurv.sweep import SweepConfig, run_sweep
+
+    out = options.out or Path("runs") / options.file.stem
+    try:
+        config = SweepConfig.from_toml(options.file)
+        with SweepProgress(options.file.stem, Console(stderr=True)) as progress:
+            sweep = run_sweep(
+                config,
+                out,
+                engine=options.engine,
+                workers=options.workers,
+                address=options.address,
+                gpus_per_run=options.gpus_per_run,
+                retry_failed=options.retry_failed,
+                on_progress=progress,
+            )
+    except KeyboardInterrupt:
+        print("stopped; to go on: the same command", file=sys.stderr)
+        return 130
+    except (RunError, ValueError, ModuleNotFoundError) as error:
+        return _complain(str(error))
+    runs = sweep.runs
+    failed = runs[runs["status"] == "failed"]
+    print(f"{out}: {len(runs):,} runs, {(runs['status'] == 'finished').sum():,} finished, {len(failed):,} failed")
+    for run, reason in failed["reason"].items():
+        print(f"  {run}: {reason}")
+    print(f"to see it: grokcurv report {out}")
+    return 1 if len(failed) else 0
 
 
 def _report(arguments: list[str]) -> int:
@@ -150,74 +211,6 @@ def _doctor(arguments: list[str]) -> int:
 def _complain(message: str, status: int = 2) -> int:
     print(f"grokcurv: {message}", file=sys.stderr)
     return status
-
-
-class _Progress:
-    """Shows what ``train`` reports: a live bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, title: str, console: "Console") -> None:
-        from rich.live import Live
-
-        self.title, self.console = title, console
-        self.latest: dict[str, Any] = {}
-        self.printed = time.monotonic()
-        self.live = Live(console=console, get_renderable=self.bar, refresh_per_second=4)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-        elif self.latest:
-            self.print_line()
-
-    def __call__(self, latest: dict[str, Any]) -> None:
-        self.latest = latest
-        if not self.console.is_terminal and time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.print_line()
-
-    def bar(self) -> "RenderableType":
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        if not self.latest:
-            return Text(f"{self.title}  starting", style="dim")
-        row = Table.grid(padding=(0, 2), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        bar = ProgressBar(total=self.latest["steps"], completed=self.latest["step"])
-        row.add_row(Text(self.title, style="bold"), bar, Text(self.pace()))
-        return Group(row, Text(self.state(), style="dim"))
-
-    def print_line(self) -> None:
-        self.printed = time.monotonic()
-        print(f"{self.pace()}  {self.state()}", file=self.console.file, flush=True)
-
-    def pace(self) -> str:
-        """Steps done, steps a second, time left."""
-        step, steps, speed = (self.latest[name] for name in ("step", "steps", "steps_per_second"))
-        left = f"  {timedelta(seconds=round((steps - step) / speed))} left" if speed else ""
-        return f"{step:,}/{steps:,}  {speed:.0f} steps/s{left}"
-
-    def state(self) -> str:
-        """Loss, accuracies, defect, and the grok step once it is known."""
-        latest = self.latest
-        said = [
-            f"loss {latest['train_loss']:.3g}",
-            f"train {latest['train_acc']:.1%}",
-            f"test {latest['test_acc']:.1%}",
-        ]
-        if latest["defect"] is not None:
-            said.append(f"defect {latest['defect']:.3g}")
-        if latest["grok_step"] is not None:
-            said.append(f"grokked at {latest['grok_step']:,}")
-        return "  ".join(said)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ import pytest
 import synthetic_run
 from rich.console import Console
 
-from grokcurv import cli
+from grokcurv import cli, progress
 from grokcurv.modular import PRESETS, TrainConfig, TrainingError
 from grokcurv.runs import Run
+from grokcurv.sweep import Sweep, SweepConfig
 
 SMALL = [
     f"--{flag}" for flag in ("p=11", "d-model=8", "heads=2", "d-ff=8", "layers=1", "batch-size=16", "eval-every=5")
@@ -60,7 +61,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == cli.USAGE
     assert cli.main([]) == 2
     assert capsys.readouterr().err == cli.USAGE
-    for command in ("train", "report", "doctor"):
+    for command in ("train", "sweep", "report", "doctor"):
         assert f"\n  {command} " in cli.USAGE
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
@@ -131,7 +132,7 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("fly", "no command 'fly': there are train, report, doctor"),
+        ("fly", "no command 'fly': there are train, sweep, report, doctor"),
         ("train --op pow", "op must be one of add, sub, mul,"),
         ("train --op div --p 10", "p must be prime for op 'div'"),
         ("train --preset mine", "preset must be one of 'paper',"),
@@ -144,11 +145,19 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
         ("train --resume --out {}/damaged", "config.json is missing or damaged"),
         ("report {}", "holds no run: there is no config.json in it"),
         ("report", "Missing from grokcurv report: DIR"),
+        ("sweep", "Missing from grokcurv sweep: FILE"),
+        ("sweep {}/none.toml", "none.toml: cannot be read (No such file or directory)"),
+        ("sweep {}/empty.toml", "empty.toml: a sweep needs at least one of [grid], [[runs]] and [random]; got none"),
+        ("sweep {}/good.toml --out {}/damaged", "damaged holds a run; a sweep needs a folder of its own"),
+        ("sweep {}/good.toml --address there --out {}/new", "address is for the engine 'ray'; got 'there' with"),
+        ("sweep {}/good.toml --engine slurm", "invalid choice 'slurm'"),
         ("doctor --loud", "Unrecognized options: --loud"),
     ],
 )
 def test_bad_input(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "empty.toml").touch()
+    (tmp_path / "good.toml").write_text("grid.lr = [0.1]")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
     try:
@@ -181,6 +190,66 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "stopped; to go on: grokcurv train --resume --out somewhere\n"
     monkeypatch.setattr(cli, "_defaults", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))  # before training
     assert cli.main(["train"]) == 130
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces the running of a sweep, of which every other run fails; what it was called with."""
+    call: dict[str, Any] = {}
+
+    def run_sweep(config: SweepConfig, out: Path, **options: Any) -> Sweep:
+        call.update(options, config=config, out=out)
+        failures = {run: {"reason": "loss is NaN", "final": True} for run in list(config.plan)[1::2]}
+        return Sweep(out, config, config.plan, failures)
+
+    monkeypatch.setattr("grokcurv.sweep.run_sweep", run_sweep)
+    return call
+
+
+def test_sweep(swept: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rates.toml").write_text("grid.lr = [0.1, 0.2, 0.3, 0.4]")
+    file = str(tmp_path / "rates.toml")
+    assert cli.main(["sweep", file]) == 1
+    assert (
+        capsys.readouterr().out
+        == """\
+runs/rates: 4 runs, 0 finished, 2 failed
+  0001-lr0.2: loss is NaN
+  0003-lr0.4: loss is NaN
+to see it: grokcurv report runs/rates
+"""
+    )
+    assert isinstance(swept.pop("on_progress"), progress.SweepProgress)
+    assert swept.pop("config") == SweepConfig(grid={"lr": [0.1, 0.2, 0.3, 0.4]})
+    assert swept == {
+        "out": Path("runs/rates"),
+        "engine": "local",
+        "workers": None,
+        "address": None,
+        "gpus_per_run": 0.0,
+        "retry_failed": False,
+    }
+    options = "--out some/where --engine ray --workers 3 --address a:1 --gpus-per-run 0.5 --retry-failed"
+    (tmp_path / "rates.toml").write_text("grid.lr = [0.1]")
+    assert cli.main(["sweep", file, *options.split()]) == 0
+    assert {name: swept[name] for name in ("out", "engine", "workers", "address", "gpus_per_run", "retry_failed")} == {
+        "out": Path("some/where"),
+        "engine": "ray",
+        "workers": 3,
+        "address": "a:1",
+        "gpus_per_run": 0.5,
+        "retry_failed": True,
+    }
+
+
+def test_ctrl_c_in_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run_sweep(*_: object, **__: object) -> Sweep:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grokcurv.sweep.run_sweep", run_sweep)
+    (tmp_path / "rates.toml").write_text("grid.lr = [0.1]")
+    assert cli.main(["sweep", str(tmp_path / "rates.toml")]) == 130
+    assert capsys.readouterr().err == "stopped; to go on: the same command\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,12 +310,12 @@ LATEST = {
 
 def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    with cli._Progress("add", Console(file=file)) as progress:
-        progress(LATEST)
+    with progress.RunProgress("add", Console(file=file)) as shown:
+        shown(LATEST)
         assert not file.getvalue()  # the first line is due after PLAIN_SECONDS
-        monkeypatch.setattr(cli, "PLAIN_SECONDS", 0.0)
-        progress(LATEST)
-        progress({**LATEST, "step": 3000, "steps": 4100, "grok_step": 3100, "defect": None, "steps_per_second": 0.0})
+        monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+        shown(LATEST)
+        shown({**LATEST, "step": 3000, "steps": 4100, "grok_step": 3100, "defect": None, "steps_per_second": 0.0})
     lines = file.getvalue().splitlines()
     assert lines[0] == ("2,000/20,000  225 steps/s  0:01:20 left  loss 0.0123  train 100.0%  test 34.2%  defect 87.3")
     assert lines[1] == "3,000/4,100  0 steps/s  loss 0.0123  train 100.0%  test 34.2%  grokked at 3,100"
@@ -255,7 +324,7 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_is_said_of_a_run_that_never_started() -> None:
     file = io.StringIO()
-    with cli._Progress("add", Console(file=file)):
+    with progress.RunProgress("add", Console(file=file)):
         pass
     assert not file.getvalue()
 
@@ -264,13 +333,49 @@ def test_nothing_is_said_of_a_run_that_never_started() -> None:
 def test_bar_on_a_terminal(width: int) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, color_system=None)
-    with cli._Progress("add mod 97, seed 42", console) as progress:
-        progress.live.refresh()
+    with progress.RunProgress("add mod 97, seed 42", console) as shown:
+        shown.live.refresh()
         assert "starting" in file.getvalue()
-        progress(LATEST)
-        progress.live.refresh()
+        shown(LATEST)
+        shown.live.refresh()
     bar, state = file.getvalue().rpartition("starting")[2].splitlines()[-3:-1]
     assert "add mod 97, seed 42" in bar
     assert "━" in bar
     assert "2,000/20,000  225 steps/s  0:01:20 left" in bar
     assert state == "loss 0.0123  train 100.0%  test 34.2%  defect 87.3"
+
+
+SWEEP = {
+    "runs": 5000,
+    "finished": 1200,
+    "failed": 2,
+    "deaths": 0,
+    "running": {f"{index:04}-add": {} if index % 2 else LATEST for index in range(14)},
+    "steps_per_second": 1234.4,
+    "seconds_left": 3723.3,
+}
+
+
+def test_lines_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    file = io.StringIO()
+    with progress.SweepProgress("lr", Console(file=file)) as shown:
+        shown(SWEEP)
+        shown({**SWEEP, "running": {}, "deaths": 3, "seconds_left": None, "steps_per_second": 0.0})
+    first, second, _ = file.getvalue().splitlines()
+    assert first == "1,202/5,000 runs  1,234 steps/s  1:02:03 left  14 running  1,200 finished  2 failed"
+    assert second == "1,202/5,000 runs  0 steps/s  0 running  1,200 finished  2 failed  3 workers died"
+
+
+def test_a_sweep_on_a_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None, height=40)
+    with progress.SweepProgress("lr", console) as shown:
+        shown(SWEEP)
+        shown.live.refresh()
+    lines = [line.rstrip() for line in file.getvalue().splitlines()[-16:]]
+    bar = next(index for index, line in enumerate(lines) if "1,202/5,000 runs  1,234 steps/s  1:02:03 left" in line)
+    assert lines[bar + 1] == "14 running  1,200 finished  2 failed"
+    assert lines[bar + 2] == "  0000-add  2,000/20,000  test 34.2%"
+    assert lines[bar + 3] == "  0001-add  starting"
+    assert "  and 2 more" in lines

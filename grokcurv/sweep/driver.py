@@ -1,0 +1,229 @@
+"""Running a sweep: which run goes next, what becomes of those that fail or whose worker dies, and how far it all is."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from grokcurv.modular.trainer import _ctrl_c
+from grokcurv.runs import RunError
+from grokcurv.sweep.config import SweepConfig
+from grokcurv.sweep.engine import Engine, Event, Task
+from grokcurv.sweep.folder import Sweep, claim, hold, write_failures
+from grokcurv.sweep.local import LocalEngine
+
+Progress = Callable[[dict[str, Any]], object]
+
+ENGINES = ("local", "ray")
+
+DEATHS = 3
+"""Deaths of a run's workers in a row, without a new checkpoint in between, after which the run has failed."""
+
+RATE_SECONDS = 30.0
+"""The rate is a mean over this long."""
+
+WAIT_SECONDS = 0.1
+"""How long to wait for an event before looking for Ctrl-C."""
+
+
+def run_sweep(
+    config: SweepConfig,
+    out: str | PathLike[str],
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    gpus_per_run: float = 0.0,
+    retry_failed: bool = False,
+    on_progress: Progress | None = None,
+) -> Sweep:
+    """Do all the runs of a sweep, or those that are left of it.
+
+    The same call goes on after anything that stopped it. A run whose worker dies goes on from its checkpoint. A run
+    that fails stops no other. Ctrl-C has the runs under way write checkpoints and raises KeyboardInterrupt; a second
+    one ends them at once.
+
+    Args:
+        config: the sweep.
+        out: its folder, see :mod:`grokcurv.sweep.folder`.
+        engine: ``local``, worker processes on this machine, or ``ray``.
+        workers: runs at a time; as many as there are CPUs (with Ray and GPUs: shares of a GPU) if None.
+        address: with Ray, the cluster to join; by default one is started on this machine for the time of the sweep.
+        gpus_per_run: with Ray, the share of a GPU that a run has.
+        retry_failed: try again the runs that would not be: those whose loss was not finite or whose workers kept
+            dying. Others that failed, such as for a full disk, are tried again in any case.
+        on_progress: called a few times a second with a dict of ``runs``, ``finished``, ``failed`` (numbers of runs),
+            ``deaths`` (of workers), ``running`` (what ``train`` reported last, by run; {} before it did),
+            ``steps_per_second`` (all runs together) and ``seconds_left`` (None until there is a rate).
+
+    Returns:
+        The sweep; what failed, and why, is in ``runs``.
+
+    Raises:
+        ValueError: an unknown engine, or options that it does not take.
+        ModuleNotFoundError: Ray is not installed.
+        RunError: the folder is held by another driver, holds another sweep or is damaged; workers do not start.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}")
+    if gpus_per_run < 0:
+        raise ValueError(f"gpus_per_run must not be negative; got {gpus_per_run}")
+    if engine == "local" and address is not None:
+        raise ValueError(f"address is for the engine 'ray'; got {address!r} with 'local'")
+    if engine == "local" and gpus_per_run:
+        raise ValueError(f"gpus_per_run is for the engine 'ray'; got {gpus_per_run} with 'local'")
+    path = Path(out)
+    with hold(path):
+        sweep = claim(path, config)
+        states = sweep.runs["status"]
+        final = {run: why for run, why in sweep.failures.items() if why["final"] and states[run] != "finished"}
+        if retry_failed:
+            final = {}
+        if final != sweep.failures:
+            sweep.failures = final
+            _keep_failures(sweep)
+        waiting = [run for run in sweep.plan if states[run] != "finished" and run not in final]
+        if waiting:
+            with _engine(engine, sweep, workers, address, gpus_per_run) as started:
+                _Driver(sweep, started, waiting, on_progress).run()
+    return sweep
+
+
+def _engine(name: str, sweep: Sweep, workers: int | None, address: str | None, gpus_per_run: float) -> Engine:
+    if name == "local":
+        return LocalEngine(workers, sweep.path / "workers.log")
+    from grokcurv.sweep.ray import RayEngine
+
+    return RayEngine(list(sweep.plan.values()), workers, address, gpus_per_run)
+
+
+def _keep_failures(sweep: Sweep) -> None:
+    with contextlib.suppress(RunError):  # the disk may be full, and that be the reason: it is known until the end
+        write_failures(sweep)
+
+
+class _Driver:
+    """A sweep under way."""
+
+    def __init__(self, sweep: Sweep, engine: Engine, waiting: list[str], on_progress: Progress | None) -> None:
+        self.sweep, self.engine, self.on_progress = sweep, engine, on_progress
+        self.waiting = deque(waiting)
+        self.running: dict[str, dict[str, Any]] = {}
+        self.finished = len(sweep.plan) - len(waiting) - len(sweep.failures)
+        self.deaths = 0
+        self.deaths_of: dict[str, tuple[int | None, int]] = {}
+        """By run: its checkpoint when a worker died last, and the deaths since that checkpoint."""
+        self.pace = _Pace()
+
+    def run(self) -> None:
+        with _ctrl_c() as interrupted:
+            stopping = False
+            while self.running or (self.waiting and not stopping):
+                if interrupted.is_set() and not stopping:
+                    stopping = True
+                    self.engine.interrupt()
+                while self.waiting and not stopping and len(self.running) < self.engine.workers:
+                    self._start(self.waiting.popleft())
+                for event in self.engine.wait(WAIT_SECONDS):
+                    if event.kind == "progress":
+                        self.running[event.run] = event.latest or {}
+                        self.pace.note(event)
+                    else:
+                        self._end(event, stopping)
+                if self.on_progress:
+                    self.on_progress(self._progress())
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+    def _start(self, run: str) -> None:
+        self.running[run] = {}
+        self.deaths_of.setdefault(run, (self._checkpoint(run), 0))
+        self.engine.start(Task(run, asdict(self.sweep.plan[run]), str(self.sweep.folder(run))))
+
+    def _end(self, event: Event, stopping: bool) -> None:
+        run = event.run
+        del self.running[run]
+        self.pace.note(event)
+        if event.kind == "finished":
+            self.finished += 1
+        elif event.kind == "failed":
+            self._fail(run, event.reason, event.final)
+        elif not stopping:
+            if event.kind == "died" and self._died_too_often(run):
+                self._fail(run, f"{event.reason}, {DEATHS} times in a row without a new checkpoint", True)
+            else:
+                self.waiting.appendleft(run)
+
+    def _died_too_often(self, run: str) -> bool:
+        self.deaths += 1
+        checkpoint = self._checkpoint(run)
+        before, deaths = self.deaths_of[run]
+        self.deaths_of[run] = (checkpoint, deaths + 1 if checkpoint == before else 1)
+        return self.deaths_of[run][1] >= DEATHS
+
+    def _fail(self, run: str, reason: str, final: bool) -> None:
+        self.sweep.failures[run] = {"reason": reason, "final": final}
+        _keep_failures(self.sweep)
+
+    def _checkpoint(self, run: str) -> int | None:
+        """What tells a run's checkpoint from the one before: its time of writing; None without one."""
+        try:
+            return (self.sweep.folder(run) / "checkpoint.safetensors").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _progress(self) -> dict[str, Any]:
+        rate = self.pace.rate()
+        left = sum(latest["steps"] - latest["step"] for latest in self.running.values() if latest)
+        to_begin = [*self.waiting, *(run for run, latest in self.running.items() if not latest)]
+        left += round(sum(self.sweep.plan[run].steps for run in to_begin) * self.pace.share(self.sweep.plan))
+        return {
+            "runs": len(self.sweep.plan),
+            "finished": self.finished,
+            "failed": len(self.sweep.failures),
+            "deaths": self.deaths,
+            "running": dict(self.running),
+            "steps_per_second": rate,
+            "seconds_left": left / rate if rate else None,
+        }
+
+
+class _Pace:
+    """How fast the sweep goes, from the steps of its runs."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._last: dict[str, int] = {}
+        self._history = deque([(time.monotonic(), 0)])
+        self._lengths: dict[str, int] = {}
+
+    def note(self, event: Event) -> None:
+        if event.latest:
+            step = event.latest["step"]
+            self._steps += step - self._last.get(event.run, step)
+            self._last[event.run] = step
+            if event.kind == "finished":
+                self._lengths[event.run] = step
+        if event.kind != "progress":  # if it goes on, it may be from an earlier step
+            self._last.pop(event.run, None)
+        self._history.append((time.monotonic(), self._steps))
+        while len(self._history) > 2 and self._history[-1][0] - self._history[1][0] > RATE_SECONDS:
+            self._history.popleft()
+
+    def rate(self) -> float:
+        """Steps a second, lately."""
+        began, steps = self._history[0]
+        return (self._steps - steps) / max(time.monotonic() - began, 1e-9)
+
+    def share(self, plan: dict[str, Any]) -> float:
+        """Share of their steps that runs took, as they end some time after they grok; 1 until one has finished."""
+        return statistics.fmean([steps / max(plan[run].steps, 1) for run, steps in self._lengths.items()] or [1.0])

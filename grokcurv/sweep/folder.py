@@ -1,0 +1,216 @@
+"""The folder of a sweep: its plan, what failed for good, and an ordinary run folder for each of its runs.
+
+=================  ====================================================================================
+``sweep.json``     what the sweep file said, and the plan: settings by run
+``failures.json``  why runs failed, by run, as far as their own folders cannot tell
+``runs/ID/``       a run, see :mod:`grokcurv.runs`
+``workers.log``    what the worker processes of the local engine printed
+=================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grokcurv.modular.config import TrainConfig
+from grokcurv.runs import SCHEMA, TABLES, Run, RunError, _check_schema, _holder, _read_json, open_run, write_atomically
+from grokcurv.sweep.config import SweepConfig, varied_fields
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+READERS = 4
+"""Threads that read tables; most of their time is the file system's."""
+
+
+class Sweep:
+    """A sweep, finished or not; its runs are read from their folders at every use.
+
+    Attributes:
+        path: the folder.
+        config: what the sweep file said.
+        plan: the settings of the runs by id, in order.
+        varied: the fields the sweep sets in which the runs differ, in the file's order.
+        failures: why runs failed, by id, where the driver knows: ``reason``, and whether it is ``final``: the same
+            command does not try those again unless asked.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: SweepConfig,
+        plan: dict[str, TrainConfig],
+        failures: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.path, self.config, self.plan, self.failures = path, config, plan, failures or {}
+        self.varied = varied_fields(config.named, list(plan.values()))
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """One row a run, indexed by its id: every setting, ``status`` and ``reason``.
+
+        ``status`` is one of pending, running, interrupted, finished and failed; ``reason`` is '' unless failed.
+        """
+        import pandas as pd
+
+        states = [self._state(run) for run in self.plan]
+        frame = pd.DataFrame([asdict(config) for config in self.plan.values()], index=pd.Index(self.plan, name="run"))
+        return frame.assign(status=[status for status, _ in states], reason=[reason for _, reason in states])
+
+    def run(self, run: str) -> Run:
+        """One run by its id; RunError if the sweep has no such run, or it has not begun."""
+        if run not in self.plan:
+            raise RunError(f"{self.path} has no run {run!r}")
+        return open_run(self.folder(run))
+
+    def folder(self, run: str) -> Path:
+        return self.path / "runs" / run
+
+    def table(self, name: str) -> pd.DataFrame:
+        """The rows of all runs, in the order of the plan: the column ``run``, then those of ``<name>.parquet``.
+
+        Runs that have no such table yet have no rows.
+
+        Raises:
+            ValueError: ``name`` is not one of :data:`grokcurv.runs.TABLES`.
+            RunError: a table that is damaged.
+        """
+        import pandas as pd
+        import pyarrow as pa
+
+        if name not in TABLES:
+            raise ValueError(f"name must be one of {', '.join(map(repr, TABLES))}; got {name!r}")
+        with ThreadPoolExecutor(READERS) as pool:
+            read = zip(self.plan, pool.map(lambda run: self._read(run, name), self.plan), strict=True)
+            tables = {run: table for run, table in read if table is not None}
+        if not tables:
+            return pd.DataFrame({"run": pd.Series(dtype=object)})
+        rows = pa.concat_tables(tables.values(), promote_options="permissive").replace_schema_metadata(None)
+        runs = pa.array(np.repeat(np.array(list(tables), dtype=object), [len(table) for table in tables.values()]))
+        frame: pd.DataFrame = rows.add_column(0, "run", runs).to_pandas()
+        return frame
+
+    def _state(self, run: str) -> tuple[str, str]:
+        failure = self.failures.get(run)
+        try:
+            status = Run(self.folder(run), {}, {}).status if (self.folder(run) / "status.json").exists() else "pending"
+        except RunError as error:
+            status = f"failed: {error}"
+        if status.startswith("failed"):
+            return "failed", failure["reason"] if failure else status.removeprefix("failed: ")
+        if failure and status not in ("finished", "running"):
+            return "failed", failure["reason"]
+        return status, ""
+
+    def _read(self, run: str, name: str) -> pa.Table | None:
+        """A run's table; None where there is none or it has no rows."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.folder(run) / f"{name}.parquet"
+        try:
+            with path.open("rb") as file:
+                table = pq.ParquetFile(file).read(use_threads=False)
+            _check_schema(int((table.schema.metadata or {})[b"grokcurv_schema"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+        return table if table.num_rows else None
+
+
+def open_sweep(path: str | os.PathLike[str]) -> Sweep:
+    """Open the folder of a sweep for reading.
+
+    Raises:
+        RunError: no sweep there, or one whose files are damaged or of another schema version.
+    """
+    folder = Path(path)
+    if not (folder / "sweep.json").is_file():
+        raise RunError(f"{folder} holds no sweep: there is no sweep.json in it")
+    content = _read_json(folder / "sweep.json", "sweep")
+    try:
+        config = SweepConfig.from_dict(content["config"])
+        plan = {run: TrainConfig(**{**content["common"], **settings}) for run, settings in content["plan"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / 'sweep.json'} is damaged: {error!r}") from error
+    there = (folder / "failures.json").exists()
+    return Sweep(folder, config, plan, _read_json(folder / "failures.json", "failures") if there else {})
+
+
+def claim(path: Path, config: SweepConfig) -> Sweep:
+    """The sweep in ``path``, written there if there is none yet.
+
+    Raises:
+        RunError: the folder holds another sweep (what differs is named) or a run, or cannot be written.
+    """
+    if (path / "sweep.json").exists():
+        sweep = open_sweep(path)
+        differing = _differences(sweep.plan, config.plan)
+        if differing:
+            raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
+        return sweep
+    if (path / "config.json").exists():
+        raise RunError(f"{path} holds a run; a sweep needs a folder of its own")
+    configs = [asdict(settings) for settings in config.plan.values()]
+    common = {name: value for name, value in configs[0].items() if all(other[name] == value for other in configs)}
+    plan = {
+        run: {name: value for name, value in settings.items() if name not in common}
+        for run, settings in zip(config.plan, configs, strict=True)
+    }
+    content = {"config": config.to_dict(), "common": common, "plan": plan}
+    write_atomically(path / "sweep.json", json.dumps({"schema": SCHEMA, "sweep": content}, indent=1).encode())
+    return Sweep(path, config, config.plan)
+
+
+def write_failures(sweep: Sweep) -> None:
+    """Keep ``sweep.failures``; RunError if the disk is full."""
+    text = json.dumps({"schema": SCHEMA, "failures": sweep.failures}, indent=1)
+    write_atomically(sweep.path / "failures.json", text.encode())
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Be the one driver of the sweep in ``path``, which is made if missing; RunError if another one is."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise RunError(f"cannot write into {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{path} is being run by process {_holder(path) or 'unknown'}") from None
+        with contextlib.suppress(OSError):  # on a full disk it stays unknown who holds the lock
+            os.truncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> str:
+    """What differs between two plans, in words; '' if nothing does."""
+    said = []
+    for runs, where in ((there.keys() - here.keys(), "there"), (here.keys() - there.keys(), "here")):
+        if runs:
+            said.append(f"{len(runs)} runs are only {where} ({min(runs)}{', ...' if len(runs) > 1 else ''})")
+    changed: dict[str, str] = {}
+    for run in (run for run in there if run in here):
+        a, b = asdict(there[run]), asdict(here[run])
+        for name in a:
+            if a[name] != b[name]:
+                changed.setdefault(name, f"{name} ({a[name]!r} there, {b[name]!r} here, in run {run})")
+    return ", ".join([*said, *changed.values()])
