@@ -24,7 +24,7 @@ Curvature and trajectory geometry of training, measured at every step.
 commands:
   train    train a network on modular arithmetic and measure it on the way
   sweep    do the many runs that a file describes
-  report   write the page and the figures of a run
+  report   write the page and the figures of a run or a sweep
   doctor   say what was built and what works on this machine
 
 grokcurv COMMAND --help lists the options of a command.

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from grokcurv.modular.trainer import _ctrl_c
+from grokcurv.modular.trainer import ctrl_c
 from grokcurv.runs import RunError
 from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import Engine, Event, Task
@@ -125,7 +125,7 @@ class _Driver:
         self.pace = _Pace()
 
     def run(self) -> None:
-        with _ctrl_c() as interrupted:
+        with ctrl_c() as interrupted:
             stopping = False
             while self.running or (self.waiting and not stopping):
                 if interrupted.is_set() and not stopping:
