@@ -146,7 +146,10 @@ class _Driver:
 
     def _start(self, run: str) -> None:
         self.running[run] = {}
-        self.deaths_of.setdefault(run, (self._checkpoint(run), 0))
+        checkpoint = self._checkpoint(run)
+        self.deaths_of.setdefault(run, (checkpoint, 0))
+        if checkpoint is None:
+            self.pace.begin(run)
         self.engine.start(Task(run, asdict(self.sweep.plan[run]), str(self.sweep.folder(run))))
 
     def _end(self, event: Event, stopping: bool) -> None:
@@ -205,6 +208,10 @@ class _Pace:
         self._last: dict[str, int] = {}
         self._history = deque([(time.monotonic(), 0)])
         self._lengths: dict[str, int] = {}
+
+    def begin(self, run: str) -> None:
+        """A run starts from step 0; of one that goes on, its first news tell from where."""
+        self._last[run] = 0
 
     def note(self, event: Event) -> None:
         if event.latest:
