@@ -136,6 +136,8 @@ def _sweep(arguments: list[str]) -> int:
         """Address of the Ray cluster to join; one is started on this machine if not given."""
         gpus_per_run: float = 0.0
         """With Ray, the share of a GPU that a run has."""
+        together: int | None = None
+        """With local workers, runs that each trains as one program; 1 on the CPU and 64 on a GPU if not given."""
         retry_failed: tyro.conf.FlagCreatePairsOff[bool] = False
         """Try again also the runs that would fail again: loss not finite, workers that kept dying."""
 
@@ -158,6 +160,7 @@ def _sweep(arguments: list[str]) -> int:
                 workers=options.workers,
                 address=options.address,
                 gpus_per_run=options.gpus_per_run,
+                together=options.together,
                 retry_failed=options.retry_failed,
                 on_progress=progress,
             )

@@ -37,7 +37,7 @@ p = 11
 layers = 1
 d_model = 16
 heads = 2
-d_ff = 24
+d_ff = 32
 batch_size = 24
 steps = 120
 eval_every = 20
@@ -217,6 +217,20 @@ def test_chaos(engine: str, file: Path, undisturbed: Sweep, tmp_path: Path) -> N
                 break
             out = tmp_path / f"round-{rounds}"
     print(f"{engine}: killed {dict(killed)} in {rounds} sweeps")
+
+
+def test_runs_as_one_program(config: SweepConfig, undisturbed: Sweep, tmp_path: Path) -> None:
+    """Workers take groups of runs; a run that fails leaves its group."""
+    sweep = run_sweep(config, tmp_path / "alike", workers=1, together=3)
+    assert_same_records(sweep, undisturbed)
+    lengths = [{"steps": 20}, {"steps": 40}, {"lr": 1e30}, {"d_ff": 48}]
+    base = {**config.run, "layer_norm": False, "sequence": "a b =", "measure_every": 0}
+    mixed = run_sweep(SweepConfig(run=base, runs=lengths), tmp_path / "mixed", workers=2, together=4)
+    assert mixed.runs["status"].tolist() == ["finished", "finished", "failed", "finished"]
+    assert "loss is" in mixed.runs["reason"].iloc[2]
+    for run, settings in mixed.plan.items():
+        if mixed.runs["status"][run] == "finished":
+            assert mixed.run(run).metrics["test_loss"].equals(train(settings).metrics["test_loss"])
 
 
 @pytest.mark.long

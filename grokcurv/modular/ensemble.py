@@ -58,6 +58,7 @@ def train_ensemble(
     resume: bool = False,
     strategy: Strategy = "auto",
     on_progress: Progress | None = None,
+    on_end: Callable[[int, str], object] | None = None,
 ) -> list[Run]:
     """Train several networks of one architecture together; each as :func:`grokcurv.modular.train` would alone.
 
@@ -72,6 +73,7 @@ def train_ensemble(
         resume: go on with the runs that are in the folders; they may stand at different steps.
         strategy: ``"loop"``, ``"vmap"``, or ``"auto"``: ``vmap`` on a GPU, where it pays, and ``loop`` elsewhere.
         on_progress: called every few steps with a run's place in ``configs`` and what ``train`` reports.
+        on_end: called with a run's place and status when it ends, which may be long before the others do.
 
     Returns:
         The runs in the order of ``configs``. One whose loss is not finite, or whose disk is full, has a status that
@@ -89,7 +91,7 @@ def train_ensemble(
         for training, out in zip(ensemble.runs, outs or (), strict=outs is not None):
             held = ensemble.held[training] = stack.enter_context(contextlib.ExitStack())
             training.enter(out, resume, held)
-        statuses = ensemble.train(on_progress)
+        statuses = ensemble.train(on_progress, on_end)
     return [training.result(statuses[training]) for training in ensemble.runs]
 
 
@@ -124,7 +126,7 @@ class _Ensemble:
         # What the monitors measure is the same loss, that of the first that has one.
         self.measuring = next((run.monitor.probe.gradients for run in runs if run.monitor is not None), None)
 
-    def train(self, on_progress: Progress | None) -> dict[Training, str]:
+    def train(self, on_progress: Progress | None, on_end: Callable[[int, str], object] | None) -> dict[Training, str]:
         """Go on until every run has ended; their statuses."""
         statuses: dict[Training, str] = {}
         place = {run: index for index, run in enumerate(self.runs)}
@@ -138,6 +140,8 @@ class _Ensemble:
                     assert run.writer is not None
                     run.writer.set_status(status)
                 self.held[run].close()
+            if on_end:
+                on_end(place[run], status)
 
         with ctrl_c() as interrupted:
             new = [run for run in self.runs if not run.rows]

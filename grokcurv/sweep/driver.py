@@ -23,6 +23,9 @@ Progress = Callable[[dict[str, Any]], object]
 
 ENGINES = ("local", "ray")
 
+TOGETHER = 64
+"""Runs that a worker trains as one program on a GPU."""
+
 DEATHS = 3
 """Deaths of a run's workers in a row, without a new checkpoint in between, after which the run has failed."""
 
@@ -41,6 +44,7 @@ def run_sweep(
     workers: int | None = None,
     address: str | None = None,
     gpus_per_run: float = 0.0,
+    together: int | None = None,
     retry_failed: bool = False,
     on_progress: Progress | None = None,
 ) -> Sweep:
@@ -57,6 +61,8 @@ def run_sweep(
         workers: runs at a time; as many as there are CPUs (with Ray and GPUs: shares of a GPU) if None.
         address: with Ray, the cluster to join; by default one is started on this machine for the time of the sweep.
         gpus_per_run: with Ray, the share of a GPU that a run has.
+        together: with local workers, how many runs of one architecture each trains as one program
+            (:func:`grokcurv.modular.train_ensemble`); if None, 1 on the CPU, and on a GPU 64, with one worker.
         retry_failed: try again the runs that would not be: those whose loss was not finite or whose workers kept
             dying. Others that failed, such as for a full disk, are tried again in any case.
         on_progress: called a few times a second with a dict of ``runs``, ``finished``, ``failed`` (numbers of runs),
@@ -77,6 +83,10 @@ def run_sweep(
         raise ValueError(f"workers must be at least 1; got {workers}")
     if gpus_per_run < 0:
         raise ValueError(f"gpus_per_run must not be negative; got {gpus_per_run}")
+    if together is not None and together < 1:
+        raise ValueError(f"together must be at least 1; got {together}")
+    if engine != "local" and together is not None:
+        raise ValueError(f"together is for the engine 'local'; got {together} with {engine!r}")
     if engine == "local" and address is not None:
         raise ValueError(f"address is for the engine 'ray'; got {address!r} with 'local'")
     if engine == "local" and gpus_per_run:
@@ -93,14 +103,18 @@ def run_sweep(
             _keep_failures(sweep)
         waiting = [run for run in sweep.plan if states[run] != "finished" and run not in final]
         if waiting:
-            with _engine(engine, sweep, workers, address, gpus_per_run) as started:
+            with _engine(engine, sweep, workers, address, gpus_per_run, together) as started:
                 _Driver(sweep, started, waiting, on_progress).run()
     return sweep
 
 
-def _engine(name: str, sweep: Sweep, workers: int | None, address: str | None, gpus_per_run: float) -> Engine:
+def _engine(
+    name: str, sweep: Sweep, workers: int | None, address: str | None, gpus_per_run: float, together: int | None
+) -> Engine:
     if name == "local":
-        return LocalEngine(workers, sweep.path / "workers.log")
+        if any(config.device.startswith("cuda") for config in sweep.plan.values()):
+            workers, together = workers or 1, together or TOGETHER
+        return LocalEngine(workers, sweep.path / "workers.log", together or 1)
     from grokcurv.sweep.ray import RayEngine
 
     return RayEngine(list(sweep.plan.values()), workers, address, gpus_per_run)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -78,32 +79,85 @@ def execute(task: Task, report: Callable[[Event], object], stop: Callable[[], bo
         stop: whether to write a checkpoint and end, asked every few steps.
     """
     from grokcurv.modular import TrainConfig, TrainingError, train
-    from grokcurv.runs import RunError, _holder
 
-    latest: dict[str, Any] | None = None
-    reported, stopping = 0.0, False
+    watch = _Watch([task], report, stop)
+    try:
+        watch.wait_for_folders()
+        train(TrainConfig(**task.config), out=task.folder, resume=True, on_progress=partial(watch.progress, 0))
+    except TrainingError as error:
+        return Event(task.run, "failed", watch.latest[0], str(error), final=True)
+    except BaseException as error:
+        return _stopped(task, watch.latest[0], error)
+    return Event(task.run, "finished", watch.latest[0])
 
-    def on_progress(news: dict[str, Any]) -> None:
-        nonlocal latest, reported, stopping
-        latest = news
-        if time.monotonic() - reported >= REPORT_SECONDS:
-            reported = time.monotonic()
-            report(Event(task.run, "progress", latest))
-        if not stopping and stop():
-            stopping = True
-            signal.raise_signal(signal.SIGINT)  # train takes it for Ctrl-C: a checkpoint, then KeyboardInterrupt
+
+def execute_together(tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
+    """:func:`execute` for runs of one architecture, as one program; ``report`` is told how each ended, too."""
+    from grokcurv.modular import TrainConfig, train_ensemble
+
+    watch = _Watch(tasks, report, stop)
+    running = dict(enumerate(tasks))
+
+    def on_end(place: int, status: str) -> None:
+        task, latest = running.pop(place), watch.latest[place]
+        if status == "finished":
+            report(Event(task.run, "finished", latest))
+        else:
+            # Weights that are not finite would be so again; a disk need not be full again.
+            report(
+                Event(task.run, "failed", latest, status.removeprefix("failed: "), final="cannot write" not in status)
+            )
 
     try:
+        watch.wait_for_folders()
+        train_ensemble(
+            [TrainConfig(**task.config) for task in tasks],
+            outs=[task.folder for task in tasks],
+            resume=True,
+            on_progress=watch.progress,
+            on_end=on_end,
+        )
+    except BaseException as error:
+        for place, task in running.items():
+            report(_stopped(task, watch.latest[place], error))
+
+
+class _Watch:
+    """Passes on how runs go, and has them stop when they should."""
+
+    def __init__(self, tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
+        self.tasks, self.report, self.stop = tasks, report, stop
+        self.latest: list[dict[str, Any] | None] = [None] * len(tasks)
+        self._reported = [0.0] * len(tasks)
+        self._stopping = False
+
+    def wait_for_folders(self) -> None:
+        """Wait, within reason, for writers that a driver left behind."""
+        from grokcurv.runs import _holder
+
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while _holder(Path(task.folder)) is not None and time.monotonic() < deadline and not stop():
-            time.sleep(0.1)
-        train(TrainConfig(**task.config), out=task.folder, resume=True, on_progress=on_progress)
-    except KeyboardInterrupt:
+        for task in self.tasks:
+            while _holder(Path(task.folder)) is not None and time.monotonic() < deadline and not self.stop():
+                time.sleep(0.1)
+
+    def progress(self, place: int, latest: dict[str, Any]) -> None:
+        self.latest[place] = latest
+        if time.monotonic() - self._reported[place] >= REPORT_SECONDS:
+            self._reported[place] = time.monotonic()
+            self.report(Event(self.tasks[place].run, "progress", latest))
+        if not self._stopping and self.stop():
+            self._stopping = True
+            signal.raise_signal(signal.SIGINT)  # train takes it for Ctrl-C: a checkpoint, then KeyboardInterrupt
+
+
+def _stopped(task: Task, latest: dict[str, Any] | None, error: BaseException) -> Event:
+    """What an exception that ended a run means for it."""
+    from grokcurv.runs import RunError
+
+    if isinstance(error, KeyboardInterrupt):
         return Event(task.run, "interrupted", latest)
-    except TrainingError as error:
-        return Event(task.run, "failed", latest, str(error), final=True)
-    except (RunError, OSError, ValueError) as error:
+    if isinstance(error, RunError | OSError | ValueError):
         return Event(task.run, "failed", latest, str(error))
-    except Exception as error:  # whatever it is, it is this run's alone
+    if isinstance(error, Exception):  # whatever it is, it is this run's alone
         return Event(task.run, "failed", latest, f"{type(error).__name__}: {error}")
-    return Event(task.run, "finished", latest)
+    raise error

@@ -1,7 +1,7 @@
 """The engine of one machine: worker processes of one thread each, started when needed and used for many runs.
 
-A worker reads tasks from its standard input, a JSON line each, and writes events to its standard output. The end of
-its input, which is also what a driver leaves behind when it is killed, means: write a checkpoint and end.
+A worker reads groups of tasks from its standard input, a JSON line each, and writes events to its standard output. The
+end of its input, which is also what a driver leaves behind when it is killed, means: write a checkpoint and end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from grokcurv.modular.ensemble import SHARED
 from grokcurv.runs import RunError
-from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
+from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute, execute_together
 
 READY = Event("", "progress")
 """What a worker says when it has loaded everything."""
@@ -38,14 +39,17 @@ class LocalEngine:
 
     Args:
         workers: how many at most; the CPUs this process may use if None.
+        together: how many runs of one architecture a worker does at a time, as one program.
         log: file that takes what the workers print.
 
     Raises:
         RunError: in :meth:`wait`, when workers die before they can do anything.
     """
 
-    def __init__(self, workers: int | None, log: Path) -> None:
-        self.workers = workers or len(os.sched_getaffinity(0))
+    def __init__(self, workers: int | None, log: Path, together: int = 1) -> None:
+        self.processes = workers or len(os.sched_getaffinity(0))
+        self.together = together
+        self.workers = self.processes * together
         self.log = log
         self._events: Events = queue.Queue()
         self._tasks: deque[Task] = deque()
@@ -95,7 +99,7 @@ class LocalEngine:
         if event == READY:
             worker.ready, self._deaths_at_birth = True, 0
         elif event.kind != "progress":
-            worker.task = None
+            worker.tasks = [task for task in worker.tasks if task.run != event.run]
         self._assign()
         return [] if event == READY else [event]
 
@@ -103,25 +107,32 @@ class LocalEngine:
         self._crew.remove(worker)
         code = worker.process.wait()
         worker.close()
-        task, worker.task = worker.task, None
+        tasks, worker.tasks = worker.tasks, []
         if not worker.ready and not worker.left:
             self._deaths_at_birth += 1
             if self._deaths_at_birth == DEATHS_AT_BIRTH:
                 raise RunError(f"worker processes do not start (exit status {code}): {self.log} says more")
         self._assign()
-        if task is None:
-            return []
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return [Event(task.run, "died", reason=f"its worker process {how}")]
+        return [Event(task.run, "died", reason=f"its worker process {how}") for task in tasks]
 
     def _assign(self) -> None:
         """Give tasks to workers that are free; start workers while there are too few."""
         for worker in self._crew:
-            if self._tasks and worker.ready and worker.task is None:
-                worker.give(self._tasks.popleft())
+            if self._tasks and worker.ready and not worker.tasks:
+                worker.give(self._group())
         unready = sum(not worker.ready for worker in self._crew)
-        for _ in range(min(len(self._tasks) - unready, self.workers - len(self._crew))):
+        wanted = -(-len(self._tasks) // self.together)
+        for _ in range(min(wanted - unready, self.processes - len(self._crew))):
             self._crew.append(_Worker(self._events, self.log))
+
+    def _group(self) -> list[Task]:
+        """The first task and those further ones that can be done together with it."""
+        first = self._tasks.popleft()
+        alike = [t for t in self._tasks if all(t.config[name] == first.config[name] for name in SHARED)]
+        group = [first, *alike[: self.together - 1]]
+        self._tasks = deque(task for task in self._tasks if task not in group)
+        return group
 
 
 class _Worker:
@@ -129,7 +140,7 @@ class _Worker:
 
     def __init__(self, events: Events, log: Path) -> None:
         self.ready, self.left = False, False
-        self.task: Task | None = None
+        self.tasks: list[Task] = []
         self._events = events
         # It imports what this process imports, wherever that came from.
         imported = [path or os.getcwd() for path in sys.path]
@@ -145,11 +156,11 @@ class _Worker:
             )
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def give(self, task: Task) -> None:
-        self.task = task
+    def give(self, tasks: list[Task]) -> None:
+        self.tasks = tasks
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it is dead: _listen finds out too
-            self.process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")
+            self.process.stdin.write(json.dumps([asdict(task) for task in tasks]).encode() + b"\n")
             self.process.stdin.flush()
 
     def leave(self) -> None:
@@ -186,14 +197,14 @@ def serve() -> None:
     import grokcurv.modular
     import grokcurv.monitor  # noqa: F401
 
-    tasks: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    groups: queue.SimpleQueue[list[dict[str, Any]] | None] = queue.SimpleQueue()
     stop = threading.Event()
 
     def listen() -> None:
         for line in sys.stdin:
-            tasks.put(json.loads(line))
+            groups.put(json.loads(line))
         stop.set()
-        tasks.put(None)
+        groups.put(None)
 
     def report(event: Event) -> None:
         with contextlib.suppress(BrokenPipeError):  # the driver is dead: listen finds out too
@@ -202,6 +213,10 @@ def serve() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     report(READY)
-    while (task := tasks.get()) is not None and not stop.is_set():
-        report(execute(Task(**task), report, stop.is_set))
+    while (group := groups.get()) is not None and not stop.is_set():
+        tasks = [Task(**task) for task in group]
+        if len(tasks) > 1:
+            execute_together(tasks, report, stop.is_set)
+        else:
+            report(execute(tasks[0], report, stop.is_set))
     os._exit(0)  # nothing is left to write; the listening thread holds standard input
