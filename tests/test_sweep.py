@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -417,3 +418,22 @@ def test_a_full_disk_keeps_reasons_until_the_end(
     monkeypatch.setattr(driver, "write_failures", full)
     script["ends"] = {run: [Event(run, "failed", None, "disk full")] for run in FOUR.plan}
     assert run_sweep(FOUR, tmp_path).runs["reason"].tolist() == ["disk full"] * 4
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"engine 'ray' needs Ray: pip install 'grokcurv\[ray\]'"):
+        run_sweep(FOUR, tmp_path, engine="ray")
+
+
+def test_ray_runs_on_a_gpu_need_a_share_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match="gpus_per_run must be above 0 for runs whose device is cuda; got 0"):
+        run_sweep(SweepConfig(run={"device": "cuda"}, grid={"seed": [0]}), tmp_path, engine="ray")
+
+
+def test_workers_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RunError, match=r"worker processes do not start \(exit status 1\): .*workers\.log says more"):
+        run_sweep(FOUR, tmp_path, workers=2)
+    assert (open_sweep(tmp_path).runs["status"] == "pending").all()

@@ -106,11 +106,12 @@ class LocalEngine:
     def _bury(self, worker: _Worker) -> list[Event]:
         self._crew.remove(worker)
         code = worker.process.wait()
+        left = worker.left
         worker.close()
         tasks, worker.tasks = worker.tasks, []
-        if not worker.ready and not worker.left:
+        if not worker.ready and not left:
             self._deaths_at_birth += 1
-            if self._deaths_at_birth == DEATHS_AT_BIRTH:
+            if self._deaths_at_birth >= DEATHS_AT_BIRTH:
                 raise RunError(f"worker processes do not start (exit status {code}): {self.log} says more")
         self._assign()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
