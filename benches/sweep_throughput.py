@@ -2,8 +2,8 @@
 
 ``python benches/sweep_throughput.py examples/sweeps/grokking.toml DIR`` does the sweep into DIR with two workers of one
 thread each, from the start, and then a part of its first run in plain PyTorch with two threads: the module's own
-forward, evaluations, and the naive commutators of ``naive.py`` at the same steps, without PCA, controls or noise floors.
-The plain time of the whole sweep is that of the part, scaled by the steps that its runs took. Wants an idle machine.
+forward, evaluations, and the naive commutators of ``naive.py`` at the same steps, without PCA, controls or floors. The
+plain time of the whole sweep is that of the part, scaled by the steps that its runs took. Wants an idle machine.
 """
 
 from __future__ import annotations
@@ -67,17 +67,14 @@ def main() -> None:
     metrics = sweep.table("metrics")
     steps = int(metrics.groupby("run")["step"].max().sum())
     print(sweep.runs[["op", "seed", "status"]].join(metrics.groupby("run").last()[["step", "test_acc", "seconds"]]))
-    print(
-        f"sweep: {len(sweep.runs)} runs, {steps:,} steps, {ours / 60:.1f} min, {len(sweep.runs) / ours * 3600:.1f} runs/h"
-    )
+    rate = len(sweep.runs) / ours * 3600
+    print(f"sweep: {len(sweep.runs)} runs, {steps:,} steps, {ours / 60:.1f} min, {rate:.1f} runs/h")
     torch.set_num_threads(2)
     first = next(iter(sweep.plan.values()))
     plain(first, 20)
     part = plain(first, PART)
     theirs = part / PART * steps
-    print(
-        f"plain PyTorch, two threads: {1e3 * part / PART:.1f} ms a step over {PART} steps, {theirs / 60:.1f} min for all"
-    )
+    print(f"plain PyTorch, two threads: {1e3 * part / PART:.1f} ms a step, {theirs / 60:.1f} min for all")
     print(f"ratio of runs an hour: {theirs / ours:.2f}")
 
 

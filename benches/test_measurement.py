@@ -4,7 +4,7 @@ A whole measurement must do 36 gradients for K = 9 pairs, and for the noise floo
 (perturbed parameters, defect, projection on the execution basis, both random controls) moves a few dozen vectors of
 1.2 MB a pair, a small part of one gradient's time. A measurement of successive steps must do three, and every 25th
 time two in float64. The shorter way to the logits makes a gradient cheaper by the products it leaves out:
-192 of 275 million multiply-adds per forward pass of 512 rows.
+184 of 275 million multiply-adds per forward pass of 512 rows.
 """
 
 from __future__ import annotations

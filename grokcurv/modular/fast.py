@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, arange
+import torch
+from torch import Tensor
 from torch.nn import functional
 
 from grokcurv.modular.model import Transformer
@@ -29,20 +30,25 @@ def logits(model: Transformer, pairs: Tensor) -> Tensor:
 
     # Row i * vocabulary + token of a table is that token at position i.
     table = (model.tok_emb.weight + model.pos_emb[:, None]).flatten(0, 1)
-    rows = tokens + model.tok_emb.num_embeddings * arange(length, device=tokens.device)
-    first = layers[0].self_attn
+    rows = tokens + model.tok_emb.num_embeddings * torch.arange(length, device=tokens.device)
+    first, d = layers[0].self_attn, table.shape[-1]
     projected = functional.linear(layers[0].norm1(table), first.in_proj_weight, first.in_proj_bias)
     x, qkv = functional.embedding(rows, table), functional.embedding(rows, projected)
 
     for layer in layers:
         attention, last = layer.self_attn, layer is layers[-1]
-        if layer is not layers[0]:
-            qkv = functional.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
-        query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+        wanted = slice(read, read + 1) if last else slice(None)
+        if layer is layers[0]:
+            query, key, value = qkv[:, wanted, :d], qkv[..., d : 2 * d], qkv[..., 2 * d :]
+        else:
+            weight, bias, normed = attention.in_proj_weight, attention.in_proj_bias, layer.norm1(x)
+            query = functional.linear(normed[:, wanted], weight[:d], bias[:d])
+            key, value = functional.linear(normed, weight[d:], bias[d:]).chunk(2, -1)
+        # What is read in the end sees every position, so that a decoder needs no mask for it.
         mask = model.mask if model.decoder and not last else None
-        if last:  # what is read sees every position, so a decoder needs no mask either
-            x, query = x[:, read : read + 1], query[:, read : read + 1]
-        x = x + attention.out_proj(_attend(query, key, value, mask).flatten(2))
+        query, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in (query, key, value))
+        mixed = _attend(query, key, value, mask)
+        x = x[:, wanted] + attention.out_proj(mixed.flatten(2))
         x = x + layer.linear2(layer.activation(layer.linear1(layer.norm2(x))))
     answer: Tensor = model.head(model.ln(x[:, 0]))
     return answer
@@ -51,8 +57,13 @@ def logits(model: Transformer, pairs: Tensor) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of (n, I, heads, d) queries on (n, J, heads, d) keys and values, entry by entry.
 
-    For the two to four positions here that takes a fraction of the time of kernels made for long sequences.
+    For the two to four positions here that takes a fraction of the time of kernels made for long sequences. Of two
+    positions, the soft-max is the logistic function of the difference of their scores.
     """
+    if key.shape[1] == 2 and mask is None:
+        (k, other_k), (v, other_v) = key.split(1, 1), value.split(1, 1)
+        weight = ((query * (k - other_k)).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])).sigmoid()
+        return torch.lerp(other_v, v, weight)
     scores = (query[:, :, None] * key[:, None]).sum(-1) / math.sqrt(query.shape[-1])  # (n, I, J, heads)
     if mask is not None:
         scores = scores.masked_fill(mask[:, :, None], -math.inf)
