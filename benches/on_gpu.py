@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,9 @@ from torch.nn import functional
 import grokcurv as gc
 from grokcurv import ops, reference
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.modular.model import Transformer
+from grokcurv.modular import TrainConfig, Transformer
+from grokcurv.modular.ensemble import Ensemble, Rows
+from grokcurv.modular.trainer import Training
 
 REHEARSAL = "--rehearse" in sys.argv
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -388,6 +390,18 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def wall(run: Run, rounds: int = 5) -> float:
+    """The median time of a call, its waits included."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        if not REHEARSAL:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
 def whole_measurement(pairs: int) -> None:
     """The demo's model: K pairs and an execution basis of 16 rows. Wall-clock time of the whole, with its waits."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -395,16 +409,6 @@ def whole_measurement(pairs: int) -> None:
 
     def draw() -> tuple[Tensor, Tensor]:
         return torch.randint(97, (512, 2), device=DEVICE), torch.randint(97, (512,), device=DEVICE)
-
-    def wall(run: Run, rounds: int = 5) -> float:
-        times = []
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            run()
-            if not REHEARSAL:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return median(times[1:])
 
     model = Transformer().to(DEVICE)
     size = flatten(model).numel()
@@ -435,6 +439,48 @@ def whole_measurement(pairs: int) -> None:
     print(f"| ours, eager | {attempt(eager)} |", flush=True)
     if not REHEARSAL:
         print(f"| ours, captured and replayed with new batches | {attempt(captured)} |", flush=True)
+
+
+def ensembles(sizes: tuple[int, ...]) -> None:
+    """Model-steps a second of R runs of the demo's model as one program, eager; and the share of float32 products.
+
+    The floor is the time of the gradients' 1.10 Gflop a run (four times as much with a measurement of successive steps)
+    at the rate of a large float32 matrix product.
+    """
+    n = 8192 // (16 if REHEARSAL else 1)
+    a, b = numbers(2, n, n)
+    rate = 2 * n**3 / seconds([lambda: torch.mm(a, b)], rounds=5)
+    row(f"float32 matrix product, {n} x {n}", f"{rate / 1e12:.1f} Tflop/s", "", "")
+    config = TrainConfig(device=str(DEVICE), successive=True, pairs=1, measure_every=1, pca_every=0)
+    alone = None
+    for size in sizes:
+        for measured in (False, True):
+            configs = [replace(config, seed=seed, measure_every=int(measured)) for seed in range(size)]
+
+            def steps(configs: list[TrainConfig] = configs, measured: bool = measured) -> str:
+                nonlocal alone
+                runs = [Training(config, None) for config in configs]
+                strategy = "vmap" if len(runs) > 1 else "loop"
+                together, rows = Ensemble(runs, strategy), Rows(runs)
+
+                def step() -> None:
+                    together.update(rows)
+                    for run in runs:
+                        run.step += 1
+
+                step()
+                pace = len(runs) / wall(step)
+                alone = alone or pace
+                share = pace * (4 if measured else 1) * 1.10e9 / rate
+                asked = ""
+                if measured and len(runs) == 64:
+                    asked = f", {'met' if pace >= 30 * alone else 'MISSED'}: 30x"
+                return f"{pace:,.0f} | {100 * share:.0f} % | {pace / alone:.1f}x{asked}"
+
+            print(
+                f"| R = {size}, {'measured at every step' if measured else 'unmeasured'} | {attempt(steps)} |",
+                flush=True,
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -481,6 +527,10 @@ def main() -> int:
     pairs = 1 if REHEARSAL else 9
     header(f"whole measurement of the demo's model, K = {pairs}", "time", "faster than naive")
     failure = attempt(lambda: whole_measurement(pairs))
+    if failure:
+        print(f"| {failure} |", flush=True)
+    header("training of the demo's model", "model-steps a second", "of float32 products", "of the first")
+    failure = attempt(lambda: ensembles((1, 2) if REHEARSAL else (1, 16, 64, 256)))
     if failure:
         print(f"| {failure} |", flush=True)
     return 1 if _failed else 0

@@ -227,17 +227,20 @@ to see it: grokcurv report runs/rates
         "workers": None,
         "address": None,
         "gpus_per_run": 0.0,
+        "together": None,
         "retry_failed": False,
     }
-    options = "--out some/where --engine ray --workers 3 --address a:1 --gpus-per-run 0.5 --retry-failed"
+    options = "--out some/where --engine ray --workers 3 --address a:1 --gpus-per-run 0.5 --together 2 --retry-failed"
     (tmp_path / "rates.toml").write_text("grid.lr = [0.1]")
     assert cli.main(["sweep", file, *options.split()]) == 0
-    assert {name: swept[name] for name in ("out", "engine", "workers", "address", "gpus_per_run", "retry_failed")} == {
+    del swept["config"], swept["on_progress"]
+    assert swept == {
         "out": Path("some/where"),
         "engine": "ray",
         "workers": 3,
         "address": "a:1",
         "gpus_per_run": 0.5,
+        "together": 2,
         "retry_failed": True,
     }
 

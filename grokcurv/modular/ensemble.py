@@ -87,7 +87,7 @@ def train_ensemble(
     _check(configs, outs, resume)
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads_of(configs[0].threads))
-        ensemble = _Ensemble([Training(config, None) for config in configs], strategy)
+        ensemble = Ensemble([Training(config, None) for config in configs], strategy)
         for training, out in zip(ensemble.runs, outs or (), strict=outs is not None):
             held = ensemble.held[training] = stack.enter_context(contextlib.ExitStack())
             training.enter(out, resume, held)
@@ -108,7 +108,7 @@ def _check(configs: Sequence[TrainConfig], outs: Sequence[object] | None, resume
         raise ValueError("resume needs outs, the folders of the runs to go on with")
 
 
-class _Ensemble:
+class Ensemble:
     """Runs in progress."""
 
     def __init__(self, runs: Sequence[Training], strategy: Strategy) -> None:
@@ -147,7 +147,7 @@ class _Ensemble:
             new = [run for run in self.runs if not run.rows]
             bad = self._unhealthy(new, [run.observing() for run in new])
             active = list(self.runs)
-            rows: _Rows | None = None
+            rows: Rows | None = None
             while True:
                 for run in list(active):
                     try:
@@ -162,8 +162,8 @@ class _Ensemble:
                 if not active:
                     return statuses
                 if rows is None or rows.runs != active:
-                    rows = _Rows(active)
-                bad = self._update(rows)
+                    rows = Rows(active)
+                bad = self.update(rows)
                 well = [run for run in active if run not in bad]
                 for run in well:
                     run.step += 1
@@ -172,7 +172,7 @@ class _Ensemble:
                     if run.progress_due and on_progress:
                         on_progress(place[run], run.progress((run.step - starts[run]) / (time.perf_counter() - began)))
 
-    def _update(self, rows: _Rows) -> set[Training]:
+    def update(self, rows: Rows) -> set[Training]:
         """Take one step of every run; those that a measurement has found not finite stay, and are returned."""
         batches = [run.training_batch() for run in rows.runs]
         self.engine.gradients(rows.theta, batches, rows.gradient, seeds=range(len(batches)))
@@ -194,7 +194,7 @@ class _Ensemble:
         raise KeyboardInterrupt
 
 
-class _Rows:
+class Rows:
     """Parameters, gradients and AdamW's moments of several runs, a row each of four buffers (R, P).
 
     Each run's parameters, ``.grad`` and optimiser state are views of its rows, so that evaluations, measurements and

@@ -1,11 +1,13 @@
-"""Launches, flops and bytes of a training step and of what is measured in it: the counts of docs/scaling.md.
+"""The cost model of docs/scaling.md: what a step launches, computes and moves, and the time that this predicts.
 
-Counted on the CPU: every call that is not a view is one launch, matrix products are
-counted by torch's own FlopCounterMode, and bytes are those of all inputs and outputs of every call, each once.
+Every call that is not a view is one launch, matrix products are counted by torch's own FlopCounterMode, and bytes are
+those of all inputs and outputs of every call, each once. The three constants of the machine (one thread) are measured
+first; then each row's prediction stands beside its time. Wants an idle machine.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +52,32 @@ def counted(run: Callable[[], object]) -> tuple[int, float, float]:
     return launches.calls, flops.get_total_flops() / 1e9, launches.bytes / 1e6
 
 
+def fastest(run: Callable[[], object], rounds: int = 30) -> float:
+    """Seconds of the fastest of so many calls."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def constants() -> tuple[float, float, float]:
+    """Seconds per Gflop, per MB and per launch: products, copies and the smallest calls of the model's sizes."""
+    x, y, small = torch.randn(2 * ROWS, 128), torch.randn(128, 256), torch.randn(4, requires_grad=True)
+    flop = fastest(lambda: x @ y, 300) / (2e-9 * x.numel() * y.shape[1])
+    out = torch.empty_like(x)
+    byte = fastest(lambda: torch.mul(x, 2.0, out=out), 300) / (2e-6 * x.numel() * x.element_size())
+    # A launch of a forward pass and the one of its backward pass.
+    call = fastest(lambda: (small * 2.0).backward(torch.ones(4)), 3000) / 3
+    return flop, byte, call
+
+
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
+    flop, byte, call = constants()
+    print(f"{1 / flop:.0f} Gflop/s, {1e-3 / byte:.0f} GB/s, {1e6 * call:.1f} us a launch")
     model = Transformer()
     batch, other = ((torch.randint(97, (ROWS, 2)), torch.randint(97, (ROWS,))) for _ in range(2))
 
@@ -85,7 +110,10 @@ def main() -> None:
     }
     for name, run in rows.items():
         calls, flops, megabytes = counted(run)
-        print(f"| {name} | {calls:,} | {flops:.2f} | {megabytes:,.0f} |")
+        predicted = calls * call + flops * flop + megabytes * byte
+        measured = fastest(run)
+        times = f"{1e3 * predicted:.0f} ms | {1e3 * measured:.0f} ms | {measured / predicted:.2f}"
+        print(f"| {name} | {calls:,} | {flops:.2f} | {megabytes:,.0f} | {times} |")
 
 
 if __name__ == "__main__":
