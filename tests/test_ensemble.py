@@ -132,6 +132,18 @@ def test_ctrl_c_and_resume_end_the_same(tmp_path: Path) -> None:
         assert_same(run, train(config))
 
 
+@pytest.mark.long
+def test_batched_products_grok_when_the_loop_does() -> None:
+    base = TrainConfig(measure_every=0, eval_every=20, steps_after_grok=0, threads=1)
+    settings = [dataclasses.replace(base, op=op, seed=seed) for op, seed in (("add", 42), ("mul", 137))]
+    loop, vmap = (train_ensemble(settings, strategy=strategy) for strategy in ("loop", "vmap"))
+    for one, other in zip(loop, vmap, strict=True):
+        steps = [run.metrics["step"].iloc[-1] for run in (one, other)]
+        print(f"grokked at {steps[0]} by the loop, {steps[1]} by vmap")
+        assert steps[0] < base.steps
+        assert steps[1] == pytest.approx(steps[0], rel=0.05)
+
+
 @pytest.mark.parametrize("name", SHARED)
 def test_runs_must_agree(name: str) -> None:
     other = {

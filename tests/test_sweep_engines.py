@@ -24,6 +24,7 @@ import pandas as pd
 import pytest
 
 from grokcurv.modular import train
+from grokcurv.report import write_report
 from grokcurv.runs import TABLES, _holder
 from grokcurv.sweep import Sweep, SweepConfig, folder, open_sweep, run_sweep
 
@@ -231,6 +232,14 @@ def test_runs_as_one_program(config: SweepConfig, undisturbed: Sweep, tmp_path: 
     for run, settings in mixed.plan.items():
         if mixed.runs["status"][run] == "finished":
             assert mixed.run(run).metrics["test_loss"].equals(train(settings).metrics["test_loss"])
+
+
+def test_report(undisturbed: Sweep) -> None:
+    page = write_report(undisturbed.path).read_text()
+    assert all(run in page for run in undisturbed.plan)
+    assert "4 finished" in page
+    drawn = {path.stem for path in undisturbed.path.glob("figures/*.png")}
+    assert drawn == {"phase", "trajectories"}
 
 
 @pytest.mark.long

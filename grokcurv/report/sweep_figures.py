@@ -101,7 +101,7 @@ def trajectories(
         (curvature, "defect_median", "defect D", theme.blue, 1.25 if facet else 2.6),
     ]
     kinds = [kind for kind in kinds if not kind[0].empty]
-    columns = min(3, len(values))
+    columns = 2 if len(values) == 4 else min(3, len(values))
     left, right, across, down = 0.76, 0.12, 0.2, 0.1
     top, title, ticks, bottom = 0.27 if hue else 0.1, 0.3 if facet else 0.1, 0.3, 0.22
     width = (WIDTH - left - right - across * (columns - 1)) / columns
