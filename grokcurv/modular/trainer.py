@@ -169,7 +169,9 @@ class _TorchDraws:
         self.weights_seed: int = seeds[1]
         self._training = torch.Generator(device).manual_seed(seeds[2])
         self._measuring = torch.Generator(device).manual_seed(seeds[3])
-        self.intervening_seed = int(torch.randint(2**62, (), generator=root))  # after the others, which it must not move
+        self.intervening_seed = int(
+            torch.randint(2**62, (), generator=root)
+        )  # after the others, which it must not move
 
     def training(self, n: int, rows: int) -> Tensor:
         return torch.randint(n, (rows,), generator=self._training, device=self._training.device)
@@ -188,8 +190,8 @@ class _TorchDraws:
 class _PaperDraws:
     """The draws of the paper's code: after the split, weights and batches from streams seeded alike.
 
-    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too, and
-    faithful kicks; other interventions draw from a generator that the paper does not have.
+    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too,
+    and faithful kicks; other interventions draw from a generator that the paper does not have.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
