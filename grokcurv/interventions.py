@@ -68,6 +68,7 @@ class Intervention:
         strength: float,
         space: Space | None,
         generator: torch.Generator | None = None,
+        /,
         *,
         start: int = 0,
         every: int = 1,
@@ -184,6 +185,8 @@ class Projection(Intervention):
             raise ValueError(f"strength of a projection must lie in [0, 1]; got {strength}")
         if of not in get_args(Part):
             raise ValueError(f"of must be 'gradient' or 'update'; got {of!r}")
+        if of == "update" and isinstance(space, Subspace):
+            space = space.to(torch.float64)  # once, not at every step
         super().__init__(model, strength, space, **schedule)
         self.of = of
         self._held: tuple[Subspace, Tensor] | None = None  # on what to project, and the gradient or theta before

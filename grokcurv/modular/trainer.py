@@ -239,7 +239,7 @@ class Training:
             self.monitor: CurvatureMonitor | None = monitor(self.model, self._measurement_pair)
         else:
             self.monitor = _default_monitor(config, self.model, self._measurement_pair)
-        self._intervening = torch.Generator(device).manual_seed(self.draws.intervening_seed)
+        self._intervention_stream = torch.Generator(device).manual_seed(self.draws.intervening_seed)
         self.intervention = self._make_intervention()
         self.step = 0
         self.streak = 0
@@ -474,7 +474,7 @@ class Training:
         if self.config.faithful and self.config.rng == "paper":
             return self._measurement_pair()
         shape = (2, self.config.measure_rows)
-        generator = self._intervening
+        generator = self._intervention_stream
         index = torch.randint(len(self.data.train_answers), shape, generator=generator, device=generator.device)
         return self._rows_of(index[0]), self._rows_of(index[1])
 
@@ -484,10 +484,10 @@ class Training:
             return None
         space: Space = self._basis_so_far
         if config.basis != "causal":
-            space = _basis_from(config, self.model, self._intervening)
+            space = _basis_from(config, self.model, self._intervention_stream)
         schedule = {"start": config.intervene_from, "every": config.intervene_every, "times": config.intervene_times}
         if config.intervention == "noise":
-            return Noise(self.model, config.strength, generator=self._intervening, space=space, **schedule)
+            return Noise(self.model, config.strength, generator=self._intervention_stream, space=space, **schedule)
         if config.intervention == "kick":
             loss = training_loss(replace(config, float64_logits=True))
             return Kick(
@@ -496,7 +496,7 @@ class Training:
                 config.strength,
                 direction=config.direction,
                 space=space,
-                generator=self._intervening,
+                generator=self._intervention_stream,
                 faithful=config.faithful,
                 **schedule,
             )
