@@ -2,9 +2,9 @@ r"""Fourier progress: how far a network embeds its numbers, and answers, by a fe
 
 Addition and subtraction modulo p are those of the cyclic group Z_p. Multiplication and division of 1, ..., p - 1, for
 prime p, are those of the exponents modulo p - 1: with a primitive root g, the number g^j is element j. In a cyclic
-group of order n a network can add by angles: it embeds a and b by the cosines and sines of 2 pi f a / n and 2 pi f b / n
-at a few frequencies f, and its logit of c at (a, b) is a sum of cos(2 pi f (a + b - c) / n) over these (Nanda et al.,
-arXiv 2301.05217, section 4). Two shares of energy (squared length), 0 to 1, follow it there:
+group of order n a network can add by angles: it embeds a and b by the cosines and sines of 2 pi f a / n and
+2 pi f b / n at a few frequencies f, and its logit of c at (a, b) is a sum of cos(2 pi f (a + b - c) / n) over these
+(Nanda et al., arXiv 2301.05217, section 4). Two shares of energy (squared length), 0 to 1, follow it there:
 
 ``fourier_embedding``
     of the embedding, less its mean over the numbers: on its :data:`KEY_FREQUENCIES` strongest frequencies, which are
@@ -12,10 +12,11 @@ arXiv 2301.05217, section 4). Two shares of energy (squared length), 0 to 1, fol
 
 ``fourier_logits``
     of the logits at all pairs (a, b) of the group, in training or not, less their mean over the answers c, which the
-    soft-max cannot see, and less each answer's mean over the pairs: on the waves cos(2 pi f r / n) and sin(2 pi f r / n)
-    of the pair's right answer r, f a key frequency. Transformed over a and b, these are the components at (f, f) and
-    (-f, -f), at (f, -f) and (-f, f) for the inverse operations: logits that depend on the pair through its answer alone
-    have no others. Logits without structure have 2 k / (n^2 - 1) of their energy there: 1.1e-3 for p = 97.
+    soft-max cannot see, and less each answer's mean over the pairs: on the waves cos(2 pi f r / n) and
+    sin(2 pi f r / n) of the pair's right answer r, f a key frequency. Transformed over a and b, these are the
+    components at (f, f) and (-f, -f), at (f, -f) and (-f, f) for the inverse operations: logits that depend on the pair
+    through its answer alone have no others. Logits without structure have 2 k / (n^2 - 1) of their energy on those of k
+    frequencies: 1.1e-3 for p = 97.
 
 Numbers outside the group (0, with ``mul`` and ``div``) are left out, as operands and as answers. The quadratic and the
 cubic operations have no ``fourier_logits``: exp(2 pi i f a^2 / p) is, transformed over a, equally large at every
@@ -93,7 +94,7 @@ def waves(order: Tensor, frequencies: Tensor, p: int) -> Tensor:
     angles = turns.to(torch.float64) * (2 * math.pi / n)
     scale = angles.new_full((len(frequencies), 1), math.sqrt(2.0)).masked_fill(2 * frequencies[:, None] == n, 1.0)
     table = angles.new_zeros(1 + 2 * len(frequencies), p)
-    table[:, order] = torch.cat([torch.ones_like(angles[:1]), scale * angles.cos(), scale * angles.sin()])
+    table[:, order] = torch.cat([angles.new_ones(1, n), scale * angles.cos(), scale * angles.sin()])
     return table
 
 
@@ -127,17 +128,17 @@ class FourierShares:
             return
         n = self._sums.shape[1]
         x = logits[:, -n:].to(torch.float64)  # of the answers in the group
-        x = x - x.mean(1, keepdim=True)
         at = self._waves[:, answers]
         self._sums += at @ x
-        self._energy += at[0] @ x.square().sum(1)
+        self._energy += n * (at[0] @ x.var(1, correction=0))
 
     def read(self) -> Tensor:
         """(2,) float64, once every pair was added: ``fourier_embedding``, ``fourier_logits``; NaN where not defined."""
         logits = torch.full_like(self._embedding, math.nan)
         if self._waves is not None:
             # Every answer has n pairs, so the square of a wave adds up to n^2 over the pairs.
-            energy = self._sums.square().sum(1) / self._sums.shape[1] ** 2
+            sums = (self._sums - self._sums.mean(1, keepdim=True)) / self._sums.shape[1]
+            energy = sums.square().sum(1)
             logits = _share(energy[1:].sum(), self._energy - energy[0], self._energy)
         return torch.stack([self._embedding, logits])
 
@@ -146,7 +147,7 @@ def random_share(n: int, width: int, k: int = KEY_FREQUENCIES) -> float:
     r"""Mean of ``fourier_embedding`` over embeddings of independent normal numbers, in a group of odd order n.
 
     It is above k of m = (n - 1) / 2 frequencies, since the strongest count: 0.120 and not 0.104 for n = 97, width 128
-    and k = 5. The m energies are independent Gamma(width) variables, and their shares are independent of their sum. With
+    and k = 5. The m energies are independent Gamma(width) variables, their shares are independent of their sum. With
     Q their quantile function the k largest have the mean sum :math:`m \int_0^1 Q(u)\, I_u(m - k, k)\, du`, where the
     incomplete beta function I is the probability that fewer than k of the others are larger.
 
