@@ -127,18 +127,18 @@ class FourierShares:
         if self._waves is None:
             return
         n = self._sums.shape[1]
-        x = logits[:, -n:].to(torch.float64)  # of the answers in the group
+        x = logits[:, -n:].to(torch.float64, copy=True)  # of the answers in the group
+        x -= x.mean(1, keepdim=True)
         at = self._waves[:, answers]
         self._sums += at @ x
-        self._energy += n * (at[0] @ x.var(1, correction=0))
+        self._energy += at[0] @ torch.linalg.vector_norm(x, dim=1).square()
 
     def read(self) -> Tensor:
         """(2,) float64, once every pair was added: ``fourier_embedding``, ``fourier_logits``; NaN where not defined."""
         logits = torch.full_like(self._embedding, math.nan)
         if self._waves is not None:
             # Every answer has n pairs, so the square of a wave adds up to n^2 over the pairs.
-            sums = (self._sums - self._sums.mean(1, keepdim=True)) / self._sums.shape[1]
-            energy = sums.square().sum(1)
+            energy = self._sums.square().sum(1) / self._sums.shape[1] ** 2
             logits = _share(energy[1:].sum(), self._energy - energy[0], self._energy)
         return torch.stack([self._embedding, logits])
 
