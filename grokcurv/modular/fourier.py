@@ -67,10 +67,12 @@ def embedding_of(model: nn.Module) -> Tensor:
     reads two one-hot numbers, the columns of its weight for the one and for the other side by side.
     """
     if isinstance(model, MLP):
-        first = model.hidden[0].weight.detach()
-        return first.unflatten(1, (2, model.p)).permute(2, 1, 0).flatten(1)
-    assert isinstance(model, Transformer)
-    return model.tok_emb.weight.detach()[: model.p]
+        first = next(model.hidden.parameters()).detach()
+        embedding: Tensor = first.unflatten(1, (2, model.p)).permute(2, 1, 0).flatten(1)
+    else:
+        assert isinstance(model, Transformer)
+        embedding = model.tok_emb.weight.detach()[: model.p]
+    return embedding
 
 
 def energies(embedding: Tensor, order: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ def energies(embedding: Tensor, order: Tensor) -> Tensor:
     Frequency 0 is their mean. f and n - f count as one, so that the energies add up to the whole (Parseval).
     """
     transform = torch.fft.rfft(embedding[order].to(torch.float64), dim=0, norm="ortho")
-    energy = transform.abs().square().sum(1)
+    energy: Tensor = transform.abs().square().sum(1)
     energy[1 : (len(order) + 1) // 2] *= 2
     return energy
 
