@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grokcurv.modular import PRESETS, train
-from grokcurv.reproduce.claims import NOT_RUN, Answer, answer
+from grokcurv.reproduce.claims import NOT_RUN, Answer, answer, say
 from grokcurv.reproduce.evidence import Evidence, Trial
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
@@ -21,6 +21,7 @@ from grokcurv.sweep import Sweep, open_sweep, run_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.table import Table
 
 Progress = Callable[[dict[str, Any]], object]
 
@@ -51,6 +52,19 @@ class Reproduction:
     table: pd.DataFrame
     findings: pd.DataFrame
     failed: Mapping[str, str]
+
+    def verdicts(self) -> Table:
+        """The table in print, for a terminal."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("claim", "published", "published arithmetic", "trustworthy", "verdict"):
+            table.add_column(name)
+        for one in self.answers:
+            numbers = one.findings[0] if one.findings else None
+            cells = [say(number, numbers.decimals) for number in numbers.numbers] if numbers else [""] * 3
+            table.add_row(one.claim, *cells, one.verdict)
+        return table
 
 
 def reproduce(
