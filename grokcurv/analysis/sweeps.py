@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grokcurv.analysis.statistics import wilson
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -89,16 +91,6 @@ def sweep_settings(results: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame
     settings = settings.assign(grok_fraction=fraction, grok_low=low, grok_high=high)
     shares, numbers = ["grok_fraction", "grok_low", "grok_high"], ["grok_step", "grok_step_min", "grok_step_max"]
     return settings[[*fields, *counts, *shares, *numbers, "censored_step", "max_defect", "lead_time"]]
-
-
-def wilson(successes: pd.Series, trials: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
-    """Fractions and their 95 % Wilson score intervals (low, high); NaN where there was no trial."""
-    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-    count = trials.astype(float).where(trials > 0)
-    fraction = successes / count
-    centre = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * np.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return fraction, (centre - half).clip(lower=0), (centre + half).clip(upper=1)
 
 
 def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:

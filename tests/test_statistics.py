@@ -1,0 +1,209 @@
+"""Statistics over runs: against SciPy and small cases by hand, their error rates by simulation, and bad input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from grokcurv.analysis import control_ratio, power_law, sign_test, wilson
+
+NAN = math.nan
+
+
+def fresh(generator: torch.Generator) -> np.random.Generator:
+    return np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+
+
+# The sign test
+
+
+def test_signs_by_hand() -> None:
+    assert sign_test([600] * 12) == (12, 0, 0, 2**-12)  # 12 of 12 runs
+    assert sign_test([3, -1, 2]) == (2, 1, 0, 4 / 8)
+    assert sign_test([[3, -1], [2, 0]]) == (2, 1, 1, 4 / 8)
+    assert sign_test([math.inf, -math.inf, NAN]) == (1, 1, 0, 3 / 4)
+    assert sign_test([None, 100, 0.0, -0.0]) == (1, 0, 2, 1 / 2)
+    assert sign_test([-5]) == (0, 1, 0, 1)
+    for nothing in ([], [0, 0], [NAN]):
+        assert sign_test(nothing).p_value == 1
+
+
+def test_signs_against_scipy(generator: torch.Generator) -> None:
+    rng = fresh(generator)
+    for count in (1, 2, 7, 50, 2000):
+        values = rng.normal(0.1, 1, count).round(1)
+        found = sign_test(values)
+        signs = found.positive + found.negative
+        assert signs + found.ties == count
+        assert found.p_value == pytest.approx(
+            stats.binomtest(found.positive, signs, alternative="greater").pvalue if signs else 1, rel=1e-9
+        )
+
+
+def test_a_p_value_below_alpha_is_as_rare_as_alpha() -> None:
+    for signs in range(13):
+        p_values = [sign_test([1] * k + [-1] * (signs - k)).p_value for k in range(signs + 1)]
+        chances = [math.comb(signs, k) / 2**signs for k in range(signs + 1)]
+        for alpha in (*p_values, 0.001, 0.01, 0.05, 0.5):
+            assert sum(chance for p, chance in zip(p_values, chances, strict=True) if p <= alpha) <= alpha
+        # and not rarer than a discrete p-value has to be
+        assert p_values == pytest.approx([sum(chances[k:]) for k in range(signs + 1)])
+
+
+def test_randomised_p_values_of_the_sign_test_are_uniform() -> None:
+    # P(more) + U P(as many) is uniform under the null, whatever the distribution of the differences.
+    rng = np.random.default_rng(16)
+    for differences in (rng.standard_cauchy((2000, 11)), rng.uniform(-1, 1, (2000, 6)).round(1)):
+        values = []
+        for row in differences:
+            found = sign_test(row)
+            more = [1] * (found.positive + 1) + [-1] * (found.negative - 1)
+            least = sign_test(more).p_value if found.negative else 0
+            values.append(least + rng.uniform() * (found.p_value - least))
+        assert stats.kstest(values, "uniform").pvalue > 0.01
+        assert stats.kstest(np.power(values, 1.5), "uniform").pvalue < 1e-6
+
+
+# Power laws
+
+
+def test_an_exact_power_law(generator: torch.Generator) -> None:
+    x = torch.rand(9, generator=generator, dtype=torch.float64) * 1e4 + 1
+    found = power_law(x, 0.02 * x**1.3)
+    assert found == pytest.approx((1.3, 0.02, 1.3, 1.3), rel=1e-9)
+    assert power_law(x, torch.full_like(x, 3.0)) == pytest.approx((0, 3, 0, 0), abs=1e-9)
+
+
+def test_the_fit_against_scipy(generator: torch.Generator) -> None:
+    rng = fresh(generator)
+    for count in (2, 3, 40):
+        x, y = rng.lognormal(8, 1, count), rng.lognormal(5, 1, count)
+        found, line = power_law(x, y), stats.linregress(np.log(x), np.log(y))
+        assert (found.exponent, found.prefactor) == pytest.approx((line.slope, math.exp(line.intercept)), rel=1e-9)
+        assert math.isnan(found.low) == math.isnan(found.high) == (count == 2)
+        assert count == 2 or found.low <= found.high
+
+
+def test_the_interval_against_a_plain_loop() -> None:
+    rng = np.random.default_rng(5)
+    x, y = rng.lognormal(8, 1, 6), rng.lognormal(5, 1, 6)
+    slopes = []
+    for _ in range(4000):
+        rows = rng.integers(6, size=6)
+        if len(set(rows)) > 1:
+            slopes.append(np.polyfit(np.log(x[rows]), np.log(y[rows]), 1)[0])
+    found = power_law(x, y, trials=4000)
+    below = [np.mean(np.array(slopes) < end) for end in (found.low, found.high)]
+    assert below == pytest.approx([0.025, 0.975], abs=5 * math.sqrt(2 * 0.025 / 4000))
+
+
+def test_the_interval_covers_the_exponent() -> None:
+    rng = np.random.default_rng(13)
+    covered = 0
+    for run in range(400):
+        x = rng.lognormal(8, 1, 60)
+        y = 0.02 * x**1.3 * np.exp(rng.normal(0, 0.1 + 0.05 * np.log(x)))  # the scatter grows with x
+        found = power_law(x, y, trials=400, seed=run)
+        covered += found.low <= 1.3 <= found.high
+    assert stats.binomtest(covered, 400, 0.95).pvalue > 1e-4
+
+
+def test_few_and_missing_pairs() -> None:
+    assert np.isnan(power_law([], [])).all()
+    assert np.isnan(power_law([100], [3])).all()
+    assert np.isnan(power_law([5, 5, 5, 5], [1, 2, 3, 4])).all()
+    assert np.isnan(power_law([5.1, 5.1], [1, 2])).all()
+    two = power_law([10, 1000, 7, NAN], [3, 300, NAN, 8])
+    assert two[:2] == pytest.approx((1, 0.3))
+    assert np.isnan(two[2:]).all()
+    assert np.isfinite(power_law([1, 2, 2], [1, 3, 4])).all()
+
+
+def test_the_seed_decides(generator: torch.Generator) -> None:
+    rng = fresh(generator)
+    x, y = rng.lognormal(8, 1, 12), rng.lognormal(5, 1, 12)
+    assert power_law(x, y, seed=3) == power_law(x, y, seed=3)
+    assert power_law(x, y, seed=3)[:2] == power_law(x, y, seed=4)[:2]
+    assert power_law(x, y, seed=3)[2:] != power_law(x, y, seed=4)[2:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(x=[1, 0, 3]), "x must be finite and positive"),
+        (dict(y=[1, -2, 3]), "y must be finite and positive"),
+        (dict(y=[1, math.inf, 3]), "y must be finite and positive"),
+        (dict(x=[1, 2]), r"one shape \(n,\), got \(2,\) and \(3,\)"),
+        (dict(x=np.ones((3, 1)), y=np.ones((3, 1))), r"one shape \(n,\), got \(3, 1\)"),
+        (dict(trials=0), "trials must be at least 1, got 0"),
+    ],
+)
+def test_bad_pairs(arguments: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        power_law(**{"x": [1, 2, 3], "y": [1, 2, 4], **arguments})
+
+
+# A run beside its control
+
+
+def test_a_control_by_hand() -> None:
+    run = pd.DataFrame({
+        "step": [400, 0, 100, 200, 300, 500],  # in any order
+        "defect_median": [90.0, 1, 8, 60, NAN, 7],
+        "reference_median": [90.0, 2, 8, 60, 5, 7],
+        "reliable": [True, True, True, True, False, True],
+    })
+    control = pd.DataFrame({
+        "step": [0, 100, 200, 300, 400, 450],
+        "defect_median": [1.0, 4, 3, 3, 3, 7],
+        "reference_median": [1.0, 4, 0, 5, 3, 7],
+        "reliable": [True, True, True, True, False, True],
+    })
+    assert control_ratio(run, control) == (2, 1, 20, 3, 4)
+    assert control_ratio(run, control, "reference_median") == (2, 2, 2, 2, 5)
+    every = [records.drop(columns="reliable") for records in (run, control)]
+    assert control_ratio(*every) == (11, 1, 30, 4, 4)
+    assert control_ratio(*every, column="reference_median") == (2, 1, 30, 4, 5)  # where the control is 0, no ratio
+    assert control_ratio(run, control.to_dict("list")) == control_ratio(run, control)
+
+
+def test_reliable_in_joined_records() -> None:
+    # A row of the metrics alone has no measurement: the join leaves NaN and makes the column one of objects.
+    metrics = pd.DataFrame({"step": [0, 50, 100], "test_acc": [0.0, 0.1, 0.2]})
+    curvature = pd.DataFrame({"step": [0, 100], "defect_median": [2.0, 6.0], "reliable": [False, True]})
+    run = metrics.merge(curvature, on="step", how="outer")
+    assert run["reliable"].dtype == object
+    assert control_ratio(run, {"step": [0, 100], "defect_median": [1.0, 2.0]}) == (3, 3, 3, 1, 2)
+
+
+def test_nothing_in_common() -> None:
+    run = {"step": [0, 100], "defect_median": [1.0, NAN]}
+    for control in ({"step": [100], "defect_median": [1.0]}, {"step": [], "defect_median": []}):
+        found = control_ratio(run, control)
+        assert np.isnan(found[:3]).all()
+        assert found[3:] == (0, 0)
+    with pytest.raises(ValueError, match="no column 'reference_median'"):
+        control_ratio(run, run, "reference_median")
+
+
+# Intervals of a fraction
+
+
+@pytest.mark.parametrize("trials", [1, 3, 20])
+def test_wilson_against_scipy(trials: int) -> None:
+    for successes in range(trials + 1):
+        interval = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+        assert wilson(successes, trials) == pytest.approx((successes / trials, *interval), abs=1e-12)
+
+
+def test_wilson_of_arrays() -> None:
+    found = wilson([0, 3, 0], [3, 3, 0])
+    assert found[0].tolist()[:2] == [0, 1]
+    assert found[1][0] == 0
+    assert found[2][1] == pytest.approx(1)
+    assert np.isnan([part[2] for part in found]).all()
