@@ -109,6 +109,33 @@ def flatten(model: nn.Module, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def unflatten(model: nn.Module, vector: Tensor) -> None:
+    """Write a vector (P,) of any floating dtype over the trainable parameters, rounded once to theirs."""
+    with torch.no_grad():
+        for segment, parameter in zip(segments_of(model), _trainable(model).values(), strict=True):
+            parameter.copy_(vector[segment.start : segment.stop].view(segment.shape))
+
+
+def flatten_grad(model: nn.Module) -> Tensor:
+    """A copy (P,) of the gradients of the trainable parameters, zero where one has none; in the parameters' dtype."""
+    parameters = _trainable(model)
+    dtype, device = _common_kind(parameters)
+    segments = segments_of(model)
+    out = torch.zeros(segments[-1].stop, dtype=dtype, device=device)
+    for segment, parameter in zip(segments, parameters.values(), strict=True):
+        if parameter.grad is not None:
+            out[segment.start : segment.stop].view(segment.shape).copy_(parameter.grad.detach())
+    return out
+
+
+def unflatten_grad(model: nn.Module, vector: Tensor) -> None:
+    """Write a vector (P,) over the gradients of the trainable parameters; those without a gradient stay without."""
+    with torch.no_grad():
+        for segment, parameter in zip(segments_of(model), _trainable(model).values(), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(vector[segment.start : segment.stop].view(segment.shape))
+
+
 class FlatParameters:
     """One contiguous buffer behind a module's trainable parameters, and one behind their gradients.
 

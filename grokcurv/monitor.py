@@ -24,7 +24,7 @@ from grokcurv.commutator import (
     Sampler,
     quantile,
 )
-from grokcurv.flat import Segment, flatten, select_segments
+from grokcurv.flat import Segment, flatten, flatten_grad, select_segments
 from grokcurv.gradients import Asking, LossFn, Strategy, carry_out
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
@@ -398,20 +398,10 @@ class CurvatureMonitor:
         gradients = self.probe.gradients
         if self._gradient_ratio is None or gradients.stochastic:
             return None
-        return self._flat_grad()
-
-    def _flat_grad(self) -> Tensor:
-        gradients = self.probe.gradients
-        out = torch.zeros(gradients.size, dtype=gradients.dtype, device=gradients.device)
-        parameters = dict(gradients.model.named_parameters())
-        for segment in gradients.segments:
-            grad = parameters[segment.name].grad
-            if grad is not None:
-                out[segment.start : segment.stop].view(segment.shape).copy_(grad)
-        return out
+        return flatten_grad(gradients.model)
 
     def _compare_gradient(self, stats: CommutatorStats) -> None:
-        norm = torch.linalg.vector_norm(self._flat_grad()).to(torch.float64)
+        norm = torch.linalg.vector_norm(flatten_grad(self.probe.gradients.model)).to(torch.float64)
         self._gradient_ratio = norm / stats.grad_norm_a[0]
         if norm.device.type == "cpu":
             self._check_gradient()

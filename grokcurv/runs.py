@@ -78,7 +78,8 @@ class Run:
         """One row an evaluation.
 
         step, train_loss, train_acc, test_loss, test_acc, weight_norm, learning_rate (of the next update) and seconds
-        (since the run began, the time it stood still left out).
+        (since the run began, the time it stood still left out). With an intervention, interventions (how many so far)
+        and intervention_norm (length of what the latest one changed; NaN before the first).
         """
         return self._table("metrics")
 
@@ -111,6 +112,17 @@ class Run:
         if self.path is None:
             raise RunError("this run was kept in memory alone: it has no checkpoint")
         return _read_state(self.path / "checkpoint.safetensors")
+
+    def basis(self) -> dict[str, Any]:
+        """The execution basis at the last checkpoint: the arguments of :meth:`grokcurv.Subspace.from_table`.
+
+        Raises:
+            RunError: there is none, or it is damaged.
+        """
+        path = self.path / "basis.safetensors" if self.path else None
+        if path is None or not path.exists():
+            raise RunError(f"{self.path or 'this run, kept in memory,'} holds no execution basis (basis.safetensors)")
+        return _read_state(path)
 
     def _table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -108,6 +109,36 @@ class Subspace:
             raise ValueError(f"dim must lie in 0..size = {size}, got {dim}")
         normal = torch.randn(size, dim, dtype=torch.float64, device=generator.device, generator=generator)
         return cls(torch.linalg.qr(normal).Q.T.to(dtype))
+
+    @classmethod
+    def from_table(cls, size: int, values: Tensor, rows: Tensor) -> Subspace:
+        """The subspace whose :attr:`size`, :attr:`values` and :attr:`rows` these are, as a run folder keeps them.
+
+        Rows of zeros, which :meth:`from_pca` leaves in on an accelerator, are left out.
+
+        Raises:
+            ValueError, TypeError: as for :meth:`from_blocks`.
+        """
+        blocks: dict[tuple[int, int], list[Tensor]] = {}
+        for start, length, offset in rows.tolist():
+            row = values[offset : offset + length]
+            if row.any():
+                blocks.setdefault((start, length), []).append(row)
+        parts = [(start, torch.stack(block)) for (start, _), block in blocks.items()]
+        return cls.from_blocks(size, parts or [(0, values.new_empty(0, 0))])
+
+    def random_like(self, generator: torch.Generator) -> Subspace:
+        """A random subspace matched to this one: on each interval of its support as many random directions.
+
+        Drawn interval by interval, so that it differs from this one by its directions alone: not by how many of them
+        fall to which parameters, and not by what it costs. On the generator's device.
+        """
+        counts = Counter((start, length) for start, length, _ in self.rows.tolist())
+        parts = [
+            (start, Subspace.random(k, length, generator, self.values.dtype).to_dense())
+            for (start, length), k in counts.items()
+        ]
+        return Subspace.from_blocks(self.size, parts or [(0, self.values.new_empty(0, 0))])
 
     def _set(self, size: int, blocks: list[tuple[int, Tensor]], check: bool = True) -> None:
         if not blocks:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from grokcurv.flat import FlatParameters, Segment, attention_segments, flatten, segments_of, select_segments
+from grokcurv.flat import (
+    FlatParameters,
+    Segment,
+    attention_segments,
+    flatten,
+    flatten_grad,
+    segments_of,
+    select_segments,
+    unflatten,
+    unflatten_grad,
+)
 
 
 class Tied(nn.Module):
@@ -77,6 +87,30 @@ def test_flatten_copies_trainable_parameters():
 def test_flatten_reads_any_memory_format():
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     assert torch.equal(flatten(model), torch.cat([model.weight.detach().reshape(-1), model.bias.detach()]))
+
+
+def test_unflatten_rounds_once_and_leaves_the_frozen_alone():
+    model = Tied()
+    frozen = model.frozen.weight.clone()
+    vector = torch.randn(72, dtype=torch.float64)
+    unflatten(model, vector)
+    assert torch.equal(flatten(model), vector.float())
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.frozen.weight, frozen)
+
+
+def test_gradients_go_there_and_back_and_a_missing_one_stays_missing():
+    model = Tied()
+    loss_of(model).backward()
+    model.nothing.grad = model.hidden.bias.grad = None
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    vector = flatten_grad(model)
+    assert torch.equal(vector[:35].view(7, 5), model.embedding.weight.grad)
+    assert not vector[60:65].any()
+    unflatten_grad(model, vector + 1)
+    assert torch.equal(flatten_grad(model)[60:65], torch.zeros(5))
+    assert torch.equal(flatten_grad(model)[:60], vector[:60] + 1)
+    assert all(p.grad is grads[name] for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,38 @@ def test_random_needs_room_and_repeats_with_its_generator():
     assert Subspace.random(4, 4, torch.Generator()).dim == 4
 
 
+def test_from_a_table():
+    space = Subspace.from_blocks(*blocks(torch.float32))
+    again = Subspace.from_table(space.size, space.values, space.rows)
+    assert torch.equal(again.values, space.values)
+    assert torch.equal(again.rows, space.rows)
+    assert again.support == space.support
+    # Components without variance are rows of zeros, as an accelerator leaves them.
+    rows = torch.cat([space.rows, torch.tensor([[9, 3, len(space.values)]])])
+    assert Subspace.from_table(31, torch.cat([space.values, torch.zeros(3)]), rows).dim == space.dim
+    assert Subspace.from_table(5, torch.empty(0), torch.empty(0, 3, dtype=torch.int64)).dim == 0
+
+
+def test_a_random_subspace_like_another():
+    size, parts = blocks(torch.float32)
+    space = Subspace.from_blocks(size, parts)
+    like, other = (space.random_like(torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(like.rows, space.rows)
+    assert like.values.dtype == torch.float32
+    assert not torch.equal(like.values, other.values)
+    assert torch.equal(like.values, space.random_like(torch.Generator().manual_seed(0)).values)
+    assert Subspace(torch.empty(0, 4)).random_like(torch.Generator()).dim == 0
+
+
+def test_a_random_subspace_like_another_is_uniform_on_each_interval():
+    space = Subspace.from_blocks(20, [(3, orthonormal(2, 6)), (12, orthonormal(1, 5))])
+    generator = torch.Generator().manual_seed(11)
+    v = torch.zeros(20, dtype=torch.float64)
+    v[3:9] = torch.randn(6, generator=generator, dtype=torch.float64)
+    caught = [float(space.random_like(generator).split(v).parallel / v.norm()) for _ in range(1000)]
+    assert stats.kstest(caught, lambda f: 1 - RandomBaseline(2, 6).p_value(f)).pvalue > 1e-3
+
+
 def test_to_another_dtype():
     space = Subspace.from_blocks(*blocks())
     single = space.to(torch.float32)

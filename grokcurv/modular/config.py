@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from grokcurv.interventions import Direction
 from grokcurv.modular.model import SEQUENCES, Activation, Sequence
 from grokcurv.modular.tasks import check_operation, train_size
 
 Architecture = Literal["transformer", "mlp"]
 Rng = Literal["torch", "paper"]
+InterventionKind = Literal["none", "project", "project-update", "kick", "noise"]
+Basis = Literal["oracle", "causal", "random", "matched"]
 
 MEASURE_ROWS = 512
 """Rows of a measurement's batch where training uses the full batch (or all of them, if they are fewer)."""
@@ -92,6 +95,28 @@ class TrainConfig:
     """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100
     """Steps between rows of the trajectory's PCA; 0 keeps none."""
+    intervention: InterventionKind = "none"
+    """What is done to training: project damps the gradient outside the basis and project-update the whole step, kick
+    pushes the weights along a commutator, noise in a random direction, both outside the basis (docs/interventions.md).
+    """
+    strength: float = 0.0
+    """Of the intervention: s of a projection, 0 to 1; length of a kick in gradient steps, or of the noise; 0 is none."""
+    direction: Direction = "commutator"
+    """Of a kick: along the fresh commutator, or random and orthogonal to it, with equal length."""
+    basis: Basis = "causal"
+    """Of the intervention: the run's own basis so far; the oracle, which is that of the finished run in basis_from; a
+    random one of equal rank; or one matched to the oracle, with as many random directions in each of its matrices."""
+    basis_from: str = ""
+    """Folder of the run whose basis.safetensors is the oracle."""
+    intervene_from: int = 500
+    """Step of the first intervention."""
+    intervene_every: int = 1
+    """Steps between interventions."""
+    intervene_times: int = 0
+    """Interventions at most; 0: to the end."""
+    faithful: bool = False
+    """Kick as published: between backward and step, leaving another gradient in .grad; with the paper's draws, its
+    batches come from the training stream."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     device: str = "cpu"
@@ -113,11 +138,20 @@ class TrainConfig:
             "rng": get_args(Rng),
             "method": ("difference", "bracket", "reference"),
             "design": ("independent", "chain"),
+            "intervention": get_args(InterventionKind),
+            "direction": get_args(Direction),
+            "basis": get_args(Basis),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
-        positive = ("layers", "d_model", "heads", "d_ff", "eval_every", "grok_patience", "pairs", "checkpoint_every")
-        not_negative = ("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every", "threads")
+        positive = (
+            *("layers", "d_model", "heads", "d_ff"),
+            *("eval_every", "grok_patience", "pairs", "intervene_every", "checkpoint_every"),
+        )
+        not_negative = (
+            *("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every"),
+            *("intervene_from", "intervene_times", "threads"),
+        )
         for names, least in ((positive, 1), (not_negative, 0)):
             for name in names:
                 if getattr(self, name) < least:
@@ -125,7 +159,7 @@ class TrainConfig:
         for name in ("lr", "eta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number; got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "grok_threshold"):
+        for name in ("weight_decay", "clip", "grok_threshold", "strength"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number, not negative; got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -140,11 +174,26 @@ class TrainConfig:
                 "successive measures one pair, this step's batch and the next one's: it needs pairs = 1 and a "
                 f"batch_size above 0; got {self.pairs} and {self.batch_size}"
             )
+        self._check_intervention()
         if self.batch_size > self.train_rows:
             raise ValueError(
                 f"batch_size is larger than the training set: {self.batch_size} of {self.train_rows} rows; "
                 "0 takes the whole set"
             )
+
+    def _check_intervention(self) -> None:
+        projects = self.intervention in ("project", "project-update")
+        if projects and self.strength > 1:
+            raise ValueError(f"strength of a projection must lie in [0, 1]; got {self.strength}")
+        if projects and self.basis == "causal" and not (self.measure_every and self.pca_every):
+            raise ValueError(
+                "basis 'causal' is that of the run's own PCA: it needs measure_every and pca_every above 0; "
+                f"got {self.measure_every} and {self.pca_every}"
+            )
+        if self.intervention != "none" and self.basis != "causal" and not self.basis_from:
+            raise ValueError(f"basis {self.basis!r} needs basis_from, the folder of the run whose basis is the oracle")
+        if self.faithful and self.intervention != "kick":
+            raise ValueError(f"faithful is for intervention 'kick'; got {self.intervention!r}")
 
     @property
     def train_rows(self) -> int:

@@ -180,7 +180,11 @@ class Ensemble:
             rows.runs, [run.looking_ahead(batch) for run, batch in zip(rows.runs, batches, strict=True)]
         )
         rows.clip()
-        rows.step()
+        with contextlib.ExitStack() as around:
+            for run in rows.runs:
+                if run not in bad:
+                    around.enter_context(run.intervening())
+            rows.step()
         return bad
 
     def _unhealthy(self, runs: Sequence[Training], works: Sequence[Any]) -> set[Training]:

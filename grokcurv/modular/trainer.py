@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grokcurv.commutator import CommutatorProbe
 from grokcurv.gradients import Asking, carry_out
+from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
 from grokcurv.losses import cross_entropy64
 from grokcurv.modular import fast
 from grokcurv.modular.config import TrainConfig
 from grokcurv.modular.model import MLP, Transformer
 from grokcurv.modular.tasks import split
 from grokcurv.runs import Run, RunError, RunWriter, describe_environment, open_run
+from grokcurv.subspace import Subspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,7 +93,8 @@ def train(
         TrainingError: the loss is NaN or infinite at an evaluation, or a weight beyond 1e30 at a measurement.
             The last good checkpoint is kept.
         RunError: the folder is held by another process, damaged, or holds another run; the disk is full.
-        ValueError: ``resume`` without ``out``; an unknown or absent device.
+        ValueError: ``resume`` without ``out``; an unknown or absent device; ``basis_from`` without a basis for this
+            network.
     """
     if resume and out is None:
         raise ValueError("resume needs out, the folder of the run to go on with")
@@ -156,7 +160,7 @@ def training_loss(config: TrainConfig) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 class _TorchDraws:
-    """Independent generators for the split, the weights, the batches and the measurements."""
+    """Independent generators for the split, the weights, the batches, the measurements and the interventions."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         root = torch.Generator().manual_seed(seed)
@@ -165,6 +169,7 @@ class _TorchDraws:
         self.weights_seed: int = seeds[1]
         self._training = torch.Generator(device).manual_seed(seeds[2])
         self._measuring = torch.Generator(device).manual_seed(seeds[3])
+        self.intervening_seed = int(torch.randint(2**62, (), generator=root))  # after the others, which it must not move
 
     def training(self, n: int, rows: int) -> Tensor:
         return torch.randint(n, (rows,), generator=self._training, device=self._training.device)
@@ -183,12 +188,14 @@ class _TorchDraws:
 class _PaperDraws:
     """The draws of the paper's code: after the split, weights and batches from streams seeded alike.
 
-    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too.
+    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too, and
+    faithful kicks; other interventions draw from a generator that the paper does not have.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.order = random.Random(seed)
         self.weights_seed = seed
+        self.intervening_seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
         self._stream = np.random.RandomState(seed)
         self._device = device
 
@@ -230,6 +237,8 @@ class Training:
             self.monitor: CurvatureMonitor | None = monitor(self.model, self._measurement_pair)
         else:
             self.monitor = _default_monitor(config, self.model, self._measurement_pair)
+        self._intervening = torch.Generator(device).manual_seed(self.draws.intervening_seed)
+        self.intervention = self._make_intervention()
         self.step = 0
         self.streak = 0
         self.grok_step: int | None = None
@@ -323,6 +332,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "draws": self.draws.state_dict(),
             "monitor": self.monitor.state_dict() if self.monitor is not None else None,
+            "intervention": self.intervention.state_dict() if self.intervention is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: pd.DataFrame) -> None:
@@ -332,6 +342,8 @@ class Training:
         self.draws.load_state_dict(state["draws"])
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
+        if self.intervention is not None:
+            self.intervention.load_state_dict(state["intervention"])
         self.rows = [{str(name): value for name, value in row.items()} for row in metrics.to_dict("records")]
         self.started = time.perf_counter() - self.rows[-1]["seconds"]
         self.saved = self.step
@@ -375,8 +387,9 @@ class Training:
             self._score(data.train_pairs, data.train_answers),
             self._score(data.test_pairs, data.test_answers),
             torch.stack(norms).norm()[None],
+            *([self.intervention.norm[None]] if self.intervention is not None else ()),
         ]
-        train_loss, train_acc, test_loss, test_acc, weight_norm = torch.cat(values).tolist()
+        train_loss, train_acc, test_loss, test_acc, weight_norm, *intervention_norm = torch.cat(values).tolist()
         self.rows.append(
             {
                 "step": self.step,
@@ -389,6 +402,8 @@ class Training:
                 "seconds": time.perf_counter() - self.started,
             }
         )
+        if self.intervention is not None:
+            self.rows[-1] |= {"interventions": self.intervention.acted, "intervention_norm": intervention_norm[0]}
         self.streak = self.streak + 1 if test_acc >= self.config.grok_threshold else 0
         if self.grok_step is None and self.streak == self.config.grok_patience:
             self.grok_step = self.step
@@ -411,8 +426,13 @@ class Training:
             return False
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
+        with self.intervening():
+            self.optimizer.step()
         return True
+
+    def intervening(self) -> contextlib.AbstractContextManager[None]:
+        """What goes around the optimiser's step."""
+        return self.intervention.at(self.step) if self.intervention is not None else contextlib.nullcontext()
 
     def _warm_up(self) -> None:
         """Set the learning rate of the update that takes this step to the next."""
@@ -447,6 +467,42 @@ class Training:
         n, rows = len(self.data.train_answers), self.config.measure_rows
         first = self._rows_of(self.draws.measuring(n, rows))
         return first, self._rows_of(self.draws.measuring(n, rows))
+
+    def _kick_pair(self) -> tuple[Batch, Batch]:
+        if self.config.faithful and self.config.rng == "paper":
+            return self._measurement_pair()
+        shape = (2, self.config.measure_rows)
+        generator = self._intervening
+        index = torch.randint(len(self.data.train_answers), shape, generator=generator, device=generator.device)
+        return self._rows_of(index[0]), self._rows_of(index[1])
+
+    def _make_intervention(self) -> Intervention | None:
+        config = self.config
+        if config.intervention == "none":
+            return None
+        space: Space = self._basis_so_far
+        if config.basis != "causal":
+            space = _basis_from(config, self.model, self._intervening)
+        schedule = {"start": config.intervene_from, "every": config.intervene_every, "times": config.intervene_times}
+        if config.intervention == "noise":
+            return Noise(self.model, config.strength, generator=self._intervening, space=space, **schedule)
+        if config.intervention == "kick":
+            loss = training_loss(replace(config, float64_logits=True))
+            return Kick(
+                CommutatorProbe(self.model, loss, eta=config.eta, method=config.method),
+                self._kick_pair,
+                config.strength,
+                direction=config.direction,
+                space=space,
+                generator=self._intervening,
+                faithful=config.faithful,
+                **schedule,
+            )
+        of: Part = "gradient" if config.intervention == "project" else "update"
+        return Projection(self.model, space, config.strength, of=of, **schedule)
+
+    def _basis_so_far(self) -> Subspace | None:
+        return self.monitor.probe.basis if self.monitor is not None else None
 
     def _rows_of(self, index: Tensor) -> Batch:
         return self.data.train_pairs[index], self.data.train_answers[index]
@@ -508,6 +564,22 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
         method=config.method,
         eta=config.eta,
     )
+
+
+def _basis_from(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Subspace:
+    """The basis of the run in ``config.basis_from``, or a random one in its image."""
+    try:
+        oracle = Subspace.from_table(**open_run(config.basis_from).basis())
+    except RunError as error:
+        raise ValueError(f"basis_from: {error}") from error
+    size = sum(p.numel() for p in model.parameters())
+    if oracle.size != size:
+        raise ValueError(
+            f"basis_from: the basis of {config.basis_from} lives in R^{oracle.size}, this network has {size} parameters"
+        )
+    if config.basis == "random":
+        return Subspace.random(oracle.dim, oracle.size, generator)
+    return oracle.random_like(generator) if config.basis == "matched" else oracle
 
 
 def _describe_device(name: str) -> str:

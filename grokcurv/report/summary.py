@@ -49,6 +49,8 @@ class Summary:
         """The settings that tell one run from another, and how far it got."""
         labels = {"preset": "preset {}", "lr": "learning rate {}", "weight_decay": "weight decay {}"}
         said = [label.format(self.config[name]) for name, label in labels.items() if name in self.config]
+        if self.config.get("intervention", "none") != "none":
+            said.append("{intervention} at strength {strength:g}, {basis} basis".format_map(self.config))
         return [*said, f"{self.last_step:,} steps", str(self.status)]
 
     @property

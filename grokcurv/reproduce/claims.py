@@ -229,7 +229,9 @@ def pc1(evidence: Evidence) -> Judgement:
     names = {"never": "operations that do not grok", "control": "weight decay 0"}
     for name, words in names.items():
         findings.append(_same(f"the same, {words}", published.PC1_PERCENT_OTHERS[name], percent(name)))
-    findings.append(_same("PC1 % of random walks, runs that grok, by matrix", Number(), walks("grokking", "walk_percent")))
+    findings.append(
+        _same("PC1 % of random walks, runs that grok, by matrix", Number(), walks("grokking", "walk_percent"))
+    )
     for name, words in {"grokking": "runs that grok", **names}.items():
         findings.append(_same(f"standard deviations above random walks, {words}", Number(), walks(name, "z")))
     lines = []
@@ -313,7 +315,9 @@ def exec_random(evidence: Evidence) -> Judgement:
         )
 
     def phase(name: str, column: str) -> Number:
-        return Number.over(by_phase(trial.records, column)[name] for trial in evidence["grokking"] if column in trial.records)
+        return Number.over(
+            by_phase(trial.records, column)[name] for trial in evidence["grokking"] if column in trial.records
+        )
 
     headline = singular("published", "full"), singular("trustworthy", "matched")
     memorised = published.EXEC_RANDOM["memorisation"]
@@ -341,7 +345,12 @@ def exec_random(evidence: Evidence) -> Judgement:
     for name in ("memorisation", "pre-grok", "post-grok"):
         past = published.EXEC_RANDOM.get(name, Number()) if name == "post-grok" else Number()
         findings.append(
-            Finding(f"directions of the trajectory so far, in its support, {name}", past, Number(), phase(name, "exec_matched_ratio"))
+            Finding(
+                f"directions of the trajectory so far, in its support, {name}",
+                past,
+                Number(),
+                phase(name, "exec_matched_ratio"),
+            )
         )
 
     def holds(number: Number) -> bool | None:
@@ -350,7 +359,10 @@ def exec_random(evidence: Evidence) -> Judgement:
     swept = sorted({k for shot in shots for k in shot.singular})
     lines = [
         Line(swept, [singular(arithmetic, support, k).value for k in swept], f"{words}, {where}", colour, style)
-        for arithmetic, words, colour in (("published", "float32 formula", "orange"), ("trustworthy", "trustworthy", "blue"))
+        for arithmetic, words, colour in (
+            ("published", "float32 formula", "orange"),
+            ("trustworthy", "trustworthy", "blue"),
+        )
         for support, where, style in (("full", "all parameters", "--"), ("matched", "support", "-"))
     ]
     arithmetic, trusted = headline
@@ -549,7 +561,12 @@ def alignment(evidence: Evidence) -> Judgement:
         for rate, past in reversed(published.ALIGNMENT.items())
     ]
     findings += [
-        Finding(f"the same at the end of the run, {plain(rate)}", Number(), ends["published"][rate], ends["trustworthy"][rate])
+        Finding(
+            f"the same at the end of the run, {plain(rate)}",
+            Number(),
+            ends["published"][rate],
+            ends["trustworthy"][rate],
+        )
         for rate in reversed(published.ALIGNMENT)
     ]
     kept = _kept(findings)
@@ -569,7 +586,9 @@ def suppression(evidence: Evidence) -> Judgement:
 
     def chosen(kind: str, strength: float, every: int = 1) -> list[tuple[Trial, Trial]]:
         wanted = (kind, strength, every)
-        return [(t, b) for t, b in pairs if (t.config.intervention, t.config.strength, t.config.intervene_every) == wanted]
+        return [
+            (t, b) for t, b in pairs if (t.config.intervention, t.config.strength, t.config.intervene_every) == wanted
+        ]
 
     groks = {kind: _share(chosen(kind, 1.0)) for kind in ("project", "project-update")}
 
@@ -657,14 +676,22 @@ def slow_regime(evidence: Evidence) -> Judgement:
         return 0.0 in defects and max(defects) >= SPIKE if defects else None
 
     findings = [
-        Finding("share of measurements that are exactly 0", Number(), *(Number.share(v.count(0.0), len(v)) for v in values), 3),
+        Finding(
+            "share of measurements that are exactly 0",
+            Number(),
+            *(Number.share(v.count(0.0), len(v)) for v in values),
+            3,
+        ),
         Finding("highest defect", Number(), *(Number(max(v, default=math.nan)) for v in values)),
         _same("grok step", published.SLOW_GROK_STEP, Number.over(_grok(trial) or math.nan for trial in trials), 0),
     ]
     lines = [
         Line(rows["step"], rows["defect_median"], words if index == 0 else "", colour)
         for index, trial in enumerate(trials)
-        for arithmetic, words, colour in (("published", "float32 formula", "orange"), ("trustworthy", "trustworthy", "blue"))
+        for arithmetic, words, colour in (
+            ("published", "float32 formula", "orange"),
+            ("trustworthy", "trustworthy", "blue"),
+        )
         for rows in [_defects(trial, arithmetic)]
     ]
     arithmetic, trustworthy = values
@@ -708,7 +735,13 @@ def say(number: Number, decimals: int | None = None) -> str:
 
 def label(config: TrainConfig) -> str:
     """An intervention in a few words."""
-    often = "once" if config.intervene_times == 1 else f"every {config.intervene_every}" if config.intervene_every > 1 else ""
+    often = (
+        "once"
+        if config.intervene_times == 1
+        else f"every {config.intervene_every}"
+        if config.intervene_every > 1
+        else ""
+    )
     if config.intervention == "kick":
         what = f"kick, {config.direction}{', faithful' if config.faithful else ''}"
     else:
@@ -734,7 +767,9 @@ def _interventions(
         said.add("baseline")
     for trial, _ in pairs:
         kind = label(trial.config)
-        lines.append(Line(trial.records["step"], trial.records["test_acc"], "" if kind in said else kind, kinds.index(kind)))
+        lines.append(
+            Line(trial.records["step"], trial.records["test_acc"], "" if kind in said else kind, kinds.index(kind))
+        )
         said.add(kind)
     kept = _kept(findings)
     return Judgement(

@@ -215,9 +215,7 @@ def compare_walks(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _published_commutator(
-    engine: GradientEngine, theta: Tensor, pair: tuple[Any, Any], eta: float
-) -> Tensor:
+def _published_commutator(engine: GradientEngine, theta: Tensor, pair: tuple[Any, Any], eta: float) -> Tensor:
     """(P,): two end points in the parameters' own precision, one subtracted from the other."""
     ends = []
     for order in (pair, pair[::-1]):

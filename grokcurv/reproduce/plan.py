@@ -95,7 +95,9 @@ class Plan:
             {run for name in names for run in part.sets.get(name, ())} for part in (self.runs, self.interventions)
         )
         runs |= {self.baselines[run] for run in interventions}
-        return [run for run in self.runs.plan if run in runs], [r for r in self.interventions.plan if r in interventions]
+        return [run for run in self.runs.plan if run in runs], [
+            r for r in self.interventions.plan if r in interventions
+        ]
 
 
 def make_plan(
