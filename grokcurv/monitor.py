@@ -28,7 +28,7 @@ from grokcurv.flat import Segment, flatten, flatten_grad, select_segments
 from grokcurv.gradients import Asking, LossFn, Strategy, carry_out
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
-from grokcurv.subspace import RandomBaseline, Subspace
+from grokcurv.subspace import RandomBaseline, Subspace, alignment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +66,9 @@ FIELDS = (
     "reference_p75",
 )
 """What one measurement records, each the median over its pairs unless its name says otherwise."""
+
+ALIGNMENT_FIELDS = ("step_alignment", "step_alignment_ratio", "step_share", "step_share_ratio")
+"""What it records besides, with ``alignment=True``."""
 
 
 HEAD = ("step", "method", "measure_seconds")
@@ -105,7 +108,13 @@ class CurvatureMonitor:
         strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
         check_every: a measurement this many steps or more after the latest evaluations behind the noise floor makes
             them anew, one sooner takes the sizes of the errors from them. A captured step always makes them.
+        alignment: set the training step that led to a measurement, theta_t - theta_(t-1), beside its commutators:
+            :data:`ALIGNMENT_FIELDS`. One vector of P is kept for it from the call before on, and up to 2 n + 1 more for
+            n pairs while they are measured. Such a step cannot be captured.
         loggers: each gets every record, through ``log(record, step)``; passing any makes each measurement read back.
+
+    Attributes:
+        fields: names of the numbers that a measurement records: :data:`FIELDS`, and those of ``alignment``.
 
     Raises:
         ValueError: intervals or pairs below one; several pairs without a sampler.
@@ -124,6 +133,7 @@ class CurvatureMonitor:
         design: Design = "independent",
         strategy: Strategy = "auto",
         check_every: int = CHECK_EVERY,
+        alignment: bool = False,
         method: Method = "difference",
         eta: float | Literal["auto"] = 1e-3,
         loggers: Sequence[Logger] = (),
@@ -140,14 +150,16 @@ class CurvatureMonitor:
         )
         self.design: Design = design
         self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
-        self.sampler, self.check_every = sampler, check_every
+        self.sampler, self.check_every, self.alignment = sampler, check_every, alignment
+        self.fields = FIELDS + ALIGNMENT_FIELDS if alignment else FIELDS
+        self._before: Tensor | None = None  # for alignment: the parameters at the call before one that measures
         self._checked: dict[str, int] = {}  # the step of the latest check, by method
         self.loggers = tuple(loggers)
         self._baselines: tuple[RandomBaseline, RandomBaseline] | None = None
         device = self.probe.gradients.device
         self._steps = 0  # without those of replays
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
-        self._records = Records(len(HEAD) + len(FIELDS), device)
+        self._records = Records(len(HEAD) + len(self.fields), device)
         self._verdicts: deque[Callable[[], Tensor]] = deque()
         self._gave_up = False  # the difference form
         self._pca_steps: list[Tensor] = []
@@ -172,12 +184,18 @@ class CurvatureMonitor:
 
         Raises:
             ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
+            RuntimeError: captured in a CUDA graph, with ``alignment=True``.
         """
         carry_out(self.probe.gradients, [self.stepping(batch, next_batch)])
 
     def stepping(self, batch: Any = None, next_batch: Any = None) -> Asking[None]:
         """:meth:`step`, stopping where it needs gradients, so that several monitors' can be computed at once."""
         step, captured = self._steps, capturing(self.probe.gradients.device)
+        if captured and self.alignment:
+            raise RuntimeError(
+                "alignment=True looks back on the call before, which a CUDA graph does not know: "
+                "capture a monitor with alignment=False"
+            )
         if self.pca is not None and step % self.pca_every == 0 and not captured:
             self.feed()
         if step % self.every == 0 or captured:
@@ -185,6 +203,9 @@ class CurvatureMonitor:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
             if self.sampler is not None or next_batch is not None:
                 yield from self._measure(step, batch, next_batch)
+        if self.alignment:
+            wanted = (step + 1) % self.every == 0
+            self._before = flatten(self.probe.gradients.model, self._before) if wanted else None
         self._steps += not captured
         self._clock += 1
 
@@ -209,24 +230,27 @@ class CurvatureMonitor:
     def last(self) -> dict[str, Any] | None:
         """The latest record, or None; reading it waits for the device."""
         row = self._records.last()
-        return None if row is None else _record(row)
+        return None if row is None else self._record(row)
 
     def records(self) -> pd.DataFrame:
-        """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :data:`FIELDS`.
+        """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :attr:`fields`.
 
         Reading is the only point that waits for the device. Units: the defect, its floor and the reference are one
         over the loss; ``grad_norm`` is the loss per unit of theta; the rest are ratios, except ``bracket_norm``
         (loss squared over theta cubed). ``rho`` is ``|delta_perp| / |delta|``, ``exec_fraction`` is
         ``|delta_par| / |delta|``, ``exec_random_ratio`` divides it by its mean over random subspaces of R^P, and
-        ``exec_matched_ratio`` does so within the coordinates on which the basis lives. NaN where there was no basis
-        yet, or nothing trustworthy.
+        ``exec_matched_ratio`` does so within the coordinates on which the basis lives. ``step_alignment`` is the mean
+        over the pairs of ``|cos|`` between the last training step and ``delta``, ``step_share`` the length of the
+        step's part in the span of all deltas over its own (Xu, arXiv 2602.16746); their ratios divide them by their
+        exact means for random directions (:class:`grokcurv.subspace.RandomBaseline`). NaN where there was no basis or
+        no step yet, or nothing trustworthy.
         """
         import pandas as pd
 
         self._check_gradient()
         rows = self._records.read()
         head, values = rows[:, : len(HEAD)], rows[:, len(HEAD) :]
-        frame = pd.DataFrame(values.numpy(), columns=list(FIELDS))
+        frame = pd.DataFrame(values.numpy(), columns=list(self.fields))
         frame.insert(0, "step", head[:, 0].numpy().astype("int64"))
         frame.insert(5, "method", pd.Series([METHODS[int(m)] for m in head[:, 1].tolist()], dtype="str"))
         frame["reliable"] = frame["reliable"] == 1.0
@@ -258,6 +282,7 @@ class CurvatureMonitor:
             "rows": rows[:, len(HEAD) :].contiguous(),
             "checked": dict(self._checked),
             "errors": dict(self.probe.errors),
+            "before": self._before.clone() if self._before is not None else None,
             "pca": self.pca.state_dict() if self.pca is not None else None,
         }
 
@@ -265,10 +290,14 @@ class CurvatureMonitor:
         """Restore :meth:`state_dict`; the monitor must have been built with the same settings.
 
         Raises:
-            ValueError: the state has a PCA and the monitor has none, or the other way round.
+            ValueError: the state has a PCA, or alignments, and the monitor has none, or the other way round.
         """
-        if (state["pca"] is None) != (self.pca is None):
-            raise ValueError("state was saved with a pca and the monitor has none, or the other way round")
+        for name, saved, here in (
+            ("a pca", state["pca"] is not None, self.pca is not None),
+            ("alignment", state["rows"].shape[1] > len(FIELDS), self.alignment),
+        ):
+            if saved != here:
+                raise ValueError(f"state was saved with {name} and the monitor has none, or the other way round")
         device = self.probe.gradients.device
         self._steps = state["steps"]
         self._clock.fill_(state["steps"])
@@ -279,6 +308,7 @@ class CurvatureMonitor:
         self._records = Records(rows.shape[1], device)
         self._records.extend(rows)
         self._checked = dict(state["checked"])
+        self._before = state["before"].to(device, copy=True) if state["before"] is not None else None
         self.probe.errors = {form: error.to(device) for form, error in state["errors"].items()}
         self._verdicts.clear()
         self._gave_up = False
@@ -315,17 +345,19 @@ class CurvatureMonitor:
             source, known = [(batch, next_batch)], self._training_gradient()
         method = probe.method if captured else self._next_method()
         check = self._check_due(method, step)
-        measure = partial(probe.measuring, source, design=self.design, seed=step)
-        stats = reported = yield from measure(method=method, first_gradient=known, check=check)
+        measure = partial(probe.measuring, source, design=self.design, seed=step, keep_delta=self.alignment)
+        stats = yield from measure(method=method, first_gradient=known, check=check)
+        reference = stats.reference
         if self.sampler is None and self._gradient_ratio is None:
             self._compare_gradient(stats)
         if at_hand and method == "difference" and not bool(stats.reliable.all()):
-            reported = yield from measure(method="bracket", check=self._check_due("bracket", step))
-        values = self._values(reported, stats.reference)
+            del stats  # and its deltas
+            stats = yield from measure(method="bracket", check=self._check_due("bracket", step))
+        values = self._values(stats, reference)
         if not captured:
             self._note(values[FIELDS.index("reliable")])
         seconds = math.nan if captured else time.perf_counter() - start
-        head = [torch.full_like(values[0], x) for x in (METHODS.index(reported.method), seconds)]
+        head = [torch.full_like(values[0], x) for x in (METHODS.index(stats.method), seconds)]
         self._records.append(torch.cat([torch.stack([self._clock.to(values.dtype), *head]), values]))
         for logger in self.loggers if not captured else ():
             record = self.last
@@ -361,7 +393,7 @@ class CurvatureMonitor:
             self._verdicts.append(later(reliable))
 
     def _values(self, stats: CommutatorStats, reference: Tensor) -> Tensor:
-        """One row of :data:`FIELDS`, float64 on the device; what rests on an unreliable delta is NaN."""
+        """One row of the fields, float64 on the device; what rests on an unreliable delta is NaN."""
         reliable = stats.reliable.all()
         delta = stats.bracket_norm * stats.eta.square()
         pairs = {
@@ -386,12 +418,29 @@ class CurvatureMonitor:
         for name in ("defect", "reference"):
             place = list(pairs).index(name)
             row |= {f"{name}_median": row.pop(name), f"{name}_p25": lower[place], f"{name}_p75": upper[place]}
+        if stats.delta is not None and self._before is not None:
+            row |= self._aligned(stats.delta, self._before)
         trusted = ("noise_floor", "grad_cosine", "reference_median", "reference_p25", "reference_p75")
         row = {name: x if name in trusted else torch.where(reliable, x, math.nan) for name, x in row.items()}
         row["reliable"] = reliable.to(torch.float64)
         row["grad_norm"] = quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5)
         missing = torch.full_like(row["reliable"], math.nan)
-        return torch.stack([row.get(name, missing) for name in FIELDS])
+        return torch.stack([row.get(name, missing) for name in self.fields])
+
+    def _aligned(self, delta: Tensor, before: Tensor) -> dict[str, Tensor]:
+        """:data:`ALIGNMENT_FIELDS` of the step from ``before`` to the parameters as they are, beside ``delta``."""
+        step = flatten(self.probe.gradients.model).to(delta.dtype) - before
+        cosines, share = alignment(step, delta)
+        count, size = delta.shape
+        mean = cosines.abs().mean()
+        chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))
+        return dict(zip(ALIGNMENT_FIELDS, (mean, mean / chance, share, share / share_chance), strict=True))
+
+    def _record(self, row: Tensor) -> dict[str, Any]:
+        step, method, seconds, *values = row.tolist()
+        record: dict[str, Any] = dict(zip(self.fields, values, strict=True))
+        record["reliable"] = record["reliable"] == 1.0
+        return {"step": int(step), "method": METHODS[int(method)], **record, "measure_seconds": seconds}
 
     def _training_gradient(self) -> Tensor | None:
         """The flat ``.grad``, once it has been checked; None at the first step and for models that draw at random."""
@@ -415,13 +464,6 @@ class CurvatureMonitor:
                 f"|.grad| is {ratio:.3g} times the norm of the gradient of loss_fn on the batch given to step(); "
                 "call step() after backward and before clipping, with the same loss, or give the monitor a sampler"
             )
-
-
-def _record(row: Tensor) -> dict[str, Any]:
-    step, method, seconds, *values = row.tolist()
-    record: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
-    record["reliable"] = record["reliable"] == 1.0
-    return {"step": int(step), "method": METHODS[int(method)], **record, "measure_seconds": seconds}
 
 
 def _attention(model: nn.Module) -> tuple[Segment, ...]:

@@ -7,16 +7,22 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grokcurv import ops
 from grokcurv.analysis.random_subspace import RandomBaseline as RandomBaseline
+from grokcurv.flat import attention_segments, flatten
+from grokcurv.reference import compute_type
 
 if TYPE_CHECKING:
     from grokcurv.pca import StreamingPCA
 
 ORTHONORMAL_TOLERANCE = 1000.0
 """How many machine epsilons an inner product of basis rows may be from 0 or 1."""
+
+RANK_TOLERANCE = 1e-10
+"""Up to here an eigenvalue of the Gram matrix of unit vectors is zero: vectors that differ by less than 1e-5 of their
+length do so by float32 rounding, and the rounding of the float64 sums is far below."""
 
 
 class Split(NamedTuple):
@@ -30,6 +36,34 @@ class Split(NamedTuple):
     """() or (N,) length of the part outside."""
 
 
+class Alignment(NamedTuple):
+    """A vector seen from K others, which need not be orthogonal. float64, on their device."""
+
+    cosines: Tensor
+    """(K,) of its angle with each."""
+    share: Tensor
+    """() length of its part in their span over its own: 0 to 1."""
+
+
+def alignment(v: Tensor, rows: Tensor) -> Alignment:
+    """Cosines of ``v`` (P,) with each of ``rows`` (K, P), and the share of its length that lies in their span.
+
+    With R the cosines of the rows among themselves and r those with ``v``, the squared share is ``r' R^-1 r``, taken
+    over the eigenvectors of R beyond :data:`RANK_TOLERANCE`: dependent rows do no harm. Two passes over the rows, sums
+    in float64, no copy, no synchronisation. NaN where ``v`` or a row is zero or holds a NaN.
+
+    Raises:
+        ValueError, TypeError: lengths, dtypes or devices that differ, or that the ops do not take.
+    """
+    gram, inner, own = ops.gram(rows)[0], ops.gram(v[None], rows)[0, 0], ops.gram(v[None])[0, 0, 0]
+    lengths = gram.diagonal().sqrt()
+    cosines = inner / (lengths * own.sqrt())
+    (values,), (vectors,) = ops.eigh((gram / torch.outer(lengths, lengths))[None], len(rows))
+    parts = (vectors.mT @ cosines).square() / values
+    share = torch.where(values <= RANK_TOLERANCE, 0.0, parts).sum().sqrt()
+    return Alignment(cosines, share.clamp(max=1.0))
+
+
 class Subspace:
     """The span of K orthonormal rows in R^P.
 
@@ -39,7 +73,7 @@ class Subspace:
 
     Args:
         rows: (K, P) float32 or float64, K <= P; kept, not copied, if contiguous. See also :meth:`from_blocks`,
-            :meth:`from_pca`, :meth:`random`.
+            :meth:`from_pca`, :meth:`from_singular_vectors`, :meth:`random`.
 
     Attributes:
         values: 1-D, the dtype of the basis.
@@ -94,6 +128,37 @@ class Subspace:
         space = cls.__new__(cls)
         space._set(pca.n_features_in_ if size is None else size, pca.leading_blocks(k), check=False)
         return space
+
+    @classmethod
+    def from_singular_vectors(cls, model: nn.Module, k: int = 3) -> Subspace:
+        """The leading ``k`` singular directions of each W_Q, W_K, W_V and W_O, as the weights are now.
+
+        A direction is ``u_i v_i'``, the matrix of a left and a right singular vector, as a unit row on the coordinates
+        of its W; it has no free sign, and is as unique as its singular value is simple. The random-subspace control of
+        Xu (arXiv 2602.16746) takes these with k = 3, 24 rows for two layers, where the paper's text has the principal
+        directions of the trajectory (:meth:`from_pca`). By float64 singular value decompositions, rounded once.
+
+        Args:
+            model: with at least one ``nn.MultiheadAttention``; frozen projections are left out.
+            k: directions per matrix, at least 1.
+
+        Raises:
+            ValueError: ``k`` is below 1 or beyond the numerical rank of a matrix, or the model has no trainable
+                attention projection.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        theta, blocks = flatten(model), []
+        dtype = compute_type(theta.dtype)
+        for segment in attention_segments(model):
+            matrix = theta[segment.start : segment.stop].view(segment.shape).to(torch.float64)
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+            rank = int((values > max(matrix.shape) * torch.finfo(dtype).eps * values[0]).sum())
+            if k > rank:
+                raise ValueError(f"k must be at most the rank of {segment.name}, which is {rank}; got {k}")
+            rows = left.mT[:k, :, None] * right[:k, None]
+            blocks.append((segment.start, rows.flatten(1).to(dtype)))
+        return cls.from_blocks(len(theta), blocks)
 
     @classmethod
     def random(cls, dim: int, size: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Subspace:

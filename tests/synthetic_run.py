@@ -34,6 +34,8 @@ def metrics() -> pd.DataFrame:
             "test_loss": 4.6 + 6 * np.exp(-(((step - 1500) / 1000) ** 2)) - 4.59 * (step > 3000),
             "test_acc": rows.test_acc,
             "weight_norm": 60 - step / 150,
+            "fourier_embedding": 0.12 + 0.78 * rows.test_acc,
+            "fourier_logits": 0.001 + 0.97 * rows.test_acc,
             "learning_rate": 1e-3,
             "seconds": step / 41.5,
         }

@@ -54,7 +54,7 @@ addEventListener("load", () => {
 """
 
 
-EXPECTED = {"run": ("add mod 97, seed 42", 4), "lr": ("lr", 2)}
+EXPECTED = {"run": ("add mod 97, seed 42", 5), "lr": ("lr", 2)}
 """By the folder's name: the heading and the number of pictures."""
 
 

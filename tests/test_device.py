@@ -81,6 +81,7 @@ def test_a_monitored_loop_looks_at_no_number(
         pca_every=1,
         pairs=2 if sampler else 1,
         sampler=(lambda: (next(draws), next(draws))) if sampler else None,
+        alignment=True,
     )
     with OnDevice():
         for batch, following in monitor.lookahead(loader):
@@ -332,3 +333,13 @@ def test_an_unreliable_row_is_nan_and_after_two_more_the_bracket_is_measured(
     assert found["defect_median"].isna().tolist() == [False, False, True] + [False] * 5
     assert set(FIELDS) < set(found.columns)
     assert resumed.records().drop(columns="measure_seconds").equals(found.drop(columns="measure_seconds"))
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_alignment_cannot_be_captured(generator: Generator) -> None:
+    model, batches = PROBLEM.model(), [PROBLEM.batch(generator) for _ in range(2)]
+    monitor = gc.CurvatureMonitor(model, PROBLEM.loss_fn, sampler=lambda: tuple(batches), alignment=True)
+    monitor.step()
+    with pytest.raises(RuntimeError, match="capture a monitor with alignment=False"), Tape():
+        monitor.step()
+    assert monitor.steps == 1

@@ -35,7 +35,7 @@ TINY = TrainConfig(
 MIXED = [
     {},
     {"op": "mul", "seed": 1, "lr": 3e-3, "weight_decay": 0.1},
-    {"op": "x2_y2", "seed": 2, "beta1": 0.8, "beta2": 0.95, "clip": 0.0, "warmup": 5},
+    {"op": "x2_y2", "seed": 2, "beta1": 0.8, "beta2": 0.95, "clip": 0.0, "warmup": 5, "alignment": True},
     {"op": "sub", "seed": 3, "clip": 0.01, "steps": 25, "train_fraction": 0.7},
     {"op": "add", "seed": 4, "measure_every": 0},
     {"op": "div", "seed": 5, "eval_every": 7, "measure_every": 3, "pairs": 1, "pca_every": 0},
@@ -67,7 +67,7 @@ def test_every_run_is_bitwise_what_it_is_alone(tmp_path: Path) -> None:
 
 
 def test_successive_steps() -> None:
-    base = dataclasses.replace(TINY, successive=True, pairs=1, measure_every=1, steps=20)
+    base = dataclasses.replace(TINY, successive=True, pairs=1, measure_every=1, steps=20, alignment=True)
     changed = [dataclasses.replace(base, seed=seed, lr=lr) for seed, lr in ((1, 1e-3), (2, 3e-3))]
     for config, run in zip(changed, train_ensemble(changed), strict=True):
         assert_same(run, train(config))

@@ -15,7 +15,8 @@ from torch import nn
 import grokcurv as gc
 from grokcurv import commutator
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.monitor import FIELDS
+from grokcurv.monitor import ALIGNMENT_FIELDS, FIELDS
+from grokcurv.subspace import RandomBaseline
 
 COLUMNS = ["step", *FIELDS[:4], "method", *FIELDS[4:], "measure_seconds"]
 
@@ -331,3 +332,121 @@ def test_a_chain_draws_one_batch_more_than_pairs(generator, pairs, drawn):
     flat = [batch for pair in batches for batch in pair]
     stats = gc.CommutatorProbe(model, problem.loss_fn).measure(list(pairwise(flat))[:pairs])
     assert monitor.records()["defect_median"].item() == stats.median().item()
+
+
+# ------------------------------------------------------------------------------------------------------------ alignment
+
+
+def share_by_qr(v: torch.Tensor, rows: torch.Tensor) -> float:
+    basis = torch.linalg.qr(rows.double().T).Q
+    return ((basis.T @ v.double()).norm() / v.double().norm()).item()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_alignment_is_that_of_the_last_step(generator, every):
+    problem = PROBLEMS["tied attention"]
+    torch.manual_seed(8)
+    model = problem.model()
+    batches = [(problem.batch(generator), problem.batch(generator)) for _ in range(40)]
+    drawn, expected = iter(batches), iter(batches)
+    options = {"every": every, "pairs": 3}
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, sampler=lambda: next(drawn), alignment=True, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wanted, before = [], None
+    for step in range(7):
+        optimizer.zero_grad()
+        problem.loss_fn(model, problem.batch(generator)).backward()
+        monitor.step()
+        theta = flatten(model)
+        if step % every == 0:
+            delta = gc.CommutatorProbe(model, problem.loss_fn).measure([next(expected) for _ in range(3)], keep_delta=True).delta
+            if before is not None:
+                moved = theta.double() - before.double()
+                cosines = torch.cosine_similarity(moved[None], delta.double())
+                wanted.append((cosines.abs().mean().item(), share_by_qr(moved, delta)))
+        before = theta
+        optimizer.step()
+    records = monitor.records()
+    assert list(records.columns) == [*COLUMNS[:-1], *ALIGNMENT_FIELDS, "measure_seconds"]
+    assert records["reliable"].all()
+    assert records.loc[0, list(ALIGNMENT_FIELDS)].isna().all()
+    np.testing.assert_allclose(records[["step_alignment", "step_share"]][1:], wanted, rtol=1e-6)
+    size = len(before)
+    for name, dim in (("step_alignment", 1), ("step_share", 3)):
+        np.testing.assert_allclose(records[f"{name}_ratio"], records[name] / RandomBaseline(dim, size).mean)
+    assert monitor.last["step_share"] == records["step_share"].iloc[-1]
+
+
+def test_alignment_of_successive_steps(generator):
+    """The measurement stands between backward and the optimiser; the step is still the one that led there."""
+    _, plain, _ = attention_run(torch.Generator().manual_seed(3), sampler=False)
+    model, monitor, _ = attention_run(torch.Generator().manual_seed(3), sampler=False, alignment=True)
+    one, other = plain.records(), monitor.records()
+    kept = [name for name in COLUMNS if name != "measure_seconds"]
+    pd.testing.assert_frame_equal(one[kept], other[kept], check_exact=True)
+    assert other["step_alignment"].isna().tolist() == [True] + [False] * 5
+    np.testing.assert_allclose(other["step_share"], other["step_alignment"])  # one pair
+    # The optimiser has moved once since the last call, which had no next batch and kept the parameters.
+    problem = PROBLEMS["tied attention"]
+    a, b = problem.batch(generator), problem.batch(generator)
+    stats = gc.CommutatorProbe(model, problem.loss_fn).measure([(a, b)], keep_delta=True)
+    before = monitor._before
+    model.zero_grad()
+    problem.loss_fn(model, a).backward()
+    monitor.step(a, b)
+    cosine = torch.cosine_similarity(flatten(model).double() - before.double(), stats.delta[0].double(), dim=0)
+    np.testing.assert_allclose(monitor.records()["step_alignment"].iloc[-1], abs(cosine.item()), rtol=1e-6)
+
+
+def test_alignment_is_nan_without_a_step_or_a_trustworthy_delta(generator):
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    a, b = problem.batch(generator), problem.batch(generator)
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, sampler=lambda: (a, b), alignment=True)
+    monitor.step()
+    monitor.step()  # nothing moved
+    with torch.no_grad():
+        model[0].weight += 0.01
+    monitor.step()
+    monitor.probe.noise_floor = False  # nothing vouches for anything
+    monitor.probe.errors.clear()
+    with torch.no_grad():
+        model[0].weight += 0.01
+    monitor.step()
+    records = monitor.records()
+    assert records["reliable"].tolist() == [True, True, True, False]
+    for name in ALIGNMENT_FIELDS:
+        assert records[name].isna().tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("every", "cut"), [(1, 4), (3, 4), (3, 5)])
+def test_alignment_resumes_bitwise(generator, every, cut):
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    batches = [problem.batch(generator) for _ in range(30)]
+    size = len(flatten(model))
+    trajectory = [torch.randn(size, generator=generator) for _ in range(9)]
+
+    def new(start: int) -> gc.CurvatureMonitor:
+        drawn = iter(batches[2 * -(-start // every) :])
+        return gc.CurvatureMonitor(
+            model, problem.loss_fn, every=every, sampler=lambda: (next(drawn), next(drawn)), alignment=True
+        )
+
+    whole, first, second = new(0), new(0), new(cut)
+    for step, theta in enumerate(trajectory):
+        nn.utils.vector_to_parameters(theta, model.parameters())
+        whole.step()
+        if step == cut:
+            state = first.state_dict()
+            second.load_state_dict(state)
+            first.step()  # the state is a copy
+        (first if step < cut else second).step()
+    drop = "measure_seconds"
+    pd.testing.assert_frame_equal(
+        whole.records().drop(columns=drop), second.records().drop(columns=drop), check_exact=True
+    )
+    assert second.records()["step_share"].notna().sum() == len(second.records()) - 1
+    for one, other in ((state, False), (gc.CurvatureMonitor(model, problem.loss_fn).state_dict(), True)):
+        with pytest.raises(ValueError, match="saved with alignment and the monitor has none"):
+            gc.CurvatureMonitor(model, problem.loss_fn, alignment=other).load_state_dict(one)

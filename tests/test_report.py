@@ -56,9 +56,9 @@ def page(run: Path) -> Page:
 
 def test_figures_are_written_and_embedded(run: Path, page: Page) -> None:
     written = {path.stem: path.read_bytes() for path in (run / "figures").iterdir()}
-    assert set(written) == {"grokking", "pc1", "geometry", "dynamics"}
+    assert set(written) == {"grokking", "pc1", "geometry", "fourier", "dynamics"}
     images, dark = page.of("img"), page.of("source")
-    assert len(images) == len(dark) == 4
+    assert len(images) == len(dark) == 5
     for image in images:
         assert image["src"] is not None
         assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) in written.values()
@@ -132,7 +132,7 @@ def test_a_run_without_curvature(tmp_path: Path) -> None:
     assert "No principal components" in page.text
     assert "Grok step 3,100" in page.text
     assert "Lead" not in page.text
-    assert {path.stem for path in (folder / "figures").iterdir()} == {"grokking", "dynamics"}
+    assert {path.stem for path in (folder / "figures").iterdir()} == {"grokking", "fourier", "dynamics"}
 
 
 def test_an_interrupted_run(tmp_path: Path) -> None:
@@ -256,6 +256,35 @@ def test_geometry_shows_both_nulls_and_chance() -> None:
     np.testing.assert_array_equal(drawn[LIGHT.orange], curvature["exec_matched_ratio"])
     np.testing.assert_array_equal(drawn[LIGHT.ink], [1, 1])
     assert bottom.texts[0].get_text() == rf"$\rho$ = {curvature['rho'].iloc[-1]:.4f}"
+
+
+@pytest.mark.parametrize("lacks", ["columns", "values", "logits"])
+def test_runs_with_fewer_fourier_shares(tmp_path: Path, lacks: str) -> None:
+    metrics = synthetic_run.metrics()
+    if lacks == "columns":  # a folder of before there were any
+        metrics = metrics.drop(columns=["fourier_embedding", "fourier_logits"])
+    else:
+        metrics = metrics.assign(fourier_logits=np.nan)
+        if lacks == "values":
+            metrics = metrics.assign(fourier_embedding=np.nan)
+    folder = synthetic_run.write_run(tmp_path / "run", {"metrics": metrics})
+    page = Page(write_report(folder))
+    assert (folder / "figures" / "fourier.png").exists() == (lacks == "logits")
+    alts = [str(image["alt"]) for image in page.of("img")]
+    assert sum("frequencies, at the end 90% of the embedding." in alt for alt in alts) == (lacks == "logits")
+
+
+def test_fourier_shares_beside_accuracy() -> None:
+    metrics = synthetic_run.metrics()
+    with figures.style(LIGHT):
+        top, bottom = figures.fourier(metrics, LIGHT, grok=3100).axes
+        alone = figures.fourier(metrics.assign(fourier_logits=np.nan), LIGHT, grok=None).axes[1]
+    np.testing.assert_array_equal(lines(top)[LIGHT.green], metrics["test_acc"])
+    np.testing.assert_array_equal(lines(bottom)[LIGHT.blue], metrics["fourier_embedding"])
+    np.testing.assert_array_equal(lines(bottom)[LIGHT.orange], metrics["fourier_logits"])
+    assert {text.get_text() for text in bottom.texts} == {"embedding", "logits"}
+    assert "grok 3,100" in [text.get_text() for text in top.texts]
+    assert [text.get_text() for text in alone.texts] == ["embedding"]
 
 
 def test_spread_moves_labels_apart_and_no_further() -> None:

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
+from grokcurv.flat import attention_segments
+from grokcurv.modular import Transformer
 from grokcurv.pca import StreamingPCA
-from grokcurv.subspace import RandomBaseline, Subspace
+from grokcurv.subspace import RandomBaseline, Subspace, alignment
 
 
 def orthonormal(k: int, p: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -276,3 +279,101 @@ def test_matched_baseline_against_random_vectors():
     fractions = (space.split(v).parallel / on_support).numpy()
     baseline = space.random_baseline("matched")
     assert stats.kstest(fractions, lambda f: 1 - baseline.p_value(f)).pvalue > 1e-3
+
+
+# Alignment
+
+
+def by_qr(v: torch.Tensor, rows: torch.Tensor) -> float:
+    basis = torch.linalg.qr(rows.double().T).Q
+    return ((basis.T @ v.double()).norm() / v.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("k", "p"), [(1, 1), (1, 9), (5, 70_001), (7, 8), (12, 333)])
+def test_alignment_by_definition(k: int, p: int, dtype: torch.dtype, generator: torch.Generator):
+    v = torch.randn(p, generator=generator, dtype=dtype)
+    rows = torch.randn(k, p, generator=generator, dtype=dtype) * torch.logspace(-9, 3, k, dtype=dtype)[:, None]
+    found = alignment(v, rows)
+    wanted = torch.cosine_similarity(v.double()[None], rows.double(), eps=0)
+    torch.testing.assert_close(found.cosines, wanted, rtol=1e-10, atol=1e-14)
+    assert found.share.item() == pytest.approx(by_qr(v, rows), rel=1e-8)
+
+
+def test_alignment_with_dependent_rows(generator: torch.Generator):
+    v, rows = torch.randn(50, generator=generator), torch.randn(3, 50, generator=generator)
+    mixed = torch.randn(6, 3, generator=generator) @ rows  # of rank 3, but for rounding in float32
+    assert alignment(v, mixed).share.item() == pytest.approx(by_qr(v, rows), rel=1e-3)
+    assert alignment(v, torch.randn(60, 50, generator=generator)).share.item() == pytest.approx(1, abs=1e-6)
+    inside = alignment((rows.double().T @ torch.ones(3, dtype=torch.float64)), rows.double())
+    assert 1 - 1e-12 < inside.share.item() <= 1
+
+
+def test_alignment_of_nothing_is_nan(generator: torch.Generator):
+    v, rows = torch.randn(9, generator=generator), torch.randn(3, 9, generator=generator)
+    assert alignment(torch.zeros(9), rows).share.isnan()
+    for bad in (0.0, torch.nan, torch.inf):
+        changed = rows.clone()
+        changed[1] = bad
+        found = alignment(v, changed)
+        assert found.share.isnan()
+        assert found.cosines.isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="must have shape"):
+        alignment(v[:4], rows)
+
+
+# From singular vectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_from_singular_vectors(dtype: torch.dtype):
+    model = Transformer(11, layers=2, d_model=16, heads=4, d_ff=8).to(dtype)
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            layer.self_attn.in_proj_weight.normal_()
+    space = Subspace.from_singular_vectors(model, k=3)
+    assert space.dim == 24
+    assert space.size == sum(p.numel() for p in model.parameters())
+    assert space.values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    dense = space.to_dense().double()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(dense @ dense.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=tolerance)
+    wanted, outside = [], torch.ones(space.size, dtype=torch.bool)
+    for layer in model.encoder.layers:
+        attention = layer.self_attn
+        for matrix in (*attention.in_proj_weight.chunk(3), attention.out_proj.weight):
+            left, _, right = torch.linalg.svd(matrix.detach().double())
+            wanted.append(torch.stack([torch.outer(left[:, i], right[i]).flatten() for i in range(3)]))
+    for segment, rows in zip(attention_segments(model), wanted, strict=True):
+        there = slice(segment.start, segment.stop)
+        outside[there] = False
+        found = dense[:, there]
+        found = found[found.abs().sum(1) > 0]
+        torch.testing.assert_close(found.T @ found, rows.T @ rows, rtol=0, atol=tolerance)
+        torch.testing.assert_close(found, rows, rtol=0, atol=tolerance)  # a direction has no free sign
+    assert not dense[:, outside].any()
+
+
+def test_singular_vectors_of_projections_that_are_not_fused():
+    model = nn.MultiheadAttention(6, 2, kdim=4, vdim=5)
+    model.q_proj_weight.requires_grad_(False)
+    space = Subspace.from_singular_vectors(model, k=4)
+    assert space.dim == 12
+    assert [length for _, length in space.support] == [24, 30, 36]
+
+
+def test_singular_vectors_that_are_not_there():
+    model = Transformer(5, layers=1, d_model=8, heads=2, d_ff=8)
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
+            Subspace.from_singular_vectors(model, k)
+    assert Subspace.from_singular_vectors(model, 8).dim == 32
+    with pytest.raises(ValueError, match=r"rank of encoder\.layers\.0\.self_attn\.q_proj_weight, which is 8; got 9"):
+        Subspace.from_singular_vectors(model, 9)
+    with torch.no_grad():
+        weight = model.encoder.layers[0].self_attn.out_proj.weight
+        weight.copy_(torch.outer(torch.arange(8.0), torch.ones(8)))
+    with pytest.raises(ValueError, match=r"rank of encoder\.layers\.0\.self_attn\.out_proj\.weight, which is 1; got 2"):
+        Subspace.from_singular_vectors(model, 2)
+    with pytest.raises(ValueError, match=r"no nn\.MultiheadAttention"):
+        Subspace.from_singular_vectors(nn.Linear(3, 3))

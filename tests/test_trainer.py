@@ -17,6 +17,7 @@ import torch
 
 from grokcurv import CurvatureMonitor, StreamingPCA
 from grokcurv.modular import PRESETS, TrainConfig, TrainingError, build_model, config, load_model, split, train
+from grokcurv.monitor import ALIGNMENT_FIELDS
 from grokcurv.runs import RunError, open_run, unpack
 
 TINY = TrainConfig(
@@ -417,3 +418,24 @@ def test_float64_logits_train_alike_at_first() -> None:
     one, other = train(changed(UNMEASURED, steps=10)), train(changed(UNMEASURED, steps=10, float64_logits=True))
     for name in ("train_loss", "weight_norm"):
         np.testing.assert_allclose(one.metrics[name], other.metrics[name], rtol=1e-5)
+
+
+def test_alignment_changes_nothing_and_resumes_bitwise(tmp_path: Path) -> None:
+    config = changed(alignment=True, checkpoint_every=7, measure_every=4)
+    whole, plain = train(config, out=tmp_path / "whole"), train(changed(config, alignment=False))
+    pd.testing.assert_frame_equal(untimed(whole.metrics), untimed(plain.metrics), check_exact=True)
+    assert not set(ALIGNMENT_FIELDS) & set(plain.curvature)
+    same = untimed(plain.curvature)
+    pd.testing.assert_frame_equal(untimed(whole.curvature)[list(same)], same, check_exact=True)
+    for name in ALIGNMENT_FIELDS:
+        assert whole.curvature[name].isna().tolist() == [True] + [False] * 7
+
+    def press(latest: dict[str, Any]) -> None:
+        if latest["step"] in (10, 20):  # before a measurement's last step, and after it
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out=tmp_path / "parts", resume=True, on_progress=press)
+    parts = train(config, out=tmp_path / "parts", resume=True)
+    pd.testing.assert_frame_equal(untimed(parts.curvature), untimed(whole.curvature), check_exact=True)

@@ -91,6 +91,8 @@ class TrainConfig:
     successive: bool = False
     """Measure the batch of this step against that of the next, and take training's own gradient for the first of the
     four: for a measurement at every step. Needs pairs = 1."""
+    alignment: bool = False
+    """Set the last training step beside the commutators of every measurement."""
     measure_every: int = 100
     """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100

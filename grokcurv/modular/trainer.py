@@ -25,6 +25,7 @@ from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, 
 from grokcurv.losses import cross_entropy64
 from grokcurv.modular import fast
 from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.fourier import FourierShares, embedding_of
 from grokcurv.modular.model import MLP, Transformer
 from grokcurv.modular.tasks import split
 from grokcurv.runs import Run, RunError, RunWriter, describe_environment, open_run
@@ -383,13 +384,16 @@ class Training:
     def _evaluate(self) -> None:
         data = self.data
         norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in self.model.parameters()]
+        shares = FourierShares(self.config.op, self.config.p, embedding_of(self.model))
         values = [
-            self._score(data.train_pairs, data.train_answers),
-            self._score(data.test_pairs, data.test_answers),
+            self._score(data.train_pairs, data.train_answers, shares),
+            self._score(data.test_pairs, data.test_answers, shares),
             torch.stack(norms).norm()[None],
+            shares.read(),
             *([self.intervention.norm[None]] if self.intervention is not None else ()),
         ]
-        train_loss, train_acc, test_loss, test_acc, weight_norm, *intervention_norm = torch.cat(values).tolist()
+        train_loss, train_acc, test_loss, test_acc, weight_norm, *rest = torch.cat(values).tolist()
+        fourier_embedding, fourier_logits, *intervention_norm = rest
         self.rows.append(
             {
                 "step": self.step,
@@ -398,6 +402,8 @@ class Training:
                 "test_loss": test_loss,
                 "test_acc": test_acc,
                 "weight_norm": weight_norm,
+                "fourier_embedding": fourier_embedding,
+                "fourier_logits": fourier_logits,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - self.started,
             }
@@ -408,13 +414,14 @@ class Training:
         if self.grok_step is None and self.streak == self.config.grok_patience:
             self.grok_step = self.step
 
-    def _score(self, pairs: Tensor, answers: Tensor) -> Tensor:
-        """Mean loss and accuracy over a whole set, (2,) float64 on the device."""
+    def _score(self, pairs: Tensor, answers: Tensor, shares: FourierShares) -> Tensor:
+        """Mean loss and accuracy over a whole set, (2,) float64 on the device; its logits are added to ``shares``."""
         total = torch.zeros(2, dtype=torch.float64, device=answers.device)
         for x, y in zip(pairs.split(EVALUATION_ROWS), answers.split(EVALUATION_ROWS), strict=True):
             logits = self.forward(self.model, x)
             loss = functional.cross_entropy(logits, y, reduction="sum")
             total += torch.stack([loss, (logits.argmax(1) == y).sum()])
+            shares.add(logits, y)
         return total / len(answers)
 
     def _update(self) -> bool:
@@ -561,6 +568,7 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
         pca_every=config.pca_every or 1,
         sampler=None if config.successive else sampler,
         design=config.design,
+        alignment=config.alignment,
         method=config.method,
         eta=config.eta,
     )

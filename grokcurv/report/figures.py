@@ -32,6 +32,7 @@ __all__ = [
     "LIGHT",
     "Theme",
     "dynamics",
+    "fourier",
     "geometry",
     "grokking",
     "matrix_label",
@@ -161,6 +162,25 @@ def geometry(curvature: pd.DataFrame, theme: Theme) -> Figure:
     bottom.set_ylabel(r"$\rho$")
     end = _line(bottom, curvature, "rho", r"$\rho$", theme.purple)
     _label_ends(bottom, [end and (end[0], rf"$\rho$ = {end[0]:.4f}", end[2])])
+    return figure
+
+
+def fourier(metrics: pd.DataFrame, theme: Theme, *, grok: int | None) -> Figure:
+    """Accuracy, and below it the shares of the embedding and of the logits on the key frequencies."""
+    figure, panels = _panels([1.3, 1.9], metrics)
+    _accuracy(panels[0], metrics, theme)
+    panels[1].set_ylim(-0.03, 1.03)
+    panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panels[1].set_ylabel("share of energy")
+    _label_ends(
+        panels[1],
+        [
+            _line(panels[1], metrics, "fourier_embedding", "embedding", theme.blue),
+            _line(panels[1], metrics, "fourier_logits", "logits", theme.orange),
+        ],
+    )
+    if grok is not None:
+        _mark(panels, panels[0], grok, f"grok {grok:,}", 0.1, theme.green)
     return figure
 
 

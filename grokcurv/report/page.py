@@ -109,6 +109,11 @@ def draw(summary: Summary) -> Iterator[Drawing]:
             f"{last['exec_matched_ratio']:.2f} times chance in the support, and rho is {last['rho']:.4f}."
         )
         yield draw_twice("geometry", alt, lambda theme: figures.geometry(curvature, theme))
+    if summary.has_fourier:
+        alt = "Over the steps, above, accuracy; below, the share of energy on a few frequencies, at the end"
+        ends = {name: metrics[f"fourier_{name}"].dropna() for name in ("embedding", "logits")}
+        alt += " and ".join(f" {values.iloc[-1]:.0%} of the {name}" for name, values in ends.items() if len(values))
+        yield draw_twice("fourier", f"{alt}.", lambda theme: figures.fourier(metrics, theme, grok=summary.grok))
     if not metrics.empty:
         first, last = metrics["train_loss"].iloc[[0, -1]]
         alt = f"On logarithmic axes over the steps; the training loss goes from {number(first)} to {number(last)}."

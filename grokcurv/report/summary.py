@@ -85,6 +85,10 @@ class Summary:
         return not self.curvature.empty and bool(self.curvature["rho"].notna().any())
 
     @property
+    def has_fourier(self) -> bool:
+        return bool(self.metrics.reindex(columns=["fourier_embedding", "fourier_logits"]).notna().any(axis=None))
+
+    @property
     def defects(self) -> pd.DataFrame:
         """The measurements whose defect can be trusted."""
         if self.curvature.empty:
