@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grokcurv.modular import PRESETS, train
-from grokcurv.reproduce.claims import NOT_RUN, Answer, answer, say
+from grokcurv.reproduce.claims import Answer, answer, say
 from grokcurv.reproduce.evidence import Evidence, Trial
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP, Number
+from grokcurv.reproduce.rules import NOT_RUN
 from grokcurv.runs import describe_environment, write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
 
@@ -203,9 +204,9 @@ def _table(answers: tuple[Answer, ...], costs: Mapping[str, float], *, headline:
             {
                 "quantity": finding.quantity,
                 **_interval(finding.published, "published", "published_low", "published_high"),
-                **_interval(finding.arithmetic, *(f"published_arithmetic{end}" for end in ("", "_low", "_high"))),
-                **_interval(finding.trustworthy, "trustworthy", "low", "high"),
-                "runs": finding.trustworthy.count,
+                **_interval(finding.here.arithmetic, *(f"published_arithmetic{end}" for end in ("", "_low", "_high"))),
+                **_interval(finding.here.trustworthy, "trustworthy", "low", "high"),
+                "runs": finding.here.trustworthy.count,
             }
             for finding in one.findings
         ]

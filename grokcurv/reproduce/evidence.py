@@ -84,6 +84,14 @@ class Trial:
         return pd.DataFrame({"step": []}) if self.run is None else self.run.records()
 
     @cached_property
+    def trajectory(self) -> pd.Series:
+        """PC1 % of everything up to each step, mean over the matrices, by step; empty without one."""
+        import pandas as pd
+
+        history = pd.DataFrame() if self.run is None else self.run.pca_history
+        return pd.Series(dtype=float) if history.empty else history.groupby("step")["pc1_percent"].mean()
+
+    @cached_property
     def snapshot(self) -> Snapshot:
         """What its last checkpoint has to say of commutators."""
         assert self.run is not None

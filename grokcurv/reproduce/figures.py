@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from grokcurv.report.figures import WIDTH, Theme, log_scale
+from grokcurv.reproduce.evidence import Arithmetic
 from grokcurv.reproduce.published import Number
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 
 CYCLE = ("blue", "orange", "green", "purple")
 STYLES = ("-", "--", ":", "-.")
-ARITHMETICS = {"published": ("orange", "float32 formula"), "trustworthy": ("blue", "trustworthy")}
+ARITHMETICS: dict[Arithmetic, tuple[str, str]] = {
+    "published": ("orange", "float32 formula"),
+    "trustworthy": ("blue", "trustworthy"),
+}
+"""Colour and name of each."""
 LEFT, RIGHT = 0.8, 0.15  # inches beside the panels
 LEGEND_ROW = 0.2  # inches
 WORDS = 34  # characters a line beside a forest
@@ -67,7 +72,8 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
     top, bottom, between = 0.1 + LEGEND_ROW * rows, 0.5, 0.2
     total = top + bottom + sum(panel.height for panel in panels) + between * (len(panels) - 1)
     figure = _figure(total)
-    edge, drawn, shared = total - top, {}, None
+    edge, shared = total - top, None
+    drawn: dict[str, Any] = {}
     for panel in panels:
         axes = _axes(figure, (LEFT, edge - panel.height, WIDTH - LEFT - RIGHT, panel.height), shared)
         shared = shared or axes
@@ -121,14 +127,9 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
             )
         elif math.isfinite(past.value):
             axes.plot([past.value] * 2, [centre - 0.13, centre + 0.13], color=theme.muted, linewidth=3, alpha=0.5)
-        same = finding.arithmetic == finding.trustworthy
-        for name, number, shift in (
-            ("published", finding.arithmetic, -0.06),
-            ("trustworthy", finding.trustworthy, 0.0 if same else 0.06),
-        ):
-            if (same and name == "published") or not math.isfinite(number.value):
+        for (colour, said), number, shift in zip(ARITHMETICS.values(), finding.here, (-0.06, 0.06), strict=True):
+            if not math.isfinite(number.value):
                 continue
-            colour, said = ARITHMETICS[name]
             (handle,) = axes.plot(number.value, centre + shift, "o", color=getattr(theme, colour), markersize=4.5)
             axes.plot([number.low, number.high], [centre + shift] * 2, color=getattr(theme, colour), linewidth=1.5)
             handles[said] = handle
@@ -143,7 +144,9 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
     return figure
 
 
-def scatter(points: Mapping[str, Sequence[tuple[float, float]]], laws: Mapping[str, Any], theme: Theme) -> Figure:
+def scatter(
+    points: Mapping[Arithmetic, Sequence[tuple[float, float]]], laws: Mapping[Arithmetic, Any], theme: Theme
+) -> Figure:
     """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
     height, top, bottom = 3.4, 0.1 + LEGEND_ROW, 0.5
     total = height + top + bottom
@@ -158,9 +161,9 @@ def scatter(points: Mapping[str, Sequence[tuple[float, float]]], laws: Mapping[s
         colour, said = ARITHMETICS[name]
         x, y = np.array(found).T
         (handle,) = axes.plot(x, y, "o", color=getattr(theme, colour), markersize=5, alpha=0.8)
-        if name in laws:
+        law = laws[name]
+        if math.isfinite(law.exponent):
             ends = np.array([x.min(), x.max()])
-            law = laws[name]
             axes.plot(ends, law.prefactor * ends**law.exponent, color=getattr(theme, colour), linewidth=1.2)
             said += f", exponent {law.exponent:.2f}"
         handles[said] = handle

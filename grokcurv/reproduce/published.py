@@ -26,6 +26,11 @@ class Number:
     count: int = 0
     """How many runs or measurements it is made of."""
 
+    @property
+    def known(self) -> bool:
+        """Whether there is anything."""
+        return not all(map(math.isnan, (self.value, self.low, self.high)))
+
     @classmethod
     def over(cls, values: Iterable[float]) -> Number:
         """Median of the finite values, and their range."""
@@ -40,6 +45,8 @@ class Number:
         """A fraction with its 95 % Wilson interval."""
         from grokcurv.analysis import wilson
 
+        if not trials:
+            return cls()
         fraction, low, high = wilson(successes, trials)
         return cls(float(fraction), float(low), float(high), trials)
 
@@ -66,6 +73,7 @@ RHO = Number(1.0, count=36)
 EXEC_RANDOM = {"memorisation": between(1.8, 2.9), "post-grok": between(0.0, 1.0)}
 CONTROL_RATIO = between(10.0, 1000.0)
 LEAD_TIME = Number(math.nan, 600.0, 1600.0, 12)
+LED = Number(1.0, count=12)
 LEAD_EXPONENT = Number(1.3)
 MAX_DEFECT = {1e-4: between(3.7e3, 4.3e4), 1e-3: between(52.0, 4500.0), 1e-2: between(15.0, 122.0)}
 ALIGNMENT = {1e-4: between(0.18, 0.86), 1e-3: between(0.57, 2.2), 1e-2: between(1.4, 2.1)}
