@@ -60,7 +60,9 @@ class Summary:
 
     @property
     def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
-        return [("Environment", self.environment)]
+        """Where the page was written."""
+        plain = {name: value for name, value in self.environment.items() if not isinstance(value, Mapping)}
+        return [("Environment", {**plain, **self.environment.get("packages", {})})]
 
 
 def write(folder: Path, summary: Summary) -> Path:

@@ -157,21 +157,20 @@ def expected_seconds(config: TrainConfig) -> float:
 
 def _part(common: Mapping[str, Any], wanted: Mapping[str, list[dict[str, Any]]]) -> Part:
     """A sweep of all runs that are wanted, each once, the longest first, so that workers end together."""
-    names_of: dict[tuple[tuple[str, Any], ...], list[str]] = {}
-    for name, entries in wanted.items():
-        for entry in entries:
-            names_of.setdefault(tuple(sorted(entry.items())), []).append(name)
-    if not names_of:
+    runs: list[dict[str, Any]] = []
+    for entries in wanted.values():
+        runs += [entry for entry in entries if entry not in runs]
+    if not runs:
         return Part(None, {})
 
-    def seconds(key: tuple[tuple[str, Any], ...]) -> float:
-        settings = {**common, **dict(key)}
+    def seconds(entry: Mapping[str, Any]) -> float:
+        settings = {**common, **entry}
         return expected_seconds(replace(PRESETS[settings.get("preset", "paper")], **settings))
 
-    ordered = sorted(names_of, key=seconds, reverse=True)
-    sweep = SweepConfig(run=dict(common), runs=[dict(key) for key in ordered])
-    ids = dict(zip(ordered, sweep.plan, strict=True))
-    return Part(sweep, {name: tuple(ids[key] for key, names in names_of.items() if name in names) for name in wanted})
+    runs.sort(key=seconds, reverse=True)
+    sweep = SweepConfig(run=dict(common), runs=runs)
+    ids = list(sweep.plan)
+    return Part(sweep, {name: tuple(ids[runs.index(entry)] for entry in entries) for name, entries in wanted.items()})
 
 
 GROKKING = ("add", "sub", "mul", "x2_y2")

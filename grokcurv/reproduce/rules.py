@@ -77,7 +77,7 @@ RULES = {
     "wide; a wider one decides nothing.",
     "alignment": "The median over the runs at learning rate 1e-2 is above 1 and above that at 1e-4.",
     "suppression": "No run groks whose baseline did. In the published arithmetic the gradient is projected, and "
-    "AdamW's moments and weight decay lead out of the subspace again; trustworthy is the projection of the update itself.",
+    "AdamW's moments and weight decay lead out of the subspace again; trustworthy is the projection of the update.",
     "random-basis": f"No run groks more than {SAME_STEP:g} steps, one evaluation, before or after its baseline. In the "
     "published arithmetic the random basis lies in all of parameter space; the trustworthy one has as many random "
     "directions in each matrix as the execution basis.",
