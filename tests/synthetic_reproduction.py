@@ -44,7 +44,11 @@ def records(
     step = np.arange(0, steps + 1, every)
     defect = np.where(step >= onset, level, 0.5)
     rho = 1 - 2e-5 * (1 + step / steps)
-    metrics = {"step": step, "train_acc": np.where(step >= 200, 1.0, 0.1), "test_acc": np.where(step >= grok, 0.99, 0.05)}
+    metrics = {
+        "step": step,
+        "train_acc": np.where(step >= 200, 1.0, 0.1),
+        "test_acc": np.where(step >= grok, 0.99, 0.05),
+    }
     curvature = {
         "step": step,
         "defect_median": defect if reliable else np.nan,
@@ -111,14 +115,22 @@ def trials() -> dict[str, list[Trial]]:
         ],
         "never": [trial({"op": op}, walks=walks(45.0, 0.9)) for op in ("x2_xy_y2", "x3_xy")],
         "control": [
-            trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, walks=walks(62.0, 0.5)) for op in ("add", "mul")
+            trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, walks=walks(62.0, 0.5))
+            for op in ("add", "mul")
         ],
         "memorised": [
-            trial({"op": op, "steps": 1500}, snapshot=snapshot(2.0, 2.0, seed)) for seed, op in enumerate(("add", "mul"))
+            trial({"op": op, "steps": 1500}, snapshot=snapshot(2.0, 2.0, seed))
+            for seed, op in enumerate(("add", "mul"))
         ],
         "rates": [
             trial(
-                {"lr": 1e-4}, steps=40_000, onset=10_000, grok=34_000, alignment=0.5, snapshot=snapshot(seed=5), every=200
+                {"lr": 1e-4},
+                steps=40_000,
+                onset=10_000,
+                grok=34_000,
+                alignment=0.5,
+                snapshot=snapshot(seed=5),
+                every=200,
             ),
             *(
                 trial({"op": op, "lr": 1e-2}, onset=700, grok=grok, alignment=1.8, snapshot=aligned())

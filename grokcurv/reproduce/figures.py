@@ -107,6 +107,7 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
 
 def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: float) -> Figure:
     """A row a finding: the published range, and both of our numbers with their intervals; a black line at ``zero``."""
+    findings = [finding for finding in findings if any(number.known for number in finding.here)]
     words = [textwrap.fill(finding.quantity, WORDS) for finding in findings]
     heights = [0.2 + 0.15 * (1 + text.count("\n")) for text in words]
     left, top, bottom = 2.75, 0.1 + LEGEND_ROW, 0.5
@@ -137,6 +138,7 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
     axes.set_yticks(centres, words)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", length=3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(xlabel)
