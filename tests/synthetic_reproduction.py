@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ from grokcurv.runs import Run
 from grokcurv.subspace import Subspace
 
 SIZE, SUPPORT = 2000, 400
-FALSE_ONSET = 100
-"""Where the float32 formula sees a rise, before any."""
 
 
 def records(
@@ -65,6 +64,7 @@ def records(
     return {"metrics": pd.DataFrame(metrics), "curvature": pd.DataFrame(curvature), "pca": pd.concat(pca)}
 
 
+@cache
 def snapshot(trustworthy: float = 2.0, published: float = 1.0, seed: int = 0) -> Snapshot:
     """Commutators whose part in the support lies inside each basis about so many times as much as chance has it."""
     generator = torch.Generator().manual_seed(seed)

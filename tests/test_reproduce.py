@@ -1,4 +1,4 @@
-"""The reproduction: the plan, each claim on evidence that supports it and on evidence that does not, the whole, small."""
+"""The reproduction: its plan, each claim on evidence for it and on evidence against it, and the whole, small."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import pytest
 import synthetic_reproduction as synthetic
 import torch
 from synthetic_reproduction import snapshot, trial, trials, walks
-from test_report import PNG, Page
+from test_report import Page
 
 import grokcurv as gc
 from grokcurv import cli
 from grokcurv.flat import flatten
 from grokcurv.modular import TrainConfig, load_model, split, train
+from grokcurv.report.figures import LIGHT
 from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
 from grokcurv.reproduce.claims import JUDGES, Answer, answer, say
 from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, take_snapshot
 from grokcurv.reproduce.plan import NEEDS, QUICK, WATCHED, expected_seconds, make_plan
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict
-from grokcurv.runs import RunError, open_run
+from grokcurv.runs import Run, RunError
 
 NAN = math.nan
 
@@ -150,20 +151,13 @@ def test_a_claim_without_a_finished_run(claim: str, status: str) -> None:
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_a_claim_of_which_half_the_sets_are_missing(claim: str) -> None:
     """Whatever is missing, there is an answer, with a figure that can be drawn or none."""
+    whole = trials()
     for name in NEEDS[claim]:
-        for kept in ({name: trials().get(name, [])}, {n: ts for n, ts in trials().items() if n != name}):
+        for kept in ({name: whole.get(name, [])}, {other: whole[other] for other in whole if other != name}):
             found = answer(claim, Evidence(kept))
             assert found.verdict in (HOLDS, ONLY_PUBLISHED, FAILS, UNDECIDED, NOT_RUN)
             if found.draw is not None:
-                draw(found)
-
-
-def draw(found: Answer) -> None:
-    from grokcurv.report import figures
-
-    assert found.draw is not None
-    with figures.style(figures.LIGHT):
-        assert figures.png(found.draw(figures.LIGHT), figures.LIGHT).startswith(PNG)
+                found.draw(LIGHT).draw_without_rendering()
 
 
 def test_failed_runs_count_neither_way() -> None:
@@ -361,8 +355,8 @@ def test_slow_regime(published: list[float], trustworthy: list[float], expected:
     curvature["reference_median"] = np.resize(published, len(curvature))
     curvature["defect_median"] = np.resize(trustworthy, len(curvature))
     assert judged("slow-regime", {"slow": [run]}).verdict == expected
-    curvature["reliable"] = False
-    assert judged("slow-regime", {"slow": [run]}).findings[0].here.trustworthy == Number()
+    unreliable = trial({"preset": "paper-slow"}, reliable=False)
+    assert judged("slow-regime", {"slow": [unreliable]}).findings[0].here.trustworthy == Number()
 
 
 def test_numbers_in_print() -> None:
@@ -379,7 +373,7 @@ def test_numbers_in_print() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> gc.runs.Run:  # type: ignore[name-defined]
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = TrainConfig(**{**NETWORK, "p": 11, "seed": 5, "steps": 50})
     return train(config, out=tmp_path_factory.mktemp("finished") / "run")
 
@@ -634,7 +628,7 @@ def test_the_command(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFix
     assert "runs/0001 failed: loss is NaN" in said
     assert said.endswith(f"{tmp_path / 'report.html'}\n")
     rows = {line.split()[0]: line for line in said.splitlines() if line}
-    assert rows["pc1"].split()[1:] == "71.7 (68.0 to 83.0) 71.0 71.0 holds".split()
+    assert rows["pc1"].split()[1:] == ["71.7", "(68.0", "to", "83.0)", "71.0", "71.0", "holds"]
     assert rows["slow-regime"].split()[1:] == ["not", "run"]
     options = "--claims pc1 onset --profile paper --out x --operations add --seeds 1 2 --engine ray --workers 3"
     assert cli.main(["reproduce", *options.split()]) == 1

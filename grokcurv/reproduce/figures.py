@@ -156,6 +156,9 @@ def scatter(
     axes = _axes(figure, (LEFT, bottom, WIDTH - LEFT - RIGHT, height))
     log_scale(axes)
     axes.set_xscale("log")
+    known = np.array([point for found in points.values() for point in found])
+    for limits, values in ((axes.set_xlim, known[:, 0]), (axes.set_ylim, known[:, 1])):
+        limits(values.min() / 1.4, values.max() * 1.4)
     handles = {}
     for name, found in points.items():
         if not found:
