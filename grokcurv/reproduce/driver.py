@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[dict[str, Any]], object]
 
-TIMED_STEPS = (10, 40)
-"""Of two runs whose difference says how long an update takes."""
+TIMED_STEPS = 50
+"""Of the run that says how long an update takes."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +184,11 @@ def _trials(name: str, sweep: Sweep) -> dict[str, Trial]:
 
 def _slow_regime_seconds() -> float:
     """What the slow regime would take on one thread of this machine, to where it was published to grok."""
-
-    def seconds(steps: int) -> float:
-        slow = replace(PRESETS["paper-slow"], steps=steps, eval_every=steps, measure_every=0, threads=1)
-        clock = train(slow).metrics["seconds"]
-        return float(clock.iloc[-1] - clock.iloc[0])
-
-    few, many = TIMED_STEPS
-    return SLOW_GROK_STEP.value * (seconds(many) - seconds(few)) / (many - few)
+    seen: list[tuple[int, float]] = []
+    slow = replace(PRESETS["paper-slow"], steps=TIMED_STEPS, measure_every=0, threads=1)
+    train(slow, on_progress=lambda news: seen.append((news["step"], time.perf_counter())))
+    (first, began), *_, (last, ended), _ = seen  # there are evaluations before the first report and before the last
+    return SLOW_GROK_STEP.value * (ended - began) / (last - first)
 
 
 def _table(answers: tuple[Answer, ...], costs: Mapping[str, float], *, headline: bool) -> pd.DataFrame:
