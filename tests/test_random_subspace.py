@@ -98,15 +98,12 @@ def test_p_values_of_an_alignment_are_uniform(size: int) -> None:
     assert abs(np.abs(cosines).mean() / RandomBaseline(1, size).mean - 1) < 5 / math.sqrt(1000)
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, 5), (12, 13), (12, 400)])
+@pytest.mark.parametrize(("count", "size"), [(2, 5), (12, 13), (12, 200)])
 def test_p_values_of_a_share_in_a_random_span_are_uniform(count: int, size: int) -> None:
     rng = np.random.default_rng(602 + size)
     step = rng.standard_exponential(size)
-    shares = []
-    for _ in range(1000):
-        deltas = rng.standard_normal((size, count)) * rng.lognormal(size=count)  # lengths do not matter
-        inside = deltas @ np.linalg.lstsq(deltas, step)[0]
-        shares.append(np.linalg.norm(inside) / np.linalg.norm(step))
-    values = RandomBaseline(count, size).p_value(shares)
+    deltas = rng.standard_normal((5000, size, count)) * rng.lognormal(size=(5000, 1, count))  # lengths do not matter
+    inside = np.einsum("tpk,p->tk", np.linalg.qr(deltas).Q, step)
+    values = RandomBaseline(count, size).p_value(np.linalg.norm(inside, axis=1) / np.linalg.norm(step))
     assert stats.kstest(values, "uniform").pvalue > 0.01
     assert stats.kstest(values**1.5, "uniform").pvalue < 1e-6

@@ -152,18 +152,22 @@ def test_bad_pairs(arguments: dict, said: str) -> None:
 
 
 def test_a_control_by_hand() -> None:
-    run = pd.DataFrame({
-        "step": [400, 0, 100, 200, 300, 500],  # in any order
-        "defect_median": [90.0, 1, 8, 60, NAN, 7],
-        "reference_median": [90.0, 2, 8, 60, 5, 7],
-        "reliable": [True, True, True, True, False, True],
-    })
-    control = pd.DataFrame({
-        "step": [0, 100, 200, 300, 400, 450],
-        "defect_median": [1.0, 4, 3, 3, 3, 7],
-        "reference_median": [1.0, 4, 0, 5, 3, 7],
-        "reliable": [True, True, True, True, False, True],
-    })
+    run = pd.DataFrame(
+        {
+            "step": [400, 0, 100, 200, 300, 500],  # in any order
+            "defect_median": [90.0, 1, 8, 60, NAN, 7],
+            "reference_median": [90.0, 2, 8, 60, 5, 7],
+            "reliable": [True, True, True, True, False, True],
+        }
+    )
+    control = pd.DataFrame(
+        {
+            "step": [0, 100, 200, 300, 400, 450],
+            "defect_median": [1.0, 4, 3, 3, 3, 7],
+            "reference_median": [1.0, 4, 0, 5, 3, 7],
+            "reliable": [True, True, True, True, False, True],
+        }
+    )
     assert control_ratio(run, control) == (2, 1, 20, 3, 4)
     assert control_ratio(run, control, "reference_median") == (2, 2, 2, 2, 5)
     every = [records.drop(columns="reliable") for records in (run, control)]
@@ -204,6 +208,6 @@ def test_wilson_against_scipy(trials: int) -> None:
 def test_wilson_of_arrays() -> None:
     found = wilson([0, 3, 0], [3, 3, 0])
     assert found[0].tolist()[:2] == [0, 1]
-    assert found[1][0] == 0
+    assert found[1][0] == pytest.approx(0, abs=1e-15)
     assert found[2][1] == pytest.approx(1)
     assert np.isnan([part[2] for part in found]).all()

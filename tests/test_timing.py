@@ -232,7 +232,12 @@ def test_published_changepoints(published: pd.DataFrame) -> None:
     for _, run in published.groupby(["op", "seed"]):
         grok = grok_step(run)
         warm_up, rise = changepoint_step(run), changepoint_step(run, since=500)
-        assert warm_up < rise < grok
+        assert 600 <= warm_up <= 800
+        assert 1400 <= rise <= 1900 < grok
+        for since, alarm in ((0, warm_up), (500, rise)):
+            late = run[run.step >= since]
+            wealth = wealth_of(late.defect_median.to_numpy())
+            assert alarm == next(step for step, w in zip(late.step, wealth, strict=True) if w >= 100)
 
 
 def wealth_of(values: np.ndarray) -> list[float]:
@@ -267,23 +272,21 @@ def test_changepoint_against_its_definition(generator: torch.Generator) -> None:
 
 
 def test_false_alarms_over_all_orders() -> None:
-    # Every order of 7 different values is as likely when they are exchangeable: the rate is a count, not an estimate.
-    for values in (range(7), (1, 1, 2, 3, 3, 3, 4)):
+    # Every order of six values is as likely when they are exchangeable: the rate is a count, not an estimate.
+    for values in (range(6), (1, 1, 2, 3, 3, 4)):
         peaks = np.array([max(wealth_of(np.array(order))) for order in itertools.permutations(values)])
         for false_alarm in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001):
             assert (peaks >= 1 / false_alarm).mean() <= false_alarm
         assert (peaks >= 10).any()
 
 
-@pytest.mark.parametrize("false_alarm", [0.01, 0.1])
-@pytest.mark.parametrize("ties", [False, True])
-def test_false_alarms_of_long_records(false_alarm: float, ties: bool, generator: torch.Generator) -> None:
+@pytest.mark.parametrize(("false_alarm", "digits"), [(0.01, 9), (0.1, 9), (0.1, 0)])
+def test_false_alarms_of_long_records(false_alarm: float, digits: int, generator: torch.Generator) -> None:
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-    level = rng.lognormal(0, 1, 2000)  # exchangeable, not independent: each record has its own level
-    values = level[:, None] * rng.lognormal(2, 0.3, (2000, 80))
-    values = values.round() if ties else values
+    level = rng.lognormal(0, 1, 1000)  # exchangeable, not independent: each record has its own level
+    values = (level[:, None] * rng.lognormal(2, 0.3, (1000, 80))).round(digits)  # whole numbers tie
     alarms = sum(changepoint_step(defects(*row), false_alarm) is not None for row in values)
-    assert alarms <= stats.binom.isf(1e-6, 2000, false_alarm)
+    assert alarms <= stats.binom.isf(1e-6, 1000, false_alarm)
 
 
 def test_power_on_a_rise_like_the_published(generator: torch.Generator) -> None:

@@ -87,14 +87,16 @@ def changepoint_step(records: Records, false_alarm: float = 0.01, since: int = 0
     By Ville's inequality (1939) that happens in at most a share ``false_alarm`` of exchangeable records, whatever their
     length and the distribution of their defects: this is a conformal test martingale (Vovk, Gammerman & Shafer,
     *Algorithmic Learning in a Random World*, 2nd ed. 2022, chapter 8). Ties count as the lowest rank, which only loses
-    wealth. Ranks alone matter: the defect and its logarithm give one answer, no level and no scale is assumed, and rows
-    that come later never move an alarm. Six rows in succession each above all others at the earliest; the rise itself
-    began some rows before.
+    wealth. Ranks alone matter: the defect and its logarithm give one answer, no level and no scale is assumed. Rows
+    that come later never move an alarm. It takes six rows, each above all before, to raise one at 0.01; the rise itself
+    begins some rows earlier.
 
     What is rejected is exchangeability, and the defect of a training run has a trend before any grokking: it rises
-    while the network memorises, whether or not it groks later. From step 0 the rule finds that rise. ``since``, the
-    step by which the training set was memorised, asks whether the defect went on rising. Measurements a few steps
-    apart share their weights; slow swings are a trend to this rule, and are not in its false-alarm rate.
+    while the network memorises, whether or not it groks later. From step 0 the rule finds that rise, in the six
+    published runs at steps 600 to 800. ``since`` the step by which the training set is memorised, it finds whether the
+    defect went on rising: 1400 to 1900 since step 500, beside 1800 to 1900 by :func:`onset_step`; all before grokking
+    (2500 to 3200). That step must not be chosen by the defects. Measurements a few steps apart share their weights:
+    slow swings are a trend to this rule, and are not in its false-alarm rate.
 
     Args:
         records: ``step`` and ``defect_median``; of a column ``reliable``, only the rows where it is true.
