@@ -111,29 +111,25 @@ def flatten(model: nn.Module, out: Tensor | None = None) -> Tensor:
 
 def unflatten(model: nn.Module, vector: Tensor) -> None:
     """Write a vector (P,) of any floating dtype over the trainable parameters, rounded once to theirs."""
+    parameters = _trainable(model).values()
     with torch.no_grad():
-        for segment, parameter in zip(segments_of(model), _trainable(model).values(), strict=True):
-            parameter.copy_(vector[segment.start : segment.stop].view(segment.shape))
+        for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+            parameter.copy_(part.view(parameter.shape))
 
 
 def flatten_grad(model: nn.Module) -> Tensor:
-    """A copy (P,) of the gradients of the trainable parameters, zero where one has none; in the parameters' dtype."""
-    parameters = _trainable(model)
-    dtype, device = _common_kind(parameters)
-    segments = segments_of(model)
-    out = torch.zeros(segments[-1].stop, dtype=dtype, device=device)
-    for segment, parameter in zip(segments, parameters.values(), strict=True):
-        if parameter.grad is not None:
-            out[segment.start : segment.stop].view(segment.shape).copy_(parameter.grad.detach())
-    return out
+    """A copy (P,) of the gradients of the trainable parameters, zero where one has none."""
+    grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in _trainable(model).values())
+    return torch.cat([grad.detach().reshape(-1) for grad in grads])
 
 
 def unflatten_grad(model: nn.Module, vector: Tensor) -> None:
     """Write a vector (P,) over the gradients of the trainable parameters; those without a gradient stay without."""
+    parameters = _trainable(model).values()
     with torch.no_grad():
-        for segment, parameter in zip(segments_of(model), _trainable(model).values(), strict=True):
+        for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
             if parameter.grad is not None:
-                parameter.grad.copy_(vector[segment.start : segment.stop].view(segment.shape))
+                parameter.grad.copy_(part.view(parameter.shape))
 
 
 class FlatParameters:

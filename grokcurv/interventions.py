@@ -5,7 +5,7 @@ after the optimiser's step from :math:`\theta` (Xu, arXiv 2602.16746, has the fi
 
 ==========================  ===========================================================================================
 :class:`Projection`         :math:`g \leftarrow \Pi g + (1 - s)(1 - \Pi) g` for the optimiser alone
-``of="update"``             the same of :math:`\theta^+ - \theta`, so that moments and weight decay cannot leave the span
+``of="update"``             the same of :math:`\theta^+ - \theta`, so that moments and decay cannot leave the span
 :class:`Kick`               :math:`\theta^+ \leftarrow \theta^+ + \alpha |\eta g_A|\, u`, u along a commutator or beside
 :class:`Noise`              :math:`\theta^+ \leftarrow \theta^+ + \sigma u`, u random
 ==========================  ===========================================================================================
@@ -68,6 +68,7 @@ class Intervention:
         strength: float,
         space: Space | None,
         generator: torch.Generator | None = None,
+        /,
         *,
         start: int = 0,
         every: int = 1,
@@ -184,6 +185,8 @@ class Projection(Intervention):
             raise ValueError(f"strength of a projection must lie in [0, 1]; got {strength}")
         if of not in get_args(Part):
             raise ValueError(f"of must be 'gradient' or 'update'; got {of!r}")
+        if of == "update" and isinstance(space, Subspace):
+            space = space.to(torch.float64)  # once, not at every step
         super().__init__(model, strength, space, **schedule)
         self.of = of
         self._held: tuple[Subspace, Tensor] | None = None  # on what to project, and the gradient or theta before
@@ -236,8 +239,8 @@ class Kick(Intervention):
         generator: of the random directions; give the sampler's, if it has one that nobody else uses, and its state goes
             into the checkpoint.
         faithful: as published for a single kick, between ``backward`` and the optimiser's step: theta is pushed first,
-            and the measurement leaves its last gradient, :math:`g_A(\theta - \eta g_B)`, unclipped in ``.grad`` in place
-            of training's, for the optimiser to step along; whether the commutator drowns in rounding is not asked.
+            and the measurement leaves its last gradient, :math:`g_A(\theta - \eta g_B)`, unclipped in ``.grad``, where
+            the optimiser finds it instead of training's. Whether the commutator drowns in rounding is not asked.
             Otherwise the kick comes after the step and ``.grad`` is not touched.
         start, every, times: as for :class:`Intervention`; ``times=1`` is a single kick.
 
@@ -317,7 +320,13 @@ class Noise(Intervention):
     """
 
     def __init__(
-        self, model: nn.Module, strength: float, *, generator: torch.Generator, space: Space | None = None, **schedule: int
+        self,
+        model: nn.Module,
+        strength: float,
+        *,
+        generator: torch.Generator,
+        space: Space | None = None,
+        **schedule: int,
     ) -> None:
         super().__init__(model, strength, space, generator, **schedule)
 

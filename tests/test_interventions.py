@@ -26,7 +26,7 @@ from grokcurv.interventions import Intervention, Kick, Noise, Projection
 from grokcurv.modular import TrainConfig, load_model, train, train_ensemble
 from grokcurv.modular.trainer import _PaperDraws, _TorchDraws
 from grokcurv.report import write_report
-from grokcurv.runs import open_run
+from grokcurv.runs import Run, open_run
 
 DOCS = Path(__file__).parents[1] / "docs" / "interventions.md"
 UNIT = 2.0**-24
@@ -99,14 +99,17 @@ def test_the_optimiser_sees_the_filtered_gradient_and_nobody_else(name: str, str
     projection = Projection(model, space, strength)
     with projection.at(0):
         want = filtered(space, g.double(), strength)
-        seen = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+        seen = [
+            torch.full_like(p, math.nan) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad
+        ]
         there = torch.cat([part.flatten() for part in seen])
         has_one = ~there.isnan()
         assert ((there - want).abs() <= UNIT * want.abs() + 1e-14 * g.double().norm())[has_one].all()
     for p, before in zip(model.parameters(), measured, strict=True):
         assert (p.grad is None) == (before is None)
         assert before is None or p.grad.equal(before)
-    assert projection.norm == pytest.approx((strength * (g - filtered(space, g.double(), 1.0))).norm(), rel=1e-5)
+    outside = g - filtered(space, g.double(), 1.0)
+    assert float(projection.norm) == pytest.approx(strength * float(outside.norm()), rel=1e-5)
     assert projection.acted == 1
 
 
@@ -116,9 +119,14 @@ def test_the_gradient_is_put_back_when_the_optimiser_fails(generator) -> None:
     backward(model, problem, problem.batch(generator))
     before = flatten_grad(model)
     projection = Projection(model, space_of(model, generator))
-    with pytest.raises(ZeroDivisionError), projection.at(0):
-        assert not flatten_grad(model).equal(before)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with projection.at(0):
+            assert not flatten_grad(model).equal(before)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert flatten_grad(model).equal(before)
 
 
@@ -180,7 +188,7 @@ def test_a_kick_along_the_commutator(method: str, with_space: bool, generator) -
     want = before + 50.0 * ETA * g_a.norm() * along / along.norm()
     # Rounding of theta, and what method and float32 leave between the two deltas: a few parts in 10^3 of the kick.
     assert (flatten(model) - want).norm() <= UNIT * want.norm() + 0.02 * kick.norm
-    assert kick.norm == pytest.approx(50.0 * ETA * g_a.norm(), rel=1e-5)
+    assert float(kick.norm) == pytest.approx(50.0 * ETA * float(g_a.norm()), rel=1e-5)
     assert kick.acted == 1
 
 
@@ -189,7 +197,7 @@ def test_a_random_kick_is_as_long_and_orthogonal_to_both(generator) -> None:
     model = problem.model().double()
     a, b = ({**batch, "x": batch["x"].double()} for batch in pairs_of(problem, generator)())
     space = space_of(model, generator)
-    delta, g_a = commutator(model, double, a, b)
+    delta, g_a = commutator(model, problem, a, b)
     pushes = []
     for _ in range(2):
         before = flatten(model)
@@ -200,7 +208,7 @@ def test_a_random_kick_is_as_long_and_orthogonal_to_both(generator) -> None:
             pass
         pushes.append(flatten(m) - before)
     for push in pushes:
-        assert push.norm() == pytest.approx(7.0 * ETA * g_a.norm(), rel=1e-9)
+        assert float(push.norm()) == pytest.approx(7.0 * ETA * float(g_a.norm()), rel=1e-9)
         assert space.split(push).parallel <= 1e-6 * push.norm()  # a float32 basis
         outside = delta - filtered(space, delta, 1.0)
         assert abs(push @ outside) <= 1e-5 * push.norm() * outside.norm()
@@ -235,7 +243,7 @@ def test_a_faithful_kick_leaves_the_published_gradient(generator) -> None:
     kick = Kick(probe_of(model, problem), lambda: (a, b), 20.0, faithful=True, times=1)
     with kick.at(0):
         torch.testing.assert_close(flatten_grad(model), wanted, rtol=1e-4, atol=1e-7)
-        assert (flatten(model) - theta).norm() == pytest.approx(float(kick.norm), rel=1e-3)
+        assert float((flatten(model) - theta).norm()) == pytest.approx(float(kick.norm), rel=1e-3)
         kicked = flatten(model)
     assert flatten(model).equal(kicked)
     torch.testing.assert_close(flatten_grad(model), wanted, rtol=1e-4, atol=1e-7)
@@ -514,15 +522,21 @@ def oracle(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Run]:
+    """The run without, by ``rng``."""
+    return {rng: train(changed(rng=rng), out=tmp_path_factory.mktemp("plain") / rng) for rng in ("torch", "paper")}
+
+
 @pytest.mark.parametrize("rng", ["torch", "paper"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_they_act_when_they_should(name: str, rng: str) -> None:
-    plain = train(changed(rng=rng))
+def test_they_act_when_they_should(name: str, rng: str, plain: dict[str, Run]) -> None:
+    without = plain[rng].metrics
     run = train(changed(rng=rng, **SETTINGS[name]))
-    assert list(run.metrics.columns) == [*plain.metrics.columns, *NEW]
+    assert list(run.metrics.columns) == [*without.columns, *NEW]
     before, after = run.metrics["step"] <= 15, run.metrics["step"] > 15
-    pd.testing.assert_frame_equal(rows(run)[before].drop(columns=NEW), rows(plain)[before], check_exact=True)
-    assert (run.metrics["weight_norm"] != plain.metrics["weight_norm"])[after].all()
+    pd.testing.assert_frame_equal(rows(run)[before].drop(columns=NEW), rows(plain[rng])[before], check_exact=True)
+    assert (run.metrics["weight_norm"] != without["weight_norm"])[after].all()
     assert run.metrics["interventions"][before].eq(0).all()
     assert run.metrics["intervention_norm"][before].isna().all()
     assert run.metrics["interventions"].iloc[-1] == ACTED[name]
@@ -530,22 +544,31 @@ def test_they_act_when_they_should(name: str, rng: str) -> None:
 
 
 @pytest.mark.parametrize("rng", ["torch", "paper"])
-@pytest.mark.parametrize("strength", [0.0, 1e-30])
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "faithful kick"])
-def test_strength_0_runs_bitwise_as_without(tmp_path: Path, name: str, strength: float, rng: str) -> None:
-    plain = train(changed(rng=rng), out=tmp_path / "plain")
-    run = train(changed(rng=rng, **{**SETTINGS[name], "strength": strength}), out=tmp_path / "run")
-    assert_same(run, plain, beside=NEW)
+@pytest.mark.parametrize(
+    ("name", "strength"),
+    [
+        (name, strength)
+        for name in SETTINGS
+        for strength in (0.0, 1e-30)
+        if (name, strength) != ("faithful kick", 1e-30)
+    ],
+)
+def test_strength_0_runs_bitwise_as_without(
+    tmp_path: Path, name: str, strength: float, rng: str, plain: dict[str, Run]
+) -> None:
+    """And so does nearly 0, at which everything happens and rounding takes it away."""
+    config = changed(rng=rng, **{**SETTINGS[name], "strength": strength}, checkpoint_every=1000)
+    run = train(config, out=tmp_path)
+    assert_same(run, plain[rng], beside=NEW)
     assert run.metrics["interventions"].iloc[-1] == (ACTED[name] if strength else 0)
-    a, b = run.checkpoint(), plain.checkpoint()
+    a, b = run.checkpoint(), plain[rng].checkpoint()
     for part in ("model", "optimizer", "draws"):
         torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
-    assert train(changed(rng=rng, intervention="kick", faithful=True)).metrics["interventions"].eq(0).all()
 
 
 def test_in_an_ensemble_each_is_what_it_is_alone(oracle: Path) -> None:
     configs = [changed(**SETTINGS[name], seed=seed) for seed, name in enumerate(SETTINGS)]
-    configs += [changed(**{**SETTINGS[name], "strength": 0.0}, seed=9) for name in SETTINGS]
+    configs += [changed(**{**SETTINGS[name], "strength": 0.0}, seed=9) for name in ("project-update", "kick")]
     configs += [changed(**SETTINGS["project"], basis=basis, basis_from=str(oracle)) for basis in ("oracle", "matched")]
     configs += [changed(seed=9)]
     runs = train_ensemble(configs)
@@ -596,7 +619,7 @@ def test_bases_of_a_finished_run(tmp_path: Path, oracle: Path, basis: str) -> No
     start, end = (load_model(open_run(tmp_path / folder)) for folder in ("before", "run"))
     both = zip(start.named_parameters(), end.parameters(), strict=True)
     moved = {name for (name, p), q in both if not p.equal(q)}
-    attention = {name for name in moved if re.search(r"self_attn\.(in_proj|out_proj\.)weight", name)}
+    attention = {name for name in moved if re.search(r"self_attn\.(in_proj_|out_proj\.)weight", name)}
     assert attention
     assert (moved == attention) == (basis != "random")
     span = open_run(oracle).basis()

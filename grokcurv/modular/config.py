@@ -102,7 +102,7 @@ class TrainConfig:
     pushes the weights along a commutator, noise in a random direction, both outside the basis (docs/interventions.md).
     """
     strength: float = 0.0
-    """Of the intervention: s of a projection, 0 to 1; length of a kick in gradient steps, or of the noise; 0 is none."""
+    """Of the intervention: s of a projection, 0 to 1; length of a kick in gradient steps, or of the noise; 0: none."""
     direction: Direction = "commutator"
     """Of a kick: along the fresh commutator, or random and orthogonal to it, with equal length."""
     basis: Basis = "causal"

@@ -170,7 +170,9 @@ class _TorchDraws:
         self.weights_seed: int = seeds[1]
         self._training = torch.Generator(device).manual_seed(seeds[2])
         self._measuring = torch.Generator(device).manual_seed(seeds[3])
-        self.intervening_seed = int(torch.randint(2**62, (), generator=root))  # after the others, which it must not move
+        self.intervening_seed = int(
+            torch.randint(2**62, (), generator=root)
+        )  # after the others, which it must not move
 
     def training(self, n: int, rows: int) -> Tensor:
         return torch.randint(n, (rows,), generator=self._training, device=self._training.device)
@@ -189,8 +191,8 @@ class _TorchDraws:
 class _PaperDraws:
     """The draws of the paper's code: after the split, weights and batches from streams seeded alike.
 
-    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too, and
-    faithful kicks; other interventions draw from a generator that the paper does not have.
+    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too,
+    and faithful kicks; other interventions draw from a generator that the paper does not have.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -238,7 +240,7 @@ class Training:
             self.monitor: CurvatureMonitor | None = monitor(self.model, self._measurement_pair)
         else:
             self.monitor = _default_monitor(config, self.model, self._measurement_pair)
-        self._intervening = torch.Generator(device).manual_seed(self.draws.intervening_seed)
+        self._intervention_stream = torch.Generator(device).manual_seed(self.draws.intervening_seed)
         self.intervention = self._make_intervention()
         self.step = 0
         self.streak = 0
@@ -479,7 +481,7 @@ class Training:
         if self.config.faithful and self.config.rng == "paper":
             return self._measurement_pair()
         shape = (2, self.config.measure_rows)
-        generator = self._intervening
+        generator = self._intervention_stream
         index = torch.randint(len(self.data.train_answers), shape, generator=generator, device=generator.device)
         return self._rows_of(index[0]), self._rows_of(index[1])
 
@@ -489,10 +491,10 @@ class Training:
             return None
         space: Space = self._basis_so_far
         if config.basis != "causal":
-            space = _basis_from(config, self.model, self._intervening)
+            space = _basis_from(config, self.model, self._intervention_stream)
         schedule = {"start": config.intervene_from, "every": config.intervene_every, "times": config.intervene_times}
         if config.intervention == "noise":
-            return Noise(self.model, config.strength, generator=self._intervening, space=space, **schedule)
+            return Noise(self.model, config.strength, generator=self._intervention_stream, space=space, **schedule)
         if config.intervention == "kick":
             loss = training_loss(replace(config, float64_logits=True))
             return Kick(
@@ -501,7 +503,7 @@ class Training:
                 config.strength,
                 direction=config.direction,
                 space=space,
-                generator=self._intervening,
+                generator=self._intervention_stream,
                 faithful=config.faithful,
                 **schedule,
             )
