@@ -77,7 +77,8 @@ class Run:
     def metrics(self) -> pd.DataFrame:
         """One row an evaluation.
 
-        step, train_loss, train_acc, test_loss, test_acc, weight_norm, learning_rate (of the next update) and seconds
+        step, train_loss, train_acc, test_loss, test_acc, weight_norm, fourier_embedding and fourier_logits (see
+        ``docs/runs.md``; NaN where not defined), learning_rate (of the next update) and seconds
         (since the run began, the time it stood still left out). With an intervention, interventions (how many so far)
         and intervention_norm (length of what the latest one changed; NaN before the first).
         """

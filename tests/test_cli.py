@@ -272,7 +272,7 @@ def test_train_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == f"{out / 'report.html'}\n"
     page = (out / "report.html").read_text()
     assert "add mod 11, seed 42" in page
-    assert page.count("<img ") == 4
+    assert page.count("<img ") == 5
 
 
 def test_ctrl_c_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ import dataclasses
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Generator, Tensor
 
-from grokcurv.modular import MLP, OPERATIONS, TrainConfig, Transformer, build_model, load_model, split, table, train
+from grokcurv.modular import MLP, OPERATIONS, TrainConfig, Transformer, load_model, table, train
 from grokcurv.modular.fourier import GROUPS, FourierShares, elements, embedding_of, energies, random_share
 from grokcurv.modular.trainer import forward_of
 

@@ -359,7 +359,11 @@ def test_alignment_is_that_of_the_last_step(generator, every):
         monitor.step()
         theta = flatten(model)
         if step % every == 0:
-            delta = gc.CommutatorProbe(model, problem.loss_fn).measure([next(expected) for _ in range(3)], keep_delta=True).delta
+            delta = (
+                gc.CommutatorProbe(model, problem.loss_fn)
+                .measure([next(expected) for _ in range(3)], keep_delta=True)
+                .delta
+            )
             if before is not None:
                 moved = theta.double() - before.double()
                 cosines = torch.cosine_similarity(moved[None], delta.double())
@@ -390,7 +394,7 @@ def test_alignment_of_successive_steps(generator):
     problem = PROBLEMS["tied attention"]
     a, b = problem.batch(generator), problem.batch(generator)
     stats = gc.CommutatorProbe(model, problem.loss_fn).measure([(a, b)], keep_delta=True)
-    before = monitor._before
+    before = monitor.state_dict()["before"]
     model.zero_grad()
     problem.loss_fn(model, a).backward()
     monitor.step(a, b)

@@ -2,9 +2,9 @@ r"""Fourier progress: how far a network embeds its numbers, and answers, by a fe
 
 Addition and subtraction modulo p are those of the cyclic group Z_p. Multiplication and division of 1, ..., p - 1, for
 prime p, are those of the exponents modulo p - 1: with a primitive root g, the number g^j is element j. In a cyclic
-group of order n a network can add by angles: it embeds a and b by the cosines and sines of 2 pi f a / n and 2 pi f b / n
-at a few frequencies f, and its logit of c at (a, b) is a sum of cos(2 pi f (a + b - c) / n) over these (Nanda et al.,
-arXiv 2301.05217, section 4). Two shares of energy (squared length), 0 to 1, follow it there:
+group of order n a network can add by angles: it embeds a and b by the cosines and sines of 2 pi f a / n and
+2 pi f b / n at a few frequencies f, and its logit of c at (a, b) is a sum of cos(2 pi f (a + b - c) / n) over these
+(Nanda et al., arXiv 2301.05217, section 4). Two shares of energy (squared length), 0 to 1, follow it there:
 
 ``fourier_embedding``
     of the embedding, less its mean over the numbers: on its :data:`KEY_FREQUENCIES` strongest frequencies, which are
@@ -12,10 +12,11 @@ arXiv 2301.05217, section 4). Two shares of energy (squared length), 0 to 1, fol
 
 ``fourier_logits``
     of the logits at all pairs (a, b) of the group, in training or not, less their mean over the answers c, which the
-    soft-max cannot see, and less each answer's mean over the pairs: on the waves cos(2 pi f r / n) and sin(2 pi f r / n)
-    of the pair's right answer r, f a key frequency. Transformed over a and b, these are the components at (f, f) and
-    (-f, -f), at (f, -f) and (-f, f) for the inverse operations: logits that depend on the pair through its answer alone
-    have no others. Logits without structure have 2 k / (n^2 - 1) of their energy there: 1.1e-3 for p = 97.
+    soft-max cannot see, and less each answer's mean over the pairs: on the waves cos(2 pi f r / n) and
+    sin(2 pi f r / n) of the pair's right answer r, f a key frequency. Transformed over a and b, these are the
+    components at (f, f) and (-f, -f), at (f, -f) and (-f, f) for the inverse operations: logits that depend on the pair
+    through its answer alone have no others. Logits without structure have 2 k / (n^2 - 1) of their energy on those of k
+    frequencies: 1.1e-3 for p = 97.
 
 Numbers outside the group (0, with ``mul`` and ``div``) are left out, as operands and as answers. The quadratic and the
 cubic operations have no ``fourier_logits``: exp(2 pi i f a^2 / p) is, transformed over a, equally large at every
@@ -66,10 +67,12 @@ def embedding_of(model: nn.Module) -> Tensor:
     reads two one-hot numbers, the columns of its weight for the one and for the other side by side.
     """
     if isinstance(model, MLP):
-        first = model.hidden[0].weight.detach()
-        return first.unflatten(1, (2, model.p)).permute(2, 1, 0).flatten(1)
-    assert isinstance(model, Transformer)
-    return model.tok_emb.weight.detach()[: model.p]
+        first = next(model.hidden.parameters()).detach()
+        embedding: Tensor = first.unflatten(1, (2, model.p)).permute(2, 1, 0).flatten(1)
+    else:
+        assert isinstance(model, Transformer)
+        embedding = model.tok_emb.weight.detach()[: model.p]
+    return embedding
 
 
 def energies(embedding: Tensor, order: Tensor) -> Tensor:
@@ -78,7 +81,7 @@ def energies(embedding: Tensor, order: Tensor) -> Tensor:
     Frequency 0 is their mean. f and n - f count as one, so that the energies add up to the whole (Parseval).
     """
     transform = torch.fft.rfft(embedding[order].to(torch.float64), dim=0, norm="ortho")
-    energy = transform.abs().square().sum(1)
+    energy: Tensor = transform.abs().square().sum(1)
     energy[1 : (len(order) + 1) // 2] *= 2
     return energy
 
@@ -93,7 +96,7 @@ def waves(order: Tensor, frequencies: Tensor, p: int) -> Tensor:
     angles = turns.to(torch.float64) * (2 * math.pi / n)
     scale = angles.new_full((len(frequencies), 1), math.sqrt(2.0)).masked_fill(2 * frequencies[:, None] == n, 1.0)
     table = angles.new_zeros(1 + 2 * len(frequencies), p)
-    table[:, order] = torch.cat([torch.ones_like(angles[:1]), scale * angles.cos(), scale * angles.sin()])
+    table[:, order] = torch.cat([angles.new_ones(1, n), scale * angles.cos(), scale * angles.sin()])
     return table
 
 
@@ -126,11 +129,11 @@ class FourierShares:
         if self._waves is None:
             return
         n = self._sums.shape[1]
-        x = logits[:, -n:].to(torch.float64)  # of the answers in the group
-        x = x - x.mean(1, keepdim=True)
+        x = logits[:, -n:].to(torch.float64, copy=True)  # of the answers in the group
+        x -= x.mean(1, keepdim=True)
         at = self._waves[:, answers]
         self._sums += at @ x
-        self._energy += at[0] @ x.square().sum(1)
+        self._energy += at[0] @ torch.linalg.vector_norm(x, dim=1).square()
 
     def read(self) -> Tensor:
         """(2,) float64, once every pair was added: ``fourier_embedding``, ``fourier_logits``; NaN where not defined."""
@@ -146,7 +149,7 @@ def random_share(n: int, width: int, k: int = KEY_FREQUENCIES) -> float:
     r"""Mean of ``fourier_embedding`` over embeddings of independent normal numbers, in a group of odd order n.
 
     It is above k of m = (n - 1) / 2 frequencies, since the strongest count: 0.120 and not 0.104 for n = 97, width 128
-    and k = 5. The m energies are independent Gamma(width) variables, and their shares are independent of their sum. With
+    and k = 5. The m energies are independent Gamma(width) variables, their shares are independent of their sum. With
     Q their quantile function the k largest have the mean sum :math:`m \int_0^1 Q(u)\, I_u(m - k, k)\, du`, where the
     incomplete beta function I is the probability that fewer than k of the others are larger.
 
