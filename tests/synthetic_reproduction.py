@@ -34,15 +34,16 @@ def records(
     reference: float = 1.0,
     reliable: bool = True,
     alignment: float = 1.0,
+    spread: float = 1.0,
     every: int = 100,
 ) -> dict[str, pd.DataFrame]:
     """A run whose defect rises from 0.5 to ``level`` at ``onset`` and whose test accuracy rises at ``grok``.
 
-    The float32 formula gives ``reference`` times the defect, from 1 on.
+    The float32 formula gives ``reference`` times the defect, from 1 on. ``spread`` tells runs apart in figures.
     """
     step = np.arange(0, steps + 1, every)
     defect = np.where(step >= onset, level, 0.5)
-    rho = 1 - 2e-5 * (1 + step / steps)
+    rho = 1 - 2e-5 * spread * (1 + step / steps)
     metrics = {
         "step": step,
         "train_acc": np.where(step >= 200, 1.0, 0.1),
@@ -58,7 +59,7 @@ def records(
         "step_alignment_ratio": alignment,
     }
     pca = [
-        pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": 70 + 30 * np.exp(-step / 500)})
+        pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": 70 * spread**-0.2 + 30 * np.exp(-step / 500)})
         for matrix in synthetic_run.MATRICES
     ]
     return {"metrics": pd.DataFrame(metrics), "curvature": pd.DataFrame(curvature), "pca": pd.concat(pca)}
@@ -110,12 +111,12 @@ def trials() -> dict[str, list[Trial]]:
 
     return {
         "grokking": [
-            trial({"op": op, "seed": seed}, onset=grok - 1000, grok=grok, alignment=1.2)
-            for (op, seed), grok in grokking.items()
+            trial({"op": op, "seed": seed}, onset=grok - 1000, grok=grok, alignment=1.2, spread=1 + 0.3 * index)
+            for index, ((op, seed), grok) in enumerate(grokking.items())
         ],
-        "never": [trial({"op": op}, walks=walks(45.0, 0.9)) for op in ("x2_xy_y2", "x3_xy")],
+        "never": [trial({"op": op}, walks=walks(45.0, 0.9), spread=4.0) for op in ("x2_xy_y2", "x3_xy")],
         "control": [
-            trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, walks=walks(62.0, 0.5))
+            trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, spread=3.0, walks=walks(62.0, 0.5))
             for op in ("add", "mul")
         ],
         "memorised": [

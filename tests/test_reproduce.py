@@ -181,7 +181,7 @@ def test_pc1(percent: float, p_value: float, expected: str) -> None:
 
 def test_rho() -> None:
     found = judged("rho")
-    assert found.findings[0].here.trustworthy.value == pytest.approx(1 - 2e-5 * 1.5125, abs=1e-6)
+    assert found.findings[0].here.trustworthy.value == pytest.approx(1 - 2e-5 * 1.6 * 1.5125, abs=1e-8)
     chance = found.findings[1].here.trustworthy.value
     assert chance == pytest.approx(math.sqrt(1 - 8 / synthetic.SIZE))
     assert f"{chance:.5f}" in found.remarks[0]
