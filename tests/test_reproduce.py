@@ -179,6 +179,10 @@ def test_pc1(percent: float, p_value: float, expected: str) -> None:
     assert found.findings[0].here.arithmetic == found.findings[0].here.trustworthy
 
 
+def test_pc1_of_runs_that_did_not_grok() -> None:
+    assert judged("pc1", {"grokking": [trial({"op": "add"})]}).verdict == UNDECIDED
+
+
 def test_rho() -> None:
     found = judged("rho")
     assert found.findings[0].here.trustworthy.value == pytest.approx(1 - 2e-5 * 1.6 * 1.5125, abs=1e-8)
@@ -203,6 +207,16 @@ def test_exec_random(trustworthy: float, published: float, expected: str) -> Non
     assert found.verdict == expected
     for number, times in zip(found.findings[0].here, (published * 0.9 + 0.1, trustworthy * 0.9), strict=True):
         assert number.value == pytest.approx(times, rel=0.25)  # 3 dimensions, 60 vectors
+
+
+def test_exec_random_past_memorisation() -> None:
+    early, late = trial({"op": "add"}, steps=100), trial({"op": "mul"}, grok=2000)
+    found = judged("exec-random", {"memorised": [early, late]})
+    assert found.verdict == UNDECIDED
+    assert found.remarks == (
+        "runs/add-42 ends in the phase 'early' and does not count.",
+        "runs/mul-42 ends in the phase 'post-grok' and does not count.",
+    )
 
 
 def test_exec_random_without_a_trustworthy_commutator() -> None:
@@ -512,7 +526,7 @@ def test_the_whole(whole: Reproduction) -> None:
     assert table.loc["slow-regime", "verdict"] == NOT_RUN
     assert table.loc["slow-regime", "cost_hours"] > 0
     assert table["cost_hours"].notna().sum() == 1
-    for claim in ("pc1", "rho", "exec-random", "suppression", "random-basis"):
+    for claim in ("pc1", "rho", "suppression", "random-basis"):
         assert np.isfinite(table.loc[claim, ["published_arithmetic", "trustworthy"]].astype(float)).all()
     (failed,) = whole.failed
     assert failed.startswith("runs/")
@@ -603,7 +617,7 @@ def test_the_page(tmp_path: Path) -> None:
 
 def test_the_page_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>\"&"
-    page = Page(synthetic.page(tmp_path, {**trials(), "kicks": [trial({}, status="failed", reason=evil)]}))
+    page = Page(synthetic.page(tmp_path, {"kicks": [trial({}, status="failed", reason=evil)]}))
     assert not page.of("script")
     assert f"runs/add-42: {evil}" in page.text
     assert "kicks: not decided" in page.text

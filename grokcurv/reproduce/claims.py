@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 DIRECTIONS = 3
 """Singular directions of each matrix in the paper's control."""
 
-T = TypeVar("T")
-
 
 class Here(NamedTuple):
     """A number of ours, twice."""
@@ -103,12 +101,12 @@ class Answer:
 
     claim: str
     verdict: str
+    settings: Mapping[str, str]
+    """By set, its runs in words."""
+    remarks: tuple[str, ...]
+    """What else a reader has to know, a sentence each."""
     findings: tuple[Finding, ...] = ()
     """The first is what the rule speaks of."""
-    remarks: tuple[str, ...] = ()
-    """What else a reader has to know, a sentence each."""
-    settings: Mapping[str, str] | None = None
-    """By set, its runs in words."""
     draw: Callable[[Theme], Figure] | None = None
     alt: str = ""
     caption: str = ""
@@ -135,18 +133,17 @@ def answer(claim: str, evidence: Evidence) -> Answer:
     if not finished:
         if not trials:
             remarks.append("This profile has no run that speaks of it.")
-        return Answer(claim, UNDECIDED if failed else NOT_RUN, (), tuple(remarks), settings)
+        return Answer(claim, UNDECIDED if failed else NOT_RUN, settings, tuple(remarks))
     judged = JUDGES[claim](evidence)
     first, *others = judged.findings
     findings = (first, *(finding for finding in others if any(number.known for number in finding.here)))
     arithmetic, trustworthy = judged.holds
-    remarks = [*judged.remarks, *remarks]
     return Answer(
         claim,
         verdict(trustworthy, arithmetic),
-        findings,
-        tuple(remarks),
         settings,
+        (*judged.remarks, *remarks),
+        findings,
         judged.draw,
         judged.alt,
         judged.caption,
@@ -166,11 +163,14 @@ def say(number: Number, decimals: int | None = None) -> str:
 
 
 def pc1(evidence: Evidence) -> Judgement:
+    runs = {name: evidence[name] for name in NEEDS["pc1"]}
+    runs["grokking"] = tuple(trial for trial in evidence["grokking"] if _grok(trial) is not None)
+
     def mean(name: str) -> Number:
-        return Number.over(trial.walks["pc1_percent"].mean() for trial in evidence[name])
+        return Number.over(trial.walks["pc1_percent"].mean() for trial in runs[name])
 
     def matrices(name: str, column: str) -> Number:
-        return Number.over(value for trial in evidence[name] for value in trial.walks[column])
+        return Number.over(value for trial in runs[name] for value in trial.walks[column])
 
     names = {"grokking": "runs that grok", "never": "operations that do not", "control": "weight decay 0"}
     past = {"grokking": published.PC1_PERCENT, **published.PC1_PERCENT_OTHERS}
@@ -182,7 +182,7 @@ def pc1(evidence: Evidence) -> Judgement:
 
     lines = []
     for name, colour in zip(names, ("green", "purple", "muted"), strict=True):
-        for index, trial in enumerate(evidence[name]):
+        for index, trial in enumerate(runs[name]):
             history = trial.trajectory
             lines.append(Line(history.index, history, names[name] if index == 0 else "", colour))
     return Judgement(
@@ -234,7 +234,13 @@ def rho(evidence: Evidence) -> Judgement:
 
 
 def exec_random(evidence: Evidence) -> Judgement:
-    shots = [trial.snapshot for trial in evidence["memorised"]]
+    at = {trial: str(phases(trial.records)[-1]) for trial in evidence["memorised"]}
+    shots = [trial.snapshot for trial, phase in at.items() if phase == "memorisation"]
+    elsewhere = [
+        f"{trial.id} ends in the phase {phase!r} and does not count."
+        for trial, phase in at.items()
+        if phase != "memorisation"
+    ]
 
     def ratio(
         arithmetic: Arithmetic, support: Literal["full", "matched"], basis: Callable[[Snapshot], Subspace | None]
@@ -285,6 +291,7 @@ def exec_random(evidence: Evidence) -> Judgement:
         "The commutator's share inside the leading singular directions of the attention matrices of the memorised "
         "network, over its mean in random subspaces of as many dimensions, median over the runs. Black: chance. Grey: "
         "published, for three directions.",
+        tuple(elsewhere),
     )
 
 

@@ -150,14 +150,18 @@ def _train(
     """Both sweeps by name, with the runs that are needed done."""
     sweeps: dict[str, Sweep] = {}
     total, finished, failed = sum(map(len, needed)), 0, 0
+    to_come = sum(plan.interventions.plan[run].steps for run in needed[1])
     for name, part, runs in zip(("runs", "interventions"), (plan.runs, plan.interventions), needed, strict=True):
         if part.config is None:
             continue
 
-        def report(news: dict[str, Any], finished: int = finished, failed: int = failed) -> None:
+        def report(
+            news: dict[str, Any], finished: int = finished, failed: int = failed, to_come: int = to_come
+        ) -> None:
             assert on_progress is not None
             counts = {"runs": total, "finished": finished + news["finished"], "failed": failed + news["failed"]}
-            on_progress({**news, **counts})
+            rate, left = news["steps_per_second"], news["seconds_left"]
+            on_progress({**news, **counts, "seconds_left": left + to_come / rate if rate else left})
 
         sweeps[name] = run_sweep(
             part.config,
@@ -170,6 +174,7 @@ def _train(
         states = sweeps[name].runs["status"].reindex(runs)
         finished += int((states == "finished").sum())
         failed += int((states == "failed").sum())
+        to_come = 0
     return sweeps
 
 

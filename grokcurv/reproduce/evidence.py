@@ -63,7 +63,7 @@ class Evidence:
         return next((other for other in self[name] if (other.config.op, other.config.seed) == same), None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """A run of the plan, as far as it has got."""
 
