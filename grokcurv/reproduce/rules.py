@@ -66,8 +66,8 @@ RULES = {
     f"{PC1_TOLERANCE:g} points of the published one, and for at least half of their matrices at most {WALK_P:.0%} of "
     "random walks with steps as long have a PC1 as large.",
     "rho": f"The lowest of the runs' medians is {RHO} or more.",
-    "exec-random": "At the checkpoints of networks in the phase of memorisation the lowest of the runs' medians is above "
-    "1. In the published arithmetic the random subspaces lie in all of parameter space; the trustworthy ones are "
+    "exec-random": "At the checkpoints of networks in the phase of memorisation, the lowest of the runs' medians is "
+    "above 1. In the published arithmetic the random subspaces lie in all of parameter space; the trustworthy ones are "
     "confined to the coordinates on which the execution subspace lives.",
     "control-ratio": "The ratio, median over the steps from the onset of the defect on and then over runs, is "
     f"{LEAST_RATIO:g} or more. A defect that cannot be told from rounding does not count.",
