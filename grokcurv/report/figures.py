@@ -180,7 +180,7 @@ def fourier(metrics: pd.DataFrame, theme: Theme, *, grok: int | None) -> Figure:
         ],
     )
     if grok is not None:
-        _mark(panels, panels[0], grok, f"grok {grok:,}", 0.1, theme.green)
+        _mark(panels, panels[1], grok, f"grok {grok:,}", 0.07, theme.green)
     return figure
 
 
