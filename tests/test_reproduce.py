@@ -330,7 +330,9 @@ def test_suppression(gradient: float, update: float, expected: str) -> None:
     assert judged("suppression", {"suppression": runs}).verdict == expected
     assert judged("suppression", {"suppression": runs[:1]}).verdict != HOLDS
     # Where the baseline does not grok nothing was suppressed.
-    assert judged("suppression", {"suppression": runs, "grokking": [trial({})]}).verdict == UNDECIDED
+    alone = judged("suppression", {"suppression": runs, "grokking": [trial({})]})
+    assert alone.verdict == UNDECIDED
+    assert alone.remarks[-1] == "2 of 2 runs have no baseline that grokked, and do not count."
 
 
 @pytest.mark.parametrize(

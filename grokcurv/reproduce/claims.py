@@ -490,7 +490,7 @@ def suppression(evidence: Evidence) -> Judgement:
         "AdamW divides every coordinate by its own running size, so a gradient that is a quarter as large almost "
         "everywhere makes almost the same step: below strength 1 the projection of a gradient changes little."
     )
-    return _intervened(beside, findings, _both(lambda number: number.value == 0, here), remark)
+    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), (remark,))
 
 
 def random_basis(evidence: Evidence) -> Judgement:
@@ -509,7 +509,9 @@ def random_basis(evidence: Evidence) -> Judgement:
         Finding(f"steps later, up to strength {GENTLE:g}", published.RANDOM_DELAY, here, 0),
         Finding("share of runs that grok at strength 1", Number(), drawn(_share, whole=True), 2),
     ]
-    return _intervened(beside, findings, _both(lambda n: max(abs(n.low), abs(n.high)) <= SAME_STEP, here))
+    return _intervened(
+        "random-basis", evidence, findings, _both(lambda n: max(abs(n.low), abs(n.high)) <= SAME_STEP, here)
+    )
 
 
 def kicks(evidence: Evidence) -> Judgement:
@@ -530,7 +532,7 @@ def kicks(evidence: Evidence) -> Judgement:
         Finding("steps later", Number(), Here(_delays(faithful), _delays(proper)), 0),
         *(Finding(f"the same, {words}", Number(), Here(Number(), _delays(pairs)), 0) for words, pairs in kinds.items()),
     ]
-    return _intervened(beside, findings, _both(lambda number: number.value == 1, here))
+    return _intervened("kicks", evidence, findings, _both(lambda number: number.value == 1, here))
 
 
 def slow_regime(evidence: Evidence) -> Judgement:
@@ -590,9 +592,17 @@ def label(config: TrainConfig) -> str:
 
 
 def _intervened(
-    beside: Sequence[Pair], findings: Sequence[Finding], holds: tuple[bool | None, bool | None], *remarks: str
+    name: str,
+    evidence: Evidence,
+    findings: Sequence[Finding],
+    holds: tuple[bool | None, bool | None],
+    remarks: tuple[str, ...] = (),
 ) -> Judgement:
     """What a claim about interventions comes to, with the test accuracies of all its runs."""
+    beside = _beside_baselines(evidence, name)
+    alone = len(evidence[name]) - len(beside)
+    if alone:
+        remarks += (f"{alone} of {len(evidence[name])} runs have no baseline that grokked, and do not count.",)
     kinds = list(dict.fromkeys(label(trial.config) for trial, _ in beside))
     baselines = {id(baseline): baseline for _, baseline in beside}
     lines = [Line(b.records["step"], b.records["test_acc"], "baseline", "ink") for b in baselines.values()]
