@@ -486,11 +486,13 @@ def suppression(evidence: Evidence) -> Judgement:
     for strength in sorted({trial.config.strength for trial, _ in beside} - {1.0}):
         past = published.SUPPRESSION_DELAY if strength == GENTLE else Number()
         findings.append(Finding(f"steps later at strength {strength:g}", past, projected(_delays, strength), 0))
-    remark = (
+    remarks = (
         "AdamW divides every coordinate by its own running size, so a gradient that is a quarter as large almost "
-        "everywhere makes almost the same step: below strength 1 the projection of a gradient changes little."
+        "everywhere makes almost the same step: below strength 1 the projection of a gradient changes little.",
+        "A few dimensions among very many leave little to learn in, whichever they are: the next claim has the same "
+        "projection on random ones.",
     )
-    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), (remark,))
+    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), remarks)
 
 
 def random_basis(evidence: Evidence) -> Judgement:
