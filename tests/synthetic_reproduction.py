@@ -98,6 +98,7 @@ def trial(settings: Mapping[str, Any], *, status: str = "finished", reason: str 
         run = Run(None, asdict(config), {}, status=status, tables=records(**{"steps": 4000, **asked}))
     made = Trial(f"runs/{config.op}-{config.seed}", config, status, reason, run)
     made.__dict__.update({"snapshot": snapshot(), "walks": walks(), **own})
+    made.__dict__["alignment"] = {name: made.snapshot.alignment(name) for name in ("published", "trustworthy")}
     return made
 
 

@@ -433,7 +433,7 @@ def alignment(evidence: Evidence) -> Judgement:
         rates.setdefault(trial.config.lr, []).append(trial)
 
     def end(arithmetic: Arithmetic, rate: float) -> Number:
-        return Number.over(trial.snapshot.alignment(arithmetic) for trial in rates[rate])
+        return Number.over(trial.alignment[arithmetic] for trial in rates[rate])
 
     ends = {rate: _here(lambda a, rate=rate: end(a, rate)) for rate in rates}  # type: ignore[misc]
     whole = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,13 @@ class Trial:
         """What its last checkpoint has to say of commutators."""
         assert self.run is not None
         return take_snapshot(self.run)
+
+    @cached_property
+    def alignment(self) -> Mapping[Arithmetic, float]:
+        """That of an update with commutators at its last checkpoint; the snapshot is not kept."""
+        assert self.run is not None
+        shot = take_snapshot(self.run)
+        return {arithmetic: shot.alignment(arithmetic) for arithmetic in get_args(Arithmetic)}
 
     @cached_property
     def walks(self) -> pd.DataFrame:
