@@ -486,13 +486,11 @@ def suppression(evidence: Evidence) -> Judgement:
     for strength in sorted({trial.config.strength for trial, _ in beside} - {1.0}):
         past = published.SUPPRESSION_DELAY if strength == GENTLE else Number()
         findings.append(Finding(f"steps later at strength {strength:g}", past, projected(_delays, strength), 0))
-    remarks = (
-        "AdamW divides every coordinate by its own running size, so a gradient that is a quarter as large almost "
-        "everywhere makes almost the same step: below strength 1 the projection of a gradient changes little.",
+    remark = (
         "A few dimensions among very many leave little to learn in, whichever they are: the next claim has the same "
-        "projection on random ones.",
+        "projection on random ones."
     )
-    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), remarks)
+    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), (remark,))
 
 
 def random_basis(evidence: Evidence) -> Judgement:
@@ -605,6 +603,12 @@ def _intervened(
     alone = len(evidence[name]) - len(beside)
     if alone:
         remarks += (f"{alone} of {len(evidence[name])} runs have no baseline that grokked, and do not count.",)
+    unfinished = sum(_grok(trial) is None for trial, _ in beside)
+    if unfinished:
+        remarks += (
+            f"{unfinished} of {len(beside)} runs had not grokked by their end: they are at least as much later as they "
+            "ended after their baseline grokked, and count with that.",
+        )
     kinds = list(dict.fromkeys(label(trial.config) for trial, _ in beside))
     baselines = {id(baseline): baseline for _, baseline in beside}
     lines = [Line(b.records["step"], b.records["test_acc"], "baseline", "ink") for b in baselines.values()]

@@ -213,7 +213,8 @@ QUICK = Profile(
                     "steps": 36_000,
                     "alignment": True,
                     "eval_every": 200,
-                    "measure_every": 200,
+                    "measure_every": 400,
+                    "steps_after_grok": 0,
                     "pca_every": 1000,
                     "checkpoint_every": 2000,
                 },
@@ -224,12 +225,18 @@ QUICK = Profile(
     interventions={
         "suppression": _each(
             {"add": (42,)},
-            {"steps": 5000},
-            *_projections("oracle", 0.5, 0.75, 1.0),
+            {"steps": 8000},
+            *_projections("oracle", 0.5, 0.75),
+            *_projections("oracle", 1.0, steps=5000),
             {"intervention": "project-update", "strength": 1.0},
         ),
         "random-basis": _each(
-            {"add": (42,)}, {"steps": 5000}, *_projections("random", 0.5, 1.0), *_projections("matched", 0.5, 1.0)
+            {"add": (42,)},
+            {"steps": 5000},
+            *_projections("random", 0.5),
+            *_projections("matched", 0.5),
+            *_projections("random", 1.0, steps=4000),
+            *_projections("matched", 1.0, steps=4000),
         ),
         "kicks": _each(
             {"add": (42,)},
