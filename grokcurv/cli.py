@@ -1,6 +1,6 @@
-"""The command line: ``grokcurv train``, ``grokcurv sweep``, ``grokcurv report`` and ``grokcurv doctor``.
+"""The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report`` and ``doctor``.
 
-Exit status: 0 done; 1 the training, or a run of the sweep, failed; 2 input or a folder that cannot be used, with the
+Exit status: 0 done; 1 the training, or a run of a sweep, failed; 2 input or a folder that cannot be used, with the
 reason on standard error; 130 stopped by Ctrl-C.
 """
 
@@ -22,10 +22,11 @@ usage: grokcurv COMMAND [OPTIONS]
 Curvature and trajectory geometry of training, measured at every step.
 
 commands:
-  train    train a network on modular arithmetic and measure it on the way
-  sweep    do the many runs that a file describes
-  report   write the page and the figures of a run or a sweep
-  doctor   say what was built and what works on this machine
+  train       train a network on modular arithmetic and measure it on the way
+  sweep       do the many runs that a file describes
+  reproduce   judge the paper's claims by runs of your own
+  report      write the page and the figures of a run or a sweep
+  doctor      say what was built and what works on this machine
 
 grokcurv COMMAND --help lists the options of a command.
 """
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sweep": _sweep,
+        "reproduce": _reproduce,
         "report": _report,
         "doctor": _doctor,
     }
@@ -176,6 +178,65 @@ def _sweep(arguments: list[str]) -> int:
         print(f"  {run}: {reason}")
     print(f"to see it: grokcurv report {out}")
     return 1 if len(failed) else 0
+
+
+def _reproduce(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Judge the paper's claims by runs of your own, and write a page about it.
+
+        The same command goes on after anything that stopped it, and writes the page anew when nothing is left to train.
+        The claims: pc1, rho, exec-random, control-ratio, onset, lr-law, alignment, suppression, random-basis, kicks,
+        slow-regime.
+        """
+
+        claims: tuple[str, ...] = ()
+        """Those to judge; all if not given, the slow regime without its run of many hours."""
+        profile: Literal["quick", "paper"] = "quick"
+        """Under an hour on two cores, or the runs of the paper."""
+        out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+        """Folder of the reproduction; runs/reproduce-PROFILE if not given."""
+        operations: tuple[str, ...] = ()
+        """Leaves out the runs of others."""
+        seeds: tuple[int, ...] = ()
+        """In place of the profile's, for every operation."""
+        engine: Literal["local", "ray"] = "local"
+        """Worker processes on this machine, or a Ray cluster."""
+        workers: int | None = None
+        """Runs at a time; as many as there is room for if not given."""
+
+    options = tyro.cli(Options, prog="grokcurv reproduce", args=arguments)
+
+    from rich.console import Console
+
+    from grokcurv.progress import SweepProgress
+    from grokcurv.reproduce import reproduce
+    from grokcurv.runs import RunError
+
+    try:
+        with SweepProgress(f"reproduce {options.profile}", Console(stderr=True)) as progress:
+            reproduction = reproduce(
+                options.claims or None,
+                options.profile,
+                options.out,
+                options.operations or None,
+                options.seeds or None,
+                engine=options.engine,
+                workers=options.workers,
+                on_progress=progress,
+            )
+    except KeyboardInterrupt:
+        print("stopped; to go on: the same command", file=sys.stderr)
+        return 130
+    except (RunError, ValueError, ModuleNotFoundError) as error:
+        return _complain(str(error))
+    Console().print(reproduction.verdicts())
+    for run, reason in reproduction.failed.items():
+        print(f"{run} failed: {reason}")
+    print(reproduction.page)
+    return 1 if reproduction.failed else 0
 
 
 def _report(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import synthetic_reproduction
 import synthetic_run
 import synthetic_sweep
 from matplotlib.image import imread
@@ -54,7 +55,11 @@ addEventListener("load", () => {
 """
 
 
-EXPECTED = {"run": ("add mod 97, seed 42", 5), "lr": ("lr", 2)}
+EXPECTED = {
+    "run": ("add mod 97, seed 42", 5),
+    "lr": ("lr", 2),
+    "reproduction": ("The claims, measured again", 10),
+}
 """By the folder's name: the heading and the number of pictures."""
 
 
@@ -63,6 +68,8 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("browser") / str(request.param)
     if request.param == "run":
         return write_report(synthetic_run.write_run(folder))
+    if request.param == "reproduction":
+        return synthetic_reproduction.page(folder)
     folder.mkdir()
     return write_report(synthetic_sweep.published(folder))
 

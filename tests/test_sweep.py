@@ -439,3 +439,22 @@ def test_workers_that_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RunError, match=r"worker processes do not start \(exit status 1\): .*workers\.log says more"):
         run_sweep(FOUR, tmp_path, workers=2)
     assert (open_sweep(tmp_path).runs["status"] == "pending").all()
+
+
+def test_only_some_of_the_runs(script: dict[str, Any], tmp_path: Path) -> None:
+    script["ends"] = {run: [Event(run, "finished", latest(100))] for run in (B, D)}
+    seen: list[dict[str, Any]] = []
+    run_sweep(FOUR, tmp_path, only=[D, B], on_progress=seen.append)
+    assert script["engine"].started == [B, D]
+    assert (seen[-1]["runs"], seen[-1]["finished"], seen[-1]["seconds_left"]) == (2, 2, 0)
+    with pytest.raises(ValueError, match="only must name runs of the sweep; it has no '0009'"):
+        run_sweep(FOUR, tmp_path / "other", only=[A, "0009"])
+    assert not (tmp_path / "other").exists()
+    del script["engine"]
+    run_sweep(FOUR, tmp_path, only=[])
+    assert "engine" not in script
+
+
+def test_ids_without_paths() -> None:
+    runs = [{"basis": "oracle", "basis_from": f"runs/a b/{seed}", "seed": seed} for seed in (1, 2)]
+    assert list(SweepConfig(runs=runs, run={"intervention": "noise"}).plan) == ["0000-seed1", "0001-seed2"]

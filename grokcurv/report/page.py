@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -49,9 +49,9 @@ def write_report(source: Run | Sweep | str | os.PathLike[str]) -> Path:
         raise ValueError("run was kept in memory alone: a report is written into a run's folder, and it has none")
     if isinstance(source, Run):
         summary = Summary(source)
-        return _write(source.path, "page.html", summary, list(draw(summary)))
+        return write_page(source.path, "page.html", summary, list(draw(summary)))
     sweep = SweepSummary(source)
-    return _write(source.path, "sweep.html", sweep, list(draw_sweep(sweep)))
+    return write_page(source.path, "sweep.html", sweep, list(draw_sweep(sweep)))
 
 
 def _open(folder: Path) -> Run | Sweep:
@@ -62,7 +62,8 @@ def _open(folder: Path) -> Run | Sweep:
     return open_sweep(folder)
 
 
-def _write(folder: Path, template: str, summary: Summary | SweepSummary, drawings: list[Drawing]) -> Path:
+def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing]) -> Path:
+    """Write ``report.html``, made of a template of this package, and the figures; the page's path."""
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
     for drawing in drawings:
@@ -92,7 +93,7 @@ def draw(summary: Summary) -> Iterator[Drawing]:
             first, last = summary.defects["defect_median"].iloc[[0, -1]]
             onset = f", with its onset at step {summary.onset:,}" if summary.onset is not None else ""
             alt += f"Below, on a logarithmic axis, the defect: from {number(first)} to {number(last)}{onset}."
-        yield _drawing(
+        yield draw_twice(
             "grokking",
             alt,
             lambda theme: figures.grokking(metrics, curvature, theme, onset=summary.onset, grok=summary.grok),
@@ -100,23 +101,23 @@ def draw(summary: Summary) -> Iterator[Drawing]:
     if summary.has_pca:
         last = pca.dropna(subset="pc1_percent").groupby("matrix")["pc1_percent"].last()
         alt = f"Shares over the steps, one line a matrix; at the end from {last.min():.0f} to {last.max():.0f} %."
-        yield _drawing("pc1", alt, lambda theme: figures.pc1(pca, theme))
+        yield draw_twice("pc1", alt, lambda theme: figures.pc1(pca, theme))
     if summary.has_geometry:
         last = curvature.dropna(subset=["rho", "exec_random_ratio", "exec_matched_ratio"]).iloc[-1]
         alt = (
             f"Over the steps; at the last, {last['exec_random_ratio']:.2f} times chance among all parameters, "
             f"{last['exec_matched_ratio']:.2f} times chance in the support, and rho is {last['rho']:.4f}."
         )
-        yield _drawing("geometry", alt, lambda theme: figures.geometry(curvature, theme))
+        yield draw_twice("geometry", alt, lambda theme: figures.geometry(curvature, theme))
     if summary.has_fourier:
         alt = "Over the steps, above, accuracy; below, the share of energy on a few frequencies, at the end"
         ends = {name: metrics[f"fourier_{name}"].dropna() for name in ("embedding", "logits")}
         alt += " and ".join(f" {values.iloc[-1]:.0%} of the {name}" for name, values in ends.items() if len(values))
-        yield _drawing("fourier", f"{alt}.", lambda theme: figures.fourier(metrics, theme, grok=summary.grok))
+        yield draw_twice("fourier", f"{alt}.", lambda theme: figures.fourier(metrics, theme, grok=summary.grok))
     if not metrics.empty:
         first, last = metrics["train_loss"].iloc[[0, -1]]
         alt = f"On logarithmic axes over the steps; the training loss goes from {number(first)} to {number(last)}."
-        yield _drawing("dynamics", alt, lambda theme: figures.dynamics(metrics, curvature, theme))
+        yield draw_twice("dynamics", alt, lambda theme: figures.dynamics(metrics, curvature, theme))
 
 
 def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
@@ -125,19 +126,20 @@ def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
     if fields and settings["finished"].any():
         said = [f"{name.lower()} {value}, {remark}" for name, value, remark in summary.key_numbers]
         alt = f"By {' and '.join(fields)}; the numbers are in the table below. Over all runs: {'; '.join(said)}."
-        yield _drawing("phase", alt, lambda theme: sweep_figures.phase(settings, results, fields, theme))
+        yield draw_twice("phase", alt, lambda theme: sweep_figures.phase(settings, results, fields, theme))
     # A table in which nothing can be drawn counts as empty.
     metrics = summary.metrics if results["test_acc"].notna().any() else summary.metrics.iloc[:0]
     curvature = summary.curvature if (results["max_defect"] > 0).any() else summary.curvature.iloc[:0]
     if not (metrics.empty and curvature.empty):
         names = ["test accuracy"] * (not metrics.empty) + ["defect"] * (not curvature.empty)
         alt = f"One line a run: {' above, '.join(names)}{' below' * (len(names) == 2)}, over the training steps."
-        yield _drawing(
+        yield draw_twice(
             "trajectories", alt, lambda theme: sweep_figures.trajectories(results, metrics, curvature, fields, theme)
         )
 
 
-def _drawing(name: str, alt: str, draw: Callable[[figures.Theme], Figure]) -> Drawing:
+def draw_twice(name: str, alt: str, draw: Callable[[figures.Theme], Figure]) -> Drawing:
+    """A figure in both themes."""
     pictures = []
     for theme in (figures.LIGHT, figures.DARK):
         with figures.style(theme):

@@ -119,7 +119,7 @@ class SweepConfig:
     def plan(self) -> dict[str, TrainConfig]:
         """The runs in order: settings by id, such as ``0007-add-lr0.001-seed42``: a number and what varies."""
         configs = [_settings(tables) for tables in self._combinations()]
-        varied = varied_fields(self.named, configs)
+        varied = tuple(name for name in varied_fields(self.named, configs) if name != "basis_from")  # a path
         width = max(4, len(str(len(configs) - 1)))
         return {_id(f"{index:0{width}}", config, varied): config for index, config in enumerate(configs)}
 

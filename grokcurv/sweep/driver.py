@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -46,6 +46,7 @@ def run_sweep(
     gpus_per_run: float = 0.0,
     together: int | None = None,
     retry_failed: bool = False,
+    only: Collection[str] | None = None,
     on_progress: Progress | None = None,
 ) -> Sweep:
     """Do all the runs of a sweep, or those that are left of it.
@@ -65,6 +66,7 @@ def run_sweep(
             (:func:`grokcurv.modular.train_ensemble`); if None, 1 on the CPU, and on a GPU 64, with one worker.
         retry_failed: try again the runs that would not be: those whose loss was not finite or whose workers kept
             dying. Others that failed, such as for a full disk, are tried again in any case.
+        only: ids of the runs to do, the others being left for another call; all if None.
         on_progress: called a few times a second with a dict of ``runs``, ``finished``, ``failed`` (numbers of runs),
             ``deaths`` (of workers), ``running`` (what ``train`` reported last, by run; {} before it did),
             ``steps_per_second`` (all runs together) and ``seconds_left`` (None until there is a rate).
@@ -73,7 +75,7 @@ def run_sweep(
         The sweep; what failed, and why, is in ``runs``.
 
     Raises:
-        ValueError: an unknown engine, or options that it does not take.
+        ValueError: an unknown engine, options that it does not take, or a run in ``only`` that the sweep does not have.
         ModuleNotFoundError: Ray is not installed.
         RunError: the folder is held by another driver, holds another sweep or is damaged; workers do not start.
     """
@@ -91,6 +93,9 @@ def run_sweep(
         raise ValueError(f"address is for the engine 'ray'; got {address!r} with 'local'")
     if engine == "local" and gpus_per_run:
         raise ValueError(f"gpus_per_run is for the engine 'ray'; got {gpus_per_run} with 'local'")
+    unknown = next((run for run in only or () if run not in config.plan), None)
+    if unknown is not None:
+        raise ValueError(f"only must name runs of the sweep; it has no {unknown!r}")
     path = Path(out)
     with hold(path):
         sweep = claim(path, config)
@@ -101,10 +106,11 @@ def run_sweep(
         if final != sweep.failures:
             sweep.failures = final
             _keep_failures(sweep)
-        waiting = [run for run in sweep.plan if states[run] != "finished" and run not in final]
+        runs = [run for run in sweep.plan if only is None or run in only]
+        waiting = [run for run in runs if states[run] != "finished" and run not in final]
         if waiting:
             with _engine(engine, sweep, workers, address, gpus_per_run, together) as started:
-                _Driver(sweep, started, waiting, on_progress).run()
+                _Driver(sweep, started, runs, waiting, on_progress).run()
     return sweep
 
 
@@ -128,11 +134,13 @@ def _keep_failures(sweep: Sweep) -> None:
 class _Driver:
     """A sweep under way."""
 
-    def __init__(self, sweep: Sweep, engine: Engine, waiting: list[str], on_progress: Progress | None) -> None:
+    def __init__(
+        self, sweep: Sweep, engine: Engine, runs: list[str], waiting: list[str], on_progress: Progress | None
+    ) -> None:
         self.sweep, self.engine, self.on_progress = sweep, engine, on_progress
-        self.waiting = deque(waiting)
+        self.runs, self.waiting = runs, deque(waiting)
         self.running: dict[str, dict[str, Any]] = {}
-        self.finished = len(sweep.plan) - len(waiting) - len(sweep.failures)
+        self.finished = len(runs) - len(waiting) - self._failed()
         self.deaths = 0
         self.deaths_of: dict[str, tuple[int | None, int]] = {}
         """By run: its checkpoint when a worker died last, and the deaths since that checkpoint."""
@@ -191,6 +199,9 @@ class _Driver:
         self.sweep.failures[run] = {"reason": reason, "final": final}
         _keep_failures(self.sweep)
 
+    def _failed(self) -> int:
+        return sum(run in self.sweep.failures for run in self.runs)
+
     def _checkpoint(self, run: str) -> int | None:
         """What tells a run's checkpoint from the one before: its time of writing; None without one."""
         try:
@@ -204,9 +215,9 @@ class _Driver:
         to_begin = [*self.waiting, *(run for run, latest in self.running.items() if not latest)]
         left += round(sum(self.sweep.plan[run].steps for run in to_begin) * self.pace.share(self.sweep.plan))
         return {
-            "runs": len(self.sweep.plan),
+            "runs": len(self.runs),
             "finished": self.finished,
-            "failed": len(self.sweep.failures),
+            "failed": self._failed(),
             "deaths": self.deaths,
             "running": dict(self.running),
             "steps_per_second": rate,

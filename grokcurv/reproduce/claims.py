@@ -1,0 +1,704 @@
+"""The claims judged: for each a function from the evidence to its numbers, its rule's word on them, and a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from grokcurv.analysis import (
+    by_phase,
+    changepoint_step,
+    control_ratio,
+    grok_step,
+    lead_time,
+    onset_step,
+    phases,
+    power_law,
+    sign_test,
+)
+from grokcurv.modular import TrainConfig
+from grokcurv.report.summary import number as short
+from grokcurv.report.sweep_figures import plain
+from grokcurv.reproduce import figures, published
+from grokcurv.reproduce.evidence import Arithmetic, Evidence, Snapshot, Trial
+from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel
+from grokcurv.reproduce.plan import NEEDS
+from grokcurv.reproduce.published import Number
+from grokcurv.reproduce.rules import (
+    GENTLE,
+    GROKKED,
+    LEAST_RATIO,
+    NOT_RUN,
+    PC1_TOLERANCE,
+    RHO,
+    RULES,
+    SAME_STEP,
+    SENTENCES,
+    SIGN_P,
+    SPIKE,
+    UNDECIDED,
+    WALK_P,
+    WIDEST_EXPONENT,
+    verdict,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from grokcurv.report.figures import Theme
+    from grokcurv.subspace import Subspace
+
+DIRECTIONS = 3
+"""Singular directions of each matrix in the paper's control."""
+
+
+class Here(NamedTuple):
+    """A number of ours, twice."""
+
+    arithmetic: Number
+    """What the published arithmetic gives."""
+    trustworthy: Number
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number in three ways; where no commutator enters, both of ours are one."""
+
+    quantity: str
+    published: Number
+    here: Here
+    decimals: int | None = None
+    """In print; three significant digits if None."""
+
+    @property
+    def numbers(self) -> tuple[Number, Number, Number]:
+        """Published, published arithmetic, trustworthy."""
+        return self.published, *self.here
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a claim's function comes to."""
+
+    holds: tuple[bool | None, bool | None]
+    """What the rule says in the published arithmetic, and in trustworthy arithmetic; None if it cannot tell."""
+    findings: tuple[Finding, ...]
+    draw: Callable[[Theme], Figure] | None
+    alt: str
+    caption: str
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a claim."""
+
+    claim: str
+    verdict: str
+    settings: Mapping[str, str]
+    """By set, its runs in words."""
+    remarks: tuple[str, ...]
+    """What else a reader has to know, a sentence each."""
+    findings: tuple[Finding, ...] = ()
+    """The first is what the rule speaks of."""
+    draw: Callable[[Theme], Figure] | None = None
+    alt: str = ""
+    caption: str = ""
+
+    @property
+    def sentence(self) -> str:
+        return SENTENCES[self.claim]
+
+    @property
+    def rule(self) -> str:
+        return RULES[self.claim]
+
+
+def answer(claim: str, evidence: Evidence) -> Answer:
+    """Judge a claim, or say that none of its runs has been done."""
+    trials = evidence.of(claim)
+    finished = sum(trial.status == "finished" for trial in trials)
+    failed = [trial for trial in trials if trial.status == "failed"]
+    remarks = [f"{len(failed)} of {len(trials)} runs failed and count neither way."] if failed else []
+    remarks += [f"{trial.id}: {trial.reason}" for trial in failed]
+    if finished and len(trials) > finished + len(failed):
+        remarks.append(f"{len(trials) - finished - len(failed)} of {len(trials)} runs are not finished.")
+    settings = {name: _describe(evidence.trials[name]) for name in NEEDS[claim] if evidence.trials[name]}
+    if not finished:
+        if not trials:
+            remarks.append("This profile has no run that speaks of it.")
+        return Answer(claim, UNDECIDED if failed else NOT_RUN, settings, tuple(remarks))
+    judged = JUDGES[claim](evidence)
+    first, *others = judged.findings
+    findings = (first, *(finding for finding in others if any(number.known for number in finding.here)))
+    arithmetic, trustworthy = judged.holds
+    return Answer(
+        claim,
+        verdict(trustworthy, arithmetic),
+        settings,
+        (*judged.remarks, *remarks),
+        findings,
+        judged.draw,
+        judged.alt,
+        judged.caption,
+    )
+
+
+def say(number: Number, decimals: int | None = None) -> str:
+    """A number in words: 71.2 (68.1 to 75.0); the range alone where there is no middle; 'none'."""
+
+    def one(value: float) -> str:
+        return short(value) if decimals is None else f"{value:,.{decimals}f}"
+
+    interval = f"{one(number.low)} to {one(number.high)}" if math.isfinite(number.low + number.high) else ""
+    if not math.isfinite(number.value):
+        return interval or "none"
+    return one(number.value) + (f" ({interval})" if interval and number.low < number.high else "")
+
+
+def pc1(evidence: Evidence) -> Judgement:
+    runs = {name: evidence[name] for name in NEEDS["pc1"]}
+    runs["grokking"] = tuple(trial for trial in evidence["grokking"] if _grok(trial) is not None)
+
+    def mean(name: str) -> Number:
+        return Number.over(trial.walks["pc1_percent"].mean() for trial in runs[name])
+
+    def matrices(name: str, column: str) -> Number:
+        return Number.over(value for trial in runs[name] for value in trial.walks[column])
+
+    names = {"grokking": "runs that grok", "never": "operations that do not", "control": "weight decay 0"}
+    past = {"grokking": published.PC1_PERCENT, **published.PC1_PERCENT_OTHERS}
+    here = mean("grokking")
+
+    def holds() -> bool | None:
+        close = abs(here.value - published.PC1_PERCENT.value) <= PC1_TOLERANCE
+        return close and matrices("grokking", "p_value").value <= WALK_P if here.count else None
+
+    lines = []
+    for name, colour in zip(names, ("green", "purple", "muted"), strict=True):
+        for index, trial in enumerate(runs[name]):
+            history = trial.trajectory
+            lines.append(Line(history.index, history, names[name] if index == 0 else "", colour))
+    return Judgement(
+        (None, holds()),
+        (
+            *(_same(f"PC1 %, mean over matrices, {names[name]}", past[name], mean(name)) for name in names),
+            _same("PC1 % of random walks beside those that grok", Number(), matrices("grokking", "walk_percent")),
+            *(
+                _same(f"standard deviations above random walks, {names[name]}", Number(), matrices(name, "z"))
+                for name in names
+            ),
+        ),
+        partial(figures.lines, [Panel(lines, "PC1 %, mean", band=published.PC1_PERCENT)]),
+        f"Mean over the matrices against the step; at the end, for runs that grok, {say(here)} %.",
+        "Share of the variance of everything up to each step, mean over the attention matrices, one line a run. Grey: "
+        "the published range over matrices at the end.",
+        ("No commutator enters, so there is one number for both arithmetics.",),
+    )
+
+
+def rho(evidence: Evidence) -> Judgement:
+    shots = [trial.snapshot for trial in evidence["memorised"]]
+    known = [(shot, shot.trajectory) for shot in shots if shot.trajectory is not None]
+    here = Here(
+        Number.over(_middle(shot.rho("published", basis)) for shot, basis in known),
+        Number.over(_median(trial, "rho") for trial in evidence["grokking"]),
+    )
+    chance = Number.over(math.sqrt(1 - basis.dim / shot.size) for shot, basis in known)
+    lines = [
+        Line(trial.records["step"], 1 - trial.records["rho"], f"{trial.config.op}, seed {trial.config.seed}", index)
+        for index, trial in enumerate(evidence["grokking"])
+        if "rho" in trial.records
+    ]
+    remark = (
+        f"A commutator of random direction has rho = {chance.value:.5f}: that δ is not confined to a few dimensions "
+        "among very many is true of nearly all vectors. How its part inside compares with chance is the next claim."
+    )
+    return Judgement(
+        _both(lambda number: number.low >= RHO, here),
+        (
+            Finding("rho, median over a run", published.RHO, here, 5),
+            _same("rho of a random direction", Number(), chance, 5),
+        ),
+        partial(figures.lines, [Panel(lines, r"1 - $\rho$", log=True, level=1 - chance.value)]),
+        f"1 - rho on a logarithmic axis over the steps; rho is {say(here.trustworthy, 5)}.",
+        "Of trustworthy commutators, one line a run. Black: a random direction.",
+        (remark,) if chance.count else (),
+    )
+
+
+def exec_random(evidence: Evidence) -> Judgement:
+    at = {trial: str(phases(trial.records)[-1]) for trial in evidence["memorised"]}
+    shots = [trial.snapshot for trial, phase in at.items() if phase == "memorisation"]
+    elsewhere = [
+        f"{trial.id} ends in the phase {phase!r} and does not count."
+        for trial, phase in at.items()
+        if phase != "memorisation"
+    ]
+
+    def ratio(
+        arithmetic: Arithmetic, support: Literal["full", "matched"], basis: Callable[[Snapshot], Subspace | None]
+    ) -> Number:
+        found = [(shot, space) for shot in shots if (space := basis(shot)) is not None]
+        return Number.over(_middle(shot.ratios(arithmetic, space, support)) for shot, space in found)
+
+    def singular(arithmetic: Arithmetic, support: Literal["full", "matched"], k: int = DIRECTIONS) -> Number:
+        return ratio(arithmetic, support, lambda shot: shot.singular.get(k))
+
+    def phase(name: str) -> Number:
+        column = "exec_matched_ratio"
+        return Number.over(by_phase(t.records, column)[name] for t in evidence["grokking"] if column in t.records)
+
+    here = Here(singular("published", "full"), singular("trustworthy", "matched"))
+    memorised = published.EXEC_RANDOM["memorisation"]
+    findings = [Finding("inside over chance, singular directions, memorised", memorised, here)]
+    findings.append(
+        Finding("the same, random subspaces in all of parameter space", Number(), _here(lambda a: singular(a, "full")))
+    )
+    findings.append(Finding("the same, in the support", Number(), _here(lambda a: singular(a, "matched"))))
+    findings.append(
+        Finding(
+            "directions of the trajectory, in their support, memorised",
+            Number(),
+            _here(lambda a: ratio(a, "matched", lambda shot: shot.trajectory)),
+        )
+    )
+    for name in ("memorisation", "pre-grok", "post-grok"):
+        past = published.EXEC_RANDOM["post-grok"] if name == "post-grok" else Number()
+        findings.append(Finding(f"the same over runs that grok, {name}", past, Here(Number(), phase(name))))
+
+    supports: tuple[tuple[Literal["full", "matched"], str, str], ...]
+    supports = (("full", "all parameters", "--"), ("matched", "support", "-"))
+    swept = sorted({k for shot in shots for k in shot.singular})
+    lines = [
+        Line(swept, [singular(a, support, k).value for k in swept], f"{words}, {where}", colour, style)
+        for a, (colour, words) in ARITHMETICS.items()
+        for support, where, style in supports
+    ]
+    panel = Panel(lines, "inside / chance", level=1.0, band=memorised)
+    return Judgement(
+        _both(lambda number: number.low > 1, here),
+        tuple(findings),
+        partial(figures.lines, [panel], xlabel="singular directions of each attention matrix") if swept else None,
+        f"Against the number of directions; for three, {say(here.arithmetic)} by the float32 formula among all "
+        f"parameters, {say(here.trustworthy)} for trustworthy commutators in the support.",
+        "The commutator's share inside the leading singular directions of the attention matrices of the memorised "
+        "network, over its mean in random subspaces of as many dimensions, median over the runs. Black: chance. Grey: "
+        "published, for three directions.",
+        tuple(elsewhere),
+    )
+
+
+def control(evidence: Evidence) -> Judgement:
+    pairs = [(trial, other) for other in evidence["control"] if (trial := evidence.baseline(other)) is not None]
+
+    def ratios(arithmetic: Arithmetic) -> list[Any]:
+        found = []
+        for trial, other in pairs:
+            ours, theirs = _defects(trial, arithmetic), _defects(other, arithmetic)
+            onset = onset_step(ours)
+            if onset is not None:
+                found.append(control_ratio(ours[ours["step"] >= onset], theirs))
+        return found
+
+    here = _here(lambda a: Number.over(ratio.median for ratio in ratios(a)))
+    compared = ratios("trustworthy")
+    panels = []
+    for trial, other in pairs[:2]:
+        lines = [
+            Line(rows["step"], rows["defect_median"], f"{words}, {which}", colour, style)
+            for one, which, style in ((trial, "weight decay 1", "-"), (other, "weight decay 0", ":"))
+            for a, (colour, words) in ARITHMETICS.items()
+            for rows in [_defects(one, a)]
+        ]
+        panels.append(Panel(lines, f"defect D, {trial.config.op}", log=True))
+    trusted, steps = sum(ratio.reliable for ratio in compared), sum(ratio.steps for ratio in compared)
+    return Judgement(
+        _both(lambda number: number.value >= LEAST_RATIO, here),
+        (
+            Finding("defect over the control's, median from the onset on", published.CONTROL_RATIO, here),
+            Finding("the same, largest", Number(), _here(lambda a: Number.over(r.maximum for r in ratios(a)))),
+        ),
+        partial(figures.lines, panels) if panels else None,
+        "Defects over the steps on a logarithmic axis, with and without weight decay; their ratio is "
+        f"{say(here.arithmetic)} by the float32 formula and {say(here.trustworthy)} where both can be trusted.",
+        "Solid: weight decay 1. Dotted: weight decay 0. Gaps are measurements that cannot be told from rounding.",
+        (f"From the onset on, both defects could be trusted at {trusted:,} of {steps:,} steps that both measured.",)
+        if steps
+        else (),
+    )
+
+
+def onset(evidence: Evidence) -> Judgement:
+    grokked = [trial for trial in evidence["grokking"] if _grok(trial) is not None]
+
+    def leads(arithmetic: Arithmetic, threshold: float, rise: Callable[[pd.DataFrame], int | None]) -> list[float]:
+        """A lead for each run that passed the threshold; minus infinity where the defect never rose."""
+        found = []
+        for trial in grokked:
+            grok, step = grok_step(trial.records, threshold), rise(_defects(trial, arithmetic))
+            if grok is not None:
+                found.append(-math.inf if step is None else float(grok - step))
+        return found
+
+    def past_memorising(defects: pd.DataFrame) -> int | None:
+        memorised = defects["step"][~np.isin(phases(defects), ["", "early"])]
+        return changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
+
+    def lead(threshold: float = GROKKED, rise: Callable[[pd.DataFrame], int | None] = onset_step) -> Here:
+        return _here(lambda a: Number.over(leads(a, threshold, rise)))
+
+    tests = [sign_test(leads(a, GROKKED, onset_step)) for a in ARITHMETICS]
+
+    def holds(test: Any) -> bool | None:
+        if test.p_value < SIGN_P:
+            return True
+        return False if grokked and 2 * test.positive <= len(grokked) else None
+
+    findings = (
+        Finding("lead, steps, to test accuracy 0.9", published.LEAD_TIME, lead(), 0),
+        Finding(
+            "share of runs in which the defect rose first",
+            published.LED,
+            Here(*(Number.share(test.positive, len(grokked)) for test in tests)),
+            2,
+        ),
+        Finding("p of the sign test", Number(), Here(*(Number(test.p_value) for test in tests))),
+        *(
+            Finding(f"lead to test accuracy {threshold:g}", Number(), lead(threshold), 0)
+            for threshold in (0.5, 0.7, 0.95, 0.98)
+        ),
+        Finding("lead by the changepoint rule, once memorised", Number(), lead(rise=past_memorising), 0),
+    )
+    forest = [finding for finding in findings if finding.quantity.startswith("lead")]
+    return Judgement(
+        (holds(tests[0]), holds(tests[1])),
+        findings,
+        partial(figures.forest, forest, xlabel="steps", zero=0.0) if grokked else None,
+        "Leads by what counts as a rise and as grokked; by the paper's rules "
+        f"{say(findings[0].here.trustworthy, 0)} steps where the defect can be trusted.",
+        "Point: median over the runs. Line: their range. Grey: published range. Right of zero the defect rose first.",
+        ("A lead is known to the interval between measurements, and that between evaluations.",),
+    )
+
+
+def lr_law(evidence: Evidence) -> Judgement:
+    trials = [trial for name in ("grokking", "rates") for trial in evidence[name]]
+
+    def points(arithmetic: Arithmetic) -> list[tuple[float, float]]:
+        found = ((_grok(trial), lead_time(_defects(trial, arithmetic), GROKKED)) for trial in trials)
+        return [(float(grok), float(lead)) for grok, lead in found if grok and lead and lead > 0]
+
+    def law(arithmetic: Arithmetic) -> Any:
+        found = np.array(points(arithmetic)).reshape(-1, 2)
+        return power_law(found[:, 0], found[:, 1])
+
+    laws = {a: law(a) for a in ARITHMETICS}
+    here = _here(lambda a: Number(laws[a].exponent, laws[a].low, laws[a].high, len(points(a))))
+
+    def holds(number: Number) -> bool | None:
+        if not number.high - number.low <= WIDEST_EXPONENT:  # NaN too
+            return None
+        return number.low <= published.LEAD_EXPONENT.value <= number.high
+
+    findings = [Finding("exponent of the lead in the grok step", published.LEAD_EXPONENT, here, 2)]
+    for rate, past in published.MAX_DEFECT.items():
+        mine = [trial for trial in trials if trial.config.lr == rate]
+        highest = _here(lambda a, mine=mine: Number.over(_defects(t, a)["defect_median"].max() for t in mine))  # type: ignore[misc]
+        findings.append(Finding(f"highest defect of a run, learning rate {plain(rate)}", past, highest))
+    for rate in published.MAX_DEFECT:
+        steps = Number.over(_grok(trial) or math.nan for trial in trials if trial.config.lr == rate)
+        known = [step for (_, lr), step in published.GROK_STEPS.items() if lr == rate]
+        findings.append(_same(f"grok step, learning rate {plain(rate)}", Number.over(known), steps, 0))
+    return Judgement(
+        (holds(here.arithmetic), holds(here.trustworthy)),
+        tuple(findings),
+        partial(figures.scatter, {a: points(a) for a in ARITHMETICS}, laws) if any(map(points, ARITHMETICS)) else None,
+        f"Lead against grok step on logarithmic axes; the exponent is {say(here.trustworthy, 2)} where the defect can "
+        f"be trusted, {say(here.arithmetic, 2)} by the float32 formula.",
+        "A point a run, lines by least squares.",
+        ("Runs enter that grokked after their defect rose.",),
+    )
+
+
+def alignment(evidence: Evidence) -> Judgement:
+    rates: dict[float, list[Trial]] = {rate: [] for rate in published.ALIGNMENT}
+    for trial in (*evidence["grokking"], *evidence["rates"]):
+        rates.setdefault(trial.config.lr, []).append(trial)
+
+    def end(arithmetic: Arithmetic, rate: float) -> Number:
+        return Number.over(trial.alignment[arithmetic] for trial in rates[rate])
+
+    ends = {rate: _here(lambda a, rate=rate: end(a, rate)) for rate in rates}  # type: ignore[misc]
+    whole = {
+        rate: Here(ends[rate].arithmetic, Number.over(_median(trial, "step_alignment_ratio") for trial in trials))
+        for rate, trials in rates.items()
+    }
+
+    def holds(low: Number, high: Number) -> bool | None:
+        return high.value > max(1.0, low.value) if low.count and high.count else None
+
+    fastest = sorted(published.ALIGNMENT, reverse=True)
+    findings = (
+        *(
+            Finding(f"|cos| over chance, learning rate {plain(rate)}", published.ALIGNMENT[rate], whole[rate])
+            for rate in fastest
+        ),
+        *(Finding(f"the same at the end of the run, {plain(rate)}", Number(), ends[rate]) for rate in fastest),
+    )
+    return Judgement(
+        (
+            holds(whole[fastest[-1]].arithmetic, whole[fastest[0]].arithmetic),
+            holds(whole[fastest[-1]].trustworthy, whole[fastest[0]].trustworthy),
+        ),
+        findings,
+        partial(figures.forest, findings, xlabel="|cos| of step and commutator / chance", zero=1.0),
+        f"By learning rate; at {plain(fastest[0])} {say(whole[fastest[0]].trustworthy)} over whole runs, where "
+        "commutators can be trusted.",
+        "Point: median over the runs. Line: their range. Grey: published range. Black: chance.",
+        ("The float32 commutators are those at a run's last checkpoint, the trustworthy ones those of all of it.",),
+    )
+
+
+def suppression(evidence: Evidence) -> Judgement:
+    beside = _beside_baselines(evidence, "suppression")
+
+    def chosen(kind: str, strength: float, every: int = 1) -> list[Pair]:
+        wanted = (kind, strength, every)
+        return [
+            (t, b) for t, b in beside if (t.config.intervention, t.config.strength, t.config.intervene_every) == wanted
+        ]
+
+    def projected(of: Callable[[list[Pair]], Number], strength: float, every: int = 1) -> Here:
+        return Here(*(of(chosen(kind, strength, every)) for kind in ("project", "project-update")))
+
+    here = projected(_share, 1.0)
+    findings = [
+        Finding("share of runs that grok without motion outside", published.SUPPRESSED, here, 2),
+        Finding("the same, projected at every tenth step", Number(), projected(_share, 1.0, 10), 2),
+    ]
+    for strength in sorted({trial.config.strength for trial, _ in beside} - {1.0}):
+        past = published.SUPPRESSION_DELAY if strength == GENTLE else Number()
+        findings.append(Finding(f"steps later at strength {strength:g}", past, projected(_delays, strength), 0))
+    remark = (
+        "A few dimensions among very many leave little to learn in, whichever they are: the next claim has the same "
+        "projection on random ones."
+    )
+    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), (remark,))
+
+
+def random_basis(evidence: Evidence) -> Judgement:
+    beside = _beside_baselines(evidence, "random-basis")
+
+    def drawn(of: Callable[[list[Pair]], Number], whole: bool) -> Here:
+        return Here(
+            *(
+                of([(t, b) for t, b in beside if t.config.basis == basis and (t.config.strength > GENTLE) == whole])
+                for basis in ("random", "matched")
+            )
+        )
+
+    here = drawn(_delays, whole=False)
+    findings = [
+        Finding(f"steps later, up to strength {GENTLE:g}", published.RANDOM_DELAY, here, 0),
+        Finding("share of runs that grok at strength 1", Number(), drawn(_share, whole=True), 2),
+    ]
+    return _intervened(
+        "random-basis", evidence, findings, _both(lambda n: max(abs(n.low), abs(n.high)) <= SAME_STEP, here)
+    )
+
+
+def kicks(evidence: Evidence) -> Judgement:
+    beside = _beside_baselines(evidence, "kicks")
+    kicked = [pair for pair in beside if pair[0].config.intervention == "kick"]
+    noise = [pair for pair in beside if pair[0].config.intervention == "noise"]
+    faithful = [pair for pair in kicked if pair[0].config.faithful]
+    proper = [pair for pair in kicked if not pair[0].config.faithful]
+    once = [pair for pair in proper if pair[0].config.intervene_times == 1]
+    kinds = {
+        f"{name}, again and again": [p for p in proper if p[0].config.direction == direction and p not in once]
+        for direction, name in (("commutator", "along commutators"), ("random", "beside them"))
+    }
+    kinds |= {"kicked once": once, "noise": noise}
+    here = Here(_share(faithful), _share(proper))
+    findings = [
+        Finding("share of kicked runs that grok", published.KICKED, here, 2),
+        Finding("steps later", Number(), Here(_delays(faithful), _delays(proper)), 0),
+        *(Finding(f"the same, {words}", Number(), Here(Number(), _delays(pairs)), 0) for words, pairs in kinds.items()),
+    ]
+    return _intervened("kicks", evidence, findings, _both(lambda number: number.value == 1, here))
+
+
+def slow_regime(evidence: Evidence) -> Judgement:
+    trials = evidence["slow"]
+    values = {a: [v for t in trials for v in _defects(t, a)["defect_median"].dropna()] for a in ARITHMETICS}
+
+    def holds(defects: Sequence[float]) -> bool | None:
+        return 0.0 in defects and max(defects) >= SPIKE if defects else None
+
+    zeros = _here(lambda a: Number.share(values[a].count(0.0), len(values[a])))
+    lines = [
+        Line(rows["step"], rows["defect_median"], words, colour)
+        for trial in trials
+        for a, (colour, words) in ARITHMETICS.items()
+        for rows in [_defects(trial, a)]
+    ]
+    return Judgement(
+        (holds(values["published"]), holds(values["trustworthy"])),
+        (
+            Finding("share of measurements that are exactly 0", Number(), zeros, 3),
+            Finding("highest defect", Number(), _here(lambda a: Number(max(values[a], default=math.nan)))),
+            _same("grok step", published.SLOW_GROK_STEP, Number.over(_grok(trial) or math.nan for trial in trials), 0),
+        ),
+        partial(figures.lines, [Panel(lines, "defect D", log=True)]),
+        f"Defect over the steps on a logarithmic axis; {say(zeros.arithmetic, 3)} of it is 0 by the float32 formula.",
+        "Gaps are measurements that are 0 or cannot be told from rounding.",
+    )
+
+
+JUDGES: dict[str, Callable[[Evidence], Judgement]] = {
+    "pc1": pc1,
+    "rho": rho,
+    "exec-random": exec_random,
+    "control-ratio": control,
+    "onset": onset,
+    "lr-law": lr_law,
+    "alignment": alignment,
+    "suppression": suppression,
+    "random-basis": random_basis,
+    "kicks": kicks,
+    "slow-regime": slow_regime,
+}
+
+Pair = tuple[Trial, Trial]
+"""A run with an intervention, and its baseline."""
+
+
+def label(config: TrainConfig) -> str:
+    """An intervention in a few words."""
+    what: str = config.intervention
+    if what == "kick":
+        what = f"kick, {config.direction}{', faithful' if config.faithful else ''}"
+    elif what != "noise":
+        what = f"{'update' if what == 'project-update' else 'gradient'}, {config.basis}"
+    often = f"every {config.intervene_every}" if config.intervene_every > 1 else ""
+    return ", ".join(filter(None, [what, f"{config.strength:g}", "once" if config.intervene_times == 1 else often]))
+
+
+def _intervened(
+    name: str,
+    evidence: Evidence,
+    findings: Sequence[Finding],
+    holds: tuple[bool | None, bool | None],
+    remarks: tuple[str, ...] = (),
+) -> Judgement:
+    """What a claim about interventions comes to, with the test accuracies of all its runs."""
+    beside = _beside_baselines(evidence, name)
+    alone = len(evidence[name]) - len(beside)
+    if alone:
+        remarks += (f"{alone} of {len(evidence[name])} runs have no baseline that grokked, and do not count.",)
+    unfinished = sum(_grok(trial) is None for trial, _ in beside)
+    if unfinished:
+        remarks += (
+            f"{unfinished} of {len(beside)} runs had not grokked by their end: they are at least as much later as they "
+            "ended after their baseline grokked, and count with that.",
+        )
+    kinds = list(dict.fromkeys(label(trial.config) for trial, _ in beside))
+    baselines = {id(baseline): baseline for _, baseline in beside}
+    lines = [Line(b.records["step"], b.records["test_acc"], "baseline", "ink") for b in baselines.values()]
+    for trial, _ in beside:
+        kind = label(trial.config)
+        lines.append(Line(trial.records["step"], trial.records["test_acc"], kind, kinds.index(kind)))
+    first = findings[0]
+    return Judgement(
+        holds,
+        tuple(findings),
+        partial(figures.lines, [Panel(lines, "test accuracy", height=2.6)]) if lines else None,
+        f"Test accuracy over the steps of {len(beside)} runs and their baselines; {first.quantity}: "
+        f"{say(first.here.arithmetic, first.decimals)} as published, {say(first.here.trustworthy, first.decimals)} as "
+        "is trustworthy.",
+        "One line a run. Black: the same run without an intervention.",
+        remarks,
+    )
+
+
+def _beside_baselines(evidence: Evidence, name: str) -> list[Pair]:
+    """The finished runs of a set whose baseline grokked."""
+    beside = ((trial, evidence.baseline(trial)) for trial in evidence[name])
+    return [(trial, baseline) for trial, baseline in beside if baseline is not None and _grok(baseline) is not None]
+
+
+def _share(pairs: Sequence[Pair]) -> Number:
+    """Of the runs, those that grokked."""
+    return Number.share(sum(_grok(trial) is not None for trial, _ in pairs), len(pairs))
+
+
+def _delays(pairs: Sequence[Pair]) -> Number:
+    """Steps by which runs grok later than their baselines; of one that does not, those by which it ended later."""
+    late = []
+    for trial, baseline in pairs:
+        grok, usual = _grok(trial), _grok(baseline)
+        assert usual is not None
+        late.append(float((trial.records["step"].max() if grok is None else grok) - usual))
+    return Number.over(late)
+
+
+def _grok(trial: Trial) -> int | None:
+    return grok_step(trial.records, GROKKED)
+
+
+def _defects(trial: Trial, arithmetic: Arithmetic) -> pd.DataFrame:
+    """A run's records with its defect by one arithmetic in ``defect_median``, and nothing that cannot be trusted."""
+    records = trial.records
+    rows = records[["step", "train_acc", "test_acc"]]
+    if "defect_median" not in records:
+        return rows.assign(defect_median=math.nan)
+    if arithmetic == "published":
+        return rows.assign(defect_median=records["reference_median"])
+    return rows.assign(defect_median=records["defect_median"].where(records["reliable"].eq(True)))
+
+
+def _median(trial: Trial, column: str) -> float:
+    """Median of a column over the reliable measurements of a run."""
+    records = trial.records
+    return float(records[column].where(records["reliable"].eq(True)).median()) if column in records else math.nan
+
+
+def _middle(values: Iterable[float]) -> float:
+    """Median of what is finite; NaN if nothing is."""
+    return Number.over(values).value
+
+
+def _here(number: Callable[[Arithmetic], Number]) -> Here:
+    return Here(number("published"), number("trustworthy"))
+
+
+def _same(quantity: str, past: Number, number: Number, decimals: int | None = None) -> Finding:
+    """A finding into which no commutator enters."""
+    return Finding(quantity, past, Here(number, number), decimals)
+
+
+def _both(rule: Callable[[Number], bool], here: Here) -> tuple[bool | None, bool | None]:
+    """What a rule says of both numbers; None of one that is made of nothing."""
+    first, second = (rule(number) if number.count else None for number in here)
+    return first, second
+
+
+def _describe(trials: Sequence[Trial]) -> str:
+    """The operations with their seeds, and the settings that are not the default's."""
+    seeds: dict[str, list[str]] = {}
+    for trial in trials:
+        seeds.setdefault(trial.config.op, []).append(str(trial.config.seed))
+    said = [f"{op} {', '.join(dict.fromkeys(its))}" for op, its in seeds.items()]
+    default = TrainConfig(threads=1)
+    for field in fields(TrainConfig):
+        values = list(dict.fromkeys(getattr(trial.config, field.name) for trial in trials))
+        if field.name not in ("op", "seed", "basis_from") and values != [getattr(default, field.name)]:
+            said.append(f"{field.name} {' | '.join(map(plain, values))}")
+    return "; ".join(said)

@@ -1,0 +1,231 @@
+"""From claims to a page: train what is not trained yet, judge, write."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grokcurv.modular import PRESETS, train
+from grokcurv.reproduce.claims import Answer, answer, say
+from grokcurv.reproduce.evidence import Evidence, Trial
+from grokcurv.reproduce.page import Summary, write
+from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
+from grokcurv.reproduce.published import SLOW_GROK_STEP, Number
+from grokcurv.reproduce.rules import NOT_RUN
+from grokcurv.runs import describe_environment, write_atomically
+from grokcurv.sweep import Sweep, open_sweep, run_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+Progress = Callable[[dict[str, Any]], object]
+
+TIMED_STEPS = 50
+"""Of the run that says how long an update takes."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What became of the claims.
+
+    Attributes:
+        path: the folder.
+        page: ``report.html`` in it.
+        answers: of the claims, in order.
+        table: one row a claim: ``claim``; ``quantity``, what its rule speaks of; ``published``,
+            ``published_arithmetic`` (what that gives here) and ``trustworthy``, each with ``_low`` and ``_high`` (for
+            ``trustworthy`` plainly ``low`` and ``high``) and NaN where there is none; ``runs``, how many runs or
+            measurements the last is made of; ``verdict``; ``cost_hours``, a timing: what a claim that was not run would
+            take here. The range is that over the runs unless the page says otherwise.
+        findings: all the numbers of all claims, a row each, with the same columns; ``verdict`` is the claim's.
+        failed: why runs failed, by id.
+    """
+
+    path: Path
+    page: Path
+    answers: tuple[Answer, ...]
+    table: pd.DataFrame
+    findings: pd.DataFrame
+    failed: Mapping[str, str]
+
+    def verdicts(self) -> Table:
+        """The table in print, for a terminal."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("claim", "published", "published arithmetic", "trustworthy", "verdict"):
+            table.add_column(name)
+        for one in self.answers:
+            numbers = one.findings[0] if one.findings else None
+            cells = [say(number, numbers.decimals) for number in numbers.numbers] if numbers else [""] * 3
+            table.add_row(one.claim, *cells, one.verdict)
+        return table
+
+
+def reproduce(
+    claims: Collection[str] | None = None,
+    profile: str | Profile = "quick",
+    out: str | os.PathLike[str] | None = None,
+    operations: Collection[str] | None = None,
+    seeds: Collection[int] | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> Reproduction:
+    """Judge claims of the paper by runs of one's own, and write a page about it.
+
+    The runs are two sweeps, of plain runs in ``out/runs`` and of interventions, which need some of those finished, in
+    ``out/interventions``. The same call goes on after anything that stopped it, and when nothing is left to train only
+    writes the page anew; with other claims it trains what those need beyond what is there. A run that fails stops no
+    other. Two calls in fresh folders give the same table, bit for bit, its timing aside.
+
+    Args:
+        claims: some of :data:`CLAIMS`; all if None, of which ``slow-regime`` is only trained when named.
+        profile: a name out of :data:`PROFILES`, or one of your own.
+        out: the folder; ``runs/reproduce-PROFILE`` if None.
+        operations: to leave out the runs of others.
+        seeds: in place of the profile's, for every operation.
+        engine, workers: as for :func:`grokcurv.sweep.run_sweep`.
+        on_progress: called with what a sweep reports; ``runs``, ``finished`` and ``failed`` count both sweeps.
+
+    Raises:
+        ValueError: an unknown claim, profile, operation or engine.
+        RunError: a folder that holds other runs, is being written by another process or is damaged.
+    """
+    if isinstance(profile, str):
+        if profile not in PROFILES:
+            raise ValueError(f"profile must be one of {', '.join(map(repr, PROFILES))}; got {profile!r}")
+        profile = PROFILES[profile]
+    for claim in claims or ():
+        if claim not in CLAIMS:
+            raise ValueError(f"claims must be among {', '.join(CLAIMS)}; got {claim!r}")
+    wanted = [claim for claim in CLAIMS if claims is None or claim in claims]
+    path = Path(out) if out is not None else Path("runs") / f"reproduce-{profile.name}"
+    plan = make_plan(profile, _root(path), operations, seeds)
+    to_train = [claim for claim in wanted if claims is not None or claim not in ASKED_FOR]
+    sweeps = _train(plan, path, plan.needed(to_train), engine, workers, on_progress)
+    trials = {name: _trials(name, sweep) for name, sweep in sweeps.items()}
+    parts = {"runs": plan.runs, "interventions": plan.interventions}
+    evidence = Evidence(
+        {name: [trials[part][run] for run in runs] for part in trials for name, runs in parts[part].sets.items()}
+    )
+    answers = tuple(answer(claim, evidence) for claim in wanted)
+    costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
+    summary = Summary(profile.name, answers, costs, describe_environment())
+    path.mkdir(parents=True, exist_ok=True)
+    table, findings = _table(answers, costs, headline=True), _table(answers, costs, headline=False)
+    for name, frame in {"table": table, "findings": findings}.items():
+        _write_table(path / name, frame)
+    failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
+    return Reproduction(path, write(path, summary), answers, table, findings, failed)
+
+
+def _root(path: Path) -> str:
+    """Folder of the plain runs, as ``basis_from`` has it.
+
+    Relative to where the command runs, so that a checkout can be moved; or as it was when the sweep that is there
+    began, so that the folder alone can be moved and is still that sweep.
+    """
+    there = path / "interventions"
+    if (there / "sweep.json").is_file():
+        return str(Path(next(iter(open_sweep(there).plan.values())).basis_from).parent)
+    return os.path.relpath(path / "runs" / "runs")
+
+
+def _train(
+    plan: Plan,
+    path: Path,
+    needed: tuple[list[str], list[str]],
+    engine: str,
+    workers: int | None,
+    on_progress: Progress | None,
+) -> dict[str, Sweep]:
+    """Both sweeps by name, with the runs that are needed done."""
+    sweeps: dict[str, Sweep] = {}
+    total, finished, failed = sum(map(len, needed)), 0, 0
+    to_come = sum(plan.interventions.plan[run].steps for run in needed[1])
+    for name, part, runs in zip(("runs", "interventions"), (plan.runs, plan.interventions), needed, strict=True):
+        if part.config is None:
+            continue
+
+        def report(
+            news: dict[str, Any], finished: int = finished, failed: int = failed, to_come: int = to_come
+        ) -> None:
+            assert on_progress is not None
+            counts = {"runs": total, "finished": finished + news["finished"], "failed": failed + news["failed"]}
+            rate, left = news["steps_per_second"], news["seconds_left"]
+            on_progress({**news, **counts, "seconds_left": left + to_come / rate if rate else left})
+
+        sweeps[name] = run_sweep(
+            part.config,
+            path / name,
+            engine=engine,
+            workers=workers,
+            only=runs,
+            on_progress=report if on_progress else None,
+        )
+        states = sweeps[name].runs["status"].reindex(runs)
+        finished += int((states == "finished").sum())
+        failed += int((states == "failed").sum())
+        to_come = 0
+    return sweeps
+
+
+def _trials(name: str, sweep: Sweep) -> dict[str, Trial]:
+    """The runs of a sweep by id."""
+    trials = {}
+    for run, status, reason in sweep.runs[["status", "reason"]].itertuples():
+        begun = (sweep.folder(run) / "config.json").exists()
+        trials[run] = Trial(f"{name}/{run}", sweep.plan[run], status, reason, sweep.run(run) if begun else None)
+    return trials
+
+
+def _slow_regime_seconds() -> float:
+    """What the slow regime would take on one thread of this machine, to where it was published to grok."""
+    seen: list[tuple[int, float]] = []
+    slow = replace(PRESETS["paper-slow"], steps=TIMED_STEPS, measure_every=0, threads=1)
+    train(slow, on_progress=lambda news: seen.append((news["step"], time.perf_counter())))
+    (first, began), *_, (last, ended), _ = seen  # there are evaluations before the first report and before the last
+    return SLOW_GROK_STEP.value * (ended - began) / (last - first)
+
+
+def _table(answers: tuple[Answer, ...], costs: Mapping[str, float], *, headline: bool) -> pd.DataFrame:
+    """The answers as :class:`Reproduction` describes them: their first findings, or all."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for one in answers:
+        known = {"claim": one.claim, "verdict": one.verdict, "cost_hours": costs.get(one.claim, math.nan) / 3600}
+        found = [
+            {
+                "quantity": finding.quantity,
+                **_interval(finding.published, "published", "published_low", "published_high"),
+                **_interval(finding.here.arithmetic, *(f"published_arithmetic{end}" for end in ("", "_low", "_high"))),
+                **_interval(finding.here.trustworthy, "trustworthy", "low", "high"),
+                "runs": finding.here.trustworthy.count,
+            }
+            for finding in one.findings
+        ]
+        rows += [{**row, **known} for row in (found[:1] or [{}] if headline else found)]
+    names = ["published", "published_arithmetic"]
+    columns = ["claim", "quantity", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))]
+    frame = pd.DataFrame(rows, columns=[*columns, "trustworthy", "low", "high", "runs", "verdict", "cost_hours"])
+    return frame.fillna({"quantity": "", "runs": 0}).astype({"runs": int})
+
+
+def _interval(number: Number, *names: str) -> dict[str, float]:
+    return dict(zip(names, (number.value, number.low, number.high), strict=True))
+
+
+def _write_table(path: Path, frame: pd.DataFrame) -> None:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    write_atomically(path.with_suffix(".parquet"), buffer.getvalue())
+    write_atomically(path.with_suffix(".csv"), frame.to_csv(index=False).encode())

@@ -1,0 +1,219 @@
+"""The figures of a reproduction: lines over the steps, numbers with their intervals, a law on logarithmic axes.
+
+As in :mod:`grokcurv.report.figures`, call a function, and ``png``, inside ``with style(theme)``. In all of them blue is
+what can be trusted, orange the published arithmetic, grey what was published.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from grokcurv.report.figures import WIDTH, Theme, log_scale
+from grokcurv.reproduce.evidence import Arithmetic
+from grokcurv.reproduce.published import Number
+
+if TYPE_CHECKING:
+    from grokcurv.reproduce.claims import Finding
+
+CYCLE = ("blue", "orange", "green", "purple")
+STYLES = ("-", "--", ":", "-.")
+ARITHMETICS: dict[Arithmetic, tuple[str, str]] = {
+    "published": ("orange", "float32 formula"),
+    "trustworthy": ("blue", "trustworthy"),
+}
+"""Colour and name of each."""
+LEFT, RIGHT = 0.8, 0.15  # inches beside the panels
+LEGEND_ROW = 0.2  # inches
+WORDS = 34  # characters a line beside a forest
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a panel."""
+
+    x: Any
+    y: Any
+    label: str
+    """In the legend; '' leaves it out."""
+    colour: str | int
+    """A field of the theme, or a number that stands for a colour and a style."""
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one horizontal axis."""
+
+    lines: Sequence[Line]
+    ylabel: str
+    log: bool = False
+    level: float = math.nan
+    """A value to mark by a black line."""
+    band: Number = Number()  # noqa: RUF009 - immutable
+    """What was published of it, in grey."""
+    height: float = 2.4
+    """Inches."""
+
+
+def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step") -> Figure:
+    """Panels one above the other over the same horizontal axis, each line named once, above."""
+    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines if line.label)
+    rows = math.ceil(len(labels) / 3)
+    top, bottom, between = 0.1 + LEGEND_ROW * rows, 0.5, 0.2
+    total = top + bottom + sum(panel.height for panel in panels) + between * (len(panels) - 1)
+    figure = _figure(total)
+    edge, shared = total - top, None
+    drawn: dict[str, Any] = {}
+    for panel in panels:
+        axes = _axes(figure, (LEFT, edge - panel.height, WIDTH - LEFT - RIGHT, panel.height), shared)
+        shared = shared or axes
+        edge -= panel.height + between
+        if panel.log:
+            log_scale(axes)
+            axes.tick_params(axis="y", which="minor", length=0)
+        if math.isfinite(panel.band.low):
+            axes.axhspan(panel.band.low, panel.band.high, color=theme.muted, alpha=0.18, linewidth=0)
+        if math.isfinite(panel.level):
+            axes.axhline(panel.level, color=theme.ink, linewidth=0.9)
+        for line in panel.lines:
+            y = np.asarray(line.y, dtype=np.float64)
+            if panel.log:
+                y = np.where(y > 0, y, np.nan)
+            colour, style = _look(line, theme)
+            marker = "." if np.isfinite(y).sum() < 25 else ""  # a value between two gaps has no line
+            (handle,) = axes.plot(line.x, y, color=colour, linestyle=style, marker=marker, linewidth=1.3)
+            if line.label:
+                drawn.setdefault(line.label, handle)
+        axes.set_ylabel(panel.ylabel)
+        axes.yaxis.set_label_coords(-0.62 / (WIDTH - LEFT - RIGHT), 0.5)
+        axes.tick_params(length=3)
+        axes.tick_params(axis="x", labelbottom=panel is panels[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.set_xlabel(xlabel)
+    _legend(figure, drawn.values(), drawn, total)
+    return figure
+
+
+def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: float) -> Figure:
+    """A row a finding: the published range, and both of our numbers with their intervals; a black line at ``zero``."""
+    findings = [finding for finding in findings if any(number.known for number in finding.here)]
+    words = [textwrap.fill(finding.quantity, WORDS) for finding in findings]
+    heights = [0.2 + 0.15 * (1 + text.count("\n")) for text in words]
+    left, top, bottom = 2.75, 0.1 + LEGEND_ROW, 0.5
+    total = top + bottom + sum(heights)
+    figure = _figure(total)
+    axes = _axes(figure, (left, bottom, WIDTH - left - RIGHT, sum(heights)))
+    axes.set_ylim(sum(heights), 0)
+    axes.axvline(zero, color=theme.ink, linewidth=0.9)
+    centre, handles = 0.0, {}
+    centres = []
+    for finding, height in zip(findings, heights, strict=True):
+        centre += height / 2
+        centres.append(centre)
+        past = finding.published
+        if math.isfinite(past.low):
+            axes.fill_betweenx(
+                [centre - 0.13, centre + 0.13], past.low, past.high, color=theme.muted, alpha=0.25, linewidth=0
+            )
+        elif math.isfinite(past.value):
+            axes.plot([past.value] * 2, [centre - 0.13, centre + 0.13], color=theme.muted, linewidth=3, alpha=0.5)
+        for (colour, said), number, shift in zip(ARITHMETICS.values(), finding.here, (-0.06, 0.06), strict=True):
+            if not math.isfinite(number.value):
+                continue
+            (handle,) = axes.plot(number.value, centre + shift, "o", color=getattr(theme, colour), markersize=4.5)
+            axes.plot([number.low, number.high], [centre + shift] * 2, color=getattr(theme, colour), linewidth=1.5)
+            handles[said] = handle
+        centre += height / 2
+    axes.set_yticks(centres, words)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", length=3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(xlabel)
+    _legend(figure, handles.values(), handles, total)
+    return figure
+
+
+def scatter(
+    points: Mapping[Arithmetic, Sequence[tuple[float, float]]], laws: Mapping[Arithmetic, Any], theme: Theme
+) -> Figure:
+    """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
+    height, top, bottom = 3.4, 0.1 + LEGEND_ROW, 0.5
+    total = height + top + bottom
+    figure = _figure(total)
+    axes = _axes(figure, (LEFT, bottom, WIDTH - LEFT - RIGHT, height))
+    log_scale(axes)
+    axes.set_xscale("log")
+    known = np.array([point for found in points.values() for point in found])
+    for limits, values in ((axes.set_xlim, known[:, 0]), (axes.set_ylim, known[:, 1])):
+        limits(values.min() / 1.4, values.max() * 1.4)
+    handles = {}
+    for name, found in points.items():
+        if not found:
+            continue
+        colour, said = ARITHMETICS[name]
+        x, y = np.array(found).T
+        (handle,) = axes.plot(x, y, "o", color=getattr(theme, colour), markersize=5, alpha=0.8)
+        law = laws[name]
+        if math.isfinite(law.exponent):
+            ends = np.array([x.min(), x.max()])
+            axes.plot(ends, law.prefactor * ends**law.exponent, color=getattr(theme, colour), linewidth=1.2)
+            said += f", exponent {law.exponent:.2f}"
+        handles[said] = handle
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axes.grid(which="minor", visible=False)
+    axes.tick_params(length=3)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xlabel("grok step")
+    axes.set_ylabel("lead, steps")
+    _legend(figure, handles.values(), handles, total)
+    return figure
+
+
+def _look(line: Line, theme: Theme) -> tuple[str, str]:
+    if isinstance(line.colour, str):
+        return getattr(theme, line.colour), line.style
+    return getattr(theme, CYCLE[line.colour % len(CYCLE)]), STYLES[line.colour // len(CYCLE) % len(STYLES)]
+
+
+def _legend(figure: Figure, handles: Iterable[Any], labels: Iterable[str], total: float) -> None:
+    figure.legend(
+        list(handles),
+        list(labels),
+        loc="upper left",
+        bbox_to_anchor=(0.02, 1 - 0.03 / total),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        handlelength=2.2,
+        labelspacing=0.25,
+        borderaxespad=0,
+        borderpad=0,
+    )
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Figure, place: tuple[float, float, float, float], sharex: Axes | None = None) -> Axes:
+    """Axes at (left, bottom, width, height) in inches."""
+    left, bottom, width, height = place
+    _, total = figure.get_size_inches()
+    return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total), sharex=sharex)

@@ -1,0 +1,303 @@
+"""Which runs the claims need, in two sizes.
+
+A profile lists runs in named sets, a claim names the sets it reads, and a run that is in several sets is trained once.
+``quick`` is for two cores and three quarters of an hour; ``paper`` has the runs of the paper.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grokcurv.modular import PRESETS, TrainConfig
+from grokcurv.reproduce.published import GROK_STEPS
+from grokcurv.sweep import SweepConfig
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "pc1": ("grokking", "never", "control"),
+    "rho": ("grokking", "memorised"),
+    "exec-random": ("grokking", "memorised"),
+    "control-ratio": ("grokking", "control"),
+    "onset": ("grokking",),
+    "lr-law": ("grokking", "rates"),
+    "alignment": ("grokking", "rates"),
+    "suppression": ("suppression",),
+    "random-basis": ("random-basis",),
+    "kicks": ("kicks",),
+    "slow-regime": ("slow",),
+}
+"""By claim, in the order of the page, the sets of runs it reads; an intervention's baseline is one of ``grokking``."""
+
+CLAIMS = tuple(NEEDS)
+
+ASKED_FOR = ("slow-regime",)
+"""Claims whose runs are trained only when they are named."""
+
+SECONDS = {"update": 0.029, "evaluation": 0.17, "measurement": 0.65}
+"""Of the paper's transformer, on one of two busy cores; they order the runs, longest first, and no more."""
+
+Seeds = Mapping[str, tuple[int, ...]]
+"""By operation."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Runs that share settings: every operation with each of its seeds."""
+
+    seeds: Seeds
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The runs of a reproduction."""
+
+    name: str
+    runs: Mapping[str, tuple[Block, ...]]
+    """By set."""
+    interventions: Mapping[str, tuple[Block, ...]]
+    """By set. Of each run's operation and seed there is one in the set ``grokking``: its baseline, and what its basis
+    is taken from."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of all runs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the two sweeps of a plan."""
+
+    config: SweepConfig | None
+    """None where the profile has nothing for it."""
+    sets: Mapping[str, tuple[str, ...]]
+    """By set, the ids of its runs."""
+
+    @property
+    def plan(self) -> Mapping[str, TrainConfig]:
+        """Settings by id."""
+        return self.config.plan if self.config else {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a profile comes to."""
+
+    runs: Part
+    interventions: Part
+    baselines: Mapping[str, str]
+    """By id of an intervention, that of the plain run that is its baseline."""
+
+    def needed(self, claims: Collection[str]) -> tuple[list[str], list[str]]:
+        """The plain runs and the interventions that these claims read, by id."""
+        names = {name for claim in claims for name in NEEDS[claim]}
+        runs, interventions = (
+            {run for name in names for run in part.sets.get(name, ())} for part in (self.runs, self.interventions)
+        )
+        runs |= {self.baselines[run] for run in interventions}
+        return [run for run in self.runs.plan if run in runs], [
+            r for r in self.interventions.plan if r in interventions
+        ]
+
+
+def make_plan(
+    profile: Profile,
+    root: str | os.PathLike[str],
+    operations: Collection[str] | None = None,
+    seeds: Collection[int] | None = None,
+) -> Plan:
+    """The plan of a profile.
+
+    Args:
+        profile: its runs.
+        root: folder in which the plain runs have theirs, where interventions find their bases.
+        operations: leaves out the runs of others.
+        seeds: in place of the profile's, for every operation.
+
+    Raises:
+        ValueError: operations of which the profile has none, or no seed.
+    """
+    known = {op for blocks in profile.runs.values() for block in blocks for op in block.seeds}
+    for op in operations if operations is not None else ():
+        if op not in known:
+            raise ValueError(f"operations must be among {', '.join(sorted(known))}; got {op!r}")
+    for name, chosen in {"operations": operations, "seeds": seeds}.items():
+        if chosen is not None and not chosen:
+            raise ValueError(f"{name} must name at least one; got none")
+
+    def entries(blocks: tuple[Block, ...]) -> Iterator[dict[str, Any]]:
+        for block in blocks:
+            for op, its_seeds in block.seeds.items():
+                if operations is None or op in operations:
+                    for seed in dict.fromkeys(its_seeds if seeds is None else seeds):
+                        yield {"op": op, "seed": seed, **block.settings}
+
+    runs = _part(profile.run, {name: list(entries(blocks)) for name, blocks in profile.runs.items()})
+    grokking = {(runs.plan[run].op, runs.plan[run].seed): run for run in runs.sets.get("grokking", ())}
+    wanted: dict[str, list[dict[str, Any]]] = {}
+    for name, blocks in profile.interventions.items():
+        wanted[name] = [
+            {**entry, "basis_from": os.path.join(root, grokking[entry["op"], entry["seed"]])}
+            for entry in entries(blocks)
+        ]
+    interventions = _part(profile.run, wanted)
+    baselines = {run: grokking[config.op, config.seed] for run, config in interventions.plan.items()}
+    return Plan(runs, interventions, baselines)
+
+
+def expected_seconds(config: TrainConfig) -> float:
+    """Roughly how long a run of the paper's transformer takes, if it groks when the paper's did."""
+    stopped = config.weight_decay < 1 or (config.intervention.startswith("project") and config.strength == 1)
+    grok = None if stopped else GROK_STEPS.get((config.op, config.lr))
+    patience = (config.grok_patience - 1) * config.eval_every
+    steps = config.steps if grok is None else min(config.steps, grok + patience + config.steps_after_grok)
+    measurements = steps / config.measure_every * config.pairs / 5 if config.measure_every else 0
+    updating = (steps * SECONDS["update"] + steps / config.eval_every * SECONDS["evaluation"]) * config.layers / 2
+    return updating + measurements * SECONDS["measurement"]
+
+
+def _part(common: Mapping[str, Any], wanted: Mapping[str, list[dict[str, Any]]]) -> Part:
+    """A sweep of all runs that are wanted, each once, the longest first, so that workers end together."""
+    runs: list[dict[str, Any]] = []
+    for entries in wanted.values():
+        runs += [entry for entry in entries if entry not in runs]
+    if not runs:
+        return Part(None, {})
+
+    def seconds(entry: Mapping[str, Any]) -> float:
+        settings = {**common, **entry}
+        return expected_seconds(replace(PRESETS[settings.get("preset", "paper")], **settings))
+
+    runs.sort(key=seconds, reverse=True)
+    sweep = SweepConfig(run=dict(common), runs=runs)
+    ids = list(sweep.plan)
+    return Part(sweep, {name: tuple(ids[runs.index(entry)] for entry in entries) for name, entries in wanted.items()})
+
+
+GROKKING = ("add", "sub", "mul", "x2_y2")
+NEVER = ("x2_xy_y2", "x3_xy")
+SEEDS = (42, 137, 2024)
+WATCHED = {"basis": "oracle", "measure_every": 0, "pca_every": 0, "steps_after_grok": 0}
+"""Settings of interventions: what counts is whether they grok, and when."""
+
+
+def _all(operations: tuple[str, ...], seeds: tuple[int, ...] = SEEDS) -> Seeds:
+    return dict.fromkeys(operations, seeds)
+
+
+def _each(seeds: Seeds, common: Mapping[str, Any], *settings: Mapping[str, Any]) -> tuple[Block, ...]:
+    return tuple(Block(seeds, {**WATCHED, **common, **more}) for more in settings)
+
+
+def _projections(basis: str, *strengths: float, **more: Any) -> list[dict[str, Any]]:
+    return [{"intervention": "project", "basis": basis, "strength": strength, **more} for strength in strengths]
+
+
+def _sustained(direction: str, *strengths: float, **more: Any) -> list[dict[str, Any]]:
+    kick = {"intervention": "kick", "direction": direction, "intervene_every": 50}
+    return [{**kick, "strength": strength, **more} for strength in strengths]
+
+
+QUICK = Profile(
+    "quick",
+    runs={
+        "grokking": (Block({"add": (42, 137), **_all(GROKKING[1:], (42,))}, {"steps": 8000, "alignment": True}),),
+        "never": (Block(_all(NEVER, (42,)), {"steps": 4000}),),
+        "control": (Block(_all(("add", "mul"), (42,)), {"weight_decay": 0.0, "steps": 4000}),),
+        "memorised": (Block(_all(("add", "mul"), (42,)), {"steps": 1500, "measure_every": 1500}),),
+        "rates": (
+            Block(
+                {"add": (42,)},
+                {
+                    "lr": 1e-4,
+                    "steps": 36_000,
+                    "alignment": True,
+                    "eval_every": 200,
+                    "measure_every": 400,
+                    "steps_after_grok": 0,
+                    "pca_every": 1000,
+                    "checkpoint_every": 2000,
+                },
+            ),
+            Block(_all(("add", "mul"), (42,)), {"lr": 1e-2, "steps": 5000, "alignment": True}),
+        ),
+    },
+    interventions={
+        "suppression": _each(
+            {"add": (42,)},
+            {"steps": 8000},
+            *_projections("oracle", 0.5, 0.75),
+            *_projections("oracle", 1.0, steps=5000),
+            {"intervention": "project-update", "strength": 1.0},
+        ),
+        "random-basis": _each(
+            {"add": (42,)},
+            {"steps": 5000},
+            *_projections("random", 0.5),
+            *_projections("matched", 0.5),
+            *_projections("random", 1.0, steps=4000),
+            *_projections("matched", 1.0, steps=4000),
+        ),
+        "kicks": _each(
+            {"add": (42,)},
+            {"steps": 5000},
+            *_sustained("commutator", 100.0),
+            *_sustained("commutator", 100.0, faithful=True),
+            *_sustained("random", 100.0),
+            {"intervention": "kick", "strength": 20.0, "intervene_times": 1},
+            {"intervention": "noise", "strength": 0.1, "intervene_every": 50},
+        ),
+    },
+)
+
+_LONG = {"pca_every": 500, "checkpoint_every": 5000}
+"""So that a checkpoint, which holds every row of the PCA, stays below 100 MB."""
+
+PAPER = Profile(
+    "paper",
+    runs={
+        "grokking": (Block(_all(GROKKING), {"steps": 20_000, "alignment": True}),),
+        "never": (
+            Block(_all(NEVER), {"steps": 200_000, "alignment": True, "pca_every": 1000, "checkpoint_every": 10_000}),
+        ),
+        "control": (Block(_all(GROKKING + NEVER), {"weight_decay": 0.0, "steps": 50_000, **_LONG}),),
+        "memorised": (Block(_all(GROKKING), {"steps": 1500, "measure_every": 1500}),),
+        "rates": (
+            Block(_all(GROKKING + NEVER), {"lr": 1e-4, "steps": 60_000, "alignment": True, **_LONG}),
+            Block(_all(GROKKING + NEVER), {"lr": 1e-2, "steps": 20_000, "alignment": True, **_LONG}),
+        ),
+        "slow": (Block({"add": (42,)}, {"preset": "paper-slow"}),),
+    },
+    interventions={
+        "suppression": _each(
+            _all(GROKKING),
+            {"steps": 15_000},
+            *_projections("oracle", 0.25, 0.5, 0.75, 1.0),
+            *_projections("oracle", 1.0, intervene_every=10),
+            {"intervention": "project-update", "strength": 1.0},
+        ),
+        "random-basis": _each(
+            _all(("add",)),
+            {"steps": 15_000},
+            *_projections("random", 0.25, 0.5, 0.75, 1.0),
+            *_projections("matched", 0.25, 0.5, 0.75, 1.0),
+        ),
+        "kicks": _each(
+            _all(("add",)),
+            {"steps": 15_000},
+            *[
+                {"intervention": "kick", "strength": strength, "intervene_times": 1}
+                for strength in (1.0, 2.0, 5.0, 10.0, 20.0)
+            ],
+            *_sustained("commutator", 50.0, 100.0, 200.0, 500.0),
+            *_sustained("commutator", 50.0, 100.0, 200.0, 500.0, faithful=True),
+            *_sustained("random", 50.0, 100.0, 200.0, 500.0),
+            *[
+                {"intervention": "noise", "strength": strength, "intervene_every": 50}
+                for strength in (0.01, 0.05, 0.1, 0.5)
+            ],
+        ),
+    },
+)
+
+PROFILES = {profile.name: profile for profile in (QUICK, PAPER)}

@@ -1,0 +1,657 @@
+"""The reproduction: its plan, each claim on evidence for it and on evidence against it, and the whole, small."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_reproduction as synthetic
+import torch
+from synthetic_reproduction import snapshot, trial, trials, walks
+from test_report import Page
+
+import grokcurv as gc
+from grokcurv import cli
+from grokcurv.flat import flatten
+from grokcurv.modular import TrainConfig, load_model, split, train
+from grokcurv.report.figures import LIGHT
+from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
+from grokcurv.reproduce.claims import JUDGES, Answer, answer, say
+from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, take_snapshot
+from grokcurv.reproduce.plan import NEEDS, QUICK, WATCHED, expected_seconds, make_plan
+from grokcurv.reproduce.published import Number
+from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict
+from grokcurv.runs import Run, RunError
+from grokcurv.sweep import open_sweep
+
+NAN = math.nan
+
+# The plan
+
+
+def test_every_claim_has_its_parts() -> None:
+    assert set(CLAIMS) == set(JUDGES) == set(RULES) == set(SENTENCES)
+    for profile in PROFILES.values():
+        sets = {*profile.runs, *profile.interventions}
+        assert sets >= {name for claim in CLAIMS for name in NEEDS[claim]} - {"slow"}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_no_run_is_trained_twice(name: str) -> None:
+    plan = make_plan(PROFILES[name], "root")
+    for part in (plan.runs, plan.interventions):
+        configs = list(part.plan.values())
+        assert len(set(configs)) == len(configs)
+        seconds = list(map(expected_seconds, configs))
+        assert seconds == sorted(seconds, reverse=True)
+        assert {run for runs in part.sets.values() for run in runs} == set(part.plan)
+
+
+def test_the_quick_profile_is_quick() -> None:
+    plan = make_plan(QUICK, "root")
+    seconds = [expected_seconds(config) for part in (plan.runs, plan.interventions) for config in part.plan.values()]
+    assert sum(seconds) / 2 < 40 * 60  # two workers; the rest of 45 minutes is for the page
+    assert max(seconds) < sum(seconds) / 2
+
+
+def test_the_paper_profile_is_the_paper() -> None:
+    plan = make_plan(PROFILES["paper"], "root").runs
+    base = [c for c in plan.plan.values() if c.lr == 1e-3 and c.steps > 1500]
+    assert len(base) == 36
+    assert {(c.op, c.weight_decay, c.seed) for c in base} == {
+        (op, decay, seed)
+        for op in ("add", "sub", "mul", "x2_y2", "x2_xy_y2", "x3_xy")
+        for decay in (0.0, 1.0)
+        for seed in (42, 137, 2024)
+    }
+    rates = [c for c in plan.plan.values() if c.preset == "paper" and c.weight_decay == 1 and c.steps > 1500]
+    assert len(rates) == 54
+    assert {c.lr for c in rates} == {1e-4, 1e-3, 1e-2}
+
+
+def test_claims_train_what_they_need() -> None:
+    plan = make_plan(QUICK, "root")
+    runs, interventions = plan.needed(["onset"])
+    assert (set(runs), interventions) == (set(plan.runs.sets["grokking"]), [])
+    runs, interventions = plan.needed(["kicks"])
+    assert set(interventions) == set(plan.interventions.sets["kicks"])
+    (baseline,) = runs  # of all its interventions
+    config = plan.runs.plan[baseline]
+    for run in interventions:
+        kicked = plan.interventions.plan[run]
+        assert (kicked.op, kicked.seed, kicked.basis_from) == (config.op, config.seed, f"root/{baseline}")
+        assert "root" not in run
+    everything = plan.needed(CLAIMS)
+    assert [len(ids) for ids in everything] == [len(plan.runs.plan), len(plan.interventions.plan)]
+
+
+def test_operations_and_seeds() -> None:
+    plan = make_plan(QUICK, "root", ["mul"], [7, 8, 7])
+    assert {(c.op, c.seed) for c in plan.runs.plan.values()} == {("mul", 7), ("mul", 8)}
+    assert plan.interventions.config is None
+    assert plan.needed(CLAIMS)[1] == []
+    with pytest.raises(ValueError, match=r"operations must be among add, .*; got 'div'"):
+        make_plan(QUICK, "root", ["div"])
+    for name in ("operations", "seeds"):
+        with pytest.raises(ValueError, match=f"{name} must name at least one"):
+            make_plan(QUICK, "root", **{name: []})
+
+
+# The claims
+
+
+def judged(claim: str, changed: dict[str, list[Trial]] | None = None) -> Answer:
+    return answer(claim, Evidence({**trials(), **(changed or {})}))
+
+
+def test_verdicts() -> None:
+    table = {
+        (True, True): HOLDS,
+        (True, False): HOLDS,
+        (True, None): HOLDS,
+        (False, True): ONLY_PUBLISHED,
+        (None, True): ONLY_PUBLISHED,
+        (False, False): FAILS,
+        (False, None): FAILS,
+        (None, False): UNDECIDED,
+        (None, None): UNDECIDED,
+    }
+    assert {flags: verdict(*flags) for flags in table} == table
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim != "slow-regime"])
+def test_a_claim_that_holds(claim: str) -> None:
+    found = judged(claim)
+    assert found.verdict == HOLDS
+    assert all(finding.here.trustworthy.known for finding in found.findings[:1])
+    assert found.draw is not None
+    assert found.alt
+    assert found.caption
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("status", ["failed", "pending"])
+def test_a_claim_without_a_finished_run(claim: str, status: str) -> None:
+    lost = {name: [trial({}, status=status, reason="no <luck>")] for name in NEEDS[claim]}
+    found = answer(claim, Evidence(lost))
+    assert found.verdict == (UNDECIDED if status == "failed" else NOT_RUN)
+    assert not found.findings
+    assert found.draw is None
+    assert ("no <luck>" in " ".join(found.remarks)) == (status == "failed")
+    nothing = answer(claim, Evidence({}))
+    assert nothing.verdict == NOT_RUN
+    assert "no run" in nothing.remarks[0]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_claim_of_which_half_the_sets_are_missing(claim: str) -> None:
+    """Whatever is missing, there is an answer, with a figure that can be drawn or none."""
+    whole = trials()
+    for name in NEEDS[claim]:
+        for kept in ({name: whole.get(name, [])}, {other: whole[other] for other in whole if other != name}):
+            found = answer(claim, Evidence(kept))
+            assert found.verdict in (HOLDS, ONLY_PUBLISHED, FAILS, UNDECIDED, NOT_RUN)
+            if found.draw is not None:
+                found.draw(LIGHT).draw_without_rendering()
+
+
+def test_failed_runs_count_neither_way() -> None:
+    failed = trial({"op": "add", "seed": 2024}, status="failed", reason="loss is NaN", onset=3000, grok=100)
+    with_it = judged("onset", {"grokking": [*trials()["grokking"], failed]})
+    assert with_it.findings == judged("onset").findings
+    assert with_it.remarks[-2:] == ("1 of 6 runs failed and count neither way.", "runs/add-2024: loss is NaN")
+
+
+@pytest.mark.parametrize(
+    ("percent", "p_value", "expected"),
+    [(71.0, 0.005, HOLDS), (60.0, 0.005, FAILS), (80.0, 0.005, FAILS), (71.0, 0.5, FAILS)],
+)
+def test_pc1(percent: float, p_value: float, expected: str) -> None:
+    runs = [trial({"op": "add"}, walks=walks(percent, p_value), grok=2000) for _ in range(2)]
+    found = judged("pc1", {"grokking": runs})
+    assert found.verdict == expected
+    assert found.findings[0].here.trustworthy == Number(percent, percent, percent, 2)
+    assert found.findings[0].here.arithmetic == found.findings[0].here.trustworthy
+
+
+def test_pc1_of_runs_that_did_not_grok() -> None:
+    assert judged("pc1", {"grokking": [trial({"op": "add"})]}).verdict == UNDECIDED
+
+
+def test_rho() -> None:
+    found = judged("rho")
+    assert found.findings[0].here.trustworthy.value == pytest.approx(1 - 2e-5 * 1.6 * 1.5125, abs=1e-8)
+    chance = found.findings[1].here.trustworthy.value
+    assert chance == pytest.approx(math.sqrt(1 - 8 / synthetic.SIZE))
+    assert f"{chance:.5f}" in found.remarks[0]
+    low = trials()["grokking"]
+    low[0].run.curvature["rho"] = 0.9
+    assert judged("rho", {"grokking": low}).verdict == FAILS
+
+
+@pytest.mark.parametrize(
+    ("trustworthy", "published", "expected"),
+    [(2, 2, HOLDS), (1, 2, ONLY_PUBLISHED), (0.5, 0.5, FAILS), (2, 0.5, HOLDS)],
+)
+def test_exec_random(trustworthy: float, published: float, expected: str) -> None:
+    runs = [
+        trial({"op": op, "steps": 1500}, snapshot=snapshot(trustworthy * 0.9, published * 0.9 + 0.1, seed))
+        for seed, op in enumerate(("add", "mul"), 20)
+    ]
+    found = judged("exec-random", {"memorised": runs})
+    assert found.verdict == expected
+    for number, times in zip(found.findings[0].here, (published * 0.9 + 0.1, trustworthy * 0.9), strict=True):
+        assert number.value == pytest.approx(times, rel=0.25)  # 3 dimensions, 60 vectors
+
+
+def test_exec_random_past_memorisation() -> None:
+    early, late = trial({"op": "add"}, steps=100), trial({"op": "mul"}, grok=2000)
+    found = judged("exec-random", {"memorised": [early, late]})
+    assert found.verdict == UNDECIDED
+    assert found.remarks == (
+        "runs/add-42 ends in the phase 'early' and does not count.",
+        "runs/mul-42 ends in the phase 'post-grok' and does not count.",
+    )
+
+
+def test_exec_random_without_a_trustworthy_commutator() -> None:
+    shot = snapshot(2, 2)
+    shot = replace(shot, trustworthy=shot.trustworthy[:0])
+    found = judged("exec-random", {"memorised": [trial({"steps": 1500}, snapshot=shot)]})
+    assert found.verdict == ONLY_PUBLISHED
+    assert not found.findings[0].here.trustworthy.known
+
+
+@pytest.mark.parametrize(
+    ("level", "reference", "reliable", "expected"),
+    [
+        (2.0, 1.0, True, HOLDS),
+        (100.0, 1.0, True, FAILS),
+        (100.0, 0.01, True, ONLY_PUBLISHED),
+        (2.0, 1.0, False, ONLY_PUBLISHED),
+        (2.0, 50.0, False, UNDECIDED),
+    ],
+)
+def test_control_ratio(level: float, reference: float, reliable: bool, expected: str) -> None:
+    controls = [
+        trial({"op": op, "weight_decay": 0.0}, level=level, onset=0, reference=reference, reliable=reliable)
+        for op in ("add", "mul")
+    ]
+    found = judged("control-ratio", {"control": controls})
+    assert found.verdict == expected
+    if reliable:
+        assert found.findings[0].here.trustworthy == Number(300 / level, 300 / level, 300 / level, 2)
+    else:
+        assert found.findings[0].here.trustworthy == Number()
+
+
+@pytest.mark.parametrize(
+    ("leading", "lagging", "never", "expected"),
+    [
+        (5, 0, 0, HOLDS),
+        (4, 0, 0, UNDECIDED),
+        (4, 1, 0, UNDECIDED),
+        (8, 1, 0, HOLDS),
+        (2, 2, 0, FAILS),
+        (2, 0, 3, FAILS),
+    ],
+)
+def test_onset(leading: int, lagging: int, never: int, expected: str) -> None:
+    onsets = [1000] * leading + [3000] * lagging + [math.inf] * never
+    runs = [trial({"op": "add", "seed": seed}, onset=onset, grok=2000) for seed, onset in enumerate(onsets)]
+    found = judged("onset", {"grokking": runs})
+    assert found.verdict == expected
+    share = next(f for f in found.findings if f.quantity.startswith("share"))
+    assert share.here.trustworthy.value == leading / len(runs)
+
+
+def test_onset_that_only_the_float32_formula_sees() -> None:
+    """What the published arithmetic calls a rise is none where the defect cannot be told from rounding."""
+    runs = [trial({"seed": seed}, onset=1000, grok=2000) for seed in range(6)]
+    for run in runs:
+        run.run.curvature.loc[:, ["defect_median"]] = NAN
+        run.run.curvature["reliable"] = False
+    found = judged("onset", {"grokking": runs})
+    assert found.verdict == ONLY_PUBLISHED
+    assert found.findings[0].here.arithmetic == Number(1000, 1000, 1000, 6)
+
+
+def test_onset_without_grokking() -> None:
+    assert judged("onset", {"grokking": [trial({}, onset=1000)]}).verdict == UNDECIDED
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(1.3, HOLDS), (1.0, FAILS), (0.5, FAILS)])
+def test_lr_law(exponent: float, expected: str) -> None:
+    generator = np.random.default_rng(0)
+    made = []
+    for rate, groks in ((1e-4, (28_000, 34_000)), (1e-3, (2600, 3100, 3400)), (1e-2, (1200, 1500))):
+        for seed, grok in enumerate(groks):
+            lead = 0.03 * grok**1.3 if exponent == 1.3 else 0.4 * grok**exponent
+            lead *= generator.uniform(0.93, 1.07)
+            made.append(trial({"lr": rate, "seed": seed}, steps=40_000, onset=grok - lead, grok=grok, every=20))
+    grokking = [t for t in made if t.config.lr == 1e-3]
+    found = judged("lr-law", {"grokking": grokking, "rates": [t for t in made if t.config.lr != 1e-3]})
+    assert found.verdict == expected
+    assert found.findings[0].here.trustworthy.value == pytest.approx(exponent, abs=0.1)
+    few = judged("lr-law", {"grokking": grokking, "rates": []})
+    assert few.verdict == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "expected"), [(0.5, 1.8, HOLDS), (2.0, 1.8, ONLY_PUBLISHED), (0.2, 0.9, ONLY_PUBLISHED)]
+)
+def test_alignment(slow: float, fast: float, expected: str) -> None:
+    rates = [
+        trial({"lr": 1e-4}, alignment=slow, snapshot=snapshot(seed=5)),
+        trial({"lr": 1e-2}, alignment=fast, snapshot=synthetic.aligned()),
+    ]
+    assert judged("alignment", {"rates": rates}).verdict == expected
+    assert judged("alignment", {"rates": rates[:1]}).verdict == UNDECIDED
+
+
+AT: dict[str, Any] = {"basis": "oracle", "basis_from": "x", "measure_every": 0}
+
+
+@pytest.mark.parametrize(
+    ("gradient", "update", "expected"),
+    [(math.inf, math.inf, HOLDS), (math.inf, 3000, ONLY_PUBLISHED), (3000, 3000, FAILS), (3000, math.inf, HOLDS)],
+)
+def test_suppression(gradient: float, update: float, expected: str) -> None:
+    runs = [
+        trial({**AT, "intervention": kind, "strength": 1.0}, grok=grok)
+        for kind, grok in (("project", gradient), ("project-update", update))
+    ]
+    assert judged("suppression", {"suppression": runs}).verdict == expected
+    assert judged("suppression", {"suppression": runs[:1]}).verdict != HOLDS
+    # Where the baseline does not grok nothing was suppressed.
+    alone = judged("suppression", {"suppression": runs, "grokking": [trial({})]})
+    assert alone.verdict == UNDECIDED
+    assert alone.remarks[-1] == "2 of 2 runs have no baseline that grokked, and do not count."
+
+
+@pytest.mark.parametrize(
+    ("random", "matched", "expected"),
+    [(2900, 2950, HOLDS), (2950, 3500, ONLY_PUBLISHED), (3500, 2500, FAILS), (2900, math.inf, ONLY_PUBLISHED)],
+)
+def test_random_basis(random: float, matched: float, expected: str) -> None:
+    runs = [
+        trial({**AT, "intervention": "project", "strength": 0.75, "basis": basis}, grok=grok, every=50)
+        for basis, grok in (("random", random), ("matched", matched))
+    ]
+    found = judged("random-basis", {"random-basis": runs})
+    assert found.verdict == expected
+    late = (4000 if math.isinf(matched) else matched) - 2900
+    assert found.findings[0].here.trustworthy == Number(late, late, late, 1)
+
+
+@pytest.mark.parametrize(
+    ("faithful", "proper", "expected"),
+    [(3000, 3000, HOLDS), (3000, math.inf, ONLY_PUBLISHED), (math.inf, math.inf, FAILS), (math.inf, 3000, HOLDS)],
+)
+def test_kicks(faithful: float, proper: float, expected: str) -> None:
+    runs = [
+        trial({**AT, "intervention": "kick", "strength": 100.0, "faithful": flag}, grok=grok)
+        for flag, grok in ((True, faithful), (False, proper))
+    ]
+    assert judged("kicks", {"kicks": runs}).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("published", "trustworthy", "expected"),
+    [([0.0, 2e4], [3.0, 4.0], ONLY_PUBLISHED), ([0.0, 2e4], [0.0, 5e3], HOLDS), ([1.0, 2.0], [1.0, 2.0], FAILS)],
+)
+def test_slow_regime(published: list[float], trustworthy: list[float], expected: str) -> None:
+    run = trial({"preset": "paper-slow"}, steps=1000)
+    curvature = run.run.curvature
+    curvature["reference_median"] = np.resize(published, len(curvature))
+    curvature["defect_median"] = np.resize(trustworthy, len(curvature))
+    assert judged("slow-regime", {"slow": [run]}).verdict == expected
+    unreliable = trial({"preset": "paper-slow"}, reliable=False)
+    assert judged("slow-regime", {"slow": [unreliable]}).findings[0].here.trustworthy == Number()
+
+
+def test_numbers_in_print() -> None:
+    assert say(Number()) == "none"
+    assert say(Number(NAN, 1.8, 2.9)) == "1.80 to 2.90"
+    assert say(Number(71.23, 68.1, 75.0, 3)) == "71.2 (68.1 to 75.0)"
+    assert say(Number(1234.0, 1234.0, 1234.0, 1), 0) == "1,234"
+    assert Number.over([NAN, 3.0, 1.0, math.inf]) == Number(2.0, 1.0, 3.0, 2)
+    assert Number.over([]) == Number()
+    assert Number.share(0, 0) == Number()
+
+
+# What is measured at checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    config = TrainConfig(**{**NETWORK, "p": 11, "seed": 5, "steps": 50})
+    return train(config, out=tmp_path_factory.mktemp("finished") / "run")
+
+
+def test_a_snapshot_is_one_update_later(finished: Run, tmp_path: Path) -> None:
+    longer = train(TrainConfig(**{**finished.config, "steps": 51}), out=tmp_path / "longer")
+    shot = take_snapshot(finished, pairs=3)
+    theta, after = (flatten(load_model(run)) for run in (finished, longer))
+    torch.testing.assert_close(theta + shot.step, after, rtol=0, atol=1e-6)
+    assert shot.step.abs().max() > 1e-3
+    again = take_snapshot(finished, pairs=3)
+    for name in ("trustworthy", "published", "step"):
+        assert torch.equal(getattr(shot, name), getattr(again, name))
+    assert shot.published.shape == (3, len(theta))
+
+
+def test_commutators_of_a_snapshot_by_their_definition(finished: Run) -> None:
+    """Both arithmetics against theta_AB - theta_BA in float64, from gradients by autograd."""
+    shot = take_snapshot(finished, pairs=4)
+    config = TrainConfig(**finished.config)
+    model = load_model(finished).double()
+    vector = flatten(load_model(finished)) + shot.step
+    torch.nn.utils.vector_to_parameters(vector.double(), model.parameters())
+    theta = flatten(model)
+    order = torch.Generator().manual_seed(
+        torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(5))[0].item()
+    )
+    data = split(config.op, config.p, config.train_fraction, order)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def gradient(at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        torch.nn.utils.vector_to_parameters(at, model.parameters())
+        loss = torch.nn.functional.cross_entropy(model(data.train_pairs[rows]), data.train_answers[rows])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    for delta in shot.trustworthy:
+        a, b = (torch.randint(len(data.train_answers), (config.measure_rows,), generator=generator) for _ in range(2))
+        ends = []
+        for first, second in ((a, b), (b, a)):
+            point = theta - config.eta * gradient(theta, first)
+            ends.append(point - config.eta * gradient(point, second))
+        exact = ends[0] - ends[1]
+        assert float((delta - exact).norm() / exact.norm()) < 0.02
+    assert len(shot.trustworthy) == 4
+    # In float32 the same subtraction is mostly rounding: it is an ulp of the weights in many coordinates.
+    ulp = torch.finfo(torch.float32).eps * vector.abs().max()
+    assert float((shot.published - shot.trustworthy).abs().max()) < 4 * ulp
+
+
+def test_ratios_and_alignment_of_a_snapshot(generator: torch.Generator) -> None:
+    size, k = 3000, 4
+    rows = torch.linalg.qr(torch.randn(500, k, generator=generator)).Q.T.contiguous()
+    basis = gc.Subspace.from_blocks(size, [(200, rows)])
+    delta = torch.randn(200, size, generator=generator)
+    shot = replace(
+        snapshot(), trustworthy=delta, published=torch.zeros(2, size), step=torch.randn(size, generator=generator)
+    )
+    for support in ("full", "matched"):
+        ratios = shot.ratios("trustworthy", basis, support)  # type: ignore[arg-type]
+        # Mean of 200 ratios whose standard deviation is about 1 / sqrt(2 k).
+        assert ratios.mean() == pytest.approx(1, abs=5 / math.sqrt(2 * k * 200))
+        assert np.isnan(shot.ratios("published", basis, support)).all()  # type: ignore[arg-type]
+    np.testing.assert_allclose(
+        shot.rho("trustworthy", basis) ** 2
+        + (shot.ratios("trustworthy", basis, "full") * basis.random_baseline().mean) ** 2,
+        1,
+    )
+    # |cos| has mean m and standard deviation m sqrt(pi / 2 - 1).
+    assert shot.alignment("trustworthy") == pytest.approx(1, abs=5 * 0.756 / math.sqrt(200))
+    assert math.isnan(shot.alignment("published"))
+    aligned = replace(shot, step=delta[0], trustworthy=delta[:1])
+    assert aligned.alignment("trustworthy") == pytest.approx(math.sqrt(math.pi * size / 2), rel=1e-3)
+
+
+def test_walks_of_a_run(finished: Run) -> None:
+    found = compare_walks(finished)
+    last = finished.pca_history.groupby("matrix")["pc1_percent"].last()
+    assert len(found) == len(last) == 4
+    np.testing.assert_allclose(found.set_index("matrix")["pc1_percent"], last[found["matrix"]], rtol=1e-6)
+    assert ((found["p_value"] > 0) & (found["p_value"] <= 1)).all()
+    assert ((found["walk_percent"] > 40) & (found["walk_percent"] < 100)).all()
+
+
+# The whole, small
+
+NETWORK: dict[str, Any] = {
+    **{"p": 7, "d_model": 16, "heads": 2, "d_ff": 16, "layers": 1, "lr": 1e-2, "threads": 1},
+    **{"batch_size": 0, "train_fraction": 0.9, "pairs": 2, "grok_threshold": 0.9, "steps_after_grok": 20},
+    **{"eval_every": 10, "measure_every": 10, "pca_every": 10, "checkpoint_every": 50},
+}
+
+
+def intervention(**settings: Any) -> Block:
+    return Block({"x2_y2": (3,)}, {**WATCHED, "steps": 40, "intervene_from": 10, "strength": 1.0, **settings})
+
+
+TINY = Profile(
+    "tiny",
+    runs={
+        "grokking": (Block({"x2_y2": (3,)}, {"steps": 120, "alignment": True}),),
+        "control": (Block({"x2_y2": (3,)}, {"steps": 100, "weight_decay": 0.0}),),
+        "memorised": (Block({"x2_y2": (3,)}, {"steps": 30, "measure_every": 30}),),
+        "never": (Block({"x3_xy": (3,)}, {"steps": 40, "lr": 1e35, "clip": 0.0}),),  # fails
+        "rates": (Block({"x2_y2": (3,)}, {"lr": 1e-3, "steps": 40, "alignment": True}),),
+    },
+    interventions={
+        "suppression": (intervention(intervention="project"), intervention(intervention="project-update")),
+        "random-basis": tuple(
+            intervention(intervention="project", basis=basis, strength=0.5) for basis in ("random", "matched")
+        ),
+        "kicks": (intervention(intervention="kick", strength=10.0, intervene_every=10),),
+    },
+    run=NETWORK,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
+    driver.TIMED_STEPS = 30
+    return reproduce(profile=TINY, out=tmp_path_factory.mktemp("whole") / "out", workers=1)
+
+
+def test_the_whole(whole: Reproduction) -> None:
+    table = whole.table.set_index("claim")
+    assert tuple(table.index) == CLAIMS
+    assert table["verdict"].isin([HOLDS, ONLY_PUBLISHED, FAILS, UNDECIDED, NOT_RUN]).all()
+    assert (table["verdict"] == NOT_RUN).sum() == 1
+    assert table.loc["slow-regime", "verdict"] == NOT_RUN
+    assert table.loc["slow-regime", "cost_hours"] > 0
+    assert table["cost_hours"].notna().sum() == 1
+    for claim in ("pc1", "rho", "suppression", "random-basis"):
+        assert np.isfinite(table.loc[claim, ["published_arithmetic", "trustworthy"]].astype(float)).all()
+    (failed,) = whole.failed
+    assert failed.startswith("runs/")
+    assert "x3_xy" in failed
+    page = Page(whole.page)
+    assert failed in page.text
+    assert len(page.of("img")) == sum(answer.draw is not None for answer in whole.answers) >= 8
+    for name, frame in (("table", whole.table), ("findings", whole.findings)):
+        pd.testing.assert_frame_equal(pd.read_parquet(whole.path / f"{name}.parquet"), frame)
+        assert len(pd.read_csv(whole.path / f"{name}.csv")) == len(frame)
+
+
+def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
+    """Bit for bit the same, by way of two calls with other claims."""
+    folder = tmp_path / "out"
+    first = reproduce(["exec-random"], TINY, folder, workers=1)
+    assert list(first.table["claim"]) == ["exec-random"]
+    states = {part: open_sweep(folder / part).runs["status"] for part in ("runs", "interventions")}
+    assert states["runs"].value_counts().to_dict() == {"pending": 3, "finished": 2}
+    assert set(states["interventions"]) == {"pending"}
+    seen: list[dict[str, Any]] = []
+    second = reproduce(profile=TINY, out=folder, workers=1, on_progress=seen.append)
+    for name in ("table", "findings"):
+        one, other = (getattr(result, name).drop(columns="cost_hours") for result in (whole, second))
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert {news["runs"] for news in seen} == {10}
+    assert (seen[-1]["finished"], seen[-1]["failed"]) == (9, 1)
+
+
+def test_nothing_is_trained_again_and_a_moved_folder_stays_itself(
+    whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(whole.path, moved)
+    monkeypatch.setattr("grokcurv.sweep.driver._engine", None)
+    monkeypatch.setattr(driver, "_slow_regime_seconds", lambda: 3600.0)
+    seen: list[Any] = []
+    again = reproduce(["pc1", "slow-regime"], TINY, moved, on_progress=seen.append)
+    assert not seen
+    pd.testing.assert_frame_equal(again.table.iloc[:1], whole.table.iloc[:1])
+    assert again.table["cost_hours"].iloc[1] == 1
+    with pytest.raises(RunError, match="holds another sweep"):
+        reproduce(["pc1"], TINY, moved, seeds=[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"claims": ["pc2"]}, r"claims must be among pc1, .*; got 'pc2'"),
+        ({"profile": "slow"}, r"profile must be one of 'quick', 'paper'; got 'slow'"),
+        ({"engine": "slurm"}, r"engine must be one of 'local', 'ray'; got 'slurm'"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        reproduce(**{"out": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+# The page and the command
+
+
+def test_the_page(tmp_path: Path) -> None:
+    page = Page(synthetic.page(tmp_path))
+    assert len(page.of("img")) == 10
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(CLAIMS) - {"slow-regime"}
+    for words in (
+        "Holds 10",
+        "Not run 1 slow-regime",
+        "pc1: holds",
+        "71.7 (68.0 to 83.0) 71.0 71.0",
+        "It would take 8 h 53 min on one thread of this machine",
+        "Runs, control: add 42; mul 42; weight_decay 0",
+        RULES["onset"],
+        SENTENCES["lr-law"],
+    ):
+        assert words in page.text, words
+    for link in page.of("a"):
+        assert link["href"] is not None
+        assert f'id="{link["href"][1:]}"' in page.source
+
+
+def test_the_page_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>\"&"
+    page = Page(synthetic.page(tmp_path, {"kicks": [trial({}, status="failed", reason=evil)]}))
+    assert not page.of("script")
+    assert f"runs/add-42: {evil}" in page.text
+    assert "kicks: not decided" in page.text
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Replaces the reproduction, of which one run fails; what it was called with."""
+    calls: list[Any] = []
+    answers = tuple(answer(claim, Evidence(trials())) for claim in ("pc1", "slow-regime"))
+
+    def reproduce(*arguments: Any, **options: Any) -> Reproduction:
+        calls.append((arguments, {name: value for name, value in options.items() if name != "on_progress"}))
+        nothing = pd.DataFrame()
+        return Reproduction(tmp_path, tmp_path / "report.html", answers, nothing, nothing, {"runs/0001": "loss is NaN"})
+
+    monkeypatch.setattr("grokcurv.reproduce.reproduce", reproduce)
+    return calls
+
+
+def test_the_command(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce"]) == 1
+    said = capsys.readouterr().out
+    assert "runs/0001 failed: loss is NaN" in said
+    assert said.endswith(f"{tmp_path / 'report.html'}\n")
+    rows = {line.split()[0]: line for line in said.splitlines() if line}
+    assert rows["pc1"].split()[1:] == ["71.7", "(68.0", "to", "83.0)", "71.0", "71.0", "holds"]
+    assert rows["slow-regime"].split()[1:] == ["not", "run"]
+    options = "--claims pc1 onset --profile paper --out x --operations add --seeds 1 2 --engine ray --workers 3"
+    assert cli.main(["reproduce", *options.split()]) == 1
+    assert asked == [
+        ((None, "quick", None, None, None), {"engine": "local", "workers": None}),
+        ((("pc1", "onset"), "paper", Path("x"), ("add",), (1, 2)), {"engine": "ray", "workers": 3}),
+    ]
+
+
+def test_bad_input_to_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce", "--claims", "pc2", "--out", str(tmp_path)]) == 2
+    assert "claims must be among pc1," in capsys.readouterr().err
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def reproduce(*_: object, **__: object) -> Reproduction:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grokcurv.reproduce.reproduce", reproduce)
+    assert cli.main(["reproduce"]) == 130
+    assert "to go on: the same command" in capsys.readouterr().err
