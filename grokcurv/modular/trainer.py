@@ -395,7 +395,7 @@ class Training:
             *([self.intervention.norm[None]] if self.intervention is not None else ()),
         ]
         train_loss, train_acc, test_loss, test_acc, weight_norm, *rest = torch.cat(values).tolist()
-        fourier, intervention_norm = rest[:2], rest[2:]
+        fourier_embedding, fourier_logits, *intervention_norm = rest
         self.rows.append(
             {
                 "step": self.step,
@@ -404,8 +404,8 @@ class Training:
                 "test_loss": test_loss,
                 "test_acc": test_acc,
                 "weight_norm": weight_norm,
-                "fourier_embedding": fourier[0],
-                "fourier_logits": fourier[1],
+                "fourier_embedding": fourier_embedding,
+                "fourier_logits": fourier_logits,
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "seconds": time.perf_counter() - self.started,
             }
