@@ -194,8 +194,8 @@ def _reproduce(arguments: list[str]) -> int:
 
         claims: tuple[str, ...] = ()
         """Those to judge; all if not given, the slow regime without its run of many hours."""
-        profile: Literal["quick", "paper"] = "quick"
-        """Under an hour on two cores, or the runs of the paper."""
+        profile: Literal["quick", "add", "paper"] = "quick"
+        """Under an hour on two cores; three seeds of addition; or the runs of the paper."""
         out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
         """Folder of the reproduction; runs/reproduce-PROFILE if not given."""
         operations: tuple[str, ...] = ()

@@ -1,7 +1,8 @@
-"""Which runs the claims need, in two sizes.
+"""Which runs the claims need, in three sizes.
 
 A profile lists runs in named sets, a claim names the sets it reads, and a run that is in several sets is trained once.
-``quick`` is for two cores and three quarters of an hour; ``paper`` has the runs of the paper.
+``quick`` is for two cores and three quarters of an hour, and mostly one seed; ``add`` has three seeds of one operation at
+one learning rate, for an hour; ``paper`` has the runs of the paper.
 """
 
 from __future__ import annotations
@@ -250,6 +251,32 @@ QUICK = Profile(
     },
 )
 
+ADD = Profile(
+    "add",
+    runs={
+        "grokking": (Block(_all(("add",)), {"steps": 8000, "alignment": True}),),
+        "control": (Block(_all(("add",)), {"weight_decay": 0.0, "steps": 4500}),),
+        "memorised": (Block(_all(("add",)), {"steps": 1500, "measure_every": 1500}),),
+    },
+    interventions={
+        "suppression": _each(
+            _all(("add",)),
+            {"steps": 10_000},
+            *_projections("oracle", 0.5, 1.0),
+            *({"intervention": "project-update", "strength": strength} for strength in (0.5, 1.0)),
+        ),
+        "random-basis": _each(
+            _all(("add",)), {"steps": 6000}, *_projections("random", 0.5, 1.0), *_projections("matched", 0.5, 1.0)
+        ),
+        "kicks": _each(
+            _all(("add",)),
+            {"steps": 6000},
+            *_sustained("commutator", 100.0),
+            *_sustained("random", 100.0),
+        ),
+    },
+)
+
 _LONG = {"pca_every": 500, "checkpoint_every": 5000}
 """So that a checkpoint, which holds every row of the PCA, stays below 100 MB."""
 
@@ -300,4 +327,4 @@ PAPER = Profile(
     },
 )
 
-PROFILES = {profile.name: profile for profile in (QUICK, PAPER)}
+PROFILES = {profile.name: profile for profile in (QUICK, ADD, PAPER)}
