@@ -1,8 +1,8 @@
 """Which runs the claims need, in three sizes.
 
 A profile lists runs in named sets, a claim names the sets it reads, and a run that is in several sets is trained once.
-``quick`` is for two cores and three quarters of an hour, and mostly one seed; ``add`` has three seeds of one operation at
-one learning rate, for an hour; ``paper`` has the runs of the paper.
+``quick`` is for two cores and three quarters of an hour, and mostly one seed; ``add`` has three seeds of one operation
+at one learning rate, for an hour; ``paper`` has the runs of the paper.
 """
 
 from __future__ import annotations
