@@ -7,11 +7,11 @@ first; then each row's prediction stands beside its time. Wants an idle machine.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from clock import fastest
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,16 +50,6 @@ def counted(run: Callable[[], object]) -> tuple[int, float, float]:
     with FlopCounterMode(display=False) as flops:
         run()
     return launches.calls, flops.get_total_flops() / 1e9, launches.bytes / 1e6
-
-
-def fastest(run: Callable[[], object], rounds: int = 30) -> float:
-    """Seconds of the fastest of so many calls."""
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def constants() -> tuple[float, float, float]:
@@ -111,7 +101,7 @@ def main() -> None:
     for name, run in rows.items():
         calls, flops, megabytes = counted(run)
         predicted = calls * call + flops * flop + megabytes * byte
-        measured = fastest(run)
+        measured = fastest(run, 30)
         times = f"{1e3 * predicted:.0f} ms | {1e3 * measured:.0f} ms | {measured / predicted:.2f}"
         print(f"| {name} | {calls:,} | {flops:.2f} | {megabytes:,.0f} | {times} |")
 

@@ -5,11 +5,11 @@ The floor is the time that the bytes a kernel must move take at the bandwidth of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from clock import fastest
 from torch import Tensor
 
 from grokcurv import ops
@@ -28,17 +28,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def seconds(run: Callable[[], object], rounds: int = 5) -> float:
-    """The fastest of some rounds, after one to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 class Comparison:
     """Times a kernel with pytest-benchmark, what it is compared with beside it, and notes the ratios."""
 
@@ -49,8 +38,8 @@ class Comparison:
         """The ratios naive / kernel and floor / kernel, where `moved` bytes make the floor."""
         self.benchmark.pedantic(kernel, rounds=5, warmup_rounds=1)
         x = torch.ones(LARGE)
-        floor = seconds(lambda: torch.dot(x, x)) / x.nbytes * moved
-        fused, plain = seconds(kernel), seconds(naive, rounds=2)
+        floor = fastest(lambda: torch.dot(x, x)) / x.nbytes * moved
+        fused, plain = fastest(kernel), fastest(naive, rounds=2)
         self.note(
             f"kernel {fused * 1e3:8.2f} ms   torch {plain * 1e3:8.2f} ms = {plain / fused:5.1f}x   "
             f"floor {floor * 1e3:7.2f} ms ({moved / 1e6:.0f} MB) = {floor / fused:4.0%}"
@@ -99,8 +88,8 @@ def test_commutator(benchmark: Callable[..., None], note: Callable[[str], None],
         return ops.commutator(g_a, g_b, a2, b2, ETA)
 
     times_faster, _ = compare(kernel, naive, moved=4 * theta.nbytes)
-    dots = seconds(lambda: (torch.dot(g_a[0], g_b[0]), torch.dot(a2[0], b2[0])))
-    share = dots / seconds(kernel)
+    dots = fastest(lambda: (torch.dot(g_a[0], g_b[0]), torch.dot(a2[0], b2[0])))
+    share = dots / fastest(kernel)
     note(f"{share:.0%} of the read bandwidth of two torch.dot over the same vectors")
     assert times_faster >= 10
     assert share >= 0.7
@@ -225,7 +214,7 @@ def test_rotate(compare: Comparison, note: Callable[[str], None], m: int, q: int
         lambda: torch.matmul(coefficients[0], wide, out=out),
         moved=(m + q) * DEMO * rows.element_size(),
     )
-    rate = 2 * m * q * DEMO / seconds(lambda: ops.rotate_(rows, coefficients))
+    rate = 2 * m * q * DEMO / fastest(lambda: ops.rotate_(rows, coefficients))
     note(f"{rate / 1e9:.0f} Gflop/s")
 
 

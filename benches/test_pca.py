@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clock import fastest
 from sklearn.decomposition import IncrementalPCA
-from test_kernels import DEMO, one_thread, seconds  # noqa: F401
+from test_kernels import DEMO, one_thread  # noqa: F401
 from torch import Tensor
 
 import grokcurv as gc
@@ -56,10 +57,10 @@ def test_prefix_history(note: Note) -> None:
         return whole().pc1_history_
 
     ten = range(30, 301, 30)
-    sampled = {size: seconds(lambda size=size: centred_svd(rows[:size]), rounds=1) for size in ten}
+    sampled = {size: fastest(lambda size=size: centred_svd(rows[:size]), rounds=1) for size in ten}
     # Between the sampled prefixes by straight lines; those below the first cost nothing.
     naive_history = float(np.interp(np.arange(2, 301), list(ten), list(sampled.values()), left=0.0).sum())
-    once, every = seconds(whole, rounds=3), seconds(history, rounds=2)
+    once, every = fastest(whole, rounds=3), fastest(history, rounds=2)
     one = sampled[300]
     note(f"final answer {once * 1e3:.0f} ms, one centred NumPy SVD {one * 1e3:.0f} ms = {one / once:.1f}x")
     note(f"every prefix {every:.2f} s, one SVD per prefix {naive_history:.1f} s = {naive_history / every:.0f}x")
@@ -85,7 +86,7 @@ def test_incremental(note: Note) -> None:
     pca, reference = ours(), theirs()
     variances = (pca.explained_variance_.numpy(), reference.explained_variance_)
     errors = [np.abs(variance - truth).max() / truth[0] for variance in variances]
-    mine, scikit = seconds(ours, rounds=2), seconds(theirs, rounds=1)
+    mine, scikit = fastest(ours, rounds=2), fastest(theirs, rounds=1)
     note(f"{mine:.2f} s, scikit-learn {scikit:.2f} s = {scikit / mine:.1f}x; errors {errors[0]:.1e}, {errors[1]:.1e}")
 
     # What must be moved for a block of b rows: each row read, with the first, and stored; the basis and the block read
@@ -96,7 +97,7 @@ def test_incremental(note: Note) -> None:
     flops = (rows * (rows + 1) + 2 * rank * rows) * DEMO
     source = torch.ones(moved // 8)
     target = torch.empty_like(source)
-    copying, row = seconds(lambda: target.copy_(source)) / block, mine / len(x)
+    copying, row = fastest(lambda: target.copy_(source)) / block, mine / len(x)
     note(
         f"a row {row * 1e3:.2f} ms: {moved / block / 1e6:.1f} MB, copied in {copying * 1e3:.2f} ms = "
         f"{row / copying:.1f}x; {flops / block / 1e6:.1f} Mflop in float64, {flops / block / row / 1e9:.0f} Gflop/s"

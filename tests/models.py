@@ -11,8 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import grokcurv as gc
+from grokcurv.modular import TrainConfig
 
 Batch = dict[str, Tensor]
+
+TINY = TrainConfig(
+    p=7,
+    layers=1,
+    d_model=16,
+    heads=2,
+    d_ff=16,
+    batch_size=16,
+    steps=40,
+    eval_every=10,
+    pairs=2,
+    measure_every=10,
+    pca_every=5,
+    checkpoint_every=10,
+    threads=1,
+)
+"""A run of a second or so."""
 
 
 class Attention(nn.Module):

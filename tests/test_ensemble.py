@@ -12,26 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from models import TINY
 
 from grokcurv.modular import TrainConfig, train
 from grokcurv.modular.ensemble import SHARED, train_ensemble
 from grokcurv.runs import Run, RunError, open_run
 
-TINY = TrainConfig(
-    p=7,
-    layers=1,
-    d_model=16,
-    heads=2,
-    d_ff=16,
-    batch_size=16,
-    steps=40,
-    eval_every=10,
-    pairs=2,
-    measure_every=10,
-    pca_every=5,
-    checkpoint_every=10,
-    threads=1,
-)
 MIXED = [
     {},
     {"op": "mul", "seed": 1, "lr": 3e-3, "weight_decay": 0.1},

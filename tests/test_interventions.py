@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from models import PROBLEMS, Problem
+from models import PROBLEMS, TINY, Problem
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -472,22 +472,7 @@ def test_the_docs_lead_somewhere() -> None:
 
 # Through the trainer
 
-TINY = TrainConfig(
-    p=7,
-    layers=1,
-    d_model=16,
-    heads=2,
-    d_ff=16,
-    batch_size=16,
-    steps=40,
-    eval_every=10,
-    pairs=1,
-    measure_every=10,
-    pca_every=5,
-    checkpoint_every=10,
-    intervene_from=15,
-    threads=1,
-)
+RUN = dataclasses.replace(TINY, pairs=1, intervene_from=15)
 SETTINGS: dict[str, dict[str, Any]] = {
     "project": {"intervention": "project", "strength": 0.5},
     "penalty": {"intervention": "project", "strength": 1.0, "intervene_every": 4},
@@ -501,7 +486,7 @@ ACTED = {"project": 25, "penalty": 7, "project-update": 25, "kick": 5, "one kick
 NEW = ["interventions", "intervention_norm"]
 
 
-def changed(base: TrainConfig = TINY, **values: Any) -> TrainConfig:
+def changed(base: TrainConfig = RUN, **values: Any) -> TrainConfig:
     return dataclasses.replace(base, **values)
 
 
@@ -518,7 +503,7 @@ def assert_same(one: Any, other: Any, beside: list[str] | None = None) -> None:
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oracle") / "run"
-    train(TINY, out=folder)
+    train(RUN, out=folder)
     return folder
 
 
@@ -690,7 +675,7 @@ def test_the_streams_there_were_stay_what_they_were() -> None:
 
 
 def test_folders_from_before_there_were_interventions_open(tmp_path: Path) -> None:
-    train(TINY, out=tmp_path)
+    train(RUN, out=tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     for name in [name for name in content["config"] if re.match("interven|strength|direction|basis|faithful", name)]:
         del content["config"][name]

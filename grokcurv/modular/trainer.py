@@ -283,7 +283,7 @@ class Training:
             while healthy:
                 if self.pause(interrupted.is_set()):
                     return "finished"
-                healthy = self._update()
+                healthy = self.update()
                 if not healthy:
                     break
                 self.step += 1
@@ -426,7 +426,7 @@ class Training:
             shares.add(logits, y)
         return total / len(answers)
 
-    def _update(self) -> bool:
+    def update(self) -> bool:
         """Take one step; False, and no step, if the monitor meets weights that are not finite."""
         batch = self.training_batch()
         self.optimizer.zero_grad()

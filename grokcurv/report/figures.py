@@ -234,6 +234,20 @@ def spread(middles: list[float], heights: list[float]) -> list[float]:
     return [place + offset for place, offset in zip(settled, offsets, strict=False)]
 
 
+def blank(height: float) -> Figure:
+    """An empty figure of the pages' width; ``height`` in inches."""
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def axes_at(figure: Figure, place: tuple[float, float, float, float], sharex: Axes | None = None) -> Axes:
+    """Axes at (left, bottom, width, height) in inches."""
+    left, bottom, width, height = place
+    _, total = figure.get_size_inches()
+    return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total), sharex=sharex)
+
+
 def png(figure: Figure, theme: Theme) -> bytes:
     """The figure as a PNG file of 200 dots an inch."""
     buffer = io.BytesIO()
@@ -248,8 +262,7 @@ def _panels(heights: list[float], *tables: pd.DataFrame) -> tuple[Figure, list[A
     """Panels of the given heights (inches), one above the other, over all the steps of the tables."""
     top, bottom, between = 0.12, 0.5, 0.22  # inches
     total = top + bottom + sum(heights) + between * (len(heights) - 1)
-    figure = Figure(figsize=(WIDTH, total))
-    FigureCanvasAgg(figure)
+    figure = blank(total)
     panels: list[Axes] = []
     edge = total - top
     for height in heights:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from grokcurv.report.figures import LIGHT, WIDTH, Theme, log_scale
+from grokcurv.report.figures import LIGHT, WIDTH, Theme, axes_at, blank, log_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,7 +106,7 @@ def trajectories(
     width = (WIDTH - left - right - across * (columns - 1)) / columns
     block = title + sum(height + down for *_, height in kinds) - down + ticks
     total = top + math.ceil(len(values) / columns) * block + bottom
-    figure = _figure(total)
+    figure = blank(total)
 
     colours = _colours(fields[hue], theme) if hue else {}
     panels: list[list[Axes]] = []
@@ -119,7 +118,7 @@ def trajectories(
         panels.append(panel)
         for table, name, label, colour, height in kinds:
             place = (left + column * (width + across), edge - height, width, height)
-            axes = _axes(figure, place, sharex=next(chain(*panels), None))
+            axes = axes_at(figure, place, sharex=next(chain(*panels), None))
             panel.append(axes)
             edge -= height + down
             _overlay(axes, table, name, mine.index, mine[hue].map(colours) if hue else colour)
@@ -166,12 +165,12 @@ def _maps(
     lines = math.ceil(len(shown) / abreast)
     panel = title + tall + below
     total = 0.08 + lines * panel + 0.15 * (lines - 1)
-    figure = _figure(total)
+    figure = blank(total)
 
     for index, quantity in enumerate(shown):
         line, place = divmod(index, abreast)
         edge = total - 0.08 - line * (panel + 0.15) - title
-        axes = _axes(figure, (left + place * (width + between), edge - tall, width, tall))
+        axes = axes_at(figure, (left + place * (width + between), edge - tall, width, tall))
         axes.set_axis_off()
         axes.set(xlim=(0, len(columns)), ylim=(tall / high, 0))
         scale = _scale(quantity, settings, theme)
@@ -272,7 +271,7 @@ def _dots(
     below = 0.2 + 0.6 * SMALL_CHARACTER * max(map(len, labels)) if turned else 0.3
     lines = math.ceil(len(shown) / abreast)
     total = top + lines * (title + height + below) + 0.22
-    figure = _figure(total)
+    figure = blank(total)
     places = {value: place for place, value in enumerate(values)}
     at = settings[field].map(places).to_numpy(dtype=float)
     order = np.argsort(at)
@@ -280,7 +279,7 @@ def _dots(
     for index, quantity in enumerate(shown):
         line, column = divmod(index, abreast)
         edge = total - top - line * (title + height + below) - title
-        axes = _axes(figure, (left + column * (width + between), edge - height, width, height))
+        axes = axes_at(figure, (left + column * (width + between), edge - height, width, height))
         axes.set_title(quantity.title, loc="left", fontsize=9, fontweight="bold", pad=5)
         axes.set_xlim(-0.5, len(values) - 0.5)
         axes.set_xticks(range(len(values)), labels, fontsize=8)
@@ -455,19 +454,6 @@ def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="minor", visible=False)
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: Figure, place: tuple[float, float, float, float], sharex: Axes | None = None) -> Axes:
-    """Axes at (left, bottom, width, height) in inches."""
-    left, bottom, width, height = place
-    _, total = figure.get_size_inches()
-    return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total), sharex=sharex)
 
 
 def _short(value: float) -> str:

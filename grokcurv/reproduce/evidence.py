@@ -20,7 +20,7 @@ from grokcurv.monitor import BASIS_COMPONENTS
 from grokcurv.pca import StreamingPCA
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.runs import Run
-from grokcurv.subspace import Subspace
+from grokcurv.subspace import Subspace, alignment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,10 +157,8 @@ class Snapshot:
 
     def alignment(self, arithmetic: Arithmetic) -> float:
         """Mean |cos| of the update with the commutators over its exact mean for a random update; NaN without any."""
-        delta = getattr(self, arithmetic).to(torch.float64)
-        step = self.step.to(torch.float64)
-        cosines = (delta @ step).abs() / torch.linalg.vector_norm(delta, dim=1) / torch.linalg.vector_norm(step)
-        return float(cosines.nanmean() / RandomBaseline(1, self.size).mean)
+        cosines = alignment(self.step, getattr(self, arithmetic)).cosines
+        return float(cosines.abs().nanmean() / RandomBaseline(1, self.size).mean)
 
 
 def take_snapshot(run: Run, pairs: int = PAIRS) -> Snapshot:
@@ -178,7 +176,7 @@ def take_snapshot(run: Run, pairs: int = PAIRS) -> Snapshot:
         training.load_state_dict(checkpoint, run.metrics)
         model = training.model
         before = flatten(model)
-        training._update()
+        training.update()
         theta = flatten(model)
         generator = torch.Generator().manual_seed(config.seed)
         data = training.data

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from grokcurv.report.figures import WIDTH, Theme, log_scale
+from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
 from grokcurv.reproduce.evidence import Arithmetic
 from grokcurv.reproduce.published import Number
 
@@ -71,11 +69,11 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
     rows = math.ceil(len(labels) / 3)
     top, bottom, between = 0.1 + LEGEND_ROW * rows, 0.5, 0.2
     total = top + bottom + sum(panel.height for panel in panels) + between * (len(panels) - 1)
-    figure = _figure(total)
+    figure = blank(total)
     edge, shared = total - top, None
     drawn: dict[str, Any] = {}
     for panel in panels:
-        axes = _axes(figure, (LEFT, edge - panel.height, WIDTH - LEFT - RIGHT, panel.height), shared)
+        axes = axes_at(figure, (LEFT, edge - panel.height, WIDTH - LEFT - RIGHT, panel.height), shared)
         shared = shared or axes
         edge -= panel.height + between
         if panel.log:
@@ -112,8 +110,8 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
     heights = [0.2 + 0.15 * (1 + text.count("\n")) for text in words]
     left, top, bottom = 2.75, 0.1 + LEGEND_ROW, 0.5
     total = top + bottom + sum(heights)
-    figure = _figure(total)
-    axes = _axes(figure, (left, bottom, WIDTH - left - RIGHT, sum(heights)))
+    figure = blank(total)
+    axes = axes_at(figure, (left, bottom, WIDTH - left - RIGHT, sum(heights)))
     axes.set_ylim(sum(heights), 0)
     axes.axvline(zero, color=theme.ink, linewidth=0.9)
     centre, handles = 0.0, {}
@@ -152,8 +150,8 @@ def scatter(
     """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
     height, top, bottom = 3.4, 0.1 + LEGEND_ROW, 0.5
     total = height + top + bottom
-    figure = _figure(total)
-    axes = _axes(figure, (LEFT, bottom, WIDTH - LEFT - RIGHT, height))
+    figure = blank(total)
+    axes = axes_at(figure, (LEFT, bottom, WIDTH - LEFT - RIGHT, height))
     log_scale(axes)
     axes.set_xscale("log")
     known = np.array([point for found in points.values() for point in found])
@@ -204,16 +202,3 @@ def _legend(figure: Figure, handles: Iterable[Any], labels: Iterable[str], total
         borderaxespad=0,
         borderpad=0,
     )
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: Figure, place: tuple[float, float, float, float], sharex: Axes | None = None) -> Axes:
-    """Axes at (left, bottom, width, height) in inches."""
-    left, bottom, width, height = place
-    _, total = figure.get_size_inches()
-    return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total), sharex=sharex)
