@@ -9,6 +9,7 @@
 ``pca.parquet``            PC1 % by matrix and step
 ``checkpoint.safetensors`` everything needed to go on
 ``basis.safetensors``      the execution basis
+``snapshots/``             the weights at chosen steps, a file each
 =========================  ===========================================================================
 
 Every file is written under a temporary name, synced and renamed, and carries a schema version. Tables go before the
@@ -125,6 +126,17 @@ class Run:
             raise RunError(f"{self.path or 'this run, kept in memory,'} holds no execution basis (basis.safetensors)")
         return _read_state(path)
 
+    @property
+    def snapshots(self) -> list[int]:
+        """The steps whose weights were kept, in order (setting ``snapshot_every``)."""
+        return sorted(int(file.stem) for file in self.path.glob("snapshots/[0-9]*.safetensors")) if self.path else []
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """The network's ``state_dict`` at ``step``, one of :attr:`snapshots`; RunError if it is none or damaged."""
+        if self.path is None:
+            raise RunError("this run was kept in memory alone: it has no snapshot")
+        return _read_state(_snapshot(self.path, step))
+
     def _table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:
             if self.path is None:
@@ -222,6 +234,17 @@ class RunWriter:
     def write_basis(self, state: Mapping[str, Any]) -> None:
         write_atomically(self.path / "basis.safetensors", pack(state))
 
+    def write_snapshot(self, step: int, state: Mapping[str, Any]) -> None:
+        """Keep a network's ``state_dict``; one that is there from before a crash has the same bits."""
+        file = _snapshot(self.path, step)
+        if file.exists():
+            return
+        try:
+            file.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write {file.parent}: {error.strerror}") from error
+        write_atomically(file, pack(state))
+
     def read_table(self, name: str) -> pd.DataFrame:
         return _read_table(self.path / f"{name}.parquet")
 
@@ -263,7 +286,7 @@ class RunWriter:
                 raise RunError(f"{self.path} holds a run of another configuration: {', '.join(differing)}")
             if not self.resume:
                 raise RunError(f"{self.path} already holds this run: resume it, or choose another folder")
-        for leftover in self.path.glob(".*.tmp"):
+        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("snapshots/.*.tmp")):
             leftover.unlink()
         self._write_json("environment", self.environment)
         self.set_status("running")
@@ -423,6 +446,10 @@ def _read_table(path: Path) -> pd.DataFrame:
         return frame
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{path} is damaged: {error}") from error
+
+
+def _snapshot(folder: Path, step: int) -> Path:
+    return folder / "snapshots" / f"{step:09}.safetensors"
 
 
 def _holder(path: Path) -> int | None:

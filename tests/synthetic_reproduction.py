@@ -16,7 +16,7 @@ import torch
 
 from grokcurv.modular import TrainConfig
 from grokcurv.reproduce.claims import answer
-from grokcurv.reproduce.evidence import Evidence, Snapshot, Trial
+from grokcurv.reproduce.evidence import Alignment, Arithmetic, Evidence, Snapshot, Trial
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import CLAIMS
 from grokcurv.runs import Run
@@ -33,7 +33,6 @@ def records(
     level: float = 300.0,
     reference: float = 1.0,
     reliable: bool = True,
-    alignment: float = 1.0,
     spread: float = 1.0,
     every: int = 100,
 ) -> dict[str, pd.DataFrame]:
@@ -56,7 +55,7 @@ def records(
         "reference_median": np.maximum(1.0, reference * defect),
         "rho": np.where(step > 0, rho, np.nan),
         "exec_matched_ratio": np.where(step >= grok, 0.8, 1.3),
-        "step_alignment_ratio": alignment,
+        "step_alignment_ratio": 8.0,
     }
     pca = [
         pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": 70 * spread**-0.2 + 30 * np.exp(-step / 500)})
@@ -66,7 +65,7 @@ def records(
 
 
 @cache
-def snapshot(trustworthy: float = 2.0, published: float = 1.0, seed: int = 0) -> Snapshot:
+def snapshot(trustworthy: float = 2.0, published: float = 2.0, seed: int = 0) -> Snapshot:
     """Commutators whose part in the support lies inside each basis about so many times as much as chance has it."""
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.linalg.qr(torch.randn(SUPPORT, 16, generator=generator)).Q.T.contiguous()
@@ -78,8 +77,8 @@ def snapshot(trustworthy: float = 2.0, published: float = 1.0, seed: int = 0) ->
         delta[:, 100 : 100 + SUPPORT] += (times - 1) * inside
         return delta
 
-    step = torch.randn(SIZE, generator=generator)
-    return Snapshot(deltas(trustworthy), deltas(published), step, bases[8], bases)
+    way = torch.randn(SIZE, generator=generator)
+    return Snapshot(deltas(trustworthy), deltas(published), way, bases[8], bases)
 
 
 def walks(percent: float = 71.0, p_value: float = 0.005) -> pd.DataFrame:
@@ -90,16 +89,24 @@ def walks(percent: float = 71.0, p_value: float = 0.005) -> pd.DataFrame:
 
 
 def trial(settings: Mapping[str, Any], *, status: str = "finished", reason: str = "", **asked: Any) -> Trial:
-    """A run of these settings; ``asked`` goes to :func:`records`, and ``snapshot`` and ``walks`` are its own."""
-    own = {name: asked.pop(name) for name in ("snapshot", "walks") if name in asked}
+    """A run of these settings; ``asked`` goes to :func:`records`, the cached properties of a trial are its own."""
+    own = {name: asked.pop(name) for name in ("snapshot", "alignments", "walks") if name in asked}
     config = TrainConfig(threads=1, **settings)
     run = None
     if status != "pending":
         run = Run(None, asdict(config), {}, status=status, tables=records(**{"steps": 4000, **asked}))
     made = Trial(f"runs/{config.op}-{config.seed}", config, status, reason, run)
-    made.__dict__.update({"snapshot": snapshot(), "walks": walks(), **own})
-    made.__dict__["alignment"] = {name: made.snapshot.alignment(name) for name in ("published", "trustworthy")}
+    made.__dict__.update({"snapshot": snapshot(), "alignments": ways(1.0), "walks": walks(), **own})
     return made
+
+
+def ways(trustworthy: float, published: float | None = None) -> dict[Arithmetic, tuple[Alignment, ...]]:
+    """Three ways between checkpoints whose alignment is about this many times chance."""
+
+    def three(ratio: float) -> tuple[Alignment, ...]:
+        return tuple(Alignment(ratio * factor, 0.5 if ratio < 1.5 else 0.01) for factor in (0.9, 1.0, 1.1))
+
+    return {"published": three(trustworthy if published is None else published), "trustworthy": three(trustworthy)}
 
 
 def trials() -> dict[str, list[Trial]]:
@@ -112,7 +119,13 @@ def trials() -> dict[str, list[Trial]]:
 
     return {
         "grokking": [
-            trial({"op": op, "seed": seed}, onset=grok - 1000, grok=grok, alignment=1.2, spread=1 + 0.3 * index)
+            trial(
+                {"op": op, "seed": seed},
+                onset=grok - 1000,
+                grok=grok,
+                spread=1 + 0.3 * index,
+                snapshot=snapshot(seed=index),
+            )
             for index, ((op, seed), grok) in enumerate(grokking.items())
         ],
         "never": [trial({"op": op}, walks=walks(45.0, 0.9), spread=4.0) for op in ("x2_xy_y2", "x3_xy")],
@@ -120,22 +133,17 @@ def trials() -> dict[str, list[Trial]]:
             trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, spread=3.0, walks=walks(62.0, 0.5))
             for op in ("add", "mul")
         ],
-        "memorised": [
-            trial({"op": op, "steps": 1500}, snapshot=snapshot(2.0, 2.0, seed))
-            for seed, op in enumerate(("add", "mul"))
-        ],
         "rates": [
             trial(
                 {"lr": 1e-4},
                 steps=40_000,
                 onset=10_000,
                 grok=34_000,
-                alignment=0.5,
-                snapshot=snapshot(seed=5),
+                alignments=ways(0.5),
                 every=200,
             ),
             *(
-                trial({"op": op, "lr": 1e-2}, onset=700, grok=grok, alignment=1.8, snapshot=aligned())
+                trial({"op": op, "lr": 1e-2}, onset=700, grok=grok, alignments=ways(1.8))
                 for op, grok in (("add", 900), ("mul", 1000))
             ),
         ],
@@ -152,13 +160,6 @@ def trials() -> dict[str, list[Trial]]:
             for faithful in (False, True)
         ],
     }
-
-
-def aligned() -> Snapshot:
-    """Commutators in whose direction the step goes."""
-    shot = snapshot(seed=9)
-    step = shot.published.mean(0) + shot.trustworthy.mean(0)
-    return Snapshot(shot.trustworthy, shot.published, step, shot.trajectory, shot.singular)
 
 
 def page(folder: Path, of: Mapping[str, list[Trial]] | None = None) -> Path:

@@ -23,7 +23,7 @@ from grokcurv.modular import TrainConfig, load_model, split, train
 from grokcurv.report.figures import LIGHT
 from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
 from grokcurv.reproduce.claims import JUDGES, Answer, answer, say
-from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, take_snapshot
+from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, stations, take_snapshot
 from grokcurv.reproduce.plan import NEEDS, QUICK, WATCHED, expected_seconds, make_plan
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict
@@ -62,7 +62,7 @@ def test_the_quick_profile_is_quick() -> None:
 
 def test_the_paper_profile_is_the_paper() -> None:
     plan = make_plan(PROFILES["paper"], "root").runs
-    base = [c for c in plan.plan.values() if c.lr == 1e-3 and c.steps > 1500]
+    base = [c for c in plan.plan.values() if c.lr == 1e-3]
     assert len(base) == 36
     assert {(c.op, c.weight_decay, c.seed) for c in base} == {
         (op, decay, seed)
@@ -70,7 +70,7 @@ def test_the_paper_profile_is_the_paper() -> None:
         for decay in (0.0, 1.0)
         for seed in (42, 137, 2024)
     }
-    rates = [c for c in plan.plan.values() if c.preset == "paper" and c.weight_decay == 1 and c.steps > 1500]
+    rates = [c for c in plan.plan.values() if c.preset == "paper" and c.weight_decay == 1]
     assert len(rates) == 54
     assert {c.lr for c in rates} == {1e-4, 1e-3, 1e-2}
 
@@ -201,29 +201,26 @@ def test_rho() -> None:
 )
 def test_exec_random(trustworthy: float, published: float, expected: str) -> None:
     runs = [
-        trial({"op": op, "steps": 1500}, snapshot=snapshot(trustworthy * 0.9, published * 0.9 + 0.1, seed))
+        trial({"op": op}, snapshot=snapshot(trustworthy * 0.9, published * 0.9 + 0.1, seed))
         for seed, op in enumerate(("add", "mul"), 20)
     ]
-    found = judged("exec-random", {"memorised": runs})
+    found = judged("exec-random", {"grokking": runs})
     assert found.verdict == expected
     for number, times in zip(found.findings[0].here, (published * 0.9 + 0.1, trustworthy * 0.9), strict=True):
         assert number.value == pytest.approx(times, rel=0.25)  # 3 dimensions, 60 vectors
 
 
-def test_exec_random_past_memorisation() -> None:
-    early, late = trial({"op": "add"}, steps=100), trial({"op": "mul"}, grok=2000)
-    found = judged("exec-random", {"memorised": [early, late]})
+def test_exec_random_without_memorisation() -> None:
+    found = judged("exec-random", {"grokking": [trial({"op": "add"}, snapshot=None)]})
     assert found.verdict == UNDECIDED
-    assert found.remarks == (
-        "runs/add-42 ends in the phase 'early' and does not count.",
-        "runs/mul-42 ends in the phase 'post-grok' and does not count.",
-    )
+    assert found.remarks == ("runs/add-42 has no snapshot in the phase of memorisation and does not count.",)
+    assert found.draw is None
 
 
 def test_exec_random_without_a_trustworthy_commutator() -> None:
     shot = snapshot(2, 2)
     shot = replace(shot, trustworthy=shot.trustworthy[:0])
-    found = judged("exec-random", {"memorised": [trial({"steps": 1500}, snapshot=shot)]})
+    found = judged("exec-random", {"grokking": [trial({}, snapshot=shot)]})
     assert found.verdict == ONLY_PUBLISHED
     assert not found.findings[0].here.trustworthy.known
 
@@ -304,14 +301,22 @@ def test_lr_law(exponent: float, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slow", "fast", "expected"), [(0.5, 1.8, HOLDS), (2.0, 1.8, ONLY_PUBLISHED), (0.2, 0.9, ONLY_PUBLISHED)]
+    ("slow", "fast", "published", "expected"),
+    [
+        (0.5, 1.8, 1.8, HOLDS),
+        (2.0, 1.8, 1.8, FAILS),
+        (0.2, 0.9, 1.8, ONLY_PUBLISHED),
+        (1.75, 1.8, 0.1, UNDECIDED),  # not told apart
+    ],
 )
-def test_alignment(slow: float, fast: float, expected: str) -> None:
+def test_alignment(slow: float, fast: float, published: float, expected: str) -> None:
     rates = [
-        trial({"lr": 1e-4}, alignment=slow, snapshot=snapshot(seed=5)),
-        trial({"lr": 1e-2}, alignment=fast, snapshot=synthetic.aligned()),
+        trial({"lr": 1e-4}, alignments=synthetic.ways(slow)),
+        *(trial({"lr": 1e-2, "op": op}, alignments=synthetic.ways(fast, published)) for op in ("add", "mul")),
     ]
-    assert judged("alignment", {"rates": rates}).verdict == expected
+    found = judged("alignment", {"rates": rates})
+    assert found.verdict == expected
+    assert found.findings[0].here.trustworthy == Number(fast, pytest.approx(0.9 * fast), pytest.approx(1.1 * fast), 6)
     assert judged("alignment", {"rates": rates[:1]}).verdict == UNDECIDED
 
 
@@ -386,34 +391,67 @@ def test_numbers_in_print() -> None:
     assert Number.share(0, 0) == Number()
 
 
-# What is measured at checkpoints
+# What is measured at snapshots
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    config = TrainConfig(**{**NETWORK, "p": 11, "seed": 5, "steps": 50})
+    config = TrainConfig(**{**NETWORK, "p": 11, "seed": 5, "steps": 50, "snapshot_every": 10})
     return train(config, out=tmp_path_factory.mktemp("finished") / "run")
 
 
-def test_a_snapshot_is_one_update_later(finished: Run, tmp_path: Path) -> None:
-    longer = train(TrainConfig(**{**finished.config, "steps": 51}), out=tmp_path / "longer")
-    shot = take_snapshot(finished, pairs=3)
-    theta, after = (flatten(load_model(run)) for run in (finished, longer))
-    torch.testing.assert_close(theta + shot.step, after, rtol=0, atol=1e-6)
-    assert shot.step.abs().max() > 1e-3
-    again = take_snapshot(finished, pairs=3)
-    for name in ("trustworthy", "published", "step"):
+def test_the_way_to_a_snapshot(finished: Run, tmp_path: Path) -> None:
+    shorter = train(TrainConfig(**{**finished.config, "steps": 30}), out=tmp_path / "shorter")
+    shot = take_snapshot(finished, 30, 10, pairs=3)
+    torch.testing.assert_close(
+        shot.way, flatten(load_model(shorter)) - flatten(load_model(finished, 10)), rtol=0, atol=0
+    )
+    assert shot.way.abs().max() > 1e-3
+    again = take_snapshot(finished, 30, 10, pairs=3)
+    for name in ("trustworthy", "published", "way"):
         assert torch.equal(getattr(shot, name), getattr(again, name))
-    assert shot.published.shape == (3, len(theta))
+    assert shot.published.shape == (3, len(shot.way))
+    with pytest.raises(RunError, match="000000035"):
+        take_snapshot(finished, 35)
+
+
+def test_the_basis_of_a_snapshot_is_that_of_the_trajectory_so_far(finished: Run) -> None:
+    """As the run's own monitor has it at its end, from rows at the same steps."""
+    basis = take_snapshot(finished, 50, pairs=1).trajectory
+    assert basis is not None
+    own = gc.Subspace.from_table(**finished.basis())
+    assert (basis.dim, basis.size) == (own.dim, own.size)
+    rows = own.split(basis.to_dense()).coefficients
+    torch.testing.assert_close(rows.square().sum(1), torch.ones(basis.dim, dtype=torch.float64), rtol=0, atol=1e-4)
+    assert take_snapshot(finished, 10, pairs=1).trajectory is None  # of two rows
+
+
+def test_stations() -> None:
+    """The paper's four checkpoints."""
+    run = trial({"op": "add"}, grok=3000)  # memorised at 200
+    assert stations(run.records, range(0, 4001, 100)) == (200, 2500, 3500)
+    late = run.records.assign(train_acc=np.where(run.records["step"] >= 900, 1.0, 0.5))
+    assert stations(late, range(0, 4001, 100)) == (200, 900, 2500, 3500)
+    assert stations(late, range(0, 4001, 1000)) == (0, 1000, 3000)  # two of them are next to 3000
+    assert stations(trial({"op": "add"}).records, range(0, 4001, 100)) == ()
+    assert stations(late, []) == ()
+
+
+def test_where_a_run_ends() -> None:
+    accuracies = [0.1, 0.99, NAN, 0.99, 0.2, 0.98, 0.98, NAN, 0.99, 1.0]
+    records = pd.DataFrame({"step": range(0, 1000, 100), "test_acc": accuracies})
+    run = trial({"grok_patience": 3})
+    run.__dict__["records"] = records
+    assert run.end == 800
+    assert trial({"grok_patience": 3}).end is None
 
 
 def test_commutators_of_a_snapshot_by_their_definition(finished: Run) -> None:
     """Both arithmetics against theta_AB - theta_BA in float64, from gradients by autograd."""
-    shot = take_snapshot(finished, pairs=4)
+    shot = take_snapshot(finished, 40, pairs=4)
     config = TrainConfig(**finished.config)
-    model = load_model(finished).double()
-    vector = flatten(load_model(finished)) + shot.step
-    torch.nn.utils.vector_to_parameters(vector.double(), model.parameters())
+    vector = flatten(load_model(finished, 40))
+    model = load_model(finished, 40).double()
     theta = flatten(model)
     order = torch.Generator().manual_seed(
         torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(5))[0].item()
@@ -446,7 +484,7 @@ def test_ratios_and_alignment_of_a_snapshot(generator: torch.Generator) -> None:
     basis = gc.Subspace.from_blocks(size, [(200, rows)])
     delta = torch.randn(200, size, generator=generator)
     shot = replace(
-        snapshot(), trustworthy=delta, published=torch.zeros(2, size), step=torch.randn(size, generator=generator)
+        snapshot(), trustworthy=delta, published=torch.zeros(2, size), way=torch.randn(size, generator=generator)
     )
     for support in ("full", "matched"):
         ratios = shot.ratios("trustworthy", basis, support)  # type: ignore[arg-type]
@@ -459,19 +497,25 @@ def test_ratios_and_alignment_of_a_snapshot(generator: torch.Generator) -> None:
         1,
     )
     # |cos| has mean m and standard deviation m sqrt(pi / 2 - 1).
-    assert shot.alignment("trustworthy") == pytest.approx(1, abs=5 * 0.756 / math.sqrt(200))
-    assert math.isnan(shot.alignment("published"))
-    aligned = replace(shot, step=delta[0], trustworthy=delta[:1])
-    assert aligned.alignment("trustworthy") == pytest.approx(math.sqrt(math.pi * size / 2), rel=1e-3)
+    found = shot.alignment("trustworthy")
+    assert found.ratio == pytest.approx(1, abs=5 * 0.756 / math.sqrt(200))
+    assert 0.0001 < found.p_value < 1
+    assert all(map(math.isnan, shot.alignment("published")))
+    aligned = replace(shot, way=delta[0], trustworthy=delta[:1]).alignment("trustworthy")
+    assert aligned.ratio == pytest.approx(math.sqrt(math.pi * size / 2), rel=1e-3)
+    assert aligned.p_value == 1e-4
 
 
-def test_walks_of_a_run(finished: Run) -> None:
+def test_walks_of_a_run(finished: Run, tmp_path: Path) -> None:
     found = compare_walks(finished)
     last = finished.pca_history.groupby("matrix")["pc1_percent"].last()
     assert len(found) == len(last) == 4
     np.testing.assert_allclose(found.set_index("matrix")["pc1_percent"], last[found["matrix"]], rtol=1e-6)
     assert ((found["p_value"] > 0) & (found["p_value"] <= 1)).all()
     assert ((found["walk_percent"] > 40) & (found["walk_percent"] < 100)).all()
+    shorter = train(TrainConfig(**{**finished.config, "steps": 30}), out=tmp_path / "shorter")
+    pd.testing.assert_frame_equal(compare_walks(finished, 30), compare_walks(shorter))
+    assert compare_walks(finished, 10).empty
 
 
 # The whole, small
@@ -490,11 +534,10 @@ def intervention(**settings: Any) -> Block:
 TINY = Profile(
     "tiny",
     runs={
-        "grokking": (Block({"x2_y2": (3,)}, {"steps": 120, "alignment": True}),),
+        "grokking": (Block({"x2_y2": (3,)}, {"steps": 120, "alignment": True, "snapshot_every": 10}),),
         "control": (Block({"x2_y2": (3,)}, {"steps": 100, "weight_decay": 0.0}),),
-        "memorised": (Block({"x2_y2": (3,)}, {"steps": 30, "measure_every": 30}),),
         "never": (Block({"x3_xy": (3,)}, {"steps": 40, "lr": 1e35, "clip": 0.0}),),  # fails
-        "rates": (Block({"x2_y2": (3,)}, {"lr": 1e-3, "steps": 40, "alignment": True}),),
+        "rates": (Block({"x2_y2": (3,)}, {"lr": 1e-3, "steps": 40, "alignment": True, "snapshot_every": 10}),),
     },
     interventions={
         "suppression": (intervention(intervention="project"), intervention(intervention="project-update")),
@@ -521,7 +564,7 @@ def test_the_whole(whole: Reproduction) -> None:
     assert table.loc["slow-regime", "verdict"] == NOT_RUN
     assert table.loc["slow-regime", "cost_hours"] > 0
     assert table["cost_hours"].notna().sum() == 1
-    for claim in ("pc1", "rho", "suppression", "random-basis"):
+    for claim in ("pc1", "suppression", "random-basis"):
         assert np.isfinite(table.loc[claim, ["published_arithmetic", "trustworthy"]].astype(float)).all()
     (failed,) = whole.failed
     assert failed.startswith("runs/")
@@ -540,15 +583,15 @@ def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
     first = reproduce(["exec-random"], TINY, folder, workers=1)
     assert list(first.table["claim"]) == ["exec-random"]
     states = {part: open_sweep(folder / part).runs["status"] for part in ("runs", "interventions")}
-    assert states["runs"].value_counts().to_dict() == {"pending": 3, "finished": 2}
+    assert states["runs"].value_counts().to_dict() == {"pending": 3, "finished": 1}
     assert set(states["interventions"]) == {"pending"}
     seen: list[dict[str, Any]] = []
     second = reproduce(profile=TINY, out=folder, workers=1, on_progress=seen.append)
     for name in ("table", "findings"):
         one, other = (getattr(result, name).drop(columns="cost_hours") for result in (whole, second))
         pd.testing.assert_frame_equal(one, other, check_exact=True)
-    assert {news["runs"] for news in seen} == {10}
-    assert (seen[-1]["finished"], seen[-1]["failed"]) == (9, 1)
+    assert {news["runs"] for news in seen} == {9}
+    assert (seen[-1]["finished"], seen[-1]["failed"]) == (8, 1)
 
 
 def test_nothing_is_trained_again_and_a_moved_folder_stays_itself(

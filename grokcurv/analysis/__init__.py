@@ -6,7 +6,7 @@ when a run's metrics and measurements are joined on ``step`` (:meth:`grokcurv.ru
 steps. docs/analysis.md has one line on each function.
 """
 
-from grokcurv.analysis.random_subspace import RandomBaseline
+from grokcurv.analysis.random_subspace import RandomBaseline, alignment_p_value
 from grokcurv.analysis.random_walk import RandomWalkNull, random_walk_pc1
 from grokcurv.analysis.spectrum import Eigenspectrum, eigenspectrum
 from grokcurv.analysis.statistics import (
@@ -38,6 +38,7 @@ __all__ = [
     "RandomBaseline",
     "RandomWalkNull",
     "SignTest",
+    "alignment_p_value",
     "by_phase",
     "changepoint_step",
     "control_ratio",

@@ -121,6 +121,8 @@ class TrainConfig:
     batches come from the training stream."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    snapshot_every: int = 0
+    """Steps between snapshots, the weights alone, which are all kept; 0 takes none. Needs a run folder."""
     device: str = "cpu"
     """Where to train."""
     threads: int = 0
@@ -152,7 +154,7 @@ class TrainConfig:
         )
         not_negative = (
             *("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every"),
-            *("intervene_from", "intervene_times", "threads"),
+            *("intervene_from", "intervene_times", "snapshot_every", "threads"),
         )
         for names, least in ((positive, 1), (not_negative, 0)):
             for name in names:

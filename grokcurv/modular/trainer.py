@@ -75,8 +75,8 @@ def train(
     """Train one network, measuring the curvature on the way.
 
     At step 0 and every ``eval_every`` steps both sets are evaluated; then the monitor measures, if it is due; then a
-    checkpoint is written, if it is due; then comes the update. Ctrl-C ends the step, writes a checkpoint and raises
-    KeyboardInterrupt. The random generators the caller sees are left as they were.
+    snapshot and a checkpoint are written, if they are due; then comes the update. Ctrl-C ends the step, writes a
+    checkpoint and raises KeyboardInterrupt. The random generators the caller sees are left as they were.
 
     Args:
         config: the settings.
@@ -139,10 +139,14 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
         torch.set_rng_state(state)
 
 
-def load_model(run: Run) -> nn.Module:
-    """The network of a run folder at its latest checkpoint, on the CPU."""
+def load_model(run: Run, step: int | None = None) -> nn.Module:
+    """The network of a run folder, on the CPU: at its latest checkpoint, or at a step among its snapshots.
+
+    Raises:
+        RunError: there is no such checkpoint or snapshot, or it is damaged.
+    """
     model = build_model(TrainConfig(**run.config))
-    model.load_state_dict(run.checkpoint()["model"])
+    model.load_state_dict(run.checkpoint()["model"] if step is None else run.snapshot(step))
     return model
 
 
@@ -300,6 +304,8 @@ class Training:
         """
         last = self.step >= self.last_step
         due = last or interrupted or self.step % self.config.checkpoint_every == 0
+        if self.writer and self.config.snapshot_every and self.step % self.config.snapshot_every == 0:
+            self.writer.write_snapshot(self.step, self.model.state_dict())
         if self.writer and due and self.saved != self.step:
             self._save(self.writer)
         if interrupted:

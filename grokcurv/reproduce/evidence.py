@@ -1,36 +1,40 @@
-"""What the claims are judged by: the runs, and what is measured afterwards at their checkpoints."""
+"""What the claims are judged by: the runs, and what is measured afterwards at their snapshots."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
-from grokcurv.analysis import RandomBaseline, random_walk_pc1
+from grokcurv.analysis import RandomBaseline, alignment_p_value, grok_step, phases, random_walk_pc1
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import GradientEngine
-from grokcurv.modular import TrainConfig, build_model
+from grokcurv.modular import TrainConfig, build_model, load_model
 from grokcurv.modular.trainer import Training, threads_of, training_loss
 from grokcurv.monitor import BASIS_COMPONENTS
 from grokcurv.pca import StreamingPCA
 from grokcurv.reproduce.plan import NEEDS
+from grokcurv.reproduce.rules import GROKKED
 from grokcurv.runs import Run
-from grokcurv.subspace import Subspace, alignment
+from grokcurv.subspace import Subspace
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
 
 Arithmetic = Literal["published", "trustworthy"]
 
 PAIRS = 12
-"""Commutators of a checkpoint, as many as the paper takes for alignments."""
+"""Commutators of a snapshot, as many as the paper takes for alignments."""
 
 DIRECTIONS = (1, 2, 3, 4, 6, 8)
 """Singular directions of a matrix in the bases whose dimension is varied; the paper's control takes three."""
@@ -92,35 +96,62 @@ class Trial:
         return pd.Series(dtype=float) if history.empty else history.groupby("step")["pc1_percent"].mean()
 
     @cached_property
-    def snapshot(self) -> Snapshot:
-        """What its last checkpoint has to say of commutators."""
-        assert self.run is not None
-        return take_snapshot(self.run)
+    def end(self) -> int | None:
+        """The step at which it had grokked by its own settings, where the published runs end; None if it never did."""
+        records = self.records
+        if "test_acc" not in records:
+            return None
+        rows = records[records["test_acc"].notna()]
+        streak = rows["test_acc"].ge(self.config.grok_threshold).rolling(self.config.grok_patience).sum()
+        grokked = rows["step"][streak == self.config.grok_patience]
+        return int(grokked.iloc[0]) if len(grokked) else None
 
     @cached_property
-    def alignment(self) -> Mapping[Arithmetic, float]:
-        """That of an update with commutators at its last checkpoint; the snapshot is not kept."""
-        assert self.run is not None
-        shot = take_snapshot(self.run)
-        return {arithmetic: shot.alignment(arithmetic) for arithmetic in get_args(Arithmetic)}
+    def snapshot(self) -> Snapshot | None:
+        """Commutators at the middle one of its snapshots in the phase of memorisation; None if there is none."""
+        if self.run is None:
+            return None
+        memorised = set(self.records["step"][phases(self.records) == "memorisation"])
+        steps = [step for step in self.run.snapshots if step in memorised]
+        return take_snapshot(self.run, steps[len(steps) // 2]) if steps else None
+
+    @cached_property
+    def alignments(self) -> Mapping[Arithmetic, tuple[Alignment, ...]]:
+        """Of the ways between the paper's four checkpoints, each with the commutators at its end; none if it did not
+        grok."""
+        ways: list[dict[Arithmetic, Alignment]] = []
+        if self.run is not None:
+            for since, step in pairwise(stations(self.records, self.run.snapshots)):
+                shot = take_snapshot(self.run, step, since)  # not kept: it has 24 vectors of P
+                ways.append({arithmetic: shot.alignment(arithmetic) for arithmetic in get_args(Arithmetic)})
+        return {arithmetic: tuple(way[arithmetic] for way in ways) for arithmetic in get_args(Arithmetic)}
 
     @cached_property
     def walks(self) -> pd.DataFrame:
-        """Its matrices beside random walks, see :func:`compare_walks`."""
+        """Its matrices beside random walks up to :attr:`end`, see :func:`compare_walks`."""
         assert self.run is not None
-        return compare_walks(self.run)
+        return compare_walks(self.run, self.end)
+
+
+class Alignment(NamedTuple):
+    """Of a way in the space of the weights with commutators."""
+
+    ratio: float
+    """Mean |cos| over its mean for a random direction; NaN without commutators."""
+    p_value: float
+    """Probability that a random direction is as aligned."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Commutators at the weights one update past a checkpoint, in both arithmetics, and what they are held against."""
+    """Commutators at a snapshot of the weights, in both arithmetics, and what they are held against."""
 
     trustworthy: Tensor
     """(n, P): those of the pairs whose commutator can be told from rounding; n may be 0."""
     published: Tensor
     """(N, P): of all pairs, by the float32 formula."""
-    step: Tensor
-    """(P,) the update before."""
+    way: Tensor
+    """(P,) from an earlier snapshot to this one."""
     trajectory: Subspace | None
     """Leading directions of each attention matrix's trajectory; None before there are any."""
     singular: Mapping[int, Subspace]
@@ -129,7 +160,7 @@ class Snapshot:
     @property
     def size(self) -> int:
         """P."""
-        return len(self.step)
+        return len(self.way)
 
     def ratios(
         self, arithmetic: Arithmetic, basis: Subspace, support: Literal["full", "matched"]
@@ -155,31 +186,49 @@ class Snapshot:
         ).numpy()
         return rho
 
-    def alignment(self, arithmetic: Arithmetic) -> float:
-        """Mean |cos| of the update with the commutators over its exact mean for a random update; NaN without any."""
-        cosines = alignment(self.step, getattr(self, arithmetic)).cosines
-        return float(cosines.abs().nanmean() / RandomBaseline(1, self.size).mean)
+    def alignment(self, arithmetic: Arithmetic) -> Alignment:
+        """That of the way with the commutators; those of zeros left out."""
+        delta = getattr(self, arithmetic).double()
+        delta = functional.normalize(delta[delta.any(1)])
+        if not len(delta):
+            return Alignment(math.nan, math.nan)
+        mean = float((delta @ functional.normalize(self.way.double(), dim=0)).abs().mean())
+        p_value = alignment_p_value(mean, (delta @ delta.T).numpy(), self.size)
+        return Alignment(mean / RandomBaseline(1, self.size).mean, p_value)
 
 
-def take_snapshot(run: Run, pairs: int = PAIRS) -> Snapshot:
-    """Go on with a finished run by one update, in memory, and measure there.
+def stations(records: pd.DataFrame, snapshots: Sequence[int]) -> tuple[int, ...]:
+    """The snapshots next to the paper's four checkpoints; fewer where one is next to two, none without grokking.
+
+    Step 200, or a twentieth of the run if that is later; when the training accuracy reaches 0.95; at 85 % of the grok
+    step (test accuracy 0.9); 500 steps after it.
+    """
+    grok, memorised = grok_step(records, GROKKED), np.flatnonzero(records["train_acc"] >= 0.95)
+    if grok is None or not memorised.size or not snapshots:
+        return ()
+    wanted = (max(200, 0.05 * snapshots[-1]), records["step"].iloc[memorised[0]], 0.85 * grok, grok + 500)
+    return tuple(dict.fromkeys(min(snapshots, key=lambda step, at=at: abs(step - at)) for at in wanted))  # type: ignore[misc]
+
+
+def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Snapshot:
+    """Measure a run at one of its snapshots.
 
     On one thread, with batches drawn from the run's seed, so that the same folder gives the same bits.
 
+    Args:
+        run: a run with snapshots.
+        step, since: two of them; the second is where the way begins.
+        pairs: of batches.
+
     Raises:
-        RunError: no checkpoint, or a damaged one.
+        RunError: a snapshot that is not there, or damaged.
     """
     config = replace(TrainConfig(**run.config), measure_every=0)
-    checkpoint = run.checkpoint()
     with threads_of(1):
-        training = Training(config, None)
-        training.load_state_dict(checkpoint, run.metrics)
-        model = training.model
-        before = flatten(model)
-        training.update()
+        data = Training(config, None).data
+        before, model = flatten(load_model(run, since)), load_model(run, step)
         theta = flatten(model)
         generator = torch.Generator().manual_seed(config.seed)
-        data = training.data
 
         def batch() -> tuple[Tensor, Tensor]:
             rows = torch.randint(len(data.train_answers), (config.measure_rows,), generator=generator)
@@ -193,23 +242,25 @@ def take_snapshot(run: Run, pairs: int = PAIRS) -> Snapshot:
         assert stats.delta is not None
         engine = GradientEngine(model, training_loss(config))
         published = torch.stack([_published_commutator(engine, theta, pair, config.eta) for pair in drawn])
-        pca = _trajectory(checkpoint, model)
-        known = pca is not None and pca.n_samples_seen_ > BASIS_COMPONENTS
         return Snapshot(
             stats.delta[stats.reliable],
             published,
             theta - before,
-            Subspace.from_pca(pca, BASIS_COMPONENTS, size=len(theta)) if pca is not None and known else None,
+            _trajectory_basis(run, step),
             {k: Subspace.from_singular_vectors(model, k=k) for k in DIRECTIONS if k <= config.d_model},
         )
 
 
-def compare_walks(run: Run) -> pd.DataFrame:
+def compare_walks(run: Run, until: int | None = None) -> pd.DataFrame:
     """PC1 of each attention matrix beside that of random walks with steps as long as its own.
 
+    Args:
+        run: a run that kept a trajectory.
+        until: the step at which the trajectory ends; the run's last if None.
+
     Returns:
-        ``matrix``; ``pc1_percent`` at the end of the run; ``walk_percent``, the mean of the walks; ``z``; ``p_value``.
-        No rows where the run kept no trajectory of three rows.
+        ``matrix``; ``pc1_percent`` at the end of the trajectory; ``walk_percent``, the mean of the walks; ``z``;
+        ``p_value``. No rows where there is no trajectory of three rows.
 
     Raises:
         RunError: no checkpoint, or a damaged one.
@@ -217,14 +268,20 @@ def compare_walks(run: Run) -> pd.DataFrame:
     import pandas as pd
 
     columns = ["matrix", "pc1_percent", "walk_percent", "z", "p_value"]
-    pca = _trajectory(run.checkpoint(), build_model(TrainConfig(**run.config)))
-    if pca is None or pca.n_samples_seen_ < 3:
+    monitor, history = run.checkpoint()["monitor"], run.pca_history
+    if history.empty:
         return pd.DataFrame(columns=columns)
-    shares = pca.explained_variance_ratio_[:, 0].tolist()
+    shares = history.pivot(index="step", columns="matrix", values="pc1_percent").loc[:until]
+    if len(shares) < 3:
+        return pd.DataFrame(columns=columns)
+    pca = StreamingPCA(segments=attention_segments(build_model(TrainConfig(**run.config))))
+    pca.load_state_dict(monitor["pca"])
     rows = []
-    for segment, share, norms in zip(pca.segments or (), shares, pca.step_norms_.T, strict=True):
+    for segment, norms in zip(pca.segments or (), pca.step_norms_[: len(shares) - 1].T, strict=True):
         null = random_walk_pc1(norms.numpy(), segment.length, trials=WALKS)
-        rows.append((segment.name, 100 * share, 100 * null.mean, null.z_score(share), null.p_value(share)))
+        percent = float(shares[segment.name].iloc[-1])
+        share = percent / 100
+        rows.append((segment.name, percent, 100 * null.mean, null.z_score(share), null.p_value(share)))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -239,11 +296,12 @@ def _published_commutator(engine: GradientEngine, theta: Tensor, pair: tuple[Any
     return ends[0] - ends[1]
 
 
-def _trajectory(checkpoint: Mapping[str, Any], model: nn.Module) -> StreamingPCA | None:
-    """The PCA in a checkpoint of a run that kept one."""
-    monitor = checkpoint["monitor"]
-    if monitor is None or monitor["pca"] is None:
-        return None
-    pca = StreamingPCA(segments=attention_segments(model))
-    pca.load_state_dict(monitor["pca"])
-    return pca
+def _trajectory_basis(run: Run, step: int) -> Subspace | None:
+    """Leading directions of each attention matrix over the snapshots so far; None before they span them."""
+    models = (load_model(run, at) for at in run.snapshots if at <= step)
+    first = next(models)
+    pca = StreamingPCA(segments=attention_segments(first)).partial_fit(flatten(first)[None])
+    for model in models:
+        pca.partial_fit(flatten(model)[None])
+    enough = pca.n_samples_seen_ > BASIS_COMPONENTS
+    return Subspace.from_pca(pca, BASIS_COMPONENTS, size=flatten(first).numel()) if enough else None

@@ -18,8 +18,8 @@ from grokcurv.sweep import SweepConfig
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "pc1": ("grokking", "never", "control"),
-    "rho": ("grokking", "memorised"),
-    "exec-random": ("grokking", "memorised"),
+    "rho": ("grokking",),
+    "exec-random": ("grokking",),
     "control-ratio": ("grokking", "control"),
     "onset": ("grokking",),
     "lr-law": ("grokking", "rates"),
@@ -199,20 +199,23 @@ def _sustained(direction: str, *strengths: float, **more: Any) -> list[dict[str,
     return [{**kick, "strength": strength, **more} for strength in strengths]
 
 
+_KEPT = {"alignment": True, "snapshot_every": 100}
+_KEPT_SLOW, _KEPT_FAST = {**_KEPT, "snapshot_every": 1000}, {**_KEPT, "snapshot_every": 50}
+"""Snapshots as far apart as the paper's checkpoints, by learning rate."""
+
 QUICK = Profile(
     "quick",
     runs={
-        "grokking": (Block({"add": (42, 137), **_all(GROKKING[1:], (42,))}, {"steps": 8000, "alignment": True}),),
+        "grokking": (Block({"add": (42, 137), **_all(GROKKING[1:], (42,))}, {"steps": 8000, **_KEPT}),),
         "never": (Block(_all(NEVER, (42,)), {"steps": 4000}),),
         "control": (Block(_all(("add", "mul"), (42,)), {"weight_decay": 0.0, "steps": 4000}),),
-        "memorised": (Block(_all(("add", "mul"), (42,)), {"steps": 1500, "measure_every": 1500}),),
         "rates": (
             Block(
                 {"add": (42,)},
                 {
                     "lr": 1e-4,
                     "steps": 36_000,
-                    "alignment": True,
+                    **_KEPT_SLOW,
                     "eval_every": 200,
                     "measure_every": 400,
                     "steps_after_grok": 0,
@@ -220,15 +223,15 @@ QUICK = Profile(
                     "checkpoint_every": 2000,
                 },
             ),
-            Block(_all(("add", "mul"), (42,)), {"lr": 1e-2, "steps": 5000, "alignment": True}),
+            Block(_all(("add", "mul"), (42,)), {"lr": 1e-2, "steps": 5000, **_KEPT_FAST}),
         ),
     },
     interventions={
         "suppression": _each(
             {"add": (42,)},
-            {"steps": 8000},
-            *_projections("oracle", 0.5, 0.75),
-            *_projections("oracle", 1.0, steps=5000),
+            {"steps": 5000},
+            *_projections("oracle", 0.5, 0.75, steps=8000),
+            *_projections("oracle", 1.0),
             {"intervention": "project-update", "strength": 1.0},
         ),
         "random-basis": _each(
@@ -254,9 +257,8 @@ QUICK = Profile(
 ADD = Profile(
     "add",
     runs={
-        "grokking": (Block(_all(("add",)), {"steps": 8000, "alignment": True}),),
+        "grokking": (Block(_all(("add",)), {"steps": 8000, **_KEPT}),),
         "control": (Block(_all(("add",)), {"weight_decay": 0.0, "steps": 4500}),),
-        "memorised": (Block(_all(("add",)), {"steps": 1500, "measure_every": 1500}),),
     },
     interventions={
         "suppression": _each(
@@ -283,15 +285,14 @@ _LONG = {"pca_every": 500, "checkpoint_every": 5000}
 PAPER = Profile(
     "paper",
     runs={
-        "grokking": (Block(_all(GROKKING), {"steps": 20_000, "alignment": True}),),
+        "grokking": (Block(_all(GROKKING), {"steps": 20_000, **_KEPT}),),
         "never": (
             Block(_all(NEVER), {"steps": 200_000, "alignment": True, "pca_every": 1000, "checkpoint_every": 10_000}),
         ),
         "control": (Block(_all(GROKKING + NEVER), {"weight_decay": 0.0, "steps": 50_000, **_LONG}),),
-        "memorised": (Block(_all(GROKKING), {"steps": 1500, "measure_every": 1500}),),
         "rates": (
-            Block(_all(GROKKING + NEVER), {"lr": 1e-4, "steps": 60_000, "alignment": True, **_LONG}),
-            Block(_all(GROKKING + NEVER), {"lr": 1e-2, "steps": 20_000, "alignment": True, **_LONG}),
+            Block(_all(GROKKING + NEVER), {"lr": 1e-4, "steps": 60_000, **_KEPT_SLOW, **_LONG}),
+            Block(_all(GROKKING + NEVER), {"lr": 1e-2, "steps": 20_000, **_KEPT_FAST, **_LONG}),
         ),
         "slow": (Block({"add": (42,)}, {"preset": "paper-slow"}),),
     },

@@ -27,8 +27,8 @@ RHO = 0.9995
 LEAST_RATIO = 10.0
 """Of a defect to that of the control."""
 
-SIGN_P = 0.05
-"""Of the sign test over runs."""
+SIGNIFICANT = 0.05
+"""Of a test over runs."""
 
 WIDEST_EXPONENT = 1.0
 """A 95 % interval wider than this does not tell one exponent from another."""
@@ -51,8 +51,8 @@ SENTENCES = {
     "control-ratio": "The defect of a run that groks is 10 to 1000 times that of the same run without weight decay.",
     "onset": "The defect rises before the test accuracy does, in every run.",
     "lr-law": "Over three learning rates the lead is a power of the grok step, with an exponent of about 1.3.",
-    "alignment": "Training steps align with commutators, the more so the higher the learning rate: less than by chance "
-    "at 1e-4, more than by chance at 1e-2.",
+    "alignment": "Training moves along commutators, the more so the higher the learning rate: less than by chance at "
+    "1e-4, more than by chance at 1e-2.",
     "suppression": "Motion outside the execution subspace is needed: without it no run groks.",
     "random-basis": "It is that subspace which matters: damping what lies outside a random one of equal rank, by up to "
     f"{GENTLE:.0%}, moves grokking by less than 50 steps.",
@@ -62,20 +62,23 @@ SENTENCES = {
 }
 
 RULES = {
-    "pc1": "The mean over matrices, median over the runs that grok, is within "
-    f"{PC1_TOLERANCE:g} points of the published one, and for at least half of their matrices at most {WALK_P:.0%} of "
-    "random walks with steps as long have a PC1 as large.",
+    "pc1": "Up to the step at which a run has grokked, where the published ones end, the mean over matrices, median "
+    f"over the runs, is within {PC1_TOLERANCE:g} points of the published one, and for at least half of their matrices "
+    f"at most {WALK_P:.0%} of random walks with steps as long have a PC1 as large.",
     "rho": f"The lowest of the runs' medians is {RHO} or more.",
-    "exec-random": "At the checkpoints of networks in the phase of memorisation, the lowest of the runs' medians is "
+    "exec-random": "In the middle of the phase of memorisation, the lowest of the runs' medians is "
     "above 1. In the published arithmetic the random subspaces lie in all of parameter space; the trustworthy ones are "
     "confined to the coordinates on which the execution subspace lives.",
     "control-ratio": "The ratio, median over the steps from the onset of the defect on and then over runs, is "
     f"{LEAST_RATIO:g} or more. A defect that cannot be told from rounding does not count.",
-    "onset": f"The sign test over the runs that grokked says that leads are more likely than lags, p < {SIGN_P}; a run "
-    "whose defect never rose counts as one that did not lead. The claim fails if half of the runs or fewer lead.",
+    "onset": "The sign test over the runs that grokked says that leads are more likely than lags, p < "
+    f"{SIGNIFICANT}; a run whose defect never rose counts as one that did not lead. The claim fails if half of the "
+    "runs or fewer lead.",
     "lr-law": f"The 95% bootstrap interval of the exponent holds the published one and is at most {WIDEST_EXPONENT:g} "
     "wide; a wider one decides nothing.",
-    "alignment": "The median over the runs at learning rate 1e-2 is above 1 and above that at 1e-4.",
+    "alignment": "Between the paper's four checkpoints of a run, of |cos| with the commutators at the later one: the "
+    "median at learning rate 1e-2 is above 1 and above that at 1e-4, and a Mann-Whitney test tells the two apart, "
+    f"p < {SIGNIFICANT}; if it does not, nothing is decided.",
     "suppression": "No run groks whose baseline did. In the published arithmetic the gradient is projected, and "
     "AdamW's moments and weight decay lead out of the subspace again; trustworthy is the projection of the update.",
     "random-basis": f"No run groks more than {SAME_STEP:g} steps, one evaluation, before or after its baseline. In the "

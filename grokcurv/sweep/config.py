@@ -117,11 +117,18 @@ class SweepConfig:
 
     @cached_property
     def plan(self) -> dict[str, TrainConfig]:
-        """The runs in order: settings by id, such as ``0007-add-lr0.001-seed42``: a number and what varies."""
-        configs = [_settings(tables) for tables in self._combinations()]
-        varied = tuple(name for name in varied_fields(self.named, configs) if name != "basis_from")  # a path
+        """The runs in order: settings by id, such as ``0007-add-lr0.001-seed42``: a number and what it says of
+        the fields that vary.
+        """
+        combinations = list(self._combinations())
+        configs = [_settings(tables) for tables in combinations]
+        varied = [name for name in varied_fields(self.named, configs) if name != "basis_from"]  # a path
         width = max(4, len(str(len(configs) - 1)))
-        return {_id(f"{index:0{width}}", config, varied): config for index, config in enumerate(configs)}
+        plan = {}
+        for index, (config, tables) in enumerate(zip(configs, combinations, strict=True)):
+            its_own = {name for table in tables.values() for name in table}
+            plan[_id(f"{index:0{width}}", config, [name for name in varied if name in its_own])] = config
+        return plan
 
     def _combinations(self) -> Iterator[dict[str, dict[str, Any]]]:
         """The settings of each run in turn, by the table they come from."""
@@ -237,7 +244,7 @@ def _settings(tables: dict[str, dict[str, Any]]) -> TrainConfig:
         raise ValueError(f"the run of {'; '.join(said)}: {error}") from error
 
 
-def _id(number: str, config: TrainConfig, varied: tuple[str, ...]) -> str:
+def _id(number: str, config: TrainConfig, varied: list[str]) -> str:
     parts = [number]
     for name in varied:
         value = getattr(config, name)
