@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grokcurv.analysis import RandomBaseline
+from grokcurv.analysis import RandomBaseline, alignment_p_value
 
 
 @pytest.mark.parametrize(("k", "m"), [(1, 2), (1, 9), (3, 8), (7, 9), (16, 300)])
@@ -96,6 +96,39 @@ def test_p_values_of_an_alignment_are_uniform(size: int) -> None:
     assert stats.kstest(values, "uniform").pvalue > 0.01
     assert stats.kstest(values**1.5, "uniform").pvalue < 1e-6
     assert abs(np.abs(cosines).mean() / RandomBaseline(1, size).mean - 1) < 5 / math.sqrt(1000)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "alike"), [(1, 2, 0), (1, 50, 0), (3, 3, 0), (12, 13, 1), (12, 200, 3), (12, 200, math.inf)]
+)
+def test_p_values_of_a_mean_alignment_are_uniform(count: int, size: int, alike: float) -> None:
+    """For vectors that share a part, ``alike`` times as long as what they do not share."""
+    rng = np.random.default_rng(907 + size + count)
+    deltas = rng.standard_normal((count, size)) / max(1.0, alike) + min(alike, 1.0) * rng.standard_normal(size)
+    deltas /= np.linalg.norm(deltas, axis=1, keepdims=True)
+    ways = rng.standard_normal((1000, size))
+    means = np.abs(ways @ deltas.T / np.linalg.norm(ways, axis=1, keepdims=True)).mean(1)
+    values = np.array([alignment_p_value(mean, deltas @ deltas.T, size, trials=2000) for mean in means])
+    assert stats.kstest(values, "uniform").pvalue > 0.01
+    assert stats.kstest(values**1.5, "uniform").pvalue < 1e-6
+    if count == 1:
+        np.testing.assert_allclose(values, RandomBaseline(1, size).p_value(means), atol=0.06)
+
+
+def test_a_mean_alignment_checks_its_arguments() -> None:
+    one = np.eye(1)
+    assert math.isnan(alignment_p_value(math.nan, one, 5))
+    assert alignment_p_value(0.0, one, 5) == 1.0
+    assert alignment_p_value(1.0, np.eye(2), 5, trials=9) == 0.1
+    assert alignment_p_value(1 - 1e-9, np.ones((3, 3)), 1) == 1.0  # of a line there is one direction
+    for bad in (np.ones((2, 3)), np.ones(3), np.full((1, 1), np.nan), np.eye(6), np.empty((0, 0))):
+        with pytest.raises(ValueError, match=r"correlations (must be finite, of shape|of rank 6)"):
+            alignment_p_value(0.5, bad, 5)
+    for bad_mean in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="mean must lie in"):
+            alignment_p_value(bad_mean, one, 5)
+    with pytest.raises(ValueError, match="trials must be at least 1"):
+        alignment_p_value(0.5, one, 5, trials=0)
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 5), (12, 13), (12, 200)])

@@ -36,6 +36,7 @@ CONFIG = TrainConfig(
     measure_every=10,
     pca_every=5,
     checkpoint_every=7,
+    snapshot_every=4,
     threads=1,
 )
 
@@ -61,6 +62,10 @@ def assert_same_run(run: Run, other: Run) -> None:
     for name in ("metrics", "curvature", "pca_history"):
         a, b = (getattr(r, name).drop(columns=["seconds", "measure_seconds"], errors="ignore") for r in (run, other))
         pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert run.snapshots == other.snapshots != []
+    for step in run.snapshots:
+        assert tensors(run.snapshot(step)).keys() == tensors(other.snapshot(step)).keys()
+        assert all(map(torch.equal, run.snapshot(step).values(), other.snapshot(step).values()))
     a, b = tensors(run.checkpoint()), tensors(other.checkpoint())
     assert a.keys() == b.keys()
     for path, value in a.items():

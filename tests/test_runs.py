@@ -116,6 +116,37 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert all(json.loads(p.read_text())["schema"] == 1 for p in run.path.glob("*.json"))
 
 
+def test_snapshots(tmp_path: Path) -> None:
+    weights = {step: {"w": torch.full((3,), float(step)), "b": torch.zeros(0)} for step in (1000, 0, 20)}
+    with RunWriter(tmp_path, CONFIG) as writer:
+        assert open_run(tmp_path).snapshots == []
+        for step, state in weights.items():
+            writer.write_snapshot(step, state)
+        kept = (tmp_path / "snapshots" / "000000020.safetensors").stat().st_mtime_ns
+        writer.write_snapshot(20, weights[20])  # again, as after a crash
+    run = open_run(tmp_path)
+    assert run.snapshots == [0, 20, 1000]
+    assert all(same(run.snapshot(step), state) for step, state in weights.items())
+    assert (tmp_path / "snapshots" / "000000020.safetensors").stat().st_mtime_ns == kept
+    with pytest.raises(RunError, match=r"000000007\.safetensors is missing"):
+        run.snapshot(7)
+    (tmp_path / "snapshots" / ".000000021.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "snapshots" / "000000020.safetensors").write_bytes(b"half")
+    with RunWriter(tmp_path, CONFIG, resume=True):
+        assert len(list((tmp_path / "snapshots").iterdir())) == 3
+    with pytest.raises(RunError, match=r"000000020\.safetensors is missing or damaged"):
+        run.snapshot(20)
+    assert Run(None, CONFIG, {}).snapshots == []
+    with pytest.raises(RunError, match="in memory"):
+        Run(None, CONFIG, {}).snapshot(0)
+
+
+def test_snapshots_where_none_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").write_bytes(b"")
+    with RunWriter(tmp_path, CONFIG) as writer, pytest.raises(RunError, match=r"cannot write .*snapshots"):
+        writer.write_snapshot(0, {"w": torch.ones(3)})
+
+
 def test_a_run_in_memory() -> None:
     metrics = pd.DataFrame({"step": [0], "test_acc": [0.5]})
     run = Run(None, CONFIG, {}, status="finished", tables={"metrics": metrics, "curvature": pd.DataFrame()})

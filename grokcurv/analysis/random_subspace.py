@@ -84,16 +84,16 @@ def alignment_p_value(mean: float, correlations: ArrayLike, size: int, trials: i
     Args:
         mean: of the K values of ``|cos|``, 0 to 1; NaN gives NaN.
         correlations: (K, K), R.
-        size: P, at least K.
+        size: P, at least the rank of R.
         trials: number of draws.
         seed: of the draws.
 
     Raises:
-        ValueError: ``mean`` outside 0..1, ``correlations`` not square, not finite or larger than P, no trials.
+        ValueError: ``mean`` outside 0..1; ``correlations`` not square, not finite, or of a rank above P; no trials.
     """
     r = np.asarray(correlations, dtype=np.float64)
-    if r.ndim != 2 or r.shape[0] != r.shape[1] or not 1 <= len(r) <= size or not np.isfinite(r).all():
-        raise ValueError(f"correlations must be finite, of shape (K, K) with 1 <= K <= size = {size}; got {r.shape}")
+    if r.ndim != 2 or r.shape[0] != r.shape[1] or not r.size or not np.isfinite(r).all():
+        raise ValueError(f"correlations must be finite, of shape (K, K); got {r.shape}")
     if mean < 0 or mean > 1 + 1e-3:
         raise ValueError(f"mean must lie in 0..1, got {mean}")
     if trials < 1:
@@ -102,9 +102,12 @@ def alignment_p_value(mean: float, correlations: ArrayLike, size: int, trials: i
         return math.nan
     values, vectors = np.linalg.eigh(r)
     kept = values > 1e-10 * values[-1]
+    rank = int(kept.sum())
+    if rank > size:
+        raise ValueError(f"correlations of rank {rank} are not those of vectors in R^{size}")
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal((trials, int(kept.sum())))
-    rest = rng.chisquare(size - w.shape[1], trials) if size > w.shape[1] else np.zeros(trials)
+    w = rng.standard_normal((trials, rank))
+    rest = rng.chisquare(size - rank, trials) if size > rank else np.zeros(trials)
     cosines = w @ (vectors[:, kept] * np.sqrt(values[kept])).T / np.sqrt(np.square(w).sum(1) + rest)[:, None]
     return float((1 + np.sum(np.abs(cosines).mean(1) >= mean)) / (1 + trials))
 
