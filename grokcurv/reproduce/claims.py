@@ -324,7 +324,7 @@ def control(evidence: Evidence) -> Judgement:
             for a, (colour, words) in ARITHMETICS.items()
             for rows in [_defects(one, a)]
         ]
-        panels.append(Panel(lines, f"defect D, {trial.config.op}", log=True))
+        panels.append(Panel(lines, f"D, {trial.config.op}, seed {trial.config.seed}", log=True))
     trusted, steps = sum(ratio.reliable for ratio in compared), sum(ratio.steps for ratio in compared)
     return Judgement(
         _both(lambda number: number.value >= LEAST_RATIO, here),

@@ -30,6 +30,7 @@ ARITHMETICS: dict[Arithmetic, tuple[str, str]] = {
     "trustworthy": ("blue", "trustworthy"),
 }
 """Colour and name of each."""
+BENEATH = 2.8  # points: the float32 formula shows beneath what can be trusted where both agree
 LEFT, RIGHT = 0.8, 0.15  # inches beside the panels
 LEGEND_ROW = 0.2  # inches
 WORDS = 34  # characters a line beside a forest
@@ -89,7 +90,8 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
                 y = np.where(y > 0, y, np.nan)
             colour, style = _look(line, theme)
             marker = "." if np.isfinite(y).sum() < 25 else ""  # a value between two gaps has no line
-            (handle,) = axes.plot(line.x, y, color=colour, linestyle=style, marker=marker, linewidth=1.3)
+            width = BENEATH if line.colour == "orange" else 1.3
+            (handle,) = axes.plot(line.x, y, color=colour, linestyle=style, marker=marker, linewidth=width)
             if line.label:
                 drawn.setdefault(line.label, handle)
         axes.set_ylabel(panel.ylabel)
