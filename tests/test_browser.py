@@ -137,11 +137,11 @@ def test_it_is_drawn_in_both_colour_schemes(page: Path, scheme: str, theme: Any)
     browse(
         page.as_uri(),
         f"--screenshot={shot}",
-        "--window-size=1000,2200",
+        "--window-size=1000,3000",
         f"--blink-settings=preferredColorScheme={scheme}",
     )
     pixels = np.round(255 * imread(shot)[..., :3]).astype(int)
-    assert pixels.shape == (2200, 1000, 3)
+    assert pixels.shape == (3000, 1000, 3)
 
     def share(colour: str) -> float:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
