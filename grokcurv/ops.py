@@ -511,6 +511,8 @@ def _tensor(name: str, x: Array | None) -> Tensor | None:
         return x
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{name} must be a tensor, a NumPy array or another with __dlpack__, got {type(x).__name__}")
+    if isinstance(x, np.ndarray) and not x.flags.c_contiguous:  # a negative stride would end the process in torch 2.13
+        raise ValueError(f"{name} must be contiguous, got strides {x.strides}: pass np.ascontiguousarray({name})")
     try:
         return cast(Tensor, torch.utils.dlpack.from_dlpack(x))
     except (BufferError, RuntimeError, TypeError, ValueError) as error:

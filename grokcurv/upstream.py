@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +132,7 @@ class Log:
         write_atomically(Path(path), buffer.getvalue())
 
     def _layers(self, row: Tensor) -> list[dict[str, Any]]:
-        # Clones: torch.save writes all of the memory that a view belongs to.
+        # Clones: what is saved as a view is loaded with the memory of all the others.
         matrices = [row[s.start : s.stop].reshape(s.shape).cpu().clone() for s in self.segments]
         names = tuple(MATRICES)
         starts = range(0, len(matrices), len(names))
@@ -178,7 +177,9 @@ def load(path: str | os.PathLike[str]) -> Log:
 def _read(path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of any class, where the bytes make no sense
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
             raise ValueError(

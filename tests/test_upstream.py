@@ -102,8 +102,8 @@ def test_a_log_is_written_as_it_was_read(run: Any, tmp_path: Path) -> None:
     upstream.load(tmp_path / "log.pt").save(tmp_path / "again.pt")
     assert alike(content, torch.load(tmp_path / "again.pt", weights_only=True))
     assert sorted(os.listdir(tmp_path)) == ["again.pt", "log.pt"]
-    # No matrix drags along the memory of all others.
-    assert (tmp_path / "again.pt").stat().st_size < 1.1 * (tmp_path / "log.pt").stat().st_size
+    matrix = torch.load(tmp_path / "again.pt", weights_only=True)["attn_logs"][1]["layers"][0]["WK"]
+    assert matrix.untyped_storage().nbytes() == matrix.nbytes  # no part of the memory of others
 
 
 def test_a_pca_is_exported_as_the_log_of_its_run(run: Any, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_pca_is_exported_as_the_log_of_its_run(run: Any, tmp_path: Path) -> No
 
 def test_a_monitor_is_exported(generator: torch.Generator, tmp_path: Path) -> None:
     model = Model()
-    pca = gc.StreamingPCA(n_components=1, segments=attention_segments(model))
+    pca = gc.StreamingPCA(n_components=2, segments=attention_segments(model))
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
         return model.encoder(model.embedding(x)).square().mean()
