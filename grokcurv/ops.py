@@ -3,6 +3,8 @@
 :mod:`grokcurv.reference` defines each op; shapes and names are the same here. What holds for all of them:
 
 * Vectors are float32, float64 or bfloat16; sums are float64. N, P, K and S may be 0.
+* An argument is a tensor or any other :class:`Array`, whose memory is then used where it lies. Results are tensors;
+  what an op writes into, ``out`` or in place, is returned as the object that was given.
 * Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no
   input. Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
 * Tables of indices (``segments``, ``rows``) are on the CPU wherever the vectors are: so they are checked before the
@@ -24,8 +26,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,12 +41,34 @@ except ImportError as error:
         "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
     ) from error
 
-__all__ = ["commutator", "eigh", "gram", "perturb", "rotate", "rotate_", "sketch", "subspace_filter_", "subspace_split"]
+__all__ = [
+    "Array",
+    "commutator",
+    "eigh",
+    "gram",
+    "perturb",
+    "rotate",
+    "rotate_",
+    "sketch",
+    "subspace_filter_",
+    "subspace_split",
+]
 
 _TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
 _FLOATS = tuple(_TYPES)
 
 _library = torch.library.Library("grokcurv", "DEF")
+
+
+class Array(Protocol):
+    """A torch tensor, a NumPy array, or what else speaks DLPack: JAX, Arrow, CuPy."""
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> Any: ...
+
+
+A = TypeVar("A", bound=Array)
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,15 +83,20 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> C
 # -------------------------------------------------------------------------------------------------------------- perturb
 
 
-def perturb(theta: Tensor, directions: Tensor, eta: Tensor, *, out: Tensor | None = None) -> Tensor:
+@overload
+def perturb(theta: Array, directions: Array, eta: Array, *, out: None = None) -> Tensor: ...
+@overload
+def perturb(theta: Array, directions: Array, eta: Array, *, out: A) -> A: ...
+def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = None) -> Array:
     """``theta - eta_i d_i`` for N directions, reading theta once: theta (P,), directions (N, P), eta (N,) float64.
 
     Returns (N, P) in the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`; ``out``, if given,
     filled.
     """
+    inputs = _tensor("theta", theta), _tensor("directions", directions), _tensor("eta", eta)
     if out is None:
-        return cast(Tensor, _perturb(theta, directions, eta))
-    _perturb_out(theta, directions, eta, out)
+        return cast(Tensor, _perturb(*inputs))
+    _perturb_out(*inputs, _writable("out", out))
     return out
 
 
@@ -99,17 +129,17 @@ def _perturb_out_run(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor
 
 
 def commutator(
-    g_a: Tensor,
-    g_b: Tensor,
-    a2: Tensor,
-    b2: Tensor,
-    eta: Tensor,
+    g_a: Array,
+    g_b: Array,
+    a2: Array,
+    b2: Array,
+    eta: Array,
     *,
     form: Form = "difference",
-    theta: Tensor | None = None,
-    values: Tensor | None = None,
-    rows: Tensor | None = None,
-    segments: Tensor | None = None,
+    theta: Array | None = None,
+    values: Array | None = None,
+    rows: Array | None = None,
+    segments: Array | None = None,
     keep_delta: bool = False,
 ) -> Commutator:
     """Norms, inner products, coefficients and segment energies of N commutators, in a pass over four gradients (N, P).
@@ -119,7 +149,13 @@ def commutator(
     basis; segments (S, 2) int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if
     ``keep_delta``.
     """
-    return Commutator(*_commutator(g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta))
+    outputs = _commutator(
+        *(_tensor("g_a", g_a), _tensor("g_b", g_b), _tensor("a2", a2), _tensor("b2", b2), _tensor("eta", eta)),
+        *(_tensor("theta", theta), _tensor("values", values), _tensor("rows", rows), _tensor("segments", segments)),
+        form,
+        keep_delta,
+    )
+    return Commutator(*outputs)
 
 
 _CommutatorTensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -205,9 +241,10 @@ def _commutator_run(
 # ------------------------------------------------------------------------------------------------------------- subspace
 
 
-def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def subspace_split(v: Array, values: Array, rows: Array) -> tuple[Tensor, Tensor]:
     """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis."""
-    return cast(tuple[Tensor, Tensor], _subspace_split(v, values, rows))
+    result = _subspace_split(_tensor("v", v), _tensor("values", values), _tensor("rows", rows))
+    return cast(tuple[Tensor, Tensor], result)
 
 
 def _subspace_split_fake(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,12 +262,12 @@ def _subspace_split_run(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor
     return norm2, coefficients
 
 
-def subspace_filter_(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> Tensor:
+def subspace_filter_(g: A, values: Array, rows: Array, strength: float) -> A:
     """``g <- g_par + (1 - strength) g_perp`` in place, for g (N, P) and an orthonormal block-sparse basis; returns g.
 
     Coefficients and the new coordinates are formed in float64 and rounded once, to the dtype of g.
     """
-    _subspace_filter_(g, values, rows, strength)
+    _subspace_filter_(_writable("g", g), _tensor("values", values), _tensor("rows", rows), strength)
     return g
 
 
@@ -252,14 +289,15 @@ def _subspace_filter_run(g: Tensor, values: Tensor, rows: Tensor, strength: floa
 # ----------------------------------------------------------------------------------------------------------------- gram
 
 
-def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+def gram(x: Array, y: Array | None = None, *, origin: Array | None = None, segments: Array | None = None) -> Tensor:
     """``(x_i - origin) . (y_j - origin)`` by segment: (S, n, m) float64 from x (n, P), y (m, P) or x, origin (P,) or 0.
 
     segments (S, 2) int64; without them S = 1 and the sum is over all P. An entry's bits depend on its two rows (and the
     origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
     is read once (on a GPU once for every 32 rows of the other side).
     """
-    return cast(Tensor, _gram(x, y, origin, segments))
+    result = _gram(_tensor("x", x), _tensor("y", y), _tensor("origin", origin), _tensor("segments", segments))
+    return cast(Tensor, result)
 
 
 def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -289,7 +327,7 @@ def _gram_run(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
 # ----------------------------------------------------------------------------------------------------------------- eigh
 
 
-def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def eigh(a: Array, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
     Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Householder
@@ -298,7 +336,7 @@ def eigh(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ``|a v - w v|`` are right to a few ``n eps |a|``, vectors orthonormal to a few ``n eps``. A matrix with a NaN or an
     infinity yields NaN and harms no other.
     """
-    return cast(tuple[Tensor, Tensor], _eigh(a, k))
+    return cast(tuple[Tensor, Tensor], _eigh(_tensor("a", a), k))
 
 
 def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -321,7 +359,7 @@ def _eigh_run(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------------- rotate
 
 
-def rotate(rows: Tensor, coefficients: Tensor, *, segments: Tensor | None = None) -> Tensor:
+def rotate(rows: Array, coefficients: Array, *, segments: Array | None = None) -> Tensor:
     """Linear combinations ``sum_i coefficients[s, j, i] rows[i]`` over each segment s, zero elsewhere.
 
     rows (m, P), coefficients (S, q, m) float64, segments (S, 2) int64, disjoint; without them S = 1 and all P. Returns
@@ -329,23 +367,27 @@ def rotate(rows: Tensor, coefficients: Tensor, *, segments: Tensor | None = None
     bitwise equal to :func:`grokcurv.reference.rotate`; on a GPU a product is not rounded before it is added. A NaN in
     a row reaches every output, coefficient 0 or not.
     """
-    return cast(Tensor, _rotate(rows, coefficients, segments))
+    result = _rotate(_tensor("rows", rows), _tensor("coefficients", coefficients), _tensor("segments", segments))
+    return cast(Tensor, result)
 
 
 def rotate_(
-    rows: Tensor,
-    coefficients: Tensor,
+    rows: A,
+    coefficients: Array,
     *,
-    segments: Tensor | None = None,
-    mean: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
+    segments: Array | None = None,
+    mean: Array | None = None,
+    weights: Array | None = None,
+) -> A:
     """:func:`rotate` written over the first q <= m rows, in their dtype, with no second buffer of P; returns rows.
 
     With ``mean`` (P,) and ``weights`` (m,), both float64, ``mean += sum_i weights[i] rows[i]`` of the old rows,
     in the same pass. Coordinates outside the segments stay as they are, in the rows and in the mean.
     """
-    _rotate_(rows, coefficients, segments, mean, weights)
+    _rotate_(
+        *(_writable("rows", rows), _tensor("coefficients", coefficients), _tensor("segments", segments)),
+        *(None if mean is None else _writable("mean", mean), _tensor("weights", weights)),
+    )
     return rows
 
 
@@ -428,14 +470,14 @@ def _disjoint(segments: Tensor | None, size: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- sketch
 
 
-def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
+def sketch(x: Array, size: int, seed: int, *, start: int = 0) -> Tensor:
     """A random projection of x (n, P) onto ``size`` dimensions that nearly keeps inner products: (n, size) float64.
 
     A count sketch: :func:`grokcurv.reference.sketch` defines it and bounds its error. size is a power of two, 64 to
     2**20; seed, 0 to 2**63 - 1, is all that is stored of the projection. ``start``, 0 to 2**62 - 1, is the number of
     the first coordinate: the sketches of shards that begin where they do in the whole add up to its sketch.
     """
-    return cast(Tensor, _sketch(x, size, seed, start))
+    return cast(Tensor, _sketch(_tensor("x", x), size, seed, start))
 
 
 def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
@@ -454,6 +496,37 @@ def _sketch_run(x: Tensor, size: int, seed: int, start: int) -> Tensor:
     n, p = x.shape
     _call("sketch", x, _TYPES[x.dtype], n, p, size, seed, start, x, out)
     return out
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+@overload
+def _tensor(name: str, x: Array) -> Tensor: ...
+@overload
+def _tensor(name: str, x: None) -> None: ...
+def _tensor(name: str, x: Array | None) -> Tensor | None:
+    """``x``, or a tensor of its memory; raises TypeError if it is no array or one that torch cannot share."""
+    if x is None or isinstance(x, Tensor):
+        return x
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} must be a tensor, a NumPy array or another with __dlpack__, got {type(x).__name__}")
+    if isinstance(x, np.ndarray) and not x.flags.c_contiguous:  # a negative stride would end the process in torch 2.13
+        raise ValueError(f"{name} must be contiguous, got strides {x.strides}: pass np.ascontiguousarray({name})")
+    try:
+        return torch.utils.dlpack.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__} whose memory torch cannot share: {error}") from error
+
+
+def _writable(name: str, x: Array) -> Tensor:
+    """As :func:`_tensor`, for what is written to. NumPy says whether it may be; the DLPack protocol need not."""
+    if not isinstance(x, Tensor):
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"{name} is written to: it must be a tensor or a NumPy array, got {type(x).__name__}")
+        if not x.flags.writeable:
+            raise ValueError(f"{name} is written to, but it is a read-only NumPy array: pass {name}.copy()")
+    return _tensor(name, x)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

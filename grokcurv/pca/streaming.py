@@ -309,6 +309,20 @@ class StreamingPCA:
         norms = method.step_norms()
         return norms if self.segments is not None else norms[:, 0]
 
+    @property
+    def rows_(self) -> Tensor:
+        """(n, L): a copy of the rows, the segments of each side by side, in the rows' dtype; ``gram`` only.
+
+        As they were given, but for what ``store_dtype`` has rounded.
+
+        Raises:
+            ValueError: another method, or no rows seen yet.
+        """
+        method = self._fitted()
+        if not isinstance(method, Gram):
+            raise ValueError(f"rows_ needs method='gram', this PCA works by {self.method_!r}")
+        return torch.cat([rows for rows, _ in method.given()])
+
     def transform(self, x: Tensor) -> Tensor:
         """Coordinates of the rows ``x`` (P,) or (n, P) along the components, about the mean.
 

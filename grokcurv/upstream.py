@@ -1,0 +1,256 @@
+"""The logs of the paper's own code: its ``.pt`` files to a :class:`grokcurv.StreamingPCA`, and back.
+
+``grok_sweep.py`` of github.com/skydancerosel/grokking-integrability (Xu, arXiv 2602.16746) saves, for each run, a dict
+with ``torch.save``::
+
+    attn_logs   list of {"step": int, "layers": [{"layer": i, "WQ": (d, d), "WK": ..., "WV": ..., "WO": ...}, ...]},
+                steps rising from 0
+    cfg         dict of plain values; its scripts read OP_NAME, WEIGHT_DECAY, SEED and N_LAYERS
+    metrics     list of {"step": int, "train_acc": float, "test_acc": float}
+    grokked     bool
+    final_step, final_train_acc, final_test_acc
+
+Files are read with ``torch.load(weights_only=True)``, which runs no code that a file brings along.
+
+>>> log = load("grok_sweep_results/add_wd1.0_s42.pt")  # doctest: +SKIP
+>>> log.pca(n_components=2).explained_variance_ratio_  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grokcurv.flat import Segment
+from grokcurv.pca import StreamingPCA
+from grokcurv.runs import write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Log", "load"]
+
+KEYS = ("attn_logs", "cfg", "metrics", "grokked", "final_step")
+METRICS = ("step", "train_acc", "test_acc")
+MATRICES = {"WQ": "q_proj_weight", "WK": "k_proj_weight", "WV": "v_proj_weight", "WO": "out_proj.weight"}
+"""What :func:`grokcurv.flat.attention_segments` calls each, after the name of its module."""
+
+
+@dataclass(frozen=True, eq=False)
+class Log:
+    """A run as the paper's code logs it: the attention matrices at every few steps, and how well it did."""
+
+    steps: list[int]
+    """Of the rows: n of them, rising from 0."""
+    rows: Tensor
+    """(n, L): the attention matrices at each step, row-major, side by side in the order of the segments."""
+    segments: tuple[Segment, ...]
+    """W_Q, W_K, W_V, W_O of each layer in turn, named as by :func:`grokcurv.flat.attention_segments`."""
+    config: dict[str, Any]
+    """The file's ``cfg``: plain values."""
+    metrics: pd.DataFrame
+    """Columns ``step``, ``train_acc``, ``test_acc`` (fractions)."""
+    grokked: bool
+    """Whether the run met its criterion."""
+    final_step: int
+    """Updates in all."""
+
+    @classmethod
+    def from_pca(
+        cls,
+        pca: StreamingPCA,
+        steps: Iterable[int],
+        *,
+        config: Mapping[str, Any],
+        metrics: pd.DataFrame,
+        grokked: bool,
+    ) -> Log:
+        """What a PCA of a run's attention matrices has kept, ready for :meth:`save`.
+
+        Args:
+            pca: with ``attention_segments(model)`` as its segments, and ``gram`` at work: the method that keeps rows.
+            steps: at which its rows were taken.
+            config: plain values, ``cfg`` in the file.
+            metrics: with the columns ``step``, ``train_acc``, ``test_acc``; others are left out.
+            grokked: whether the run met its criterion.
+
+        Raises:
+            ValueError: segments that are not the four matrices of each layer; steps that do not fit the rows or do not
+                rise from 0; a column missing; ``pca`` has no rows, or its method keeps none.
+        """
+        rows, steps = pca.rows_, [int(step) for step in steps]
+        _check_segments(pca.segments)
+        if len(steps) != len(rows):
+            raise ValueError(f"steps has {len(steps)} entries, but pca has seen {len(rows)} rows")
+        _check_steps("steps", steps)
+        missing = [name for name in METRICS if name not in metrics]
+        if missing:
+            raise ValueError(f"metrics lacks {', '.join(missing)}; it has {', '.join(map(str, metrics.columns))}")
+        last = max(steps[-1], *metrics["step"].tolist()) if len(metrics) else steps[-1]
+        segments = _side_by_side((s.name, s.shape) for s in pca.segments or ())
+        return cls(steps, rows, segments, dict(config), metrics[list(METRICS)], grokked, int(last))
+
+    def pca(self, n_components: int = 8, **options: Any) -> StreamingPCA:
+        """A :class:`grokcurv.StreamingPCA` of the rows, one for each matrix; options are the class's own."""
+        return StreamingPCA(n_components, segments=self.segments, **options).partial_fit(self.rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            TypeError: something in ``config`` is not plain: the file could not be read without running its code.
+        """
+        _check_plain("config", self.config)
+        _check_segments(self.segments)
+        metrics = [
+            {"step": int(step), "train_acc": float(train), "test_acc": float(test)}
+            for step, train, test in self.metrics[list(METRICS)].itertuples(index=False)
+        ]
+        final = metrics[-1] if metrics else {"train_acc": 0, "test_acc": 0}
+        content = {
+            "attn_logs": [
+                {"step": step, "layers": self._layers(row)} for step, row in zip(self.steps, self.rows, strict=True)
+            ],
+            "cfg": self.config,
+            "metrics": metrics,
+            "grokked": bool(self.grokked),
+            "final_step": self.final_step,
+            "final_train_acc": final["train_acc"],
+            "final_test_acc": final["test_acc"],
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(Path(path), buffer.getvalue())
+
+    def _layers(self, row: Tensor) -> list[dict[str, Any]]:
+        # Clones: what is saved as a view is loaded with the memory of all the others.
+        matrices = [row[s.start : s.stop].reshape(s.shape).cpu().clone() for s in self.segments]
+        names = tuple(MATRICES)
+        starts = range(0, len(matrices), len(names))
+        return [
+            {"layer": layer, **dict(zip(names, matrices[i : i + len(names)], strict=True))}
+            for layer, i in enumerate(starts)
+        ]
+
+
+def load(path: str | os.PathLike[str]) -> Log:
+    """Read one of the files of the paper's code.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no such file, or one that would have to run code to be read; the message says what is amiss.
+    """
+    import pandas as pd
+
+    content = _read(path)
+    try:
+        _check_keys("the file", content, KEYS)
+        logs = content["attn_logs"]
+        if not isinstance(logs, list) or not logs:
+            raise ValueError("attn_logs must be a list of at least one entry")
+        named = [_named_matrices(i, log) for i, log in enumerate(logs)]
+        shapes = [(name, tuple(matrix.shape)) for name, matrix in named[0].items()]
+        for i, matrices in enumerate(named):
+            if [(name, tuple(matrix.shape)) for name, matrix in matrices.items()] != shapes:
+                raise ValueError(f"attn_logs[{i}] has other layers or shapes than attn_logs[0]")
+        steps = [log["step"] for log in logs]
+        _check_steps("attn_logs", steps)
+        for i, metrics in enumerate(content["metrics"]):
+            _check_keys(f"metrics[{i}]", metrics, METRICS)
+    except ValueError as error:
+        raise ValueError(f"{path} is no log of the paper's code: {error}") from None
+    rows = torch.stack([torch.cat([m.reshape(-1) for m in matrices.values()]) for matrices in named])
+    frame = pd.DataFrame([{name: entry[name] for name in METRICS} for entry in content["metrics"]], columns=METRICS)
+    config, grokked, final = content["cfg"], content["grokked"], content["final_step"]
+    return Log(steps, rows, _side_by_side(shapes), config, frame, grokked, final)
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of any class, where the bytes make no sense
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            raise ValueError(
+                f"{path} holds more than tensors and plain values: it asks for {wanted[1]}, and reading it would run "
+                "that. If you trust the file, load it with torch.load(weights_only=False), make what is in it plain, "
+                "and save it again"
+            ) from error
+        raise ValueError(f"{path} is damaged, or was not written by torch.save: {error}") from error
+
+
+def _named_matrices(i: int, log: Any) -> dict[str, Tensor]:
+    """The matrices of one entry of attn_logs, by the names of their segments."""
+    _check_keys(f"attn_logs[{i}]", log, ("step", "layers"))
+    matrices: dict[str, Tensor] = {}
+    for number, layer in enumerate(log["layers"]):
+        where = f"attn_logs[{i}]['layers'][{number}]"
+        _check_keys(where, layer, ("layer", *MATRICES))
+        if layer["layer"] != number:
+            raise ValueError(f"{where} is layer {layer['layer']!r}")
+        for key, name in MATRICES.items():
+            matrix = layer[key]
+            if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+                raise ValueError(f"{where}[{key!r}] must be a matrix, a tensor of two dimensions")
+            matrices[f"encoder.layers.{number}.self_attn.{name}"] = matrix
+    if not matrices:
+        raise ValueError(f"attn_logs[{i}] has no layers")
+    return matrices
+
+
+def _side_by_side(matrices: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    for name, shape in matrices:
+        length = shape[0] * shape[1]
+        segments.append(Segment(name, segments[-1].stop if segments else 0, length, shape))
+    return tuple(segments)
+
+
+def _check_segments(segments: Sequence[Segment] | None) -> None:
+    wanted = list(MATRICES.values())
+    names = [s.name for s in segments or ()]
+    for i in range(0, max(len(names), 1), len(wanted)):
+        group = names[i : i + len(wanted)]
+        prefix = group[0].removesuffix(wanted[0]) if group else ""
+        if group != [prefix + name for name in wanted]:
+            raise ValueError(
+                "pca must have the segments of grokcurv.flat.attention_segments, which are W_Q, W_K, W_V and W_O of "
+                f"each layer in turn; got {', '.join(names) or 'none'}"
+            )
+
+
+def _check_steps(name: str, steps: Sequence[Any]) -> None:
+    if not all(isinstance(step, int) for step in steps):
+        raise ValueError(f"{name}: steps must be whole numbers, got {steps}")
+    if steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
+        raise ValueError(f"{name}: steps must rise from 0, got {steps}")
+
+
+def _check_keys(where: str, entry: Any, keys: Sequence[str]) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be a dict, got {type(entry).__name__}")
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, entry)) or 'nothing'}")
+
+
+def _check_plain(where: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(f"{where}[{key!r}]", item)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_plain(f"{where}[{i}]", item)
+    elif type(value) not in (bool, int, float, str, type(None)):
+        raise TypeError(f"{where} must be a plain value (number, text, None, list, dict), got {type(value).__name__}")
