@@ -20,13 +20,13 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import median
 
-import naive
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import grokcurv as gc
 from grokcurv import ops, reference
+from grokcurv.bench import naive
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.modular import TrainConfig, Transformer
 from grokcurv.modular.ensemble import Ensemble, Rows

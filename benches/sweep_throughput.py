@@ -2,8 +2,9 @@
 
 ``python benches/sweep_throughput.py examples/sweeps/grokking.toml DIR`` does the sweep into DIR with two workers of one
 thread each, from the start, and then a part of its first run in plain PyTorch with two threads: the module's own
-forward, evaluations, and the naive commutators of ``naive.py`` at the same steps, without PCA, controls or floors. The
-plain time of the whole sweep is that of the part, scaled by the steps that its runs took. Wants an idle machine.
+forward, evaluations, and the naive commutators of ``grokcurv.bench`` at the same steps, without PCA, controls or
+floors. The plain time of the whole sweep is that of the part, scaled by the steps that its runs took. Wants an idle
+machine.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import sys
 import time
 
 import torch
-from naive import commutator
 from torch import nn
 from torch.nn import functional
 
+from grokcurv.bench.naive import commutator
 from grokcurv.modular import TrainConfig, build_model, split
 from grokcurv.sweep import SweepConfig, run_sweep
 

@@ -1,7 +1,7 @@
-"""The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report`` and ``doctor``.
+"""The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report``, ``bench`` and ``doctor``.
 
-Exit status: 0 done; 1 the training, or a run of a sweep, failed; 2 input or a folder that cannot be used, with the
-reason on standard error; 130 stopped by Ctrl-C.
+Exit status: 0 done; 1 the training or a run of a sweep failed, or a bench found a wrong answer; 2 input or a folder
+that cannot be used, with the reason on standard error; 130 stopped by Ctrl-C.
 """
 
 # No postponed annotations in this file: tyro could not resolve those of the classes that live inside functions.
@@ -26,6 +26,7 @@ commands:
   sweep       do the many runs that a file describes
   reproduce   judge the paper's claims by runs of your own
   report      write the page and the figures of a run or a sweep
+  bench       time it beside what there is today, accuracy first
   doctor      say what was built and what works on this machine
 
 grokcurv COMMAND --help lists the options of a command.
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "reproduce": _reproduce,
         "report": _report,
+        "bench": _bench,
         "doctor": _doctor,
     }
     if not arguments:
@@ -262,6 +264,57 @@ def _report(arguments: list[str]) -> int:
     except RunError as error:
         return _complain(str(error))
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Time grokcurv beside naive code, curvlinops, scikit-learn, TorchDR and torch, and write a page about it.
+
+        Every answer is compared with float64 before anything is timed. Peers that are not installed are named: pip
+        install "grokcurv[bench]" brings them. Wants an otherwise idle machine.
+        """
+
+        quick: tyro.conf.FlagCreatePairsOff[bool] = False
+        """Smaller sizes: ten minutes at most. Without it P goes up to 1e8, as memory allows."""
+        out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+        """Folder of the bench, where an older one is replaced; runs/bench or runs/bench-quick if not given."""
+        threads: int = 1
+        """Of everyone."""
+        cases: tuple[str, ...] = ()
+        """Names of those to run; all if not given."""
+        seed: int = 0
+        """Of the inputs."""
+
+    options = tyro.cli(Options, prog="grokcurv bench", args=arguments)
+
+    from rich.console import Console
+
+    from grokcurv.bench import run_bench
+    from grokcurv.progress import BenchProgress
+    from grokcurv.runs import RunError
+
+    try:
+        with BenchProgress("bench", Console(stderr=True)) as progress:
+            bench = run_bench(
+                options.quick,
+                options.out,
+                options.threads,
+                options.cases or None,
+                options.seed,
+                on_progress=progress,
+            )
+    except (RunError, ValueError) as error:
+        return _complain(str(error))
+    Console(width=None if sys.stdout.isatty() else 180).print(bench.table())  # a file has room for whole lines
+    for said in bench.left_out:
+        print(f"left out: {said}")
+    for said in bench.wrong:
+        print(f"WRONG: {said}")
+    print(bench.page)
+    return 1 if bench.wrong else 0
 
 
 def _doctor(arguments: list[str]) -> int:

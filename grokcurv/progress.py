@@ -140,3 +140,19 @@ class SweepProgress(_Progress):
             for run, news in list(running.items())[:ROWS]
         ]
         return lines + [f"  and {len(running) - ROWS:,} more"] * (len(running) > ROWS)
+
+
+class BenchProgress(_Progress):
+    """Shows what ``run_bench`` reports."""
+
+    def share(self) -> tuple[int, int]:
+        return self.latest["done"], self.latest["cases"]
+
+    def pace(self) -> str:
+        """Cases done, and the time so far."""
+        done, cases = self.share()
+        return f"{done:,}/{cases:,} cases  {timedelta(seconds=round(self.latest['seconds']))}"
+
+    def state(self) -> str:
+        """The case under way."""
+        return str(self.latest["case"])

@@ -61,7 +61,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == cli.USAGE
     assert cli.main([]) == 2
     assert capsys.readouterr().err == cli.USAGE
-    for command in ("train", "sweep", "reproduce", "report", "doctor"):
+    for command in ("train", "sweep", "reproduce", "report", "bench", "doctor"):
         assert f"\n  {command} " in cli.USAGE
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
@@ -132,7 +132,7 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("fly", "no command 'fly': there are train, sweep, reproduce, report, doctor"),
+        ("fly", "no command 'fly': there are train, sweep, reproduce, report, bench, doctor"),
         ("train --op pow", "op must be one of add, sub, mul,"),
         ("train --op div --p 10", "p must be prime for op 'div'"),
         ("train --preset mine", "preset must be one of 'paper',"),

@@ -19,7 +19,7 @@ RANDOM_SUBSPACES = 5
 def gradient(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
     model.zero_grad()
     loss_fn(model, batch).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
 def commutator(

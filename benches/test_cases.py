@@ -1,0 +1,75 @@
+"""The cases of ``grokcurv bench``, at more sizes and with what is asked of them; pytest-benchmark times grokcurv alone.
+
+Truth comes first there as here: a case whose answer is wrong is not timed. A ratio compares rounds that took turns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+
+from grokcurv.bench.contest import Case
+from grokcurv.bench.judge import judge, peers
+from grokcurv.bench.plan import everything
+from grokcurv.bench.table import clock, errors, factor, must, quantities
+
+BUDGET = 10.0
+FASTER = {
+    "defect": ("plain torch, the float32 formula", 10.0),
+    "pca": ("NumPy SVD", 8.0),
+    "pca-history": ("NumPy SVD of each", 40.0),
+    "pca-incremental": ("scikit-learn IncrementalPCA", 8.0),
+}
+"""By case, how many times faster than which peer it must be."""
+CLOSER = {"pca-incremental": "scikit-learn IncrementalPCA"}
+"""By case, the peer whose error in the first quantity it must not exceed."""
+OVER_FLOOR = {"defect": 1 / 0.7}
+"""By case, how many times its floor it may take."""
+
+
+@pytest.fixture(scope="module")
+def problems() -> Mapping[str, str]:
+    return peers()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(problems: Mapping[str, str]) -> Iterator[None]:
+    """Also for the BLAS of NumPy and SciPy; after the peers have loaded theirs."""
+    limits = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed").threadpool_limits(1)
+    before = torch.get_num_threads()
+    with limits:
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", everything(), ids=lambda case: case.title)
+def test_case(
+    case: Case, benchmark: Callable[..., None], note: Callable[[str], None], problems: Mapping[str, str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    result = judge(case, generator, BUDGET, problems)
+    if not result.rows:
+        pytest.skip(result.problem)
+    assert not result.problem
+    ours, *others = result.rows
+    for row in others:
+        note(f"{clock(ours.times)}, {row.name} {clock(row.times) or row.problem} {factor(row.ratio)}")
+        note(f"{quantities(ours)}: {errors(ours)}, {errors(row)}")
+    if result.floor is not None:
+        note(f"{factor(result.floor.ratio)} its floor, {must(result.floor)}")
+    by_name = {row.name: row for row in others if row.ratio is not None}
+    name, least = FASTER.get(case.name, ("", 0.0))
+    if name in by_name:
+        assert by_name[name].ratio.median >= least
+    closer = by_name.get(CLOSER.get(case.name, ""))
+    if closer is not None:
+        first = next(iter(ours.errors))
+        assert ours.errors[first] <= closer.errors[first]
+    assert result.floor is None or result.floor.ratio.median <= OVER_FLOOR.get(case.name, sys.float_info.max)
+    benchmark.pedantic(
+        case.build(generator).contenders[0].run, rounds=5 if ours.times.median < 1 else 1, warmup_rounds=1
+    )

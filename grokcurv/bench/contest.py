@@ -1,0 +1,94 @@
+"""What is compared: cases, and in each the contenders that answer the same question about the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = "grokcurv"
+
+PEERS = {
+    "curvlinops": "curvlinops-for-pytorch",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "threadpoolctl",
+    "torchdr": "torchdr",
+}
+"""What contenders import that grokcurv does not need, and the package that brings it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to the answer.
+
+    Attributes:
+        name: as the tables have it.
+        run: one call, which is timed.
+        result: what is judged, if not what ``run`` returns.
+        note: in what it differs: it approximates, does less, or does more.
+        needs: keys of :data:`PEERS`; imported by ``run`` itself.
+        times: how often the time of a call counts, where a call does a part, or a multiple, of the work.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    result: Callable[[], Any] | None = None
+    note: str = ""
+    needs: tuple[str, ...] = ()
+    times: float = 1.0
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A case with its input drawn.
+
+    Attributes:
+        contenders: grokcurv first.
+        errors: by name of the quantity, how far a result is from float64 truth; NaN for one that has no answer.
+        tolerance: of grokcurv's error in the first quantity; beyond it the case is wrong, and is not timed.
+        moved: bytes that must be read or written.
+        flops, flops64: operations that must be done, in float32 and in float64; a fused multiply-add is two.
+    """
+
+    contenders: tuple[Contender, ...]
+    errors: Mapping[str, Callable[[Any], float]]
+    tolerance: float
+    moved: int = 0
+    flops: int = 0
+    flops64: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question at one size.
+
+    Attributes:
+        name: short, the same at every size.
+        title: with the size, in words.
+        memory: bytes that the input and the hungriest contender take, about.
+        build: draws the input from a generator, and works out the truth.
+    """
+
+    name: str
+    title: str
+    memory: int
+    build: Callable[[torch.Generator], Contest]
+
+
+def relative(got: Tensor | Iterable[Tensor], truth: Tensor | Iterable[Tensor]) -> float:
+    """``|got - truth| / |truth|`` in float64, over all tensors together."""
+    x, y = (_vector(values) for values in (got, truth))
+    return float((x - y).norm() / y.norm())
+
+
+def worst(got: Tensor, truth: Tensor) -> float:
+    """Largest relative difference of single numbers."""
+    return float(((got.to(torch.float64) - truth) / truth).abs().max())
+
+
+def _vector(values: Tensor | Iterable[Tensor]) -> Tensor:
+    parts = [values] if isinstance(values, Tensor) else list(values)
+    return torch.cat([part.to(torch.float64).flatten() for part in parts])

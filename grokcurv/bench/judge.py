@@ -1,0 +1,197 @@
+"""One case: every contender's answer is judged first, and then all are timed beside their floor, in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from grokcurv.bench.contest import PEERS, Case, Contender, Contest
+from grokcurv.bench.timing import Times, interleaved
+
+LARGEST_READ = 512 << 20
+"""Bytes; a floor of more is scaled from that."""
+SQUARE = 512
+"""Side of the matrices whose product says how fast arithmetic can be."""
+GIB = 1 << 30
+
+
+@dataclass
+class Row:
+    """One contender.
+
+    Attributes:
+        errors: by quantity, against float64 truth; NaN where it has no answer.
+        times: seconds; None if it was not timed.
+        ratio: of its time to grokcurv's, round by round.
+        problem: why there is nothing, or nothing but errors.
+    """
+
+    name: str
+    note: str
+    errors: dict[str, float] = field(default_factory=dict)
+    times: Times | None = None
+    ratio: Times | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the case must do, and how long that takes at the rates measured between its rounds.
+
+    Attributes:
+        moved, flops, flops64: as of the :class:`grokcurv.bench.contest.Contest`.
+        read_rate: bytes a second of ``torch.dot`` over as many bytes; NaN without any, as the others.
+        rate, rate64: operations a second of a matrix product in float32 and float64.
+        seconds: the longer of the times that the bytes and the operations take.
+        ratio: grokcurv's time over it, round by round.
+    """
+
+    moved: int
+    flops: int
+    flops64: int
+    read_rate: float
+    rate: float
+    rate64: float
+    seconds: float
+    ratio: Times
+
+
+@dataclass
+class Result:
+    """What became of a case.
+
+    Attributes:
+        rows: the contenders, grokcurv first; empty if the case was left out.
+        problem: why it was left out, or what is wrong with grokcurv's answer.
+        wrong: whether it is.
+    """
+
+    case: Case
+    rows: list[Row] = field(default_factory=list)
+    floor: Floor | None = None
+    problem: str = ""
+    wrong: bool = False
+
+
+def peers() -> dict[str, str]:
+    """By import name, '' for a peer that can be imported (and now is), or why it cannot."""
+    problems = {}
+    for name, package in PEERS.items():
+        try:
+            import_module(name)
+            problems[name] = ""
+        except ModuleNotFoundError as error:
+            missing = error.name == name
+            problems[name] = f"not installed: pip install {package}" if missing else f"{package}: {error}"
+        except Exception as error:  # a peer that does not get along with this torch is no reason to stop
+            problems[name] = f"{package} cannot be imported: {error}"
+    return problems
+
+
+def available_memory() -> int:
+    """Bytes that are free or can be made so: of the machine, or of the control group if that has less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except OSError:  # no control group
+        return free
+
+
+def judge(case: Case, generator: torch.Generator, budget: float, problems: Mapping[str, str]) -> Result:
+    """Draw the input, judge, and time what was judged right.
+
+    Args:
+        case: what to do.
+        generator: of the input.
+        budget: seconds that the timed rounds take, about.
+        problems: of :func:`peers`.
+    """
+    free = available_memory()
+    if case.memory > free:
+        return Result(case, problem=f"needs {case.memory / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
+    try:
+        contest = case.build(generator)
+        rows = [_answer(one, contest, problems) for one in contest.contenders]
+        ours = rows[0]
+        if ours.problem:
+            return Result(case, rows, problem=ours.problem, wrong=True)
+        quantity, error = next(iter(ours.errors.items()))
+        if not error <= contest.tolerance:
+            said = f"{quantity} of grokcurv is {error:.2g}, beyond {contest.tolerance:.2g}: not timed"
+            return Result(case, rows, problem=said, wrong=True)
+        floor = _time(contest, rows, budget)
+        return Result(case, rows, floor)
+    finally:
+        gc.collect()
+
+
+def _answer(one: Contender, contest: Contest, problems: Mapping[str, str]) -> Row:
+    row = Row(one.name, one.note)
+    row.problem = next((problems[name] for name in one.needs if problems[name]), "")
+    if not row.problem:
+        try:
+            got = (one.result or one.run)()
+            row.errors = {name: error(got) for name, error in contest.errors.items()}
+        except Exception as error:
+            row.problem = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return row
+
+
+def _time(contest: Contest, rows: list[Row], budget: float) -> Floor | None:
+    """Fill in times and ratios; the floor, if one is known."""
+    fit = [(one, row) for one, row in zip(contest.contenders, rows, strict=True) if not row.problem]
+    yardsticks = _yardsticks(contest)
+    times = interleaved([one.run for one, _ in fit] + list(yardsticks.values()), budget)
+    for (one, row), samples in zip(fit, times, strict=False):
+        row.times = samples.scaled(one.times)
+        assert rows[0].times is not None
+        row.ratio = row.times.over(rows[0].times)
+    if not yardsticks:
+        return None
+    found = dict(zip(yardsticks, times[len(fit) :], strict=True))
+    # What a call of each did; then the seconds of what must be done, by part and round.
+    product = 2 * SQUARE**3
+    measured = {"moved": _read_bytes(contest), "flops": product, "flops64": product}
+    parts = {name: samples.scaled(getattr(contest, name) / measured[name]) for name, samples in found.items()}
+    by_round = [max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)]
+    floor = Times(tuple(by_round), 1)
+    assert rows[0].times is not None
+    rates = {name: getattr(contest, name) / part.median for name, part in parts.items()}
+    return Floor(
+        moved=contest.moved,
+        flops=contest.flops,
+        flops64=contest.flops64,
+        read_rate=rates.get("moved", float("nan")),
+        rate=rates.get("flops", float("nan")),
+        rate64=rates.get("flops64", float("nan")),
+        seconds=floor.median,
+        ratio=rows[0].times.over(floor),
+    )
+
+
+def _read_bytes(contest: Contest) -> int:
+    """What ``torch.dot`` reads in place of ``moved``: two vectors of float32, at least 64 bytes of them."""
+    return max(64, min(contest.moved, LARGEST_READ) // 8 * 8)
+
+
+def _yardsticks(contest: Contest) -> dict[str, Callable[[], object]]:
+    """A call that measures each rate the floor needs."""
+    calls: dict[str, Callable[[], object]] = {}
+    if contest.moved:
+        half = _read_bytes(contest) // 8
+        x = torch.ones(2 * half)
+        calls["moved"] = lambda: torch.dot(x[:half], x[half:])
+    for name, dtype in (("flops", torch.float32), ("flops64", torch.float64)):
+        if getattr(contest, name):
+            a, out = torch.ones(2, SQUARE, SQUARE, dtype=dtype)
+            calls[name] = partial(torch.mm, a, a, out=out)
+    return calls

@@ -1,0 +1,399 @@
+"""The kernels beside torch arithmetic written from their definitions; truth is float64 throughout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Generator, Tensor
+
+from grokcurv import ops, reference
+from grokcurv.bench.contest import OURS, Case, Contender, Contest, relative
+
+ETA = 1e-3
+DEFECT = 50.0
+"""Of the synthetic gradients, which have length one; the demo's model begins near it."""
+WEIGHT = 0.05
+"""Size of the synthetic parameters, as those of a layer of width 400 at initialisation."""
+PLAIN = "plain torch"
+CHUNK = 1 << 20
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def perturb(size: int) -> Case:
+    """``theta - eta d``."""
+
+    def build(generator: Generator) -> Contest:
+        theta, direction = normal(generator, size), normal(generator, 1, size)
+        eta, out = step(), torch.empty(1, size)
+        truth = theta.double() - ETA * direction[0].double()
+        return Contest(
+            (
+                Contender(OURS, lambda: ops.perturb(theta, direction, eta, out=out)),
+                Contender(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out)),
+            ),
+            {"vector, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-6,
+            moved=3 * theta.nbytes,
+        )
+
+    return Case("perturb", f"perturbed parameters, P = {size:,}", 36 * size, build)
+
+
+def defect(size: int) -> Case:
+    """D from four gradients, as the definition has it: two end points, subtracted."""
+
+    def build(generator: Generator) -> Contest:
+        theta, (g_a, g_b, a2, b2) = gradients(generator, size)
+        eta = step()
+
+        def ours() -> Tensor:
+            aa, bb, _, dd, _, _ = ops.commutator(g_a, g_b, a2, b2, eta).sums[0]
+            value: Tensor = (dd / (aa * bb)).sqrt() / ETA**2
+            return value
+
+        def plain() -> Tensor:
+            theta_ab = theta - ETA * g_a[0] - ETA * b2[0]
+            theta_ba = theta - ETA * g_b[0] - ETA * a2[0]
+            delta = theta_ab - theta_ba
+            value: Tensor = delta.norm() / ((ETA * g_a[0]).norm() * (ETA * g_b[0]).norm())
+            return value
+
+        truth = defect64(g_a[0], g_b[0], a2[0], b2[0])
+        return Contest(
+            (Contender(OURS, ours), Contender(f"{PLAIN}, the float32 formula", plain)),
+            {"defect, relative error": lambda got: abs(float(got) / truth - 1)},
+            tolerance=1e-5,
+            moved=4 * g_a.nbytes,
+        )
+
+    return Case("defect", f"defect arithmetic, P = {size:,}", 44 * size, build)
+
+
+def rounding_terms(size: int) -> Case:
+    """The sums behind defect and noise floor, with what rounding did to the direct formula."""
+
+    def build(generator: Generator) -> Contest:
+        theta, vectors = gradients(generator, size)
+        g_a, g_b, a2, b2 = vectors
+        eta = step()
+
+        def plain() -> Tensor:
+            r = ((theta - ETA * g_a) - ETA * b2) - ((theta - ETA * g_b) - ETA * a2)
+            change_a, change_b = a2.double() - g_a.double(), b2.double() - g_b.double()
+            delta = ETA * (change_a - change_b)
+            q = [(theta - ETA * g).double() - (theta.double() - ETA * g.double()) for g in (g_a, g_b)]
+            terms = [g_a.double(), g_b.double(), delta, change_a, change_b, r.double(), r.double() - delta, *q]
+            sums = [(x * x).sum() for x in terms]
+            return torch.stack([*sums[:2], (g_a.double() * g_b.double()).sum(), *sums[2:]])
+
+        truth = reference.commutator(*vectors, eta, theta=theta).sums[0]
+        return Contest(
+            (
+                Contender(OURS, lambda: ops.commutator(*vectors, eta, theta=theta).sums[0]),
+                Contender(f"{PLAIN}, float64", plain),
+            ),
+            {"ten sums, largest relative error": lambda got: float(((got - truth) / truth).abs().max())},
+            tolerance=1e-5,
+            moved=5 * theta.nbytes,
+        )
+
+    return Case("rounding-terms", f"defect and rounding terms, P = {size:,}", 140 * size, build)
+
+
+def defect_on_basis(size: int) -> Case:
+    """The defect's length, and its coefficients on 16 directions that live on matrices, as the demo's basis."""
+
+    def build(generator: Generator) -> Contest:
+        _, vectors = gradients(generator, size)
+        values, rows, dense = block_basis(generator, size)
+        g_a, g_b, a2, b2 = (x[0] for x in vectors)
+        eta = step()
+
+        def ours() -> tuple[Tensor, Tensor]:
+            out = ops.commutator(*vectors, eta, values=values, rows=rows)
+            return out.sums[0, 3].sqrt(), out.coefficients[0]
+
+        def plain() -> tuple[Tensor, Tensor]:
+            delta = ETA * ((a2 - g_a) - (b2 - g_b))
+            return delta.norm(), dense @ delta
+
+        exact = reference.commutator(*vectors, eta, values=values, rows=rows)
+        truth = (exact.sums[0, 3].sqrt(), exact.coefficients[0])
+        return Contest(
+            (Contender(OURS, ours), Contender(f"{PLAIN}, a dense basis", plain)),
+            {"length and coefficients, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-6,
+            moved=4 * 4 * size + values.nbytes,
+        )
+
+    return Case("defect-on-basis", f"defect on 16 directions, P = {size:,}", 64 * 4 * size, build)
+
+
+def split(size: int) -> Case:
+    """A vector's length, and its coefficients on four directions of an eighth of its coordinates each."""
+
+    def build(generator: Generator) -> Contest:
+        v, length = normal(generator, 1, size), size // 8
+        values = normal(generator, 4 * length)
+        rows = torch.tensor([[j * length, length, j * length] for j in range(4)])
+
+        def plain() -> tuple[Tensor, Tensor]:
+            x = v[0].double()
+            return (x * x).sum(), (x[: 4 * length].view(4, -1) * values.view(4, -1).double()).sum(-1)
+
+        truth = (
+            chunked(lambda x: x.square().sum(), v[0]),
+            torch.stack([chunked(lambda x, y: x @ y, v[0, s : s + n], values[o : o + n]) for s, n, o in rows.tolist()]),
+        )
+        return Contest(
+            (
+                Contender(OURS, lambda: ops.subspace_split(v, values, rows)),
+                Contender(f"{PLAIN}, float64", plain),
+            ),
+            {"length and coefficients, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-12,
+            moved=v.nbytes + values.nbytes,
+        )
+
+    return Case("split", f"split by a subspace, P = {size:,}", 30 * size, build)
+
+
+def filter_(size: int) -> Case:
+    """Most of a vector outside 16 directions kept, in place: reads it twice, writes it once."""
+    strength = 1e-3  # what is repeated for the clock must not wear the vector away
+
+    def build(generator: Generator) -> Contest:
+        g = normal(generator, 1, size)
+        values, rows, dense = block_basis(generator, size)
+        wide = dense.double()
+        fresh, truth = g.clone(), reference.subspace_filter(g.double(), values=values, rows=rows, strength=strength)
+
+        def plain(g: Tensor) -> Tensor:
+            x = g[0].double()
+            g[0] = (1 - strength) * x + strength * (wide.T @ (wide @ x))
+            return g
+
+        def ours(g: Tensor) -> Tensor:
+            ops.subspace_filter_(g, values=values, rows=rows, strength=strength)
+            return g
+
+        return Contest(
+            (
+                Contender(OURS, lambda: ours(g), lambda: ours(fresh.clone())),
+                Contender(f"{PLAIN}, a dense basis", lambda: plain(g), lambda: plain(fresh.clone())),
+            ),
+            {"vector, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-6,
+            moved=3 * g.nbytes + 2 * values.nbytes,
+        )
+
+    return Case("filter", f"filtered gradient, P = {size:,}", 200 * size, build)
+
+
+def gram_row(n: int, size: int) -> Case:
+    """One more row against those there are, as a streaming PCA adds it."""
+
+    def build(generator: Generator) -> Contest:
+        rows, origin = normal(generator, n, size), normal(generator, size)
+        new = rows[-1:]
+
+        def plain() -> Tensor:
+            return (new.double() - origin.double()) @ (rows.double() - origin.double()).T
+
+        truth = chunked(lambda x, y, o: (x - o) @ (y - o).T, new, rows, origin)
+        return Contest(
+            (
+                Contender(OURS, lambda: ops.gram(new, rows, origin=origin)),
+                Contender(f"{PLAIN}, float64", plain),
+            ),
+            {"inner products, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-12,
+            moved=rows.nbytes,
+            flops64=2 * n * size,
+        )
+
+    return Case("gram-row", f"Gram matrix, one row beside {n} of {size:,}", 24 * n * size, build)
+
+
+def gram_matrix(n: int, size: int) -> Case:
+    def build(generator: Generator) -> Contest:
+        rows, origin = normal(generator, n, size), normal(generator, size)
+
+        def plain() -> Tensor:
+            x = rows.double() - origin.double()
+            return x @ x.T
+
+        truth = chunked(lambda x, o: (x - o) @ (x - o).T, rows, origin)
+        return Contest(
+            (Contender(OURS, lambda: ops.gram(rows, origin=origin)), Contender(f"{PLAIN}, float64", plain)),
+            {"inner products, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-12,
+            moved=rows.nbytes,
+            flops64=n * (n + 1) * size,
+        )
+
+    return Case("gram-matrix", f"Gram matrix, {n} x {n} of {size:,}", 24 * n * size, build)
+
+
+def eigh(n: int, k: int) -> Case:
+    """Leading pairs of eight matrices, beside LAPACK, which finds all of them."""
+
+    def build(generator: Generator) -> Contest:
+        x = normal(generator, 8, n, n).double() / torch.arange(1, n + 1, dtype=torch.float64)
+        a = x @ x.mT
+        return Contest(
+            (
+                Contender(OURS, lambda: ops.eigh(a, k)),
+                Contender("torch.linalg.eigh", lambda: torch.linalg.eigh(a), note="all pairs" if k < n else ""),
+            ),
+            {"residual, relative": lambda got: residual(a, *got)},
+            tolerance=1e-9,
+            moved=a.nbytes,
+        )
+
+    return Case("eigh", f"eigenproblem, {k} pairs of 8 matrices of {n}", 40 * n * n * 8, build)
+
+
+def eigh_prefixes(n: int) -> Case:
+    """The leading pair of the first 2, 3, ... n rows, as the history of the first component asks for it."""
+
+    def build(generator: Generator) -> Contest:
+        x = normal(generator, n, 1000).double().cumsum(0)
+        x -= x.mean(0)
+        gram = x @ x.T
+        prefixes = [gram[:m, :m].contiguous()[None] for m in range(2, n + 1)]
+        return Contest(
+            (
+                Contender(OURS, lambda: [ops.eigh(a, 1) for a in prefixes]),
+                Contender("torch.linalg.eigh", lambda: [torch.linalg.eigh(a) for a in prefixes], note="all pairs"),
+            ),
+            {
+                "residual, relative, worst": lambda got: max(
+                    residual(a, *pairs) for a, pairs in zip(prefixes, got, strict=True)
+                )
+            },
+            tolerance=1e-9,
+            moved=sum(a.nbytes for a in prefixes),
+        )
+
+    return Case("eigh-prefixes", f"leading pair of every prefix of {n}", 24 * n**3, build)
+
+
+def rotate(m: int, q: int, size: int) -> Case:
+    """In place, beside a float64 product of rows that are float64 already, which needs a second buffer."""
+
+    def build(generator: Generator) -> Contest:
+        rows = normal(generator, m, size)
+        square = normal(generator, m, m).double()
+        coefficients = torch.linalg.qr(square).Q[None, :q].contiguous()
+        wide, out = rows.double(), torch.empty(q, size, dtype=torch.float64)
+        truth = torch.cat([coefficients[0] @ part.double() for part in rows.split(CHUNK, 1)], 1)
+        work = rows.clone()
+        return Contest(
+            (
+                Contender(
+                    OURS,
+                    lambda: ops.rotate_(work, coefficients),
+                    lambda: ops.rotate_(rows.clone(), coefficients)[:q],
+                ),
+                Contender(
+                    f"{PLAIN}, float64",
+                    lambda: torch.matmul(coefficients[0], wide, out=out),
+                    note="rows widened before, result in a second buffer",
+                ),
+            ),
+            {"rows, relative error": lambda got: relative(got, truth)},
+            tolerance=1e-6,
+            moved=(m + q) * size * rows.element_size(),
+            flops64=2 * m * q * size,
+        )
+
+    return Case("rotate", f"{m} rows of {size:,} rotated to {q}", 32 * m * size, build)
+
+
+def sketch(n: int, size: int, length: int) -> Case:
+    """Beside an ``index_add_`` with places and signs stored, 12 bytes a coordinate."""
+
+    def build(generator: Generator) -> Contest:
+        x = normal(generator, n, length)
+        places = torch.randint(0, size, (length,), generator=generator)
+        signs = torch.randint(0, 2, (length,), generator=generator).float() * 2 - 1
+        truth = torch.stack([chunked(lambda r: r.square().sum(), row) for row in x])
+        return Contest(
+            (
+                Contender(OURS, lambda: ops.sketch(x, size, 1)),
+                Contender(
+                    f"{PLAIN}, index_add_",
+                    lambda: torch.zeros(n, size).index_add_(1, places, signs * x),
+                    note="stores 12 bytes a coordinate",
+                ),
+            ),
+            {
+                "squared length, relative error (both approximate)": lambda got: float(
+                    (got.double().square().sum(1) / truth - 1).abs().max()
+                )
+            },
+            tolerance=6 * math.sqrt(2 / size),
+            moved=x.nbytes,
+        )
+
+    return Case("sketch", f"sketch of {n} x {length:,} into {size:,}", (20 + 12 * n) * length, build)
+
+
+# --------------------------------------------------------------------------------------------------------------- inputs
+
+
+def step() -> Tensor:
+    return torch.tensor([ETA], dtype=torch.float64)
+
+
+def normal(generator: Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def gradients(generator: Generator, size: int) -> tuple[Tensor, Four]:
+    """Parameters (P,), and g_A, g_B, g_A past B, g_B past A, (1, P) each, whose defect is :data:`DEFECT` or so."""
+    g_a, g_b, a2, b2 = (normal(generator, 1, size).div_(math.sqrt(size)) for _ in range(4))
+    change = DEFECT * ETA / math.sqrt(2)
+    return normal(generator, size).mul_(WEIGHT), (g_a, g_b, a2.mul_(change).add_(g_a), b2.mul_(change).add_(g_b))
+
+
+def block_basis(generator: Generator, size: int, count: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of directions that live on one 128 x 128 matrix each: as the ops take them, and as a matrix (count, P)."""
+    length = min(128 * 128, size // 2)
+    starts = torch.arange(count // 2).repeat_interleave(2) * length % (size - length)
+    rows = torch.stack([starts, torch.full((count,), length), torch.arange(count) * length], dim=1)
+    values = normal(generator, count * length) / length**0.5
+    dense = torch.zeros(count, size)
+    for row, (start, _, offset) in zip(dense, rows.tolist(), strict=True):
+        row[start : start + length] = values[offset : offset + length]
+    return values, rows, dense
+
+
+# ---------------------------------------------------------------------------------------------------------------- truth
+
+
+def chunked(term: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
+    """The sum over chunks of the last dimension of a function of float64 vectors, never all of them at once."""
+    total = torch.zeros((), dtype=torch.float64)
+    ends = [*range(0, vectors[0].shape[-1], CHUNK), vectors[0].shape[-1]]
+    for start, stop in pairwise(ends):
+        total = total + term(*(v[..., start:stop].double() for v in vectors))
+    return total
+
+
+def defect64(g_a: Tensor, g_b: Tensor, a2: Tensor, b2: Tensor) -> float:
+    """D in float64, from gradients as they are stored."""
+    delta2 = chunked(lambda a, b, a2, b2: ((a2 - a) - (b2 - b)).square().sum(), g_a, g_b, a2, b2)
+    area2 = chunked(lambda a: a.square().sum(), g_a) * chunked(lambda b: b.square().sum(), g_b)
+    return float((delta2 / area2).sqrt() / ETA)
+
+
+def residual(a: Tensor, values: Tensor, vectors: Tensor) -> float:
+    """``|A V - V L| / |A|`` of eigenpairs, the worst of all matrices."""
+    off = (a @ vectors - vectors * values[:, None]).norm(dim=(1, 2)) / a.norm(dim=(1, 2))
+    return float(off.max())

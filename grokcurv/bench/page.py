@@ -1,0 +1,85 @@
+"""The page of a bench."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grokcurv.bench.figures import LABELS, costs
+from grokcurv.bench.judge import Result
+from grokcurv.bench.table import COLUMNS, Line, clock, lines
+from grokcurv.report.page import Drawing, draw_twice, write_page
+from grokcurv.report.summary import duration
+
+if TYPE_CHECKING:
+    from grokcurv.bench.driver import Bench
+
+
+class Summary:
+    """The words and numbers of the page."""
+
+    columns = COLUMNS
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    @property
+    def title(self) -> str:
+        return "What it costs, beside what there is"
+
+    @property
+    def subtitle(self) -> list[str]:
+        environment = self.bench.environment
+        threads = environment["threads"]
+        return [
+            str(environment["processor"]),
+            f"{threads} thread{'s' * (threads != 1)}",
+            f"took {duration(self.bench.seconds)}",
+        ]
+
+    @property
+    def missing(self) -> list[str]:
+        """What is wrong, and what was left out, a sentence each."""
+        return [f"Wrong: {said}" for said in self.bench.wrong] + self.bench.left_out
+
+    @property
+    def key_numbers(self) -> list[tuple[str, str, str]]:
+        """The table has them."""
+        return []
+
+    @property
+    def table(self) -> list[Line]:
+        return lines(self.bench.results)
+
+    def heading(self, drawing: Drawing) -> str:
+        """Of a figure."""
+        return f"Against {LABELS[drawing.name]}"
+
+    @property
+    def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        plain = {name: value for name, value in self.bench.environment.items() if not isinstance(value, Mapping)}
+        return [("Environment", {**plain, **self.bench.environment["packages"]}), ("Peers", self.bench.peers)]
+
+
+def write(bench: Bench) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` into the folder; the page's path."""
+    return write_page(bench.path, "bench.html", Summary(bench), list(_drawings(bench)))
+
+
+def _drawings(bench: Bench) -> Iterator[Drawing]:
+    for axis in LABELS:
+        curves = [(curve, points) for curve, points in bench.curves if curve.axis == axis and _drawable(points)]
+        if curves:
+            alt = " ".join(f"{curve.title}: {'; '.join(_ends(points))}." for curve, points in curves)
+            yield draw_twice(axis, alt, lambda theme, axis=axis, curves=curves: costs(axis, curves, theme))  # type: ignore[misc]
+
+
+def _drawable(points: tuple[tuple[int, Result], ...]) -> bool:
+    return any(row.times for _, result in points for row in result.rows)
+
+
+def _ends(points: tuple[tuple[int, Result], ...]) -> list[str]:
+    """The contenders' times at the largest size that was timed."""
+    size, result = next((s, r) for s, r in reversed(points) if any(row.times for row in r.rows))
+    return [f"{row.name} {clock(row.times)} at {size:,}" for row in result.rows if row.times]

@@ -1,0 +1,238 @@
+"""StreamingPCA beside NumPy's SVD, scikit-learn, TorchDR and ``torch.pca_lowrank``, on a walk with drift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from grokcurv.bench.contest import OURS, Case, Contender, Contest
+from grokcurv.bench.kernels import CHUNK, normal
+from grokcurv.pca import StreamingPCA
+
+SAMPLES = 10
+"""Prefixes of which a peer does the PCA, where grokcurv does it of all."""
+
+
+class Answer(NamedTuple):
+    """Leading variances (k,), descending, and components (k, P)."""
+
+    variances: Tensor
+    components: Tensor
+
+
+def whole(n: int, size: int, k: int = 2) -> Case:
+    """Variances and components of rows that are all there."""
+
+    def build(generator: Generator) -> Contest:
+        x = walk(generator, n, size)
+        rows = x.numpy()
+
+        def ours() -> Answer:
+            pca = StreamingPCA(n_components=k, method="gram").partial_fit(x)
+            return Answer(pca.explained_variance_, pca.components_)
+
+        def svd() -> Answer:
+            _, values, vectors = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+            return answer(values[:k] ** 2 / (n - 1), vectors[:k])
+
+        def sklearn() -> Answer:
+            from sklearn.decomposition import PCA
+
+            pca = PCA(k).fit(rows)
+            return answer(pca.explained_variance_, pca.components_)
+
+        def torchdr() -> Answer:
+            from torchdr import PCA
+
+            pca = PCA(k, device="cpu")
+            scores = pca.fit_transform(x)
+            return answer(scores.square().sum(0) / (n - 1), pca.components_)
+
+        return Contest(
+            (
+                Contender(OURS, ours),
+                Contender("NumPy SVD", svd, needs=("threadpoolctl",)),
+                Contender("scikit-learn PCA", sklearn, note="its solver by size", needs=("sklearn", "threadpoolctl")),
+                Contender("TorchDR PCA", torchdr, needs=("torchdr",)),
+                Contender("torch.pca_lowrank", lambda: lowrank(x, k), note="approximate: random projections"),
+            ),
+            errors_against(x, k),
+            tolerance=1e-5,
+            moved=x.nbytes,
+            flops64=n * (n + 1) * size,
+        )
+
+    return Case("pca", f"PCA of {n} rows of {size:,}, k = {k}", 40 * n * size, build)
+
+
+def history(n: int, size: int) -> Case:
+    """PC1 % of the first 2, 3, ... n rows. Peers do ten prefixes, and their time is scaled to all of them."""
+    prefixes = [
+        max(2, round(n * (i + 0.5) / SAMPLES)) for i in range(SAMPLES)
+    ]  # the midpoint rule: too little, if anything
+
+    def build(generator: Generator) -> Contest:
+        x = walk(generator, n, size)
+        rows = x.numpy()
+
+        def ours() -> Tensor:
+            return StreamingPCA(n_components=2, method="gram").partial_fit(x).pc1_history_
+
+        def share(values: Any) -> float:
+            squares = np.asarray(values, dtype=np.float64) ** 2
+            return float(squares[0] / squares.sum())
+
+        def svds() -> Tensor:
+            shares = [share(np.linalg.svd(part - part.mean(0), full_matrices=False)[1]) for part in parts(rows)]
+            return torch.tensor(shares, dtype=torch.float64)
+
+        def parts(rows: Any) -> list[Any]:
+            return [rows[:m] for m in prefixes]
+
+        truth = torch.stack([spectrum(part)[0][0] / spectrum(part)[0].sum() for part in parts(x)])
+        return Contest(
+            (
+                Contender(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
+                Contender(
+                    "NumPy SVD of each",
+                    svds,
+                    note=f"{SAMPLES} timed, scaled to all",
+                    needs=("threadpoolctl",),
+                    times=(n - 1) / SAMPLES,
+                ),
+            ),
+            {"share of PC1, largest error": lambda got: float((got - truth).abs().max())},
+            tolerance=1e-5,
+            moved=x.nbytes,
+            flops64=n * (n + 1) * size,
+        )
+
+    return Case("pca-history", f"PC1 % of every prefix of {n} rows of {size:,}", 40 * n * size, build)
+
+
+def incremental(n: int, size: int, k: int = 8) -> Case:
+    """Rows that come one by one and are not kept."""
+
+    def build(generator: Generator) -> Contest:
+        x = walk(generator, n, size)
+        batches = list(x.split(3 * k))
+        if len(batches[-1]) < k:  # peers refuse it
+            batches[-2:] = [torch.cat(batches[-2:])]
+
+        def ours() -> Answer:
+            pca = StreamingPCA(n_components=k, method="incremental")
+            for row in x:
+                pca.partial_fit(row)
+            return Answer(pca.explained_variance_, pca.components_)
+
+        def sklearn() -> Answer:
+            from sklearn.decomposition import IncrementalPCA
+
+            pca = IncrementalPCA(k)
+            for part in batches:
+                pca.partial_fit(part.numpy())
+            return answer(pca.explained_variance_, pca.components_)
+
+        def torchdr() -> Answer:
+            from torchdr import IncrementalPCA
+
+            pca = IncrementalPCA(k, device="cpu")
+            for part in batches:
+                pca.partial_fit(part)
+            return answer(pca.explained_variance_, pca.components_)
+
+        new = StreamingPCA(n_components=k)
+        rank, block = k + new.oversampling, new.block
+        # For a block of b rows: each row read, with the first, and stored; the basis and the block read for the Gram
+        # matrix; both read, the basis and the sum written for the rotation.
+        rows = rank + 1 + block
+        vectors, folds = 3 * block + rows + rows + rank + 4, n / block
+        return Contest(
+            (
+                Contender(OURS, ours),
+                Contender(
+                    "scikit-learn IncrementalPCA",
+                    sklearn,
+                    note=f"approximate, in batches of {3 * k}",
+                    needs=("sklearn", "threadpoolctl"),
+                ),
+                Contender(
+                    "TorchDR IncrementalPCA",
+                    torchdr,
+                    note=f"approximate, in batches of {3 * k}",
+                    needs=("torchdr",),
+                ),
+                Contender(
+                    "torch.pca_lowrank",
+                    lambda: lowrank(x, k),
+                    note="approximate: random projections; all rows at once",
+                ),
+            ),
+            errors_against(x, k),
+            tolerance=1e-2,
+            moved=int(folds * vectors * 4 * size),
+            flops64=int(folds * (rows * (rows + 1) + 2 * rank * rows) * size),
+        )
+
+    title = f"PCA row by row, {n} rows of {size:,}, k = {k}"
+    return Case("pca-incremental", title, (4 * n + 4 * (3 * k + 50) + 32 * k) * size, build)
+
+
+def lowrank(x: Tensor, k: int) -> Answer:
+    _, values, vectors = torch.pca_lowrank(x, q=k + 6, niter=2)
+    return answer(values[:k].square() / (len(x) - 1), vectors[:, :k].mT)
+
+
+def answer(variances: Any, components: Any) -> Answer:
+    return Answer(torch.as_tensor(variances), torch.as_tensor(components))
+
+
+# ----------------------------------------------------------------------------------------------------- input and truth
+
+
+def walk(generator: Generator, rows: int, size: int) -> Tensor:
+    """A trajectory (rows, size): a random walk with drift, far from the origin."""
+    drift, place = normal(generator, size), 20 * normal(generator, size)
+    x = torch.empty(rows, size)
+    for row in x:
+        place += normal(generator, size).add_(drift, alpha=0.3)
+        row.copy_(place)
+    return x
+
+
+def centred(part: Tensor) -> Tensor:
+    wide = part.double()
+    return wide - wide.mean(0)
+
+
+def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (n,), descending, and eigenvectors (n, n) of the centred rows' Gram matrix, in float64."""
+    gram = sum(c @ c.T for c in map(centred, x.split(CHUNK, 1)))
+    values, vectors = torch.linalg.eigh(torch.as_tensor(gram))
+    return values.flip(0).clamp(min=0) / (len(x) - 1), vectors.flip(1)
+
+
+def errors_against(x: Tensor, k: int) -> dict[str, Callable[[Answer], float]]:
+    """Of the variances over the first of them, and the largest angle between the planes."""
+    values, vectors = spectrum(x)
+    # Components are the weighted sums of centred rows, worked out chunk by chunk when they are compared.
+    weights = vectors[:, :k].mT / (values[:k, None] * (len(x) - 1)).sqrt()
+
+    def variances(got: Answer) -> float:
+        return float((got.variances.double() - values[:k]).abs().max() / values[0])
+
+    def angle(got: Answer) -> float:
+        """By its sine: what of the components got lies outside the true ones, orthonormal or not."""
+        own, inside = (torch.zeros(k, k, dtype=torch.float64) for _ in range(2))
+        for part, components in zip(x.split(CHUNK, 1), got.components.split(CHUNK, 1), strict=True):
+            wide = components.double()
+            own += wide @ wide.T
+            inside += wide @ (weights @ centred(part)).T
+        outside = torch.linalg.eigvalsh(own - inside @ inside.T)[-1].clamp(0, 1)
+        return float(torch.rad2deg(torch.asin(outside.sqrt())))
+
+    return {"variances, error over the first": variances, "components, degrees": angle}

@@ -1,0 +1,97 @@
+"""Which cases ``grokcurv bench`` runs: those of the table, and those of its curves over P, K and T."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from grokcurv.bench import kernels, measurements, pca
+from grokcurv.bench.contest import Case
+
+DEMO = 290_401
+"""Parameters of the demo's model."""
+MATRIX = 128 * 128
+"""Numbers in one of its attention matrices."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One case at several sizes.
+
+    Attributes:
+        axis: ``P``, ``K`` or ``T``: parameters, pairs of batches, rows of a trajectory.
+        title: of its panel.
+        points: size and case.
+    """
+
+    axis: str
+    title: str
+    points: tuple[tuple[int, Case], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        budget: seconds that the timed rounds of a case of the table take, about; a point of a curve takes half.
+    """
+
+    table: tuple[Case, ...]
+    curves: tuple[Curve, ...]
+    budget: float
+
+
+def make_plan(quick: bool) -> Plan:
+    """The plan; ``quick`` ends within ten minutes on one core, without it P goes up to 1e8 and T to 1000."""
+    large = 10_000_000 if quick else 30_000_000
+    table = (
+        measurements.pair(),
+        measurements.bracket(1),
+        measurements.whole(9),
+        measurements.whole(9, measurements.SHORTER),
+        measurements.training(),
+        measurements.training(measurements.SHORTER),
+        pca.whole(300, MATRIX),
+        pca.history(300, MATRIX),
+        pca.incremental(96 if quick else 400, DEMO),
+        kernels.defect(large),
+        kernels.perturb(large),
+        kernels.rounding_terms(DEMO),
+        kernels.defect_on_basis(DEMO),
+        kernels.split(large),
+        kernels.filter_(DEMO),
+        kernels.gram_row(60, 8 * MATRIX),
+        kernels.gram_matrix(60, 8 * MATRIX),
+        kernels.eigh(60, 8),
+        kernels.eigh_prefixes(300),
+        kernels.rotate(24, 12, DEMO),
+        kernels.sketch(1, 1 << 16, large),
+    )
+    parameters = (100_000, 1_000_000, 10_000_000) + (() if quick else (100_000_000,))
+    pairs = (1, 3, 9) if quick else (1, 2, 4, 9, 18)
+    rows = (30, 100, 300) if quick else (30, 100, 300, 1000)
+    curves = (
+        curve("P", "defect arithmetic", parameters, kernels.defect),
+        curve("P", "24 rows of a PCA, k = 2", parameters, lambda size: pca.incremental(24, size, 2)),
+        curve("K", "whole measurement, demo's model", pairs, measurements.whole),
+        curve("K", "exact bracket, demo's model", pairs, measurements.bracket),
+        curve("T", "PCA of rows of 16,384", rows, lambda n: pca.whole(n, MATRIX)),
+        curve("T", "PC1 % of every prefix", rows, lambda n: pca.history(n, MATRIX)),
+    )
+    return Plan(table, curves, budget=4.0 if quick else 15.0)
+
+
+def curve(axis: str, title: str, sizes: Sequence[int], case: Callable[[int], Case]) -> Curve:
+    return Curve(axis, title, tuple((size, case(size)) for size in sizes))
+
+
+def everything() -> tuple[Case, ...]:
+    """The whole table, and its kernels at more sizes: what ``make bench`` times."""
+    return (
+        *make_plan(quick=False).table,
+        *(kernels.gram_matrix(n, size) for n, size in ((300, MATRIX), (48, DEMO))),
+        *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
+        kernels.rotate(48, 16, DEMO),
+        *(kernels.sketch(n, size, 30_000_000 // n) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
+    )

@@ -1,0 +1,124 @@
+"""The table in print: a line on speed for each peer of a case, and below it one on accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from grokcurv.bench.judge import Floor, Result, Row
+from grokcurv.bench.timing import Times
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("case, and error of what", "grokcurv", "beside it", "its time, and error", "ratio", "floor", "over floor")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line: ``cells`` of :data:`COLUMNS`, about speed or about accuracy."""
+
+    cells: tuple[str, ...]
+    accuracy: bool = False
+    first: bool = False
+    """Of a case."""
+
+
+def lines(results: Sequence[Result]) -> list[Line]:
+    """Of all cases; one that was left out has a line that says why."""
+    return [line for result in results for line in _of(result)]
+
+
+def _of(result: Result) -> Iterator[Line]:
+    if not result.rows or result.wrong:
+        yield Line((result.case.title, result.problem, *[""] * 5), first=True)
+        return
+    ours, *others = result.rows
+    for index, row in enumerate(others):
+        first = index == 0
+        name = row.name + (f" ({row.note})" if row.note else "")
+        yield Line(
+            (
+                result.case.title if first else "",
+                clock(ours.times) if first else "",
+                name,
+                clock(row.times) if row.times else row.problem,
+                factor(row.ratio),
+                must(result.floor) if first else "",
+                factor(result.floor.ratio) if first and result.floor else "",
+            ),
+            first=first,
+        )
+        if not row.problem:
+            yield Line((quantities(ours), errors(ours), "", errors(row), "", "", ""), accuracy=True)
+
+
+def quantities(row: Row) -> str:
+    return "; ".join(row.errors)
+
+
+def errors(row: Row) -> str:
+    return "; ".join("none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in row.errors.values())
+
+
+def clock(times: Times | None) -> str:
+    """Median, and half the distance between the quartiles in per cent of it."""
+    if times is None:
+        return ""
+    low, high = times.spread
+    return f"{seconds(times.median)} ± {50 * (high - low) / times.median:.0f} %"
+
+
+def seconds(value: float) -> str:
+    """12.3 us, 4.56 ms, 7.89 s."""
+    unit, scale = next((u, s) for u, s in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)) if value < 999.5 * s or u == "s")
+    return f"{_three(value / scale)} {unit}"
+
+
+def factor(ratio: Times | None) -> str:
+    return "" if ratio is None else f"{_three(ratio.median)}x"
+
+
+def must(floor: Floor | None) -> str:
+    """What must be done, and the time that takes."""
+    if floor is None:
+        return ""
+    known = [f"{_three(floor.moved / 1e6)} MB"] * (floor.moved > 0)
+    known += [f"{_three(floor.flops / 1e9)} Gflop"] * (floor.flops > 0)
+    known += [f"{_three(floor.flops64 / 1e9)} Gflop64"] * (floor.flops64 > 0)
+    return f"{', '.join(known)}: {seconds(floor.seconds)}"
+
+
+def _three(value: float) -> str:
+    """Three significant digits, or all of an integer's, without an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    value = float(f"{value:.2e}")  # 0.9999 is 1.00
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(min(digits, 4), 0)}f}"
+
+
+def markdown(rows: Sequence[Line]) -> str:
+    """As a table of a Markdown file, accuracy in italics."""
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    body = [
+        "| " + " | ".join(f"*{cell}*" if line.accuracy and cell else cell for cell in line.cells) + " |"
+        for line in rows
+    ]
+    return "\n".join([*head, *body]) + "\n"
+
+
+def rich_table(rows: Sequence[Line]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in zip(COLUMNS, ("left", "right", "left", "right", "right", "right", "right"), strict=True):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for line in rows:
+        if line.first and table.row_count:
+            table.add_row()
+        table.add_row(*(Text(cell, style="dim" if line.accuracy else "") for cell in line.cells))
+    return table

@@ -1,0 +1,360 @@
+"""bench: cases small enough to judge in seconds, what a wrong answer and a missing peer do, and the folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grokcurv import cli, ops
+from grokcurv.bench import judge as judging
+from grokcurv.bench import kernels, measurements, naive, pca, run_bench, timing
+from grokcurv.bench.contest import OURS, PEERS, Case, Contender, Contest, relative, worst
+from grokcurv.bench.judge import Result, judge, peers
+from grokcurv.bench.plan import Plan, curve, everything, make_plan
+from grokcurv.bench.table import clock, lines, markdown, seconds
+from grokcurv.bench.timing import Times, interleaved
+from grokcurv.runs import RunError
+
+NO_PEERS = dict.fromkeys(PEERS, "not asked for")
+
+KERNELS = [
+    kernels.perturb(5000),
+    kernels.defect(5000),
+    kernels.rounding_terms(5000),
+    kernels.defect_on_basis(40_000),
+    kernels.split(5000),
+    kernels.filter_(40_000),
+    kernels.gram_row(5, 3000),
+    kernels.gram_matrix(7, 3000),
+    kernels.eigh(20, 3),
+    kernels.eigh_prefixes(12),
+    kernels.rotate(9, 4, 3000),
+    kernels.sketch(2, 64, 5000),
+    pca.whole(20, 3000),
+    pca.history(20, 3000),
+    pca.incremental(40, 3000, 3),
+]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 16, two training steps, and short samples."""
+    monkeypatch.setattr(measurements, "ROWS", 16)
+    monkeypatch.setattr(measurements, "CHECK_EVERY", 2)
+    monkeypatch.setattr(measurements, "COMPARED", 2)
+    monkeypatch.setattr(timing, "SAMPLE", 1e-4)
+
+
+def judged(case: Case, generator: torch.Generator, problems: dict[str, str] = NO_PEERS) -> Result:
+    return judge(case, generator, 0.0, problems)
+
+
+def check_timed(result: Result) -> None:
+    """Grokcurv and everyone without a problem was timed, and the ratios are those of the rounds."""
+    assert not result.problem
+    assert result.rows[0].name == OURS
+    for row in result.rows:
+        if row.problem:
+            continue
+        assert len(row.times.samples) == timing.ROUNDS[0]
+        np.testing.assert_allclose(
+            row.ratio.samples, np.array(row.times.samples) / np.array(result.rows[0].times.samples)
+        )
+    floor = result.floor
+    work = {"read_rate": floor.moved, "rate": floor.flops, "rate64": floor.flops64}
+    parts = [amount / getattr(floor, rate) for rate, amount in work.items() if amount]
+    assert parts
+    assert max(parts) <= floor.seconds * (1 + 1e-9)  # the median of the larger, the larger of the medians
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
+def test_cases(case: Case, generator: torch.Generator, small: None) -> None:
+    check_timed(judged(case, generator))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        measurements.pair(),
+        measurements.whole(2),
+        measurements.whole(1, measurements.SHORTER),
+        measurements.bracket(2),
+        measurements.training(),
+        measurements.training(measurements.SHORTER),
+    ],
+    ids=lambda case: case.name,
+)
+def test_measurements(case: Case, generator: torch.Generator, small: None) -> None:
+    result = judged(case, generator)
+    check_timed(result)
+    if case.name == "step":
+        assert {row.errors["weights, distance from the plain loop's"] for row in result.rows} == {0.0}
+    for row in result.rows[1:]:
+        if "naive" in row.name or "four gradients" in row.name:  # its error is a number, and not a small one
+            assert 1e-7 < next(iter(row.errors.values())) < 1
+        elif "bare" in row.name or row.name == "torch.optim":
+            assert math.isnan(next(iter(row.errors.values())))
+
+
+@pytest.mark.parametrize(
+    ("needed", "name", "case"),
+    [
+        ("curvlinops", "curvlinops", measurements.bracket(1)),
+        ("sklearn", "scikit-learn PCA", pca.whole(20, 3000)),
+        ("sklearn", "scikit-learn IncrementalPCA", pca.incremental(40, 3000, 3)),
+        ("torchdr", "TorchDR PCA", pca.whole(20, 3000)),
+        ("torchdr", "TorchDR IncrementalPCA", pca.incremental(40, 3000, 3)),
+        ("threadpoolctl", "NumPy SVD", pca.whole(20, 3000)),
+        ("threadpoolctl", "NumPy SVD of each", pca.history(20, 3000)),
+    ],
+)
+def test_peers(needed: str, name: str, case: Case, generator: torch.Generator, small: None) -> None:
+    """They run as they are called here, and answer the same question."""
+    pytest.importorskip(needed, reason=f"{PEERS[needed]} is not installed")
+    row = next(row for row in judged(case, generator, dict.fromkeys(PEERS, "")).rows if row.name == name)
+    assert not row.problem
+    assert row.times is not None
+    assert next(iter(row.errors.values())) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------- truth
+
+
+def test_truth_of_the_defect(generator: torch.Generator) -> None:
+    """In slices as in one piece, and of the size that is promised."""
+    _, vectors = kernels.gradients(generator, kernels.CHUNK + 77)
+    g_a, g_b, a2, b2 = (x[0].double() for x in vectors)
+    delta = kernels.ETA * ((a2 - g_a) - (b2 - g_b))
+    whole = float(delta.norm() / (kernels.ETA**2 * g_a.norm() * g_b.norm()))
+    assert kernels.defect64(*(x[0] for x in vectors)) == pytest.approx(whole, rel=1e-12)
+    assert whole == pytest.approx(kernels.DEFECT, rel=0.1)
+
+
+def test_truth_of_the_pca(generator: torch.Generator) -> None:
+    """No error for NumPy's float64 SVD; a known angle and a known error for what is off by those."""
+    x = pca.walk(generator, 15, 500)
+    rows = x.double().numpy()
+    _, values, vectors = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    errors = pca.errors_against(x, 2)
+    variances, components = values[:2] ** 2 / 14, torch.from_numpy(vectors)
+    exact = pca.answer(variances, components[:2])
+    assert errors["variances, error over the first"](exact) < 1e-12
+    assert errors["components, degrees"](exact) < 1e-4
+    turn = math.radians(3)
+    turned = torch.stack([math.cos(turn) * components[0] + math.sin(turn) * components[5], components[1]])
+    off = pca.answer(variances + np.array([0, 0.1 * variances[0]]), turned)
+    assert errors["variances, error over the first"](off) == pytest.approx(0.1)
+    assert errors["components, degrees"](off) == pytest.approx(3, rel=1e-6)
+
+
+def test_truth_of_the_bracket(generator: torch.Generator, small: None) -> None:
+    """A central difference of float64 gradients."""
+    model, (pair,), _ = measurements.demo(generator, 1)
+    exact = copy.deepcopy(model).double()
+    loss_fn = measurements.loss(measurements.MODULE)
+    theta = torch.nn.utils.parameters_to_vector(exact.parameters()).detach().clone()
+
+    def product(batch: Any, direction: torch.Tensor) -> torch.Tensor:
+        ends = []
+        for sign in (1, -1):
+            torch.nn.utils.vector_to_parameters(theta + sign * 1e-5 * direction, exact.parameters())
+            ends.append(naive.gradient(exact, loss_fn, batch))
+        torch.nn.utils.vector_to_parameters(theta, exact.parameters())
+        return (ends[0] - ends[1]) / 2e-5
+
+    g_a, g_b = (naive.gradient(exact, loss_fn, batch) for batch in pair)
+    want = product(pair[1], g_a) - product(pair[0], g_b)
+    assert relative(measurements.bracket64(model, pair), want) < 1e-6
+
+
+def test_errors() -> None:
+    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative([torch.tensor(3.0), torch.tensor([4.5])], truth) == pytest.approx(0.1)
+    assert worst(torch.tensor([3.3, 4.0]), truth) == pytest.approx(0.1)
+
+
+# --------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only calls move: medians, repeats and turns are theirs."""
+    now, order = 0.0, []
+
+    def call(name: str, lasts: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += lasts
+            order.append(name)
+
+        return run
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    short, long = interleaved([call("a", 0.006), call("b", 1.0)], budget=5.0)
+    assert (short.calls, long.calls) == (4, 1)
+    assert short.median == pytest.approx(0.006)
+    assert long.over(short).median == pytest.approx(1 / 0.006)
+    assert "".join(order) == "aab" + "aaaab" + "baaaa" + "aaaab" + "baaaa"
+
+
+def test_spread() -> None:
+    times = Times((1.0, 2.0, 3.0, 4.0, 5.0), 1)
+    assert times.spread == (2.0, 4.0)
+    assert clock(times) == "3.00 s ± 33 %"
+    said = [seconds(x) for x in (1.23e-8, 1e-3, 0.0999, 0.9999, 1234.5)]
+    assert said == ["0.0123 us", "1.00 ms", "99.9 ms", "1.00 s", "1,234 s"]
+
+
+# ---------------------------------------------------------------------------------------------------- what may go wrong
+
+
+def contest(ours: float = 1.0, peer: Callable[[], Any] = lambda: 1.5, needs: tuple[str, ...] = ()) -> Case:
+    """Truth is one, and one thousandth off is allowed."""
+
+    def build(_: torch.Generator) -> Contest:
+        contenders = (Contender(OURS, lambda: ours), Contender("peer", peer, note="approximate", needs=needs))
+        return Contest(contenders, {"number, error": lambda got: abs(got - 1.0)}, tolerance=1e-3, moved=4000)
+
+    return Case("contest", "a contest", 0, build)
+
+
+@pytest.mark.parametrize("ours", [1.01, math.nan])
+def test_a_wrong_answer_is_not_timed(ours: float, generator: torch.Generator) -> None:
+    result = judged(contest(ours), generator)
+    assert result.wrong
+    assert result.rows[0].times is None
+    assert "number, error of grokcurv is" in result.problem
+    (line,) = lines([result])
+    assert "not timed" in line.cells[1]
+
+
+def test_a_kernel_that_is_wrong_is_found(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.gram
+    monkeypatch.setattr(ops, "gram", lambda *args, **options: right(*args, **options) * (1 + 1e-9))
+    assert judged(kernels.gram_matrix(7, 3000), generator).wrong
+
+
+def test_a_peer_that_fails_or_is_missing_is_said_to(generator: torch.Generator) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    result = judged(contest(peer=fail), generator)
+    assert result.rows[1].problem == "failed: RuntimeError: no such kernel"
+    missing = judged(contest(needs=("torchdr",)), generator, {**NO_PEERS, "torchdr": "not installed"})
+    assert missing.rows[1].problem == "not installed"
+    (line,) = lines([missing])
+    assert line.cells[2:4] == ("peer (approximate)", "not installed")
+    assert line.cells[1] == clock(missing.rows[0].times)
+
+
+def test_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "PEERS", {"json": "a-package", "no_such_module": "no-such-package"})
+    assert peers() == {"json": "", "no_such_module": "not installed: pip install no-such-package"}
+
+
+def test_a_case_without_room_is_left_out(generator: torch.Generator) -> None:
+    result = judged(Case("large", "a large contest", 1 << 60, contest().build), generator)
+    assert not result.rows
+    assert result.problem.startswith("needs 1073741824.0 GiB of memory")
+
+
+# --------------------------------------------------------------------------------------------------------------- folder
+
+
+def plan() -> Plan:
+    return Plan(
+        (kernels.defect(3000), contest(needs=("torchdr",)), Case("large", "a large contest", 1 << 60, contest().build)),
+        (
+            curve("P", "defect arithmetic", (3000, 6000), kernels.defect),
+            curve("K", "brackets", (1,), lambda k: contest(needs=("torchdr",))),
+            curve("T", "rows", (10, 20), lambda n: kernels.gram_matrix(n, 2000)),
+        ),
+        budget=0.0,
+    )
+
+
+def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {**dict.fromkeys(PEERS, ""), "torchdr": "not installed: pip install torchdr"}
+    monkeypatch.setattr("grokcurv.bench.driver.peers", lambda: absent)
+    monkeypatch.setattr("grokcurv.bench.driver.metadata", SimpleNamespace(version=lambda package: "1.2"))
+    threads, news = torch.get_num_threads(), []
+    bench = run_bench(out=tmp_path / "bench", plan=plan(), on_progress=news.append)
+    assert torch.get_num_threads() == threads
+    assert not bench.wrong
+    assert [said["case"] for said in news] == [r.case.title for r in bench.everything()]
+    assert any(said.startswith("torchdr: not installed") for said in bench.left_out)
+    assert any(said.startswith("a large contest: needs") for said in bench.left_out)
+
+    saved = json.loads((tmp_path / "bench/bench.json").read_text())
+    assert saved["environment"]["threads"] == 1
+    assert saved["environment"]["packages"]["torch"] == torch.__version__
+    assert saved["peers"]["curvlinops-for-pytorch"] == "1.2"
+    assert saved["peers"]["torchdr"].startswith("not installed")
+    by_title = {case["title"]: case for case in saved["cases"]}
+    point = by_title[saved["curves"][0]["points"][1][1]]
+    assert point["title"] == "defect arithmetic, P = 6,000"
+    assert point["floor"]["bytes"] == 4 * 4 * 6000
+    ours = point["contenders"][0]
+    assert ours["seconds"]["low"] <= ours["seconds"]["median"] <= ours["seconds"]["high"]
+    assert ours["errors"]["defect, relative error"] < 1e-10
+
+    table = (tmp_path / "bench/table.md").read_text()
+    assert table == markdown(lines(bench.results))
+    assert {row.count("|") for row in table.splitlines()} == {8}
+    speed, accuracy = table.splitlines()[2:4]
+    assert speed.startswith("| defect arithmetic, P = 3,000 |")
+    assert accuracy.startswith("| *defect, relative error* |")
+    page = (tmp_path / "bench/report.html").read_text()
+    assert page.count("<img ") == 3
+    assert "not installed: pip install torchdr" in page
+    for axis in "PKT":
+        assert (tmp_path / f"bench/figures/{axis}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cases must be among .*pca-history.*; got 'pcs'"):
+        run_bench(out=tmp_path, cases=["pcs"])
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        run_bench(out=tmp_path, threads=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write into"):
+        run_bench(out=tmp_path / "file")
+
+
+def test_plans() -> None:
+    """Names do not depend on the size, titles tell cases apart, and the quick plan fits into 8 GiB."""
+    quick, full = make_plan(quick=True), make_plan(quick=False)
+    assert [case.name for case in quick.table] == [case.name for case in full.table]
+    assert max(size for one in full.curves if one.axis == "P" for size, _ in one.points) == 100_000_000
+    titles = [case.title for case in everything()]
+    assert len(set(titles)) == len(titles)
+    assert all(case.memory < 8 << 30 for case in quick.table)
+    assert {one.axis for one in quick.curves} == {"P", "K", "T"}
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def small_plan(quick: bool) -> Plan:
+        asked.append(quick)
+        return plan()
+
+    monkeypatch.setattr("grokcurv.bench.driver.make_plan", small_plan)
+    assert cli.main(["bench", "--quick", "--out", str(tmp_path), "--cases", "defect"]) == 0
+    said = capsys.readouterr().out
+    assert "defect arithmetic" in said
+    assert said.endswith(f"{tmp_path / 'report.html'}\n")
+    assert cli.main(["bench", "--cases", "no-such-case"]) == 2
+    assert asked == [True, False]
+    assert "cases must be among" in capsys.readouterr().err
+    monkeypatch.setattr("grokcurv.bench.driver.make_plan", lambda quick: Plan((contest(2.0),), (), 0.0))
+    assert cli.main(["bench", "--out", str(tmp_path)]) == 1
+    assert "WRONG: a contest" in capsys.readouterr().out
