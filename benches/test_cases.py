@@ -53,7 +53,7 @@ def test_case(
     generator = torch.Generator().manual_seed(0)
     result = judge(case, generator, BUDGET, problems)
     if not result.rows:
-        pytest.skip(result.problem)
+        pytest.skip(result.problem)  # it needs more memory than is free
     assert not result.problem
     ours, *others = result.rows
     for row in others:

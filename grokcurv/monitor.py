@@ -430,7 +430,7 @@ class CurvatureMonitor:
     def _aligned(self, delta: Tensor, before: Tensor) -> dict[str, Tensor]:
         """:data:`ALIGNMENT_FIELDS` of the step from ``before`` to the parameters as they are, beside ``delta``."""
         step = flatten(self.probe.gradients.model).to(delta.dtype) - before
-        cosines, share = alignment(step, delta)
+        cosines, share, _ = alignment(step, delta)
         count, size = delta.shape
         mean = cosines.abs().mean()
         chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))

@@ -135,7 +135,7 @@ class Run:
         """The network's ``state_dict`` at ``step``, one of :attr:`snapshots`; RunError if it is none or damaged."""
         if self.path is None:
             raise RunError("this run was kept in memory alone: it has no snapshot")
-        return _read_state(_snapshot(self.path, step))
+        return _read_state(_snapshot_path(self.path, step))
 
     def _table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:
@@ -236,7 +236,7 @@ class RunWriter:
 
     def write_snapshot(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep a network's ``state_dict``; one that is there from before a crash has the same bits."""
-        file = _snapshot(self.path, step)
+        file = _snapshot_path(self.path, step)
         if file.exists():
             return
         try:
@@ -448,7 +448,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise RunError(f"{path} is damaged: {error}") from error
 
 
-def _snapshot(folder: Path, step: int) -> Path:
+def _snapshot_path(folder: Path, step: int) -> Path:
     return folder / "snapshots" / f"{step:09}.safetensors"
 
 

@@ -43,6 +43,8 @@ class Alignment(NamedTuple):
     """(K,) of its angle with each."""
     share: Tensor
     """() length of its part in their span over its own: 0 to 1."""
+    correlations: Tensor
+    """(K, K) cosines of the others among themselves."""
 
 
 def alignment(v: Tensor, rows: Tensor) -> Alignment:
@@ -58,10 +60,11 @@ def alignment(v: Tensor, rows: Tensor) -> Alignment:
     gram, inner, own = ops.gram(rows)[0], ops.gram(v[None], rows)[0, 0], ops.gram(v[None])[0, 0, 0]
     lengths = gram.diagonal().sqrt()
     cosines = inner / (lengths * own.sqrt())
-    (values,), (vectors,) = ops.eigh((gram / torch.outer(lengths, lengths))[None], len(rows))
+    correlations = gram / torch.outer(lengths, lengths)
+    (values,), (vectors,) = ops.eigh(correlations[None], len(rows))
     parts = (vectors.mT @ cosines).square() / values
     share = torch.where(values <= RANK_TOLERANCE, 0.0, parts).sum().sqrt()
-    return Alignment(cosines, share.clamp(max=1.0))
+    return Alignment(cosines, share.clamp(max=1.0), correlations)
 
 
 class Subspace:

@@ -16,7 +16,7 @@ import torch
 
 from grokcurv.modular import TrainConfig
 from grokcurv.reproduce.claims import answer
-from grokcurv.reproduce.evidence import Alignment, Arithmetic, Evidence, Snapshot, Trial
+from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import CLAIMS
 from grokcurv.runs import Run
@@ -77,8 +77,8 @@ def snapshot(trustworthy: float = 2.0, published: float = 2.0, seed: int = 0) ->
         delta[:, 100 : 100 + SUPPORT] += (times - 1) * inside
         return delta
 
-    way = torch.randn(SIZE, generator=generator)
-    return Snapshot(deltas(trustworthy), deltas(published), way, bases[8], bases)
+    displacement = torch.randn(SIZE, generator=generator)
+    return Snapshot(deltas(trustworthy), deltas(published), displacement, bases[8], bases)
 
 
 def walks(percent: float = 71.0, p_value: float = 0.005) -> pd.DataFrame:
@@ -96,15 +96,15 @@ def trial(settings: Mapping[str, Any], *, status: str = "finished", reason: str 
     if status != "pending":
         run = Run(None, asdict(config), {}, status=status, tables=records(**{"steps": 4000, **asked}))
     made = Trial(f"runs/{config.op}-{config.seed}", config, status, reason, run)
-    made.__dict__.update({"snapshot": snapshot(), "alignments": ways(1.0), "walks": walks(), **own})
+    made.__dict__.update({"snapshot": snapshot(), "alignments": alignments_of(1.0), "walks": walks(), **own})
     return made
 
 
-def ways(trustworthy: float, published: float | None = None) -> dict[Arithmetic, tuple[Alignment, ...]]:
-    """Three ways between checkpoints whose alignment is about this many times chance."""
+def alignments_of(trustworthy: float, published: float | None = None) -> dict[Arithmetic, tuple[AlignmentTest, ...]]:
+    """Three displacements between checkpoints whose alignment is about this many times chance."""
 
-    def three(ratio: float) -> tuple[Alignment, ...]:
-        return tuple(Alignment(ratio * factor, 0.5 if ratio < 1.5 else 0.01) for factor in (0.9, 1.0, 1.1))
+    def three(ratio: float) -> tuple[AlignmentTest, ...]:
+        return tuple(AlignmentTest(ratio * factor, 0.5 if ratio < 1.5 else 0.01) for factor in (0.9, 1.0, 1.1))
 
     return {"published": three(trustworthy if published is None else published), "trustworthy": three(trustworthy)}
 
@@ -139,11 +139,11 @@ def trials() -> dict[str, list[Trial]]:
                 steps=40_000,
                 onset=10_000,
                 grok=34_000,
-                alignments=ways(0.5),
+                alignments=alignments_of(0.5),
                 every=200,
             ),
             *(
-                trial({"op": op, "lr": 1e-2}, onset=700, grok=grok, alignments=ways(1.8))
+                trial({"op": op, "lr": 1e-2}, onset=700, grok=grok, alignments=alignments_of(1.8))
                 for op, grok in (("add", 900), ("mul", 1000))
             ),
         ],

@@ -23,7 +23,7 @@ from grokcurv.modular import TrainConfig, load_model, split, train
 from grokcurv.report.figures import LIGHT
 from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
 from grokcurv.reproduce.claims import JUDGES, Answer, answer, say
-from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, stations, take_snapshot
+from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, paper_checkpoints, take_snapshot
 from grokcurv.reproduce.plan import NEEDS, QUICK, WATCHED, expected_seconds, make_plan
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict
@@ -311,8 +311,8 @@ def test_lr_law(exponent: float, expected: str) -> None:
 )
 def test_alignment(slow: float, fast: float, published: float, expected: str) -> None:
     rates = [
-        trial({"lr": 1e-4}, alignments=synthetic.ways(slow)),
-        *(trial({"lr": 1e-2, "op": op}, alignments=synthetic.ways(fast, published)) for op in ("add", "mul")),
+        trial({"lr": 1e-4}, alignments=synthetic.alignments_of(slow)),
+        *(trial({"lr": 1e-2, "op": op}, alignments=synthetic.alignments_of(fast, published)) for op in ("add", "mul")),
     ]
     found = judged("alignment", {"rates": rates})
     assert found.verdict == expected
@@ -400,17 +400,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config, out=tmp_path_factory.mktemp("finished") / "run")
 
 
-def test_the_way_to_a_snapshot(finished: Run, tmp_path: Path) -> None:
+def test_the_displacement_of_a_snapshot(finished: Run, tmp_path: Path) -> None:
     shorter = train(TrainConfig(**{**finished.config, "steps": 30}), out=tmp_path / "shorter")
     shot = take_snapshot(finished, 30, 10, pairs=3)
     torch.testing.assert_close(
-        shot.way, flatten(load_model(shorter)) - flatten(load_model(finished, 10)), rtol=0, atol=0
+        shot.displacement, flatten(load_model(shorter)) - flatten(load_model(finished, 10)), rtol=0, atol=0
     )
-    assert shot.way.abs().max() > 1e-3
+    assert shot.displacement.abs().max() > 1e-3
     again = take_snapshot(finished, 30, 10, pairs=3)
-    for name in ("trustworthy", "published", "way"):
+    for name in ("trustworthy", "published", "displacement"):
         assert torch.equal(getattr(shot, name), getattr(again, name))
-    assert shot.published.shape == (3, len(shot.way))
+    assert shot.published.shape == (3, len(shot.displacement))
     with pytest.raises(RunError, match="000000035"):
         take_snapshot(finished, 35)
 
@@ -426,15 +426,15 @@ def test_the_basis_of_a_snapshot_is_that_of_the_trajectory_so_far(finished: Run)
     assert take_snapshot(finished, 10, pairs=1).trajectory is None  # of two rows
 
 
-def test_stations() -> None:
+def test_the_paper_s_checkpoints() -> None:
     """The paper's four checkpoints."""
     run = trial({"op": "add"}, grok=3000)  # memorised at 200
-    assert stations(run.records, range(0, 4001, 100)) == (200, 2500, 3500)
+    assert paper_checkpoints(run.records, range(0, 4001, 100)) == (200, 2500, 3500)
     late = run.records.assign(train_acc=np.where(run.records["step"] >= 900, 1.0, 0.5))
-    assert stations(late, range(0, 4001, 100)) == (200, 900, 2500, 3500)
-    assert stations(late, range(0, 4001, 1000)) == (0, 1000, 3000)  # two of them are next to 3000
-    assert stations(trial({"op": "add"}).records, range(0, 4001, 100)) == ()
-    assert stations(late, []) == ()
+    assert paper_checkpoints(late, range(0, 4001, 100)) == (200, 900, 2500, 3500)
+    assert paper_checkpoints(late, range(0, 4001, 1000)) == (0, 1000, 3000)  # two of them are next to 3000
+    assert paper_checkpoints(trial({"op": "add"}).records, range(0, 4001, 100)) == ()
+    assert paper_checkpoints(late, []) == ()
 
 
 def test_where_a_run_ends() -> None:
@@ -484,7 +484,10 @@ def test_ratios_and_alignment_of_a_snapshot(generator: torch.Generator) -> None:
     basis = gc.Subspace.from_blocks(size, [(200, rows)])
     delta = torch.randn(200, size, generator=generator)
     shot = replace(
-        snapshot(), trustworthy=delta, published=torch.zeros(2, size), way=torch.randn(size, generator=generator)
+        snapshot(),
+        trustworthy=delta,
+        published=torch.zeros(2, size),
+        displacement=torch.randn(size, generator=generator),
     )
     for support in ("full", "matched"):
         ratios = shot.ratios("trustworthy", basis, support)  # type: ignore[arg-type]
@@ -501,7 +504,7 @@ def test_ratios_and_alignment_of_a_snapshot(generator: torch.Generator) -> None:
     assert found.ratio == pytest.approx(1, abs=5 * 0.756 / math.sqrt(200))
     assert 0.0001 < found.p_value < 1
     assert all(map(math.isnan, shot.alignment("published")))
-    aligned = replace(shot, way=delta[0], trustworthy=delta[:1]).alignment("trustworthy")
+    aligned = replace(shot, displacement=delta[0], trustworthy=delta[:1]).alignment("trustworthy")
     assert aligned.ratio == pytest.approx(math.sqrt(math.pi * size / 2), rel=1e-3)
     assert aligned.p_value == 1e-4
 

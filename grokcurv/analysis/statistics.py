@@ -156,8 +156,8 @@ def wilson(successes: ArrayLike, trials: ArrayLike) -> tuple[NDArray[np.float64]
     fraction = np.asarray(successes) / count
     centre = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    low, high = np.where(fraction == 0, 0, centre - half), np.where(fraction == 1, 1, centre + half)  # not nearly
-    return fraction, low, high
+    # The ends are exact where all trials agree; rounding would miss them.
+    return fraction, np.where(fraction == 0, 0, centre - half), np.where(fraction == 1, 1, centre + half)
 
 
 def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

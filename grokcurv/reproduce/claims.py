@@ -25,7 +25,7 @@ from grokcurv.modular import TrainConfig
 from grokcurv.report.summary import number as short
 from grokcurv.report.sweep_figures import plain
 from grokcurv.reproduce import figures, published
-from grokcurv.reproduce.evidence import Alignment, Arithmetic, Evidence, Snapshot, Trial
+from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
 from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.published import Number
@@ -193,7 +193,7 @@ def pc1(evidence: Evidence) -> Judgement:
         (
             *(_same(f"PC1 %, mean over matrices, {names[name]}", past[name], mean(name)) for name in names),
             _same(
-                "the same of runs that grok, some time after",
+                "PC1 %, mean over matrices, at the end of runs that grok",
                 Number(),
                 Number.over(trial.trajectory.iloc[-1] for trial in runs["grokking"]),
             ),
@@ -440,21 +440,21 @@ def alignment(evidence: Evidence) -> Judgement:
         rates.setdefault(trial.config.lr, []).append(trial)
     fastest, *_, slowest = rates
 
-    def ways(arithmetic: Arithmetic, rate: float) -> list[Alignment]:
-        found = (way for trial in rates[rate] for way in trial.alignments[arithmetic])
-        return [way for way in found if math.isfinite(way.ratio)]
+    def tests(arithmetic: Arithmetic, rate: float) -> list[AlignmentTest]:
+        found = (one for trial in rates[rate] for one in trial.alignments[arithmetic])
+        return [one for one in found if math.isfinite(one.ratio)]
 
     def ratio(arithmetic: Arithmetic, rate: float) -> Number:
-        return Number.over(way.ratio for way in ways(arithmetic, rate))
+        return Number.over(one.ratio for one in tests(arithmetic, rate))
 
     def beyond(arithmetic: Arithmetic, rate: float) -> Number:
-        found = ways(arithmetic, rate)
-        return Number.share(sum(way.p_value <= SIGNIFICANT for way in found), len(found))
+        found = tests(arithmetic, rate)
+        return Number.share(sum(one.p_value <= SIGNIFICANT for one in found), len(found))
 
     def holds(arithmetic: Arithmetic) -> bool | None:
         from scipy.stats import mannwhitneyu
 
-        high, low = ([way.ratio for way in ways(arithmetic, rate)] for rate in (fastest, slowest))
+        high, low = ([one.ratio for one in tests(arithmetic, rate)] for rate in (fastest, slowest))
         if not (high and low):
             return None
         if ratio(arithmetic, fastest).value <= max(1.0, ratio(arithmetic, slowest).value):
@@ -468,28 +468,23 @@ def alignment(evidence: Evidence) -> Judgement:
         return Here(Number(), Number.over(_median(trial, "step_alignment_ratio") for trial in rates[rate]))
 
     past = published.ALIGNMENT
-    findings = (
-        *(Finding(f"|cos| over chance, learning rate {plain(rate)}", past[rate], each(ratio, rate)) for rate in past),
-        *(
-            Finding(f"share above 95 % of random directions, {plain(rate)}", Number(), each(beyond, rate), 2)
-            for rate in past
-        ),
-        *(Finding(f"|cos| of single steps over chance, {plain(rate)}", Number(), steps(rate)) for rate in past),
-    )
-    first = findings[0].here
+    ratios = [
+        Finding(f"|cos| over chance, learning rate {plain(rate)}", past[rate], each(ratio, rate)) for rate in past
+    ]
+    shares = [
+        Finding(f"share above 95 % of random directions, {plain(rate)}", Number(), each(beyond, rate), 2)
+        for rate in past
+    ]
+    singles = [Finding(f"|cos| of single steps over chance, {plain(rate)}", Number(), steps(rate)) for rate in past]
+    first = ratios[0].here
     return Judgement(
         (holds("published"), holds("trustworthy")),
-        findings,
-        partial(
-            figures.forest,
-            [finding for finding in findings if finding.quantity.startswith("|cos|")],
-            xlabel="|cos| with commutators / chance",
-            zero=1.0,
-        ),
+        (*ratios, *shares, *singles),
+        partial(figures.forest, [*ratios, *singles], xlabel="|cos| with commutators / chance", zero=1.0),
         f"By learning rate; at {plain(fastest)} {say(first.trustworthy)} with commutators that can be trusted, "
         f"{say(first.arithmetic)} with those of the float32 formula.",
-        "Point: median over the ways between checkpoints, or over runs. Line: range. Grey: published range. Black: "
-        "chance.",
+        "Point: median over the displacements between checkpoints, or over runs. Line: range. Grey: published range. "
+        "Black: chance.",
         (
             "The published steps are not single updates: they lead from one of a run's four checkpoints to the next, "
             "hundreds of updates later or more. Single updates stand below.",

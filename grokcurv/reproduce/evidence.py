@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from grokcurv.analysis import RandomBaseline, alignment_p_value, grok_step, phases, random_walk_pc1
 from grokcurv.commutator import CommutatorProbe
@@ -25,7 +24,7 @@ from grokcurv.pca import StreamingPCA
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.rules import GROKKED
 from grokcurv.runs import Run
-from grokcurv.subspace import Subspace
+from grokcurv.subspace import Subspace, alignment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,15 +115,15 @@ class Trial:
         return take_snapshot(self.run, steps[len(steps) // 2]) if steps else None
 
     @cached_property
-    def alignments(self) -> Mapping[Arithmetic, tuple[Alignment, ...]]:
-        """Of the ways between the paper's four checkpoints, each with the commutators at its end; none if it did not
-        grok."""
-        ways: list[dict[Arithmetic, Alignment]] = []
+    def alignments(self) -> Mapping[Arithmetic, tuple[AlignmentTest, ...]]:
+        """Of the displacements between the paper's four checkpoints, each with the commutators at its end; none if it
+        did not grok."""
+        found: list[dict[Arithmetic, AlignmentTest]] = []
         if self.run is not None:
-            for since, step in pairwise(stations(self.records, self.run.snapshots)):
+            for since, step in pairwise(paper_checkpoints(self.records, self.run.snapshots)):
                 shot = take_snapshot(self.run, step, since)  # not kept: it has 24 vectors of P
-                ways.append({arithmetic: shot.alignment(arithmetic) for arithmetic in get_args(Arithmetic)})
-        return {arithmetic: tuple(way[arithmetic] for way in ways) for arithmetic in get_args(Arithmetic)}
+                found.append({arithmetic: shot.alignment(arithmetic) for arithmetic in get_args(Arithmetic)})
+        return {arithmetic: tuple(one[arithmetic] for one in found) for arithmetic in get_args(Arithmetic)}
 
     @cached_property
     def walks(self) -> pd.DataFrame:
@@ -133,8 +132,8 @@ class Trial:
         return compare_walks(self.run, self.end)
 
 
-class Alignment(NamedTuple):
-    """Of a way in the space of the weights with commutators."""
+class AlignmentTest(NamedTuple):
+    """How a displacement of the weights is aligned with commutators."""
 
     ratio: float
     """Mean |cos| over its mean for a random direction; NaN without commutators."""
@@ -150,8 +149,8 @@ class Snapshot:
     """(n, P): those of the pairs whose commutator can be told from rounding; n may be 0."""
     published: Tensor
     """(N, P): of all pairs, by the float32 formula."""
-    way: Tensor
-    """(P,) from an earlier snapshot to this one."""
+    displacement: Tensor
+    """(P,) of the weights, since an earlier snapshot."""
     trajectory: Subspace | None
     """Leading directions of each attention matrix's trajectory; None before there are any."""
     singular: Mapping[int, Subspace]
@@ -160,7 +159,7 @@ class Snapshot:
     @property
     def size(self) -> int:
         """P."""
-        return len(self.way)
+        return len(self.displacement)
 
     def ratios(
         self, arithmetic: Arithmetic, basis: Subspace, support: Literal["full", "matched"]
@@ -186,18 +185,19 @@ class Snapshot:
         ).numpy()
         return rho
 
-    def alignment(self, arithmetic: Arithmetic) -> Alignment:
-        """That of the way with the commutators; those of zeros left out."""
-        delta = getattr(self, arithmetic).double()
-        delta = functional.normalize(delta[delta.any(1)])
+    def alignment(self, arithmetic: Arithmetic) -> AlignmentTest:
+        """That of the displacement with the commutators; those of zeros left out."""
+        delta = getattr(self, arithmetic)
+        delta = delta[delta.any(1)]
         if not len(delta):
-            return Alignment(math.nan, math.nan)
-        mean = float((delta @ functional.normalize(self.way.double(), dim=0)).abs().mean())
-        p_value = alignment_p_value(mean, (delta @ delta.T).numpy(), self.size)
-        return Alignment(mean / RandomBaseline(1, self.size).mean, p_value)
+            return AlignmentTest(math.nan, math.nan)
+        found = alignment(self.displacement, delta)
+        mean = float(found.cosines.abs().mean())
+        p_value = alignment_p_value(mean, found.correlations.numpy(), self.size)
+        return AlignmentTest(mean / RandomBaseline(1, self.size).mean, p_value)
 
 
-def stations(records: pd.DataFrame, snapshots: Sequence[int]) -> tuple[int, ...]:
+def paper_checkpoints(records: pd.DataFrame, snapshots: Sequence[int]) -> tuple[int, ...]:
     """The snapshots next to the paper's four checkpoints; fewer where one is next to two, none without grokking.
 
     Step 200, or a twentieth of the run if that is later; when the training accuracy reaches 0.95; at 85 % of the grok
@@ -217,7 +217,7 @@ def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Sn
 
     Args:
         run: a run with snapshots.
-        step, since: two of them; the second is where the way begins.
+        step, since: two of them; the second is where the displacement begins.
         pairs: of batches.
 
     Raises:

@@ -90,7 +90,7 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
                 y = np.where(y > 0, y, np.nan)
             colour, style = _look(line, theme)
             marker = "." if np.isfinite(y).sum() < 25 else ""  # a value between two gaps has no line
-            width = BENEATH if line.colour == "orange" else 1.3
+            width = BENEATH if line.colour == ARITHMETICS["published"][0] else 1.3
             (handle,) = axes.plot(line.x, y, color=colour, linestyle=style, marker=marker, linewidth=width)
             if line.label:
                 drawn.setdefault(line.label, handle)
