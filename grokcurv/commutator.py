@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from grokcurv import ops
 from grokcurv.flat import Segment, flatten
 from grokcurv.gradients import Asking, GradientEngine, LossFn, Strategy, Vectors, Wanted, carry_out
+from grokcurv.records import capturing
 from grokcurv.reference import compute_type
 from grokcurv.subspace import Subspace
 
@@ -45,6 +46,9 @@ AUTO_STEP = 3e-6
 
 RELIABLE_RATIO = 10.0
 """A defect is called reliable when it is at least this many times its noise floor."""
+
+GIVEN = "given"
+"""Where :attr:`CommutatorProbe.errors` has the distance of a given first gradient from the probe's own."""
 
 FLOOR_MARGIN = 3.0
 """How many times its estimated size the error vector is allowed; ``docs/numerics.md`` says why three."""
@@ -110,7 +114,8 @@ class CommutatorProbe:
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
     Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
     and one parameter's gradient on its way to them (a kept ``delta`` and the float64 evaluation behind the noise floor
-    aside). ``errors`` holds what that evaluation last found, by the form it was made for: (2,) absolute and relative.
+    aside). ``errors`` holds what that evaluation last found, by the form it was made for: (2,) absolute and relative;
+    and ``errors["given"]`` how far a gradient that was given was from the probe's own.
 
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps.
@@ -191,7 +196,8 @@ class CommutatorProbe:
             keep_delta: return every ``delta`` as well, N vectors of P.
             method: instead of the probe's own.
             first_gradient: (P,) the gradient on the first pair's ``batch_a``, if it is already known. It saves one
-                gradient; it must come from the same ``loss_fn`` at the same parameters.
+                gradient, except at a check: then it is computed all the same, and the distance between the two enters
+                the floor from there on. It must come from the same ``loss_fn`` at the same parameters.
             design: ``"independent"``, or ``"chain"`` for pairs (B0, B1), (B1, B2), ... each of which begins with the
                 batch object that the one before ended with: the gradient at theta serves both, so that n pairs cost
                 3 n + 1 gradients instead of 4 n (not for brackets). Neighbours are then correlated, see
@@ -242,13 +248,16 @@ class CommutatorProbe:
         if first_gradient is not None and first_gradient.shape != (size,):
             raise ValueError(f"first_gradient must have shape ({size},), got {tuple(first_gradient.shape)}")
         form = "bracket" if method == "bracket" else "difference"
-        check = self.noise_floor and (check or form not in self.errors)
+        uncompared = first_gradient is not None and form == "difference" and GIVEN not in self.errors
+        check = self.noise_floor and (check or form not in self.errors or uncompared)
         if form not in self.errors:  # one tensor for good, so that a captured measurement finds the latest errors
             self.errors[form] = torch.full((2,), math.nan, dtype=torch.float64, device=device)
         shared = _Shared(self._segment_table(), self.errors[form])
         if method != "bracket":
             shared.theta = flatten(self.gradients.model)
             shared.work = torch.empty(4, size, dtype=dtype, device=device)
+        if first_gradient is not None and self.noise_floor:
+            shared.given = self.errors.setdefault(GIVEN, torch.full_like(self.errors[form], math.nan))
         rows = []
         chained, end = design == "chain", None
         for index, pair in enumerate(_take(source, pairs)):
@@ -267,6 +276,7 @@ class CommutatorProbe:
             else:
                 measured = yield from self._differences(shared, pair, seeds, known, check and index == 0)
             rows.append(self._stats(shared, measured, method, keep_delta))
+            shared.given = None
             del measured  # before the next pair's vectors are allocated
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
@@ -279,9 +289,14 @@ class CommutatorProbe:
         theta, (batch_a, batch_b) = shared.theta, pair
         g_a, g_b, a2, b2 = shared.work
         at_theta = [Wanted(theta, batch_a, g_a, seeds[0]), Wanted(theta, batch_b, g_b, seeds[1])]
-        if known is not None:
+        compare = known is not None and check and not capturing(theta.device)
+        if known is not None and not compare:
             g_a.copy_(known)
-        yield at_theta[known is not None :]
+            del at_theta[0]
+        yield at_theta
+        if known is not None and compare:
+            self.errors[GIVEN].copy_(rounding_error(known, g_a))
+            shared.given = None
         eta = self._step(g_a, g_b)
         if self.gradients.strategy == "vmap":
             past_b, past_a = ops.perturb(theta, torch.stack([g_b, g_a]), eta.expand(2).contiguous())
@@ -351,7 +366,7 @@ class CommutatorProbe:
             floor = FLOOR_MARGIN * shared.error_size(ha, hb) / area
             reference = torch.full_like(defect, math.nan)
         else:
-            floor = FLOOR_MARGIN * math.sqrt(2.0) * shared.error_size(aa, bb) / (eta * area)
+            floor = FLOOR_MARGIN * shared.difference_error(aa, bb) / (eta * area)
             rounded, distance = out.sums[:, 6:8].sqrt().unbind(1)
             reference = rounded / (eta.square() * area + REFERENCE_GUARD)
             if method == "reference":
@@ -428,22 +443,31 @@ class _Shared:
     Attributes:
         segments: (S, 2) int64, or None.
         error: (2,) rms absolute and relative error of the two vectors that were checked last.
+        given: (2,) absolute and relative distance of a given first gradient from the probe's own, while one is used.
         theta: (P,), the parameters; not needed for brackets.
         work: (4, P), the gradients of one pair after another; brackets bring their own.
     """
 
     segments: Tensor | None
     error: Tensor
+    given: Tensor | None = None
     theta: Tensor = field(default_factory=lambda: torch.empty(0))
     work: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def error_size(self, a2: Tensor, b2: Tensor) -> Tensor:
-        """Length of the errors of two vectors of squared norms ``a2`` and ``b2`` taken together.
+        """Length of the errors of two vectors of squared norms ``a2`` and ``b2`` taken together."""
+        return (_squared_error(self.error, a2) + _squared_error(self.error, b2)).sqrt()
 
-        Each error is taken to be as large as the checked ones in absolute or in relative size, whichever is more.
-        """
-        absolute, relative = self.error.square()
-        return (torch.maximum(absolute, relative * a2) + torch.maximum(absolute, relative * b2)).sqrt()
+    def difference_error(self, a2: Tensor, b2: Tensor) -> Tensor:
+        """Length of the errors of two gradients on A and two on B; of the first one's distance besides, if given."""
+        squared = 2.0 * self.error_size(a2, b2).square()
+        return (squared if self.given is None else squared + _squared_error(self.given, a2)).sqrt()
+
+
+def _squared_error(error: Tensor, squared_norm: Tensor) -> Tensor:
+    """As large as the error found earlier, in absolute or in relative size, whichever is more."""
+    absolute, relative = error.square()
+    return torch.maximum(absolute, relative * squared_norm)
 
 
 def _take(source: Iterable[Pair] | Sampler, pairs: int | None) -> Iterable[Pair]:

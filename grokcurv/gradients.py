@@ -11,8 +11,9 @@ are never written. Three strategies give the same gradients:
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -41,8 +42,8 @@ class GradientEngine:
 
     Args:
         model: any module with at least one trainable parameter; all trainable parameters on one device and of
-            one floating dtype. A module wrapped by ``torch.compile`` is unwrapped: compiled graphs cannot be
-            differentiated twice.
+            one floating dtype. What is compiled in it or in the loss runs uncompiled here: compiled graphs cannot be
+            differentiated twice, and would be compiled anew for the other precision.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar tensor.
         strategy: ``"auto"`` is ``graph`` for models of at most 2^24 parameters on a GPU, and ``loop`` for all others
             and wherever the former two do not go. ``vmap`` wants batches of tensors of the same shapes, and a model and
@@ -62,8 +63,10 @@ class GradientEngine:
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         self.model: nn.Module = getattr(model, "_orig_mod", model)
+        _refuse_spread(self.model)
         self.segments: tuple[Segment, ...] = segments_of(self.model)
-        self._call = _Loss(self.model, loss_fn)
+        self._loss_fn = loss_fn
+        self._holder = _Holder(self.model)
         theta = flatten(self.model)  # refuses several dtypes or devices
         self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
         self.stochastic = False
@@ -127,9 +130,9 @@ class GradientEngine:
 
     def _one(self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0) -> Tensor:
         leaves = self._leaves(theta)
+        views = self._views(out.zero_())
         with self._evaluation(seed):
-            loss = self._loss(leaves, batch)
-            _accumulate(leaves, self._views(out.zero_()), loss)
+            self._at(leaves, batch, lambda loss: _accumulate(leaves, views, loss))
         return out
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ class GradientEngine:
         stacked = _stack(batches)
 
         def loss(leaves: Vectors, batch: Any) -> Tensor:
-            return self._loss(list(leaves), batch)
+            return self._at(list(leaves), batch, lambda loss: loss)
 
         # The fused attention of the CPU would run once per vector: it has no batched form.
         with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
@@ -164,26 +167,48 @@ class GradientEngine:
             Four vectors (P,): ``g_A``, ``g_B``, ``H_A g_B``, ``H_B g_A``.
         """
         leaves = self._leaves(theta)
-        graphs = []
-        with sdpa_kernel(SDPBackend.MATH):
-            for batch, seed in zip(batches, seeds, strict=True):
-                with self._evaluation(seed):
-                    loss = self._loss(leaves, batch)
-                    graph = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-                graphs.append(graph)
-            products = leaves[0].new_zeros(2, self.size)
+        products = leaves[0].new_zeros(2, self.size)
+
+        def differentiate(graphs: Sequence[Vectors]) -> Sequence[Vectors]:
             for graph, direction, row in zip(graphs, reversed(graphs), products, strict=True):
                 # A gradient that does not depend on the parameters (a loss linear in them) has no second derivative.
                 pairs = [(g, v.detach()) for g, v in zip(graph, direction, strict=True) if g.requires_grad]
                 if pairs:
                     _accumulate(leaves, self._views(row), [g for g, _ in pairs], [v for _, v in pairs])
+            return graphs
+
+        with sdpa_kernel(SDPBackend.MATH):
+            graphs = self._with_graphs(leaves, list(zip(batches, seeds, strict=True)), differentiate)
         gradients = products.new_empty(2, self.size)
         for graph, row in zip(graphs, gradients, strict=True):
             for view, part in zip(self._views(row), graph, strict=True):
                 view.copy_(part.detach())
         return (*gradients, *products)
 
-    def _loss(self, leaves: list[Tensor], batch: Any) -> Tensor:
+    def _with_graphs(
+        self,
+        leaves: list[Tensor],
+        batches: Sequence[tuple[Any, int]],
+        use: Callable[[Sequence[Vectors]], T],
+        graphs: Sequence[Vectors] = (),
+    ) -> T:
+        """``use`` of the differentiable gradients on each batch, one inside the evaluation of the other."""
+        if not batches:
+            return use(graphs)
+        (batch, seed), *rest = batches
+
+        def add(loss: Tensor) -> T:
+            graph = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+            return self._with_graphs(leaves, rest, use, (*graphs, graph))
+
+        with self._evaluation(seed):
+            return self._at(leaves, batch, add)
+
+    def _at(self, leaves: list[Tensor], batch: Any, use: Callable[[Tensor], T]) -> T:
+        """``use(loss)``, with the leaves in the place of the model's parameters.
+
+        They stay there while the loss is used: activation checkpointing runs the forward pass again in the backward.
+        """
         dtype = leaves[0].dtype
         state: dict[str, Tensor] = {f"model.{s.name}": leaf for s, leaf in zip(self.segments, leaves, strict=True)}
         # Copies of the buffers, so that a batch norm in training mode updates those and not the model's.
@@ -193,11 +218,16 @@ class GradientEngine:
             state = {name: _cast(tensor, dtype) for name, tensor in (state | frozen).items()}
             batch = _map_tensors(batch, lambda tensor: _cast(tensor, dtype))
         try:
-            loss = functional_call(self._call, state, (batch,))
+            with _uncompiled():
+                used: T = functional_call(self._holder, state, (lambda: use(self._loss(batch)),))
+                return used
         except RuntimeError as error:
             if dtype != self.dtype:
                 error.add_note(f"while evaluating the model in {dtype} for the noise floor; noise_floor=False does not")
             raise
+
+    def _loss(self, batch: Any) -> Tensor:
+        loss = self._loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
@@ -241,16 +271,33 @@ class GradientEngine:
                 generator.set_state(state)
 
 
-class _Loss(nn.Module):
-    """``loss_fn(model, batch)`` as a module, so that ``functional_call`` reaches the model's parameters."""
+def _refuse_spread(model: nn.Module) -> None:
+    """Raises for a model of which one call has but a part."""
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise ValueError(
+                "model is an nn.DataParallel, which splits a batch over the devices of one process: pass model.module, "
+                "measured on its own device, or train with DistributedDataParallel"
+            )
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+
+class _Holder(nn.Module):
+    """Carries out a piece of work, so that ``functional_call`` can replace the model's parameters meanwhile."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._loss_fn = (loss_fn,)  # in a tuple: a loss that is a module must not be registered as a child
 
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_fn[0](self.model, batch)
+    def forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Runs what ``torch.compile`` has made as it was written. Where its compiler was never loaded there is none."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @dataclass(frozen=True)
@@ -270,8 +317,15 @@ Asking = Generator[list[Wanted], None, T]
 def carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list[T]:
     """The results of works that ask ``engine`` for gradients, which gets at once what they ask for together.
 
-    None does for works that ask for nothing.
+    None does for works that ask for nothing. All is done outside the caller's ``torch.autocast``, which would round
+    what is computed from the gradients; a ``loss_fn`` that is to be evaluated under it enters it itself.
     """
+    kind = engine.device.type if engine else "cpu"
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return _carry_out(engine, works)
+
+
+def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list[T]:
     results: dict[int, T] = {}
     waiting = dict(enumerate(works))
     while waiting:

@@ -18,6 +18,7 @@ LARGEST_READ = 512 << 20
 """Bytes; a floor of more is scaled from that."""
 SQUARE = 512
 """Side of the matrices whose product says how fast arithmetic can be."""
+CACHE_LINE = 64
 GIB = 1 << 30
 
 
@@ -179,8 +180,9 @@ def _time(contest: Contest, rows: list[Row], budget: float) -> Floor | None:
 
 
 def _read_bytes(contest: Contest) -> int:
-    """What ``torch.dot`` reads in place of ``moved``: two vectors of float32, at least 64 bytes of them."""
-    return max(64, min(contest.moved, LARGEST_READ) // 8 * 8)
+    """What ``torch.dot`` reads in place of ``moved``: two vectors of whole cache lines; beside one that begins within
+    a line it takes ten times as long."""
+    return max(1, min(contest.moved, LARGEST_READ) // (2 * CACHE_LINE)) * 2 * CACHE_LINE
 
 
 def _yardsticks(contest: Contest) -> dict[str, Callable[[], object]]:
