@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,9 +310,11 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = (tmp_path / "bench/table.md").read_text()
     assert table == markdown(lines(bench.results))
     assert {row.count("|") for row in table.splitlines()} == {8}
-    speed, accuracy = table.splitlines()[2:4]
-    assert speed.startswith("| defect arithmetic, P = 3,000 |")
-    assert accuracy.startswith("| *defect, relative error* |")
+    title, ours, peer, its, *_ = table.splitlines()[2].strip("| ").split(" | ")
+    assert title == "defect arithmetic, P = 3,000<br>*defect, relative error*"
+    assert re.fullmatch(r"[\d.]+ us ± \d+ %<br>\*\d\.\de-\d\d\*", ours)
+    assert peer == "plain torch, the float32 formula"
+    assert re.fullmatch(r"[\d.]+ us ± \d+ %<br>\*\d\.\de-\d\d\*", its)
     page = (tmp_path / "bench/report.html").read_text()
     assert page.count("<img ") == 3
     assert "not installed: pip install torchdr" in page

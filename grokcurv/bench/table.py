@@ -101,13 +101,15 @@ def _three(value: float) -> str:
 
 
 def markdown(rows: Sequence[Line]) -> str:
-    """As a table of a Markdown file, accuracy in italics."""
-    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    body = [
-        "| " + " | ".join(f"*{cell}*" if line.accuracy and cell else cell for cell in line.cells) + " |"
-        for line in rows
-    ]
-    return "\n".join([*head, *body]) + "\n"
+    """As a table of a Markdown file: below each time, in its cell and in italics, the error."""
+    table = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    for line in rows:
+        if line.accuracy:
+            cells = zip(table[-1], line.cells, strict=True)
+            table[-1] = [f"{above}<br>*{cell}*" if above and cell else above for above, cell in cells]
+        else:
+            table.append(list(line.cells))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
 def rich_table(rows: Sequence[Line]) -> Table:
