@@ -117,6 +117,10 @@ class CommutatorProbe:
     aside). ``errors`` holds what that evaluation last found, by the form it was made for: (2,) absolute and relative;
     and ``errors["given"]`` how far a gradient that was given was from the probe's own.
 
+    A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.kinked`) is evaluated in float64
+    throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a unit,
+    which changes one gradient of the four by a jump that no check of others shows. A ``first_gradient`` is not used.
+
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar. :func:`grokcurv.cross_entropy64` inside it keeps
@@ -127,8 +131,8 @@ class CommutatorProbe:
             products; exact, has no eta), or ``"reference"`` (the published float32 formula).
         basis: an optional subspace on which every ``delta`` is projected.
         segments: optional segments of the parameter vector whose share of ``delta`` is wanted.
-        noise_floor: ``False`` saves the float64 evaluations, one pair per call of :meth:`measure`; nothing is then
-            called reliable.
+        noise_floor: ``False`` saves the float64 evaluations, one pair per call of :meth:`measure` or, with kinks, all;
+            nothing is then called reliable.
         strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
 
     Raises:
@@ -203,7 +207,8 @@ class CommutatorProbe:
                 3 n + 1 gradients instead of 4 n (not for brackets). Neighbours are then correlated, see
                 ``docs/numerics.md``.
             check: make the float64 evaluations behind the noise floor. ``False`` takes the sizes of the errors from the
-                latest ones, where there are any; the floor then speaks of those parameters, not of these.
+                latest ones, where there are any; the floor then speaks of those parameters, not of these. A loss with
+                kinks has none: see the class.
             seed: of the model's own randomness (dropout); the same batch meets the same mask at every parameter
                 vector of its pair.
 
@@ -263,7 +268,8 @@ class CommutatorProbe:
         for index, pair in enumerate(_take(source, pairs)):
             first = 2 * seed + index if chained else 2 * (seed + index)
             seeds = (first, first + 1)
-            known = first_gradient if index == 0 else None
+            exactly = self.noise_floor and dtype != torch.float64 and self.gradients.kinked(pair[0], seed=first)
+            known = first_gradient if index == 0 and not exactly else None
             if chained and index:
                 if pair[0] is not end:
                     raise ValueError(
@@ -271,7 +277,9 @@ class CommutatorProbe:
                     )
                 known = shared.work[1] if form == "difference" else None
             end = pair[1]
-            if form == "bracket":
+            if exactly:
+                measured = yield from self._rounded(shared, pair, seeds, known, form)
+            elif form == "bracket":
                 measured = self._brackets(shared, pair, seeds, check and index == 0)
             else:
                 measured = yield from self._differences(shared, pair, seeds, known, check and index == 0)
@@ -325,6 +333,32 @@ class CommutatorProbe:
             exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
             shared.error.copy_(rms(map(rounding_error, vectors[2:], exact[2:])))
         return self._step(*vectors[:2]), vectors
+
+    def _rounded(
+        self, shared: _Shared, pair: Pair, seeds: Pair, known: Tensor | None, form: str
+    ) -> Asking[tuple[Tensor, Vectors]]:
+        """As :meth:`_differences` or :meth:`_brackets`, by float64 evaluations whose rounding is all the error."""
+        theta = flatten(self.gradients.model).to(torch.float64)
+        shared.given = None
+        shared.error[0], shared.error[1] = 0.0, torch.finfo(self.gradients.dtype).eps / 2
+        if form == "bracket":
+            exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
+            vectors = tuple(vector.to(self.gradients.dtype) for vector in exact)
+            return self._step(*vectors[:2]), vectors
+        (batch_a, batch_b), (g_a, g_b, a2, b2) = pair, shared.work
+        gradient = torch.empty_like(theta)
+        if known is not None:
+            g_a.copy_(known)
+        else:
+            yield [Wanted(theta, batch_a, gradient, seeds[0])]
+            g_a.copy_(gradient)
+        yield [Wanted(theta, batch_b, gradient, seeds[1])]
+        g_b.copy_(gradient)
+        eta = self._step(g_a, g_b)
+        for direction, batch, seed, out in ((g_b, batch_a, seeds[0], a2), (g_a, batch_b, seeds[1], b2)):
+            yield [Wanted(theta - eta * direction, batch, gradient, seed)]
+            out.copy_(gradient)
+        return eta, (g_a, g_b, a2, b2)
 
     def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
         """(1,) float64: eta, the same whichever batch comes first."""

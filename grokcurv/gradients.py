@@ -11,6 +11,7 @@ are never written. Three strategies give the same gradients:
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from grokcurv.flat import Segment, flatten, segments_of
@@ -30,6 +32,12 @@ Strategy = Literal["auto", "loop", "vmap", "graph"]
 
 SMALL = 1 << 24
 """Up to so many parameters a step's time on a GPU goes into launching it."""
+
+KINKS = re.compile(
+    r"\w*relu\w*|threshold|elu|hard\w+|softshrink|\w*max_pool\w*|multi\w*_margin_loss\w*|abs|sgn|sign|clamp\w*|"
+    r"maximum|minimum|a?max|a?min|aminmax|(nan)?median|mode|kthvalue|sort|topk|[gl][et]"
+)
+"""ATen's operators whose derivative may jump, and the comparisons by which a model or a loss decides for itself."""
 
 T = TypeVar("T")
 
@@ -71,6 +79,7 @@ class GradientEngine:
         self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
         self.stochastic = False
         self._evaluated = False
+        self._kinked: bool | None = None
         on_gpu = self.device.type == "cuda"
         if strategy == "graph" and not on_gpu:
             raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.device}")
@@ -151,6 +160,18 @@ class GradientEngine:
             out[:, segment.start : segment.stop].copy_(values.flatten(1))
         self._evaluated = True
         return out
+
+    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
+        """Whether the gradient may jump: at a rectifier, a maximum, an absolute value, a decision (:data:`KINKS`).
+
+        Found by evaluating the loss once, on ``batch``; the first answer is kept. What a kernel of the user's own does
+        inside is not seen.
+        """
+        if self._kinked is None:
+            with self._evaluation(seed), _Operators() as seen:
+                self._at(self._leaves(None), batch, lambda loss: loss)
+            self._kinked = any(map(KINKS.fullmatch, seen.names))
+        return self._kinked
 
     def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
         """Two gradients and the two crossed Hessian-vector products they define.
@@ -290,6 +311,21 @@ class _Holder(nn.Module):
 
     def forward(self, work: Callable[[], T]) -> T:
         return work()
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators that floating tensors meet, without the mark of those that write in place."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(args)):
+            self.names.add(func.name().rpartition("::")[2].partition(".")[0].rstrip("_"))
+        return func(*args, **(kwargs or {}))
 
 
 def _uncompiled() -> AbstractContextManager[None]:

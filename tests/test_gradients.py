@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,3 +146,38 @@ def test_shapes_must_agree(strategy, generator: torch.Generator) -> None:
 def test_unknown_strategy() -> None:
     with pytest.raises(ValueError, match="strategy must be one of auto, loop, vmap, graph; got 'jit'"):
         gc.CommutatorProbe(nn.Linear(2, 1), lambda m, x: m(x).sum(), strategy="jit")
+
+
+@pytest.mark.parametrize(
+    ("layer", "kinked"),
+    [
+        *((layer, False) for layer in (nn.GELU(), nn.Tanh(), nn.SiLU(), nn.Softplus(), nn.LayerNorm(8), nn.Softmax(1))),
+        *((layer, True) for layer in (nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(), nn.PReLU(), nn.ReLU6())),
+        *((layer, True) for layer in (nn.Hardtanh(), nn.Hardswish(), nn.Softshrink(), nn.MaxPool1d(2), nn.SELU())),
+        (nn.TransformerEncoderLayer(8, 2, 8, activation="gelu"), False),
+        (nn.TransformerEncoderLayer(8, 2, 8, activation="relu"), True),
+    ],
+    ids=str,
+)
+def test_kinks_of_modules(layer: nn.Module, kinked: bool, generator: torch.Generator) -> None:
+    batch = torch.randn(4, 8, generator=generator)
+    engine = GradientEngine(nn.Sequential(nn.Linear(8, 8), layer), lambda model, x: model(x).square().sum())
+    assert engine.kinked(batch) is kinked
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda y: y.abs().sum(), lambda y: y.max(), lambda y: torch.where(y > 0, y, 0).sum(), lambda y: y.clamp(0).sum()],
+)
+def test_kinks_of_losses(loss: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
+    batch = torch.randn(4, 8, generator=generator)
+    engine = GradientEngine(nn.Linear(8, 2), lambda model, x: loss(model(x)))
+    assert engine.kinked(batch)
+
+
+def test_looking_for_kinks_leaves_everything_alone(generator: torch.Generator) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout())
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert not GradientEngine(model, lambda m, x: m(x).sum()).kinked(torch.randn(4, 8, generator=generator))
+    torch.testing.assert_close(before, model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(state, torch.get_rng_state())

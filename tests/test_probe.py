@@ -139,6 +139,63 @@ def test_float32_errors_lie_below_the_floor(method, generator):
     assert sum(inside) >= 0.9 * len(inside)
 
 
+class Rectifiers(nn.Module):
+    """64 units; unit j is zero on row j of ``x``, as nearly as float32 can say: rounding decides whether it is on."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(x.shape[1], 64), nn.Linear(64, 3)
+        with torch.no_grad():
+            self.first.bias.copy_(-(self.first.weight.double() * x[:64]).sum(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("method", ["difference", "bracket"])
+def test_rounding_does_not_switch_a_rectifier(method, generator):
+    torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+    batches = [
+        {"x": torch.randn(64, 20, generator=generator), "y": torch.randint(3, (64,), generator=generator)}
+        for _ in range(4)
+    ]
+    model = Rectifiers(batches[3]["x"])
+    pairs = list(pairwise(batches))  # only the last has them
+    stats, unchecked, exact = (
+        gc.CommutatorProbe(m, cross_entropy, method=method, noise_floor=floor).measure(p, keep_delta=True)
+        for m, floor, p in (
+            (model, True, pairs),
+            (model, False, pairs),
+            (copy.deepcopy(model).double(), True, [[{**b, "x": b["x"].double()} for b in pair] for pair in pairs]),
+        )
+    )
+    area = exact.eta.square() * exact.grad_norm_a * exact.grad_norm_b
+    errors, float32_errors = ((s.delta.double() - exact.delta).norm(dim=1) / area for s in (stats, unchecked))
+    assert float32_errors[2] > 10 * stats.noise_floor[2]  # many of the 64 units are switched
+    assert (errors <= stats.noise_floor).all()
+    assert stats.reliable.all()
+    torch.testing.assert_close(stats.defect, exact.defect, rtol=1e-3, atol=0)
+    again = gc.CommutatorProbe(model, cross_entropy, method=method)
+    other = torch.ones(again.gradients.size)  # is not taken
+    assert torch.equal(again.measure(pairs, first_gradient=other, check=False).defect, stats.defect)
+
+
+def test_a_step_across_a_kink_is_in_the_defect_and_not_in_the_bracket():
+    """L_A = theta + max(0, theta), L_B = theta: a step along g_B takes g_A from 2 to 1, and both Hessians are zero."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1e-4)
+
+    def loss_fn(model: nn.Module, rectified: bool) -> Tensor:
+        theta = model.weight.sum()
+        return theta + theta.relu() if rectified else theta
+
+    for eta, defect in ((1e-2, 50.0), (1e-3, 500.0), (1e-5, 0.0)):  # eta 1 / (eta^2 2); the last does not cross
+        stats = gc.commutator_defect(model, loss_fn, True, False, eta=eta)
+        torch.testing.assert_close(stats.defect.item(), defect)
+        assert bool(stats.reliable) == (defect > 0)
+    assert gc.commutator_defect(model, loss_fn, True, False, method="bracket").defect == 0.0
+
+
 def test_floor_rises_with_a_model_of_fewer_digits(generator):
     problem = PROBLEMS["perceptron"]
     model, pairs = draw(problem, generator)

@@ -205,6 +205,29 @@ def test_a_gradient_that_overflowed_is_not_used(at, generator):
     assert records["reliable"].all()
 
 
+# --------------------------------------------------------------------------------------------------------------- kinks
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rectifiers(sampled, generator):
+    """A unit that rounding switches would be an error of percents; .grad, in which one may be, is not used."""
+    problem, _, batches = draw("perceptron", generator, 7)
+    model = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3))
+    pairs, truths = list(pairwise(batches)), []
+
+    def backward(model, batch, optimizer):
+        problem.loss_fn(model, batch).backward()
+        if batch is not batches[-1] or sampled:
+            truths.append(exact(problem, model, pairs[len(truths) % 6]).defect.item())
+
+    options = {"sampler": iter(pairs * 2).__next__} if sampled else {}
+    records = run(model, batches, problem.loss_fn, backward, **options).records()
+    assert records["reliable"].all()
+    assert set(records["method"]) == {"difference"}
+    assert len(records) == len(truths)
+    np.testing.assert_allclose(records["defect_median"], truths, rtol=1e-3)
+
+
 # -------------------------------------------------------------------------------------------------------- accumulation
 
 
