@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py host.py ops.py build.py doctor.py)
 
-.PHONY: demo test check bench gpu numerics trajectory sanitize clean
+.PHONY: demo test check docs bench gpu numerics trajectory sanitize clean
 
 demo: .venv/ready
 	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo --resume
@@ -21,6 +21,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# The site, build/site/index.html. A warning is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benches --benchmark-enable --benchmark-disable-gc --benchmark-columns=min,median,rounds

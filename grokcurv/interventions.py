@@ -165,7 +165,7 @@ class Projection(Intervention):
     """Damps what lies outside a subspace: ``v <- v_par + (1 - strength) v_perp``.
 
     Args:
-        model, start, every, times: as for :class:`Intervention`. Acting now and then is the paper's "penalty".
+        model: as for :class:`Intervention`.
         space: the subspace; while a function returns None nothing happens, and nothing is counted.
         strength: s, 0 to 1.
         of: ``"gradient"``, as published: the optimiser sees the filtered ``.grad``, and the measured one is there again
@@ -173,6 +173,8 @@ class Projection(Intervention):
             divides each coordinate by a root of its own, and it decays all weights.
             ``"update"``: the whole step is filtered, decay included; with s = 1 it lies in the subspace, up to the one
             rounding of the parameters. The moments are of the measured gradient.
+        **schedule: ``start``, ``every``, ``times`` of :class:`Intervention`. Acting now and then is the paper's
+            "penalty".
 
     Raises:
         ValueError: as for :class:`Intervention`; a strength above 1, an unknown ``of``.
@@ -242,7 +244,7 @@ class Kick(Intervention):
             and the measurement leaves its last gradient, :math:`g_A(\theta - \eta g_B)`, unclipped in ``.grad``, where
             the optimiser finds it instead of training's. Whether the commutator drowns in rounding is not asked.
             Otherwise the kick comes after the step and ``.grad`` is not touched.
-        start, every, times: as for :class:`Intervention`; ``times=1`` is a single kick.
+        **schedule: ``start``, ``every``, ``times`` of :class:`Intervention`; ``times=1`` is a single kick.
 
     Raises:
         ValueError: as for :class:`Intervention`; an unknown direction, a random one without a generator; a faithful
@@ -313,10 +315,11 @@ class Noise(Intervention):
     It is a standard normal vector, less its part inside the subspace (none while there is no subspace), scaled.
 
     Args:
-        model, start, every, times: as for :class:`Intervention`.
+        model: as for :class:`Intervention`.
         strength: length of the noise, in units of theta.
         generator: of the noise; its state is part of :meth:`state_dict`.
         space: the subspace that stays free of noise.
+        **schedule: ``start``, ``every``, ``times`` of :class:`Intervention`.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ tracing needs), ``_<op>_run`` checks the values of tables too and has a core, ``
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, overload
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grokcurv.reference import SUMS, THETA_SUMS, Commutator, Form, compute_type
 
@@ -151,9 +153,10 @@ def commutator(
     """
     outputs = _commutator(
         *(_tensor("g_a", g_a), _tensor("g_b", g_b), _tensor("a2", a2), _tensor("b2", b2), _tensor("eta", eta)),
-        *(_tensor("theta", theta), _tensor("values", values), _tensor("rows", rows), _tensor("segments", segments)),
-        form,
-        keep_delta,
+        *(_optional("theta", theta), _optional("values", values), _optional("rows", rows)),
+        _optional("segments", segments),
+        str(form),
+        bool(keep_delta),
     )
     return Commutator(*outputs)
 
@@ -267,7 +270,9 @@ def subspace_filter_(g: A, values: Array, rows: Array, strength: float) -> A:
 
     Coefficients and the new coordinates are formed in float64 and rounded once, to the dtype of g.
     """
-    _subspace_filter_(_writable("g", g), _tensor("values", values), _tensor("rows", rows), strength)
+    _subspace_filter_(
+        *(_writable("g", g), _tensor("values", values), _tensor("rows", rows), _number("strength", strength))
+    )
     return g
 
 
@@ -296,7 +301,7 @@ def gram(x: Array, y: Array | None = None, *, origin: Array | None = None, segme
     origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
     is read once (on a GPU once for every 32 rows of the other side).
     """
-    result = _gram(_tensor("x", x), _tensor("y", y), _tensor("origin", origin), _tensor("segments", segments))
+    result = _gram(_tensor("x", x), _optional("y", y), _optional("origin", origin), _optional("segments", segments))
     return cast(Tensor, result)
 
 
@@ -336,7 +341,7 @@ def eigh(a: Array, k: int) -> tuple[Tensor, Tensor]:
     ``|a v - w v|`` are right to a few ``n eps |a|``, vectors orthonormal to a few ``n eps``. A matrix with a NaN or an
     infinity yields NaN and harms no other.
     """
-    return cast(tuple[Tensor, Tensor], _eigh(_tensor("a", a), k))
+    return cast(tuple[Tensor, Tensor], _eigh(_tensor("a", a), _integer("k", k)))
 
 
 def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -367,7 +372,7 @@ def rotate(rows: Array, coefficients: Array, *, segments: Array | None = None) -
     bitwise equal to :func:`grokcurv.reference.rotate`; on a GPU a product is not rounded before it is added. A NaN in
     a row reaches every output, coefficient 0 or not.
     """
-    result = _rotate(_tensor("rows", rows), _tensor("coefficients", coefficients), _tensor("segments", segments))
+    result = _rotate(_tensor("rows", rows), _tensor("coefficients", coefficients), _optional("segments", segments))
     return cast(Tensor, result)
 
 
@@ -385,8 +390,8 @@ def rotate_(
     in the same pass. Coordinates outside the segments stay as they are, in the rows and in the mean.
     """
     _rotate_(
-        *(_writable("rows", rows), _tensor("coefficients", coefficients), _tensor("segments", segments)),
-        *(None if mean is None else _writable("mean", mean), _tensor("weights", weights)),
+        *(_writable("rows", rows), _tensor("coefficients", coefficients), _optional("segments", segments)),
+        *(None if mean is None else _writable("mean", mean), _optional("weights", weights)),
     )
     return rows
 
@@ -477,7 +482,8 @@ def sketch(x: Array, size: int, seed: int, *, start: int = 0) -> Tensor:
     2**20; seed, 0 to 2**63 - 1, is all that is stored of the projection. ``start``, 0 to 2**62 - 1, is the number of
     the first coordinate: the sketches of shards that begin where they do in the whole add up to its sketch.
     """
-    return cast(Tensor, _sketch(_tensor("x", x), size, seed, start))
+    scalars = _integer("size", size), _integer("seed", seed), _integer("start", start)
+    return cast(Tensor, _sketch(_tensor("x", x), *scalars))
 
 
 def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
@@ -498,16 +504,18 @@ def _sketch_run(x: Tensor, size: int, seed: int, start: int) -> Tensor:
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------- arrays
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
-@overload
-def _tensor(name: str, x: Array) -> Tensor: ...
-@overload
-def _tensor(name: str, x: None) -> None: ...
-def _tensor(name: str, x: Array | None) -> Tensor | None:
-    """``x``, or a tensor of its memory; raises TypeError if it is no array or one that torch cannot share."""
-    if x is None or isinstance(x, Tensor):
+def _tensor(name: str, x: Array) -> Tensor:
+    """``x``, or a tensor of its memory; raises TypeError if it is no array or one that torch cannot share.
+
+    What torch would refuse before an op is reached, or pass on to it without its derivative, is refused here.
+    """
+    if isinstance(x, Tensor):
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+            raise TypeError(f"{name} must be a dense tensor, got one that is sparse, nested or quantized")
+        _check_no_grad(name, x)
         return x
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{name} must be a tensor, a NumPy array or another with __dlpack__, got {type(x).__name__}")
@@ -519,6 +527,10 @@ def _tensor(name: str, x: Array | None) -> Tensor | None:
         raise TypeError(f"{name} is a {type(x).__name__} whose memory torch cannot share: {error}") from error
 
 
+def _optional(name: str, x: Array | None) -> Tensor | None:
+    return None if x is None else _tensor(name, x)
+
+
 def _writable(name: str, x: Array) -> Tensor:
     """As :func:`_tensor`, for what is written to. NumPy says whether it may be; the DLPack protocol need not."""
     if not isinstance(x, Tensor):
@@ -527,6 +539,28 @@ def _writable(name: str, x: Array) -> Tensor:
         if not x.flags.writeable:
             raise ValueError(f"{name} is written to, but it is a read-only NumPy array: pass {name}.copy()")
     return _tensor(name, x)
+
+
+def _integer(name: str, x: int) -> int:
+    """``x`` as an int64: torch's own complaint would be a RuntimeError."""
+    if not isinstance(x, int | torch.SymInt):
+        try:
+            x = operator.index(x)
+        except TypeError as error:
+            raise TypeError(f"{name} must be an integer, got {x!r}") from error
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {x}")
+    return x
+
+
+def _number(name: str, x: float) -> float:
+    """``x`` as a float64."""
+    if not hasattr(x, "__float__"):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    try:
+        return float(x)
+    except (OverflowError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{name} must be a number, got {x!r:.60}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -549,8 +583,14 @@ def _check(
         raise ValueError(f"{name} must be on {beside.device} like the other tensors, got {t.device}")
     if not t.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {t.stride()}: pass {name}.contiguous()")
+    _check_no_grad(name, t)
+
+
+def _check_no_grad(name: str, t: Tensor) -> None:
     if t.requires_grad:
         raise ValueError(f"{name} requires grad, but the op has no derivative: pass {name}.detach()")
+    if forward_ad.unpack_dual(t).tangent is not None:
+        raise ValueError(f"{name} carries a tangent, but the op has no derivative")
 
 
 def _check_table(name: str, t: Tensor, shape: tuple[int | str, ...]) -> None:

@@ -25,6 +25,7 @@ import io
 import json
 import os
 import platform
+import re
 import time
 import zlib
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 SCHEMA = 1
 """Version of every file of the folder."""
@@ -97,8 +99,8 @@ class Run:
 
     def records(self) -> pd.DataFrame:
         """Metrics and curvature joined on ``step``, every step of either, for :mod:`grokcurv.analysis`."""
-        if self.curvature.empty:
-            return self.metrics.copy()
+        if self.curvature.empty or self.metrics.empty:
+            return (self.metrics if self.curvature.empty else self.curvature).copy()
         return self.metrics.merge(self.curvature, on="step", how="outer").sort_values("step", ignore_index=True)
 
     @property
@@ -106,7 +108,7 @@ class Run:
         """``running``, ``interrupted`` (also: killed), ``finished`` or ``failed: reason``; read afresh at every use."""
         if self.path is None:
             return self._status or "finished"
-        status = _read_json(self.path / "status.json", "status")
+        status: str = _read_json(self.path / "status.json", "status", str)
         return "interrupted" if status == "running" and _holder(self.path) is None else status
 
     def checkpoint(self) -> dict[str, Any]:
@@ -129,7 +131,8 @@ class Run:
     @property
     def snapshots(self) -> list[int]:
         """The steps whose weights were kept, in order (setting ``snapshot_every``)."""
-        return sorted(int(file.stem) for file in self.path.glob("snapshots/[0-9]*.safetensors")) if self.path else []
+        files = self.path.glob("snapshots/*.safetensors") if self.path else ()
+        return sorted(int(file.stem) for file in files if re.fullmatch("[0-9]{9,}", file.stem))
 
     def snapshot(self, step: int) -> dict[str, Any]:
         """The network's ``state_dict`` at ``step``, one of :attr:`snapshots`; RunError if it is none or damaged."""
@@ -154,8 +157,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} holds no run: there is no config.json in it")
-    config = _read_json(folder / "config.json", "config")
-    return Run(folder, config, _read_json(folder / "environment.json", "environment"))
+    config = _read_json(folder / "config.json", "config", dict)
+    return Run(folder, config, _read_json(folder / "environment.json", "environment", dict))
 
 
 class RunWriter:
@@ -224,7 +227,7 @@ class RunWriter:
         known = table.schema.metadata or {}
         table = table.replace_schema_metadata({**known, b"grokcurv_schema": str(SCHEMA).encode()})
         buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+        pq.write_table(table, buffer, write_page_checksum=True)
         write_atomically(self.path / f"{name}.parquet", buffer.getvalue())
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
@@ -276,7 +279,7 @@ class RunWriter:
 
     def _claim(self) -> None:
         if (self.path / "config.json").exists():
-            there = _read_json(self.path / "config.json", "config")
+            there = _read_json(self.path / "config.json", "config", dict)
             differing = [
                 f"{name} ({there.get(name, 'missing')!r} there, {self.config.get(name, 'missing')!r} here)"
                 for name in sorted(there.keys() | self.config.keys())
@@ -368,7 +371,12 @@ def unpack(data: bytes) -> dict[str, Any]:
     _check_schema(schema)
     if _checksum(tree, tensors) != crc:
         raise ValueError("its checksum does not match its contents")
-    state: dict[str, Any] = _unflatten(json.loads(tree), tensors)
+    try:
+        state = _unflatten(json.loads(tree), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a packed state ({error!r})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"not a packed state (of {type(state).__name__})")
     return state
 
 
@@ -422,30 +430,59 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is missing or damaged: {error}") from error
 
 
-def _read_json(path: Path, name: str) -> Any:
+def _read_json(path: Path, name: str, kind: type) -> Any:
+    """What the file says of ``name``; RunError unless it is whole, of this schema, and a ``kind``."""
     try:
         content = json.loads(path.read_bytes())
         _check_schema(content["schema"])
-        return content[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        value = content[name]
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be neither printed nor written
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(value, kind):
+        raise RunError(f"{path} is damaged: {name} must be a {kind.__name__}; got {value!r:.100}")
+    return value
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     """A table; an empty one where none has been written yet."""
     import pandas as pd
     import pyarrow as pa
+
+    table = read_parquet(path)
+    try:
+        frame: pd.DataFrame = pd.DataFrame() if table is None else table.to_pandas(ignore_metadata=True)
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise RunError(f"{path} has a column that pandas cannot hold: {error}") from error
+    return frame
+
+
+def read_parquet(path: Path) -> pa.Table | None:
+    """A table of a run folder as Arrow has it, in one thread; None where none has been written yet.
+
+    Raises:
+        RunError: it is damaged, of another schema version, or its ``step`` is not a whole number in every row.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.exists():
-        return pd.DataFrame()
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
+        table.validate(full=True)
         _check_schema(int((table.schema.metadata or {})[b"grokcurv_schema"]))
-        frame: pd.DataFrame = table.to_pandas()
-        return frame
+        names = table.column_names
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have one name, of {', '.join(names)}")
+        if table.num_rows and ("step" not in names or not pa.types.is_integer(table["step"].type)):
+            raise ValueError("it has no column step of whole numbers")
+        if table.num_rows and table["step"].null_count:
+            raise ValueError("step is missing in some rows")
+    except FileNotFoundError:
+        return None
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{path} is damaged: {error}") from error
+    return table
 
 
 def _snapshot_path(folder: Path, step: int) -> Path:
@@ -459,7 +496,10 @@ def _holder(path: Path) -> int | None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(lock.read() or 0)
+                try:
+                    return int(lock.read())
+                except ValueError:
+                    return 0
     except OSError:
         pass
     return None

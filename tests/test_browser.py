@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -74,18 +75,24 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_report(synthetic_sweep.published(folder))
 
 
-@pytest.fixture(scope="module")
-def site(page: Path) -> Iterator[str]:
-    """The run's folder over HTTP: of files that a page reads by ``file:`` the browser keeps no list."""
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """The folder over HTTP, and its address: of files that a page reads by ``file:`` the browser keeps no list."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=page.parent)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def site(page: Path) -> Iterator[str]:
+    with serve(page.parent) as address:
+        yield address
 
 
 def browse(url: str, *flags: str) -> str:

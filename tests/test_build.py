@@ -50,6 +50,90 @@ def test_building_needs_no_torch() -> None:
     assert names == {"setuptools", "cmake", "ninja", "pybind11"}
 
 
+STAND_IN = """\
+#!{python}
+import shutil, sys
+targets = [word.partition("=")[2] for word in sys.argv if word.startswith("-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=")]
+for target in targets:
+    shutil.copy({core!r}, target)
+"""
+"""A cmake that hands over the core of this package instead of compiling one."""
+
+
+@pytest.mark.parametrize("core", ["ready", pytest.param("compiled", marks=pytest.mark.long)])
+def test_a_wheel_works_in_a_fresh_environment(core: str, tmp_path: Path) -> None:
+    """From a source distribution: nothing that is needed lies outside of either."""
+    import setuptools
+
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip(f"setuptools {setuptools.__version__}; pyproject.toml asks for 77")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CMAKE"))}
+    environment["CMAKE_ARGS"] = "-DGROKCURV_CUDA=OFF"
+    tools = [str(Path(sys.executable).parent), *os.environ["PATH"].split(os.pathsep)]
+    if core == "ready":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "cmake").write_text(STAND_IN.format(python=sys.executable, core=_cpu.__file__))
+        (tmp_path / "bin" / "cmake").chmod(0o755)
+        tools.insert(0, str(tmp_path / "bin"))
+    environment["PATH"] = os.pathsep.join(tools)
+
+    def run(*command: object, cwd: Path = tmp_path) -> str:
+        words = list(map(str, command))
+        done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "__pycache__", "docs", "tests")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    build = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    run(sys.executable, "-c", build, cwd=tmp_path / "source")
+    shutil.rmtree(tmp_path / "source")
+    offline = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+    (source,) = tmp_path.glob("grokcurv-*.tar.gz")
+    run(sys.executable, "-m", "pip", "wheel", *offline, "--no-build-isolation", source)
+    (wheel,) = tmp_path.glob("grokcurv-*.whl")
+
+    fresh = tmp_path / "fresh"
+    run(sys.executable, "-m", "venv", "--without-pip", fresh)
+    python = fresh / "bin" / "python"
+    (packages,) = fresh.glob("lib/python*/site-packages")
+    ours = [path for path in sys.path if path.endswith("site-packages")]  # torch and others, but no editable install
+    (packages / "dependencies.pth").write_text("\n".join(ours))
+    run(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel)
+    installed = packages / "grokcurv"
+    assert run(python, "-c", "import grokcurv; print(grokcurv.__path__[0])").strip() == str(installed)
+    assert "self test" in run(fresh / "bin" / "grokcurv", "doctor")
+    run(
+        fresh / "bin" / "grokcurv",
+        "train",
+        "--p",
+        5,
+        "--batch-size",
+        0,
+        "--steps",
+        1,
+        "--measure-every",
+        0,
+        "--out",
+        "run",
+    )
+    assert run(fresh / "bin" / "grokcurv", "report", "run").strip() == "run/report.html"
+    assert (installed / "py.typed").is_file()
+
+
+def test_importing_takes_torch_and_numpy_alone() -> None:
+    """Whatever else a function needs is imported where it is used: pandas and scipy.stats cost a second."""
+    code = """\
+import sys, torch
+before = set(sys.modules)
+import grokcurv
+names = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+assert names <= {"grokcurv", "numpy"}, names
+assert not {"pandas", "scipy", "matplotlib", "ray", "pyarrow"} & set(sys.modules), "torch has brought them"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_core_includes_nothing_of_torch_or_python() -> None:
     """Pointers and sizes alone; pybind11 in the bindings."""
     for source in sorted(CORE.rglob("*.[ch]*")):

@@ -6,7 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,14 @@ def test_bad_input(
     inputs[name] = replacement(inputs[name]) if callable(replacement) else replacement
     with pytest.raises(error, match=message):
         getattr(ops, op)(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("derivative", [torch.func.grad, torch.func.jacfwd])
+def test_derivatives_are_refused(derivative: Callable[..., Any]) -> None:
+    """Neither way round, where torch would take them for zero."""
+    with pytest.raises(ValueError, match=r"^x (requires grad|carries a tangent)"):
+        derivative(lambda x: ops.gram(x).sum())(torch.ones(2, 3))
 
 
 def test_outputs_may_not_overlap_inputs() -> None:

@@ -143,10 +143,14 @@ def load_model(run: Run, step: int | None = None) -> nn.Module:
     """The network of a run folder, on the CPU: at its latest checkpoint, or at a step among its snapshots.
 
     Raises:
-        RunError: there is no such checkpoint or snapshot, or it is damaged.
+        RunError: there is no such checkpoint or snapshot, it is damaged, or the settings are not those of its network.
     """
-    model = build_model(TrainConfig(**run.config))
-    model.load_state_dict(run.checkpoint()["model"] if step is None else run.snapshot(step))
+    weights = run.checkpoint() if step is None else {"model": run.snapshot(step)}
+    try:
+        model = build_model(TrainConfig(**run.config))
+        model.load_state_dict(weights["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{run.path}: its settings and its weights are not those of one network: {error}") from error
     return model
 
 

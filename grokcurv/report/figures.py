@@ -314,7 +314,7 @@ def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
             markersize=4.5,
             label="measured by the exact bracket",
         )
-        axes.legend(loc="upper left", frameon=False, handletextpad=0.3, borderaxespad=0.2)
+        axes.legend(loc="best", framealpha=0.8, facecolor=theme.paper, edgecolor="none", handletextpad=0.3)
     _label_ends(axes, ends)
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from grokcurv.report import figures, sweep_figures
 from grokcurv.report.summary import GROKKED, Summary, number
 from grokcurv.report.sweep_summary import SweepSummary
-from grokcurv.runs import Run, open_run, write_atomically
+from grokcurv.runs import Run, RunError, open_run, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +65,10 @@ def _open(folder: Path) -> Run | Sweep:
 def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing]) -> Path:
     """Write ``report.html``, made of a template of this package, and the figures; the page's path."""
     pictures = folder / "figures"
-    pictures.mkdir(exist_ok=True)
+    try:
+        pictures.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write {pictures}: {error.strerror}") from error
     for drawing in drawings:
         write_atomically(pictures / f"{drawing.name}.png", drawing.light)
     environment = Environment(
@@ -111,7 +114,8 @@ def draw(summary: Summary) -> Iterator[Drawing]:
         yield draw_twice("geometry", alt, lambda theme: figures.geometry(curvature, theme))
     if summary.has_fourier:
         alt = "Over the steps, above, accuracy; below, the share of energy on a few frequencies, at the end"
-        ends = {name: metrics[f"fourier_{name}"].dropna() for name in ("embedding", "logits")}
+        shares = {"embedding": "fourier_embedding", "logits": "fourier_logits"}
+        ends = {name: metrics[column].dropna() for name, column in shares.items() if column in metrics}
         alt += " and ".join(f" {values.iloc[-1]:.0%} of the {name}" for name, values in ends.items() if len(values))
         yield draw_twice("fourier", f"{alt}.", lambda theme: figures.fourier(metrics, theme, grok=summary.grok))
     if not metrics.empty:

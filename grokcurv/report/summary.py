@@ -10,12 +10,54 @@ import pandas as pd
 
 from grokcurv.analysis import grok_step, onset_step
 from grokcurv.report.figures import matrix_label
+from grokcurv.runs import RunError
 
 if TYPE_CHECKING:
     from grokcurv.runs import Run
 
 GROKKED = 0.9
 """Test accuracy from which the report calls a run grokked."""
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "metrics": ("train_loss", "train_acc", "test_loss", "test_acc", "seconds"),
+    "curvature": (
+        *("defect_median", "defect_p25", "defect_p75", "reliable", "method"),
+        *("rho", "exec_random_ratio", "exec_matched_ratio", "measure_seconds"),
+    ),
+    "pca": ("matrix", "pc1_percent"),
+}
+"""Columns besides ``step`` without which a table that has rows cannot be reported."""
+
+DRAWN: dict[str, tuple[str, ...]] = {
+    "metrics": ("fourier_embedding", "fourier_logits"),
+    "curvature": ("noise_floor", "reference_median", "grad_norm", "bracket_norm"),
+    "pca": (),
+}
+"""Columns that are drawn where they are."""
+
+WORDS = ("method", "matrix")
+"""Columns of text; all others named here hold numbers or truth values."""
+
+LARGEST = 1e100
+"""No axis is drawn for numbers beyond it, and no run in float32 records any but infinity."""
+
+
+def check_table(table: pd.DataFrame, name: str, source: object, needed: tuple[str, ...] | None = None) -> pd.DataFrame:
+    """The table as it is; RunError, naming ``source``, if it lacks a column or holds something else in one."""
+    needed = NEEDED[name] if needed is None else needed
+    for column in (*needed, *DRAWN[name]) if len(table) else ():
+        if column not in table:
+            if column in needed:
+                raise RunError(f"{source}: {name}.parquet has no column {column}; it has {', '.join(map(str, table))}")
+        elif column in WORDS:
+            if not all(isinstance(value, str) for value in table[column]):
+                raise RunError(f"{source}: {column} in {name}.parquet must be text; got {table[column].dtype}")
+        elif not pd.api.types.is_numeric_dtype(table[column]):
+            raise RunError(f"{source}: {column} in {name}.parquet must be numbers; got {table[column].dtype}")
+        elif (extreme := table[column].abs().between(LARGEST, math.inf, inclusive="neither")).any():
+            worst = table[column][extreme].iloc[0]
+            raise RunError(f"{source}: {column} in {name}.parquet must lie within {LARGEST:g}; got {worst:g}")
+    return table
 
 
 class Summary:
@@ -27,6 +69,9 @@ class Summary:
         environment: the run's, nested names joined by dots.
         metrics, curvature, pca: the run's tables.
         grok, onset: steps, or None.
+
+    Raises:
+        RunError: files that are damaged, or tables of something else than a run's evaluations and measurements.
     """
 
     def __init__(self, run: Run) -> None:
@@ -34,15 +79,16 @@ class Summary:
         self.config = run.config
         self.environment = dict(_flat(run.environment))
         self.status = run.status
-        self.metrics, self.curvature, self.pca = run.metrics, run.curvature, run.pca_history
+        tables = {"metrics": run.metrics, "curvature": run.curvature, "pca": run.pca_history}
+        self.metrics, self.curvature, self.pca = (check_table(tables[name], name, run.path or "run") for name in tables)
         self.grok = None if self.metrics.empty else grok_step(self.metrics, GROKKED)
         self.onset = None if self.curvature.empty else onset_step(self.curvature)
 
     @property
     def title(self) -> str:
-        """The task and the seed, or the folder's name where the settings have no ``op``."""
+        """The task and the seed, or the folder's name where the settings do not name them."""
         config = self.config
-        return f"{config['op']} mod {config['p']}, seed {config['seed']}" if "op" in config else self.name
+        return "{op} mod {p}, seed {seed}".format_map(config) if {"op", "p", "seed"} <= config.keys() else self.name
 
     @property
     def subtitle(self) -> list[str]:
@@ -50,7 +96,9 @@ class Summary:
         labels = {"preset": "preset {}", "lr": "learning rate {}", "weight_decay": "weight decay {}"}
         said = [label.format(self.config[name]) for name, label in labels.items() if name in self.config]
         if self.config.get("intervention", "none") != "none":
-            said.append("{intervention} at strength {strength:g}, {basis} basis".format_map(self.config))
+            strength = self.config.get("strength")
+            strength = f"{strength:g}" if isinstance(strength, float) else strength
+            said.append(f"{self.config['intervention']} at strength {strength}, {self.config.get('basis')} basis")
         return [*said, f"{self.last_step:,} steps", str(self.status)]
 
     @property
@@ -82,7 +130,8 @@ class Summary:
 
     @property
     def has_geometry(self) -> bool:
-        return not self.curvature.empty and bool(self.curvature["rho"].notna().any())
+        names = ["rho", "exec_random_ratio", "exec_matched_ratio"]
+        return not self.curvature.empty and bool(self.curvature[names].notna().all(axis=1).any())
 
     @property
     def has_fourier(self) -> bool:
@@ -124,6 +173,8 @@ class Summary:
     def pc1_table(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Names of the columns; then (layer, cells): each matrix's last PC1 % and the layer's mean."""
         layers: dict[str, dict[str, float]] = {}
+        if self.pca.empty:
+            return ["mean"], []
         for name, rows in self.pca.dropna(subset="pc1_percent").groupby("matrix", sort=False):
             layer, matrix = matrix_label(str(name))
             layers.setdefault(layer, {})[matrix] = float(rows["pc1_percent"].iloc[-1])
@@ -143,7 +194,7 @@ class Summary:
     def timings(self) -> dict[str, str]:
         said = {}
         seconds = 0.0 if self.metrics.empty else float(self.metrics["seconds"].max())
-        if seconds > 0:
+        if 0 < seconds < math.inf:
             said["whole run"] = duration(seconds)
             said["steps a second"] = number(float(self.metrics["step"].max()) / seconds)
         if not self.curvature.empty:
@@ -151,7 +202,7 @@ class Summary:
             said["one measurement"] = f"{number(1000 * float(measuring.median()))} ms (median of {len(measuring):,})"
             total = float(measuring.sum())
             # The run's seconds end at its last evaluation, which a measurement may follow.
-            share = f" ({total / seconds:.0%} of the run)" if total < seconds else ""
+            share = f" ({total / seconds:.0%} of the run)" if 0 <= total < seconds else ""
             said["all measurements"] = duration(total) + share
         return said
 
@@ -168,7 +219,9 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12.3 s, 4 min 05 s or 3 h 25 min."""
+    """12.3 s, 4 min 05 s or 3 h 25 min; none if it is not finite."""
+    if not math.isfinite(seconds):
+        return "none"
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from grokcurv.analysis import sweep_results, sweep_settings
 from grokcurv.analysis.sweeps import UNFINISHED
-from grokcurv.report.summary import GROKKED, number
+from grokcurv.report.summary import GROKKED, check_table, number
 from grokcurv.report.sweep_figures import arrange, plain
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class SweepSummary:
     def __init__(self, sweep: Sweep) -> None:
         self.path, self.varied = sweep.path, list(sweep.varied)
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
-        self.metrics, self.curvature = sweep.table("metrics"), sweep.table("curvature")
+        self.metrics = check_table(sweep.table("metrics"), "metrics", sweep.path, ("test_acc",))
+        needed = ("defect_median", "reliable")
+        self.curvature = check_table(sweep.table("curvature"), "curvature", sweep.path, needed)
         self.results = sweep_results(runs, self.metrics, self.curvature, GROKKED)
         fields = arrange(runs, [name for name in self.varied if name != "seed"])
         self.classed = [

@@ -132,12 +132,12 @@ class SweepConfig:
 
     def _combinations(self) -> Iterator[dict[str, dict[str, Any]]]:
         """The settings of each run in turn, by the table they come from."""
-        run = {name: _checked("[run]", name, value) for name, value in self.run.items()}
+        run = {name: checked("[run]", name, value) for name, value in self.run.items()}
         listed = [
-            {name: _checked(f"[[runs]] number {number}", name, value) for name, value in entry.items()}
+            {name: checked(f"[[runs]] number {number}", name, value) for name, value in entry.items()}
             for number, entry in enumerate(self.runs, 1)
         ]
-        grid = [[_checked("[grid]", name, value) for value in values] for name, values in self.grid.items()]
+        grid = [[checked("[grid]", name, value) for value in values] for name, values in self.grid.items()]
         samples = _samples(self.random) if self.random else [{}]
         for entry, sample, point in itertools.product(listed or [{}], samples, itertools.product(*grid)):
             yield {
@@ -184,7 +184,7 @@ def _draws(name: str, law: Any, drawn: Random) -> list[Any]:
     ((kind, values),) = law.items()
     if not isinstance(values, list) or not values:
         raise ValueError(f"{where}: {kind} must be a list; got {values!r}")
-    values = [_checked("[random.fields]", name, value) for value in values]
+    values = [checked("[random.fields]", name, value) for value in values]
     stream = random.Random(f"{drawn.seed} {name}")
     shares = [stream.random() for _ in range(drawn.samples)]
     if kind == "choice":
@@ -214,7 +214,7 @@ def _types() -> dict[str, type]:
     return {f.name: hints[f.name] if hints[f.name] in WANTED else str for f in fields(TrainConfig)}
 
 
-def _checked(table: str, name: str, value: Any) -> Any:
+def checked(table: str, name: str, value: Any) -> Any:
     """The value, of the type that the setting has."""
     if name not in _types():
         close = difflib.get_close_matches(name, _types(), 1)

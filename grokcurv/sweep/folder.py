@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grokcurv.modular.config import TrainConfig
-from grokcurv.runs import SCHEMA, TABLES, Run, RunError, _check_schema, _holder, _read_json, open_run, write_atomically
-from grokcurv.sweep.config import SweepConfig, varied_fields
+from grokcurv.runs import SCHEMA, TABLES, Run, RunError, _holder, _read_json, open_run, read_parquet, write_atomically
+from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,9 +97,14 @@ class Sweep:
             tables = {run: table for run, table in read if table is not None}
         if not tables:
             return pd.DataFrame({"run": pd.Series(dtype=object)})
-        rows = pa.concat_tables(tables.values(), promote_options="permissive").replace_schema_metadata(None)
         runs = pa.array(np.repeat(np.array(list(tables), dtype=object), [len(table) for table in tables.values()]))
-        frame: pd.DataFrame = rows.add_column(0, "run", runs).to_pandas()
+        try:
+            rows = pa.concat_tables(tables.values(), promote_options="permissive").replace_schema_metadata(None)
+            if "run" in rows.column_names:
+                raise ValueError("one has a column run of its own")
+            frame: pd.DataFrame = rows.add_column(0, "run", runs).to_pandas()
+        except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+            raise RunError(f"{self.path}: the {name} of its runs are no one table: {error}") from error
         return frame
 
     def _state(self, run: str) -> tuple[str, str]:
@@ -115,19 +121,8 @@ class Sweep:
 
     def _read(self, run: str, name: str) -> pa.Table | None:
         """A run's table; None where there is none or it has no rows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self.folder(run) / f"{name}.parquet"
-        try:
-            with path.open("rb") as file:
-                table = pq.ParquetFile(file).read(use_threads=False)
-            _check_schema(int((table.schema.metadata or {})[b"grokcurv_schema"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise RunError(f"{path} is damaged: {error}") from error
-        return table if table.num_rows else None
+        table = read_parquet(self.folder(run) / f"{name}.parquet")
+        return table if table is not None and table.num_rows else None
 
 
 def open_sweep(path: str | os.PathLike[str]) -> Sweep:
@@ -139,14 +134,32 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
     folder = Path(path)
     if not (folder / "sweep.json").is_file():
         raise RunError(f"{folder} holds no sweep: there is no sweep.json in it")
-    content = _read_json(folder / "sweep.json", "sweep")
+    content = _read_json(folder / "sweep.json", "sweep", dict)
     try:
         config = SweepConfig.from_dict(content["config"])
-        plan = {run: TrainConfig(**{**content["common"], **settings}) for run, settings in content["plan"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+        plan = {_run_id(run): _settings({**content["common"], **own}) for run, own in content["plan"].items()}
+        if not plan:
+            raise ValueError("there is no run in its plan")
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RunError(f"{folder / 'sweep.json'} is damaged: {error!r}") from error
     there = (folder / "failures.json").exists()
-    return Sweep(folder, config, plan, _read_json(folder / "failures.json", "failures") if there else {})
+    failures = _read_json(folder / "failures.json", "failures", dict) if there else {}
+    for run, failure in failures.items():
+        kinds = {name: type(value) for name, value in failure.items()} if isinstance(failure, dict) else None
+        if kinds != {"reason": str, "final": bool}:
+            raise RunError(f"{folder / 'failures.json'} is damaged: of {run} it says {failure!r:.100}")
+    return Sweep(folder, config, plan, failures)
+
+
+def _run_id(run: str) -> str:
+    """The id, which is the name of a folder; ValueError if it cannot be one."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run) or len(run) > LONGEST_ID:
+        raise ValueError(f"{run!r:.200} is no id of a run")
+    return run
+
+
+def _settings(settings: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(**{name: checked("plan:", name, value) for name, value in settings.items()})
 
 
 def claim(path: Path, config: SweepConfig) -> Sweep:

@@ -1,0 +1,126 @@
+"""The site: it builds without a warning, fetches nothing, and what its tutorial says to type works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import synthetic_run
+from test_browser import BROWSER, probe, serve
+from test_report import Page
+
+from grokcurv import cli
+from grokcurv.report.summary import Summary
+from grokcurv.runs import open_run
+
+ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for module in ("mkdocs", "material", "mkdocstrings_handlers.python", "latex2mathml"):
+        pytest.importorskip(module, reason=f"no {module} here; pip install 'grokcurv[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_page_is_there(site: Path) -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert site.joinpath(page.relative_to(ROOT / "docs")).with_suffix(".html").is_file()
+    for name in ("docstrings.py", "hooks.py"):
+        assert not list(site.rglob(name))
+
+
+def test_docstrings_are_drawn(site: Path) -> None:
+    """Roles are links, mathematics is MathML; nothing of their source is left."""
+    pages = {page.stem: page.read_text() for page in (site / "api").glob("*.html")}
+    assert 'href="geometry.html#grokcurv.StreamingPCA"' in pages["measuring"]
+    assert 'href="#grokcurv.CurvatureMonitor.step"' in pages["measuring"]
+    assert "<mi>&#x003B8;</mi>" in pages["interventions"]
+    for name, source in pages.items():
+        assert not re.search(r":(class|data|func|math|meth|mod):|\.\. math|={8}|&amp;#", source), name
+
+
+def test_every_link_leads_somewhere(site: Path) -> None:
+    """To a file of the site, and to a place in it: pages, docstrings and signatures alike."""
+    pages = {path.resolve(): Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    places = {path: {element["id"] for _, element in page.elements if "id" in element} for path, page in pages.items()}
+    for path, page in pages.items():
+        for target in {element.get("href") or "" for element in page.of("a")} - {"", "."}:
+            address, _, place = target.partition("#")
+            if not re.match(r"\w+:", address):
+                file = (path.parent / unquote(address)).resolve() if address else path
+                assert file.is_file(), (path, target)
+                assert not place or unquote(place) in places[file], (path, target)
+
+
+def test_nothing_is_fetched(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        page = Page(path)
+        fetched = [
+            element["src"] for tag in ("script", "img", "iframe") for element in page.of(tag) if "src" in element
+        ]
+        fetched += [element["href"] for element in page.of("link")]
+        assert not [address for address in fetched if re.match(r"(https?:)?//", address or "")], path
+    for path in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", path.read_text()), path
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here; on Debian: apt-get install chromium")
+@pytest.mark.parametrize("name", ["index.html", "tutorial.html", "api/measuring.html"])
+def test_in_a_browser(site: Path, name: str) -> None:
+    """What its scripts do is seen as well: every address asked for is the site's own, and pictures decode."""
+    page = site / name
+    with serve(site) as address:
+        found = probe(page, f"{address}/{Path(name).parent}", 1300)
+    assert all(fetched.startswith(address) for fetched in found["fetched"])
+    assert any(fetched.endswith(".css") for fetched in found["fetched"])
+    assert all(complete and width for complete, width, _ in found["pictures"])
+    assert found["overflow"] <= 0
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TUTORIAL.read_text().replace("\\\n", ""), re.DOTALL)
+
+
+def test_the_python_of_the_tutorial_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    synthetic_run.write_run(tmp_path / "runs" / "first")
+    reading, loop = blocks("python")
+    exec(reading, {})
+    summary = Summary(open_run("runs/first"))
+    assert summary.grok is not None
+    assert summary.onset is not None
+    assert capsys.readouterr().out.startswith(f"{summary.grok} {summary.onset} {summary.grok - summary.onset}\n")
+    names: dict[str, Any] = {}
+    exec(loop, names)
+    assert names["records"]["reliable"].all()
+    assert (tmp_path / "defect.png").stat().st_size > 1000
+
+
+def test_the_commands_of_the_tutorial_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, but for the number of steps."""
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("grokcurv ")]
+    assert len(commands) == 5
+    for command in commands:
+        words = shlex.split(command, comments=True)[1:]
+        assert cli.main([*words, "--steps", "100"] if words[0] == "train" else words) == 0
+    for name in ("first", "control"):
+        assert (tmp_path / "runs" / name / "report.html").is_file()
+        assert (tmp_path / "runs" / name / "figures" / "grokking.png").is_file()
