@@ -20,11 +20,21 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.flat import Segment, flatten
-from grokcurv.gradients import Asking, GradientEngine, LossFn, Strategy, Vectors, Wanted, carry_out
+from grokcurv.flat import Segment
+from grokcurv.gradients import (
+    Asking,
+    Distributed,
+    GradientEngine,
+    LossFn,
+    Model,
+    Strategy,
+    Vectors,
+    Wanted,
+    carry_out,
+)
 from grokcurv.records import capturing
 from grokcurv.reference import compute_type
 from grokcurv.subspace import Subspace
@@ -122,7 +132,8 @@ class CommutatorProbe:
     which changes one gradient of the four by a jump that no check of others shows. A ``first_gradient`` is not used.
 
     Args:
-        model: any module. A ``torch.compile``d one is measured through the module it wraps.
+        model: any module. A ``torch.compile``d one is measured through the module it wraps; of one that is trained on
+            several processes give :func:`grokcurv.integrations.sharded.distributed`.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar. :func:`grokcurv.cross_entropy64` inside it keeps
             small gradients exact.
         eta: step length, or ``"auto"``: each pair takes the step whose length is 3e-6 of ``|theta|`` (float32; scaled
@@ -132,7 +143,7 @@ class CommutatorProbe:
         basis: an optional subspace on which every ``delta`` is projected.
         segments: optional segments of the parameter vector whose share of ``delta`` is wanted.
         noise_floor: ``False`` saves the float64 evaluations, one pair per call of :meth:`measure` or, with kinks, all;
-            nothing is then called reliable.
+            nothing is then called reliable, as where the model cannot be evaluated in float64.
         strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
 
     Raises:
@@ -142,7 +153,7 @@ class CommutatorProbe:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         loss_fn: LossFn,
         *,
         eta: float | Literal["auto"] = 1e-3,
@@ -156,16 +167,20 @@ class CommutatorProbe:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if eta != "auto" and not (isinstance(eta, int | float) and math.isfinite(eta) and eta > 0):
             raise ValueError(f"eta must be a positive number or 'auto', got {eta!r}")
-        self.gradients = GradientEngine(model, loss_fn, strategy=strategy)
+        if isinstance(model, Distributed):
+            self.gradients = model.engine(loss_fn, strategy)
+        else:
+            self.gradients = GradientEngine(model, loss_fn, strategy=strategy)
         self.eta = eta
         self.method: Method = method
-        self.noise_floor = noise_floor
+        self.noise_floor = noise_floor and self.gradients.checked
         self.errors: dict[str, Tensor] = {}
         self.basis = basis
-        self.segments = tuple(segments or ())
-        for segment in self.segments:
-            if segment.stop > self.gradients.size:
-                raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {self.gradients.size}")
+        size = self.gradients.segments[-1].stop
+        for segment in segments or ():
+            if segment.stop > size:
+                raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {size}")
+        self.segments = tuple(map(self.gradients.coordinates.at_hand, segments or ()))
 
     @property
     def basis(self) -> Subspace | None:
@@ -259,7 +274,7 @@ class CommutatorProbe:
             self.errors[form] = torch.full((2,), math.nan, dtype=torch.float64, device=device)
         shared = _Shared(self._segment_table(), self.errors[form])
         if method != "bracket":
-            shared.theta = flatten(self.gradients.model)
+            shared.theta = self.gradients.flatten()
             shared.work = torch.empty(4, size, dtype=dtype, device=device)
         if first_gradient is not None and self.noise_floor:
             shared.given = self.errors.setdefault(GIVEN, torch.full_like(self.errors[form], math.nan))
@@ -303,7 +318,7 @@ class CommutatorProbe:
             del at_theta[0]
         yield at_theta
         if known is not None and compare:
-            self.errors[GIVEN].copy_(rounding_error(known, g_a))
+            self.errors[GIVEN].copy_(self._rounding_error(known, g_a))
             shared.given = None
         eta = self._step(g_a, g_b)
         if self.gradients.strategy == "vmap":
@@ -321,7 +336,7 @@ class CommutatorProbe:
                 stepped = (theta.to(torch.float64) - eta * direction).to(other_dtype(theta.dtype))
                 exact = torch.empty_like(stepped)
                 yield [Wanted(stepped, batch, exact, seed)]
-                errors.append(rounding_error(found, exact))
+                errors.append(self._rounding_error(found, exact))
             shared.error.copy_(rms(errors))
         return eta, (g_a, g_b, a2, b2)
 
@@ -329,16 +344,16 @@ class CommutatorProbe:
         """The step, and g_A, g_B, H_A g_B and H_B g_A at the model's own parameters."""
         vectors = self.gradients.hessian_vectors(None, pair, seeds=seeds)
         if check:
-            theta = flatten(self.gradients.model).to(other_dtype(self.gradients.dtype))
+            theta = self.gradients.flatten().to(other_dtype(self.gradients.dtype))
             exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
-            shared.error.copy_(rms(map(rounding_error, vectors[2:], exact[2:])))
+            shared.error.copy_(rms(map(self._rounding_error, vectors[2:], exact[2:])))
         return self._step(*vectors[:2]), vectors
 
     def _rounded(
         self, shared: _Shared, pair: Pair, seeds: Pair, known: Tensor | None, form: str
     ) -> Asking[tuple[Tensor, Vectors]]:
         """As :meth:`_differences` or :meth:`_brackets`, by float64 evaluations whose rounding is all the error."""
-        theta = flatten(self.gradients.model).to(torch.float64)
+        theta = self.gradients.flatten().to(torch.float64)
         shared.given = None
         shared.error[0], shared.error[1] = 0.0, torch.finfo(self.gradients.dtype).eps / 2
         if form == "bracket":
@@ -365,9 +380,9 @@ class CommutatorProbe:
         if self.eta != "auto":
             return torch.full((1,), self.eta, dtype=torch.float64, device=g_a.device)
         scale = AUTO_STEP * math.sqrt(torch.finfo(g_a.dtype).eps / torch.finfo(torch.float32).eps)
-        theta = [torch.linalg.vector_norm(p.detach()) for p in self.gradients.model.parameters() if p.requires_grad]
-        norms = [torch.linalg.vector_norm(v).to(torch.float64) for v in (torch.stack(theta), g_a, g_b)]
-        eta: Tensor = scale * norms[0] / (norms[1] * norms[2]).sqrt()
+        theta = [p.detach() for p in self.gradients.model.parameters() if p.requires_grad]
+        norm = self.gradients.coordinates.norm
+        eta: Tensor = scale * norm(*theta) / (norm(g_a) * norm(g_b)).sqrt()
         return eta[None]
 
     def _segment_table(self) -> Tensor | None:
@@ -393,7 +408,8 @@ class CommutatorProbe:
             segments=shared.segments,
             keep_delta=keep_delta,
         )
-        aa, bb, ab, dd, ha, hb = out.sums[:, :6].unbind(1)
+        sums, coefficients, energies = self.gradients.coordinates.total(out.sums, out.coefficients, out.energies)
+        aa, bb, ab, dd, ha, hb = sums[:, :6].unbind(1)
         area = (aa * bb).sqrt()
         defect = dd.sqrt() / (eta.square() * area)
         if bracket:
@@ -401,7 +417,7 @@ class CommutatorProbe:
             reference = torch.full_like(defect, math.nan)
         else:
             floor = FLOOR_MARGIN * shared.difference_error(aa, bb) / (eta * area)
-            rounded, distance = out.sums[:, 6:8].sqrt().unbind(1)
+            rounded, distance = sums[:, 6:8].sqrt().unbind(1)
             reference = rounded / (eta.square() * area + REFERENCE_GUARD)
             if method == "reference":
                 defect, floor = reference, floor + distance / (eta.square() * area)
@@ -415,23 +431,34 @@ class CommutatorProbe:
             bracket_norm=dd.sqrt() / eta.square(),
             noise_floor=floor,
             reference=reference,
-            energies=out.energies[:, : len(self.segments)] if self.segments else None,
+            energies=energies[:, : len(self.segments)] if self.segments else None,
             delta=out.delta if keep_delta else None,
         )
         if self.basis is None:
             return stats
-        inside = out.coefficients.square().sum(1)
+        inside = coefficients.square().sum(1)
         return replace(
             stats,
             parallel=inside.sqrt(),
             residual=(dd - inside).clamp_min(0).sqrt(),
-            coefficients=out.coefficients,
-            support=out.energies[:, len(self.segments) :].sum(1).sqrt(),
+            coefficients=coefficients,
+            support=energies[:, len(self.segments) :].sum(1).sqrt(),
         )
+
+    def _rounding_error(self, values: Tensor, other: Tensor) -> Tensor:
+        """(2,) float64: absolute and relative error of ``values`` in the 2-norm, from an evaluation in ``other_dtype``.
+
+        Where that evaluation is the less precise one, its own error is seen instead, and is scaled by the ratio of the
+        unit roundoffs: rounding errors are proportional to it.
+        """
+        scale = min(1.0, torch.finfo(values.dtype).eps / torch.finfo(other.dtype).eps)
+        exact, norm = other.to(torch.float64), self.gradients.coordinates.norm
+        error = scale * norm(exact - values)
+        return torch.stack([error, error / norm(exact)])
 
 
 def commutator_defect(
-    model: nn.Module,
+    model: Model,
     loss_fn: LossFn,
     batch_a: Any,
     batch_b: Any,
@@ -451,18 +478,6 @@ def quantile(values: Tensor, q: float) -> Tensor:
 def other_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which a gradient of ``dtype`` is checked: float64, and float32 for float64 itself."""
     return torch.float32 if dtype == torch.float64 else torch.float64
-
-
-def rounding_error(values: Tensor, other: Tensor) -> Tensor:
-    """(2,) float64: absolute and relative error of ``values`` in the 2-norm, from an evaluation in ``other_dtype``.
-
-    Where that evaluation is the less precise one, its own error is seen instead, and is scaled by the ratio of the
-    unit roundoffs: rounding errors are proportional to it.
-    """
-    scale = min(1.0, torch.finfo(values.dtype).eps / torch.finfo(other.dtype).eps)
-    exact = other.to(torch.float64)
-    error = scale * torch.linalg.vector_norm(exact - values)
-    return torch.stack([error, error / torch.linalg.vector_norm(exact)])
 
 
 def rms(rows: Iterable[Tensor]) -> Tensor:

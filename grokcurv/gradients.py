@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from grokcurv.flat import Segment, flatten, segments_of
+from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten, flatten_grad, segments_of
 from grokcurv.records import capturing
 
 Strategy = Literal["auto", "loop", "vmap", "graph"]
@@ -65,17 +65,26 @@ class GradientEngine:
 
     Evaluations can be captured in a CUDA graph, after one that was not, by models that draw nothing: a generator cannot
     be set in a capture.
+
+    Attributes:
+        coordinates: which of the P coordinates the vectors here hold: all, unless a subclass says otherwise. ``size``
+            is their number.
+        brackets: whether there are Hessian-vector products.
+        checked: whether there are evaluations in another precision than the model's.
     """
+
+    coordinates: Coordinates = ALL_HERE
+    brackets = checked = True
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         self.model: nn.Module = getattr(model, "_orig_mod", model)
-        _refuse_spread(self.model)
+        self._refuse_spread()
         self.segments: tuple[Segment, ...] = segments_of(self.model)
         self._loss_fn = loss_fn
         self._holder = _Holder(self.model)
-        theta = flatten(self.model)  # refuses several dtypes or devices
+        theta = self.flatten()  # refuses several dtypes or devices
         self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
         self.stochastic = False
         self._evaluated = False
@@ -87,6 +96,14 @@ class GradientEngine:
             strategy = "graph" if on_gpu and self.size <= SMALL else "loop"
         self.strategy: Strategy = strategy
         self._graphs: dict[Any, _Graph | None] = {}  # None: met once
+
+    def flatten(self, out: Tensor | None = None) -> Tensor:
+        """The model's own parameters: :func:`grokcurv.flat.flatten`."""
+        return flatten(self.model, out)
+
+    def flatten_grad(self) -> Tensor:
+        """What training has left in their ``.grad``: :func:`grokcurv.flat.flatten_grad`."""
+        return flatten_grad(self.model)
 
     def gradients(self, thetas: Tensor, batches: Sequence[Any], out: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """Write the gradient at each parameter vector, on the batch beside it, into the rows of ``out``.
@@ -191,7 +208,7 @@ class GradientEngine:
         products = leaves[0].new_zeros(2, self.size)
 
         def differentiate(graphs: Sequence[Vectors]) -> Sequence[Vectors]:
-            for graph, direction, row in zip(graphs, reversed(graphs), products, strict=True):
+            for graph, direction, row in zip(graphs, self._directions(graphs), products, strict=True):
                 # A gradient that does not depend on the parameters (a loss linear in them) has no second derivative.
                 pairs = [(g, v.detach()) for g, v in zip(graph, direction, strict=True) if g.requires_grad]
                 if pairs:
@@ -205,6 +222,10 @@ class GradientEngine:
             for view, part in zip(self._views(row), graph, strict=True):
                 view.copy_(part.detach())
         return (*gradients, *products)
+
+    def _directions(self, graphs: Sequence[Vectors]) -> Sequence[Vectors]:
+        """Along what each gradient is differentiated: the other one."""
+        return graphs[::-1]
 
     def _with_graphs(
         self,
@@ -237,9 +258,9 @@ class GradientEngine:
         if dtype != self.dtype:
             frozen = {f"model.{name}": p for name, p in self.model.named_parameters() if not p.requires_grad}
             state = {name: _cast(tensor, dtype) for name, tensor in (state | frozen).items()}
-            batch = _map_tensors(batch, lambda tensor: _cast(tensor, dtype))
+            batch = cast_batch(batch, dtype)
         try:
-            with _uncompiled():
+            with uncompiled():
                 used: T = functional_call(self._holder, state, (lambda: use(self._loss(batch)),))
                 return used
         except RuntimeError as error:
@@ -265,6 +286,22 @@ class GradientEngine:
                 own = dict(self.model.named_parameters())
                 return [own[s.name].detach().requires_grad_() for s in self.segments]
             return [view.requires_grad_() for view in self._views(theta.detach())]
+
+    def _refuse_spread(self) -> None:
+        """Raises for a model of which one call of the module, or this process, has but a part."""
+        for module in self.model.modules():
+            if isinstance(module, nn.DataParallel):
+                raise ValueError(
+                    "model is an nn.DataParallel, which splits a batch over the devices of one process: pass "
+                    "model.module, measured on its own device, or train with DistributedDataParallel"
+                )
+        kinds = {type(module).__name__ for module in self.model.modules()}  # by name: some are slow to import
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
+        if sharded or kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
+            raise ValueError(
+                "model is trained on several processes (DistributedDataParallel, fully_shard): pass "
+                "grokcurv.integrations.sharded.distributed(model)"
+            )
 
     @contextmanager
     def _evaluation(self, seed: int) -> Iterator[None]:
@@ -292,14 +329,14 @@ class GradientEngine:
                 generator.set_state(state)
 
 
-def _refuse_spread(model: nn.Module) -> None:
-    """Raises for a model of which one call has but a part."""
-    for module in model.modules():
-        if isinstance(module, nn.DataParallel):
-            raise ValueError(
-                "model is an nn.DataParallel, which splits a batch over the devices of one process: pass model.module, "
-                "measured on its own device, or train with DistributedDataParallel"
-            )
+@dataclass(frozen=True)
+class Distributed:
+    """A model on several processes, with an engine of its own: :func:`grokcurv.integrations.sharded.distributed`."""
+
+    engine: Callable[[LossFn, Strategy], GradientEngine]
+
+
+Model = nn.Module | Distributed
 
 
 class _Holder(nn.Module):
@@ -328,7 +365,7 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _uncompiled() -> AbstractContextManager[None]:
+def uncompiled() -> AbstractContextManager[None]:
     """Runs what ``torch.compile`` has made as it was written. Where its compiler was never loaded there is none."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
@@ -443,6 +480,11 @@ def _accumulate(leaves: list[Tensor], views: list[Tensor], roots: Any, weights: 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Floating tensors to ``dtype``; integers and the rest stay. A tensor already there keeps its identity."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def cast_batch(batch: Any, dtype: torch.dtype) -> Any:
+    """``batch`` with its floating tensors in ``dtype``."""
+    return _map_tensors(batch, lambda tensor: _cast(tensor, dtype))
 
 
 def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -26,8 +26,8 @@ from grokcurv.commutator import (
     Sampler,
     quantile,
 )
-from grokcurv.flat import Segment, flatten, flatten_grad, select_segments
-from grokcurv.gradients import Asking, LossFn, Strategy, carry_out
+from grokcurv.flat import Segment, select_segments
+from grokcurv.gradients import Asking, LossFn, Model, Strategy, carry_out
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
 from grokcurv.subspace import RandomBaseline, Subspace, alignment
@@ -121,12 +121,13 @@ class CurvatureMonitor:
         fields: names of the numbers that a measurement records: :data:`FIELDS`, and those of ``alignment``.
 
     Raises:
-        ValueError: intervals or pairs below one; several pairs without a sampler.
+        ValueError: intervals or pairs below one; several pairs without a sampler; a model on several processes with a
+            ``pca`` that is not sharded as it is, or of which no row could be reliable.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         loss_fn: LossFn,
         *,
         every: int = 1,
@@ -149,9 +150,19 @@ class CurvatureMonitor:
             raise ValueError(f"pairs={pairs} needs a sampler: without one the only pair is (this batch, next batch)")
         if design not in DESIGNS:
             raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {design!r}")
-        self.probe = CommutatorProbe(
-            model, loss_fn, eta=eta, method=method, segments=_attention(model), strategy=strategy
-        )
+        self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, strategy=strategy)
+        engine = self.probe.gradients
+        self.probe.segments = tuple(map(engine.coordinates.at_hand, _attention(engine.model)))
+        if not engine.checked:
+            raise ValueError(
+                "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact)"
+            )
+        if pca is not None and pca.coordinates != engine.coordinates:
+            raise ValueError(
+                "pca must take the vectors that the model has on each process: a ShardedPCA(model) where the model is "
+                "under fully_shard, a StreamingPCA otherwise"
+            )
+        self._falls_back = method == "difference" and engine.brackets
         self.design: Design = design
         self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
         self.sampler, self.check_every, self.alignment = sampler, check_every, alignment
@@ -209,7 +220,7 @@ class CurvatureMonitor:
                 yield from self._measure(step, batch, next_batch)
         if self.alignment:
             wanted = (step + 1) % self.every == 0
-            self._before = flatten(self.probe.gradients.model, self._before) if wanted else None
+            self._before = self.probe.gradients.flatten(self._before) if wanted else None
         self._steps += not captured
         self._clock += 1
 
@@ -221,7 +232,7 @@ class CurvatureMonitor:
         """
         if self.pca is None:
             raise ValueError("feed() needs a monitor with a pca")
-        self.pca.partial_fit(flatten(self.probe.gradients.model))
+        self.pca.partial_fit(self.probe.gradients.flatten())
         self._pca_steps.append(self._clock.clone())
         self._update_basis(self.pca)
 
@@ -335,7 +346,9 @@ class CurvatureMonitor:
         basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
         if at_hand or self.probe.basis is None:
             self.probe.basis = basis
-            self._baselines = (basis.random_baseline("full"), basis.random_baseline("matched"))
+            sizes = torch.tensor([basis.size, basis.support_size], dtype=torch.float64)
+            full, matched = self.probe.gradients.coordinates.total(sizes)[0].tolist()
+            self._baselines = RandomBaseline(basis.dim, int(full)), RandomBaseline(basis.dim, int(matched))
         else:
             self.probe.basis.values.copy_(basis.values)  # where a captured measurement looks for them
 
@@ -352,7 +365,7 @@ class CurvatureMonitor:
         reference = stats.reference
         if known is not None and self._gradient_ratio is None:
             self._compare_gradient(known, stats)
-        if at_hand and method == "difference" and not bool(stats.reliable.all()):
+        if at_hand and self._falls_back and not bool(stats.reliable.all()):
             del stats  # and its deltas
             stats = yield from measure(method="bracket", check=self._check_due("bracket", step))
         values = self._values(stats, reference)
@@ -383,7 +396,7 @@ class CurvatureMonitor:
     def _next_method(self) -> Method:
         """The probe's, or on an accelerator the bracket, once the difference form is known to have failed."""
         method = self.probe.method
-        if method != "difference" or not must_wait(self.probe.gradients.device):
+        if not self._falls_back or not must_wait(self.probe.gradients.device):
             return method
         while len(self._verdicts) >= VERDICT_LAG:
             self._gave_up = self._gave_up or not bool(self._verdicts.popleft()())
@@ -391,7 +404,7 @@ class CurvatureMonitor:
 
     def _note(self, reliable: Tensor) -> None:
         """Have the host learn, in its own time, whether the measurement was reliable."""
-        if self.probe.method == "difference" and must_wait(self.probe.gradients.device) and not self._gave_up:
+        if self._falls_back and must_wait(self.probe.gradients.device) and not self._gave_up:
             self._verdicts.append(later(reliable))
 
     def _values(self, stats: CommutatorStats, reference: Tensor) -> Tensor:
@@ -431,9 +444,10 @@ class CurvatureMonitor:
 
     def _aligned(self, delta: Tensor, before: Tensor) -> dict[str, Tensor]:
         """:data:`ALIGNMENT_FIELDS` of the step from ``before`` to the parameters as they are, beside ``delta``."""
-        step = flatten(self.probe.gradients.model).to(delta.dtype) - before
-        cosines, share, _ = alignment(step, delta)
-        count, size = delta.shape
+        engine = self.probe.gradients
+        step = engine.flatten().to(delta.dtype) - before
+        cosines, share, _ = alignment(step, delta, engine.coordinates)
+        count, size = len(delta), engine.segments[-1].stop
         mean = cosines.abs().mean()
         chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))
         return dict(zip(ALIGNMENT_FIELDS, (mean, mean / chance, share, share / share_chance), strict=True))
@@ -457,10 +471,10 @@ class CurvatureMonitor:
             distance, error = probe.errors[GIVEN][0], probe.errors["difference"][0]
             if not bool(distance <= FLOOR_MARGIN * error):
                 return None
-        return flatten_grad(probe.gradients.model)
+        return probe.gradients.flatten_grad()
 
     def _compare_gradient(self, known: Tensor, stats: CommutatorStats) -> None:
-        norm = torch.linalg.vector_norm(known).to(torch.float64)
+        norm = self.probe.gradients.coordinates.norm(known)
         self._gradient_ratio = norm / stats.grad_norm_a[0]
         if norm.device.type == "cpu":
             self._check_gradient()

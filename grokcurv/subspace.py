@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from grokcurv import ops
 from grokcurv.analysis.random_subspace import RandomBaseline as RandomBaseline
-from grokcurv.flat import attention_segments, flatten
+from grokcurv.flat import ALL_HERE, Coordinates, attention_segments, flatten
 from grokcurv.reference import compute_type
 
 if TYPE_CHECKING:
@@ -47,17 +47,19 @@ class Alignment(NamedTuple):
     """(K, K) cosines of the others among themselves."""
 
 
-def alignment(v: Tensor, rows: Tensor) -> Alignment:
+def alignment(v: Tensor, rows: Tensor, coordinates: Coordinates = ALL_HERE) -> Alignment:
     """Cosines of ``v`` (P,) with each of ``rows`` (K, P), and the share of its length that lies in their span.
 
     With R the cosines of the rows among themselves and r those with ``v``, the squared share is ``r' R^-1 r``, taken
     over the eigenvectors of R beyond :data:`RANK_TOLERANCE`: dependent rows do no harm. Two passes over the rows, sums
-    in float64, no copy, no synchronisation. NaN where ``v`` or a row is zero or holds a NaN.
+    in float64, no copy, no synchronisation. NaN where ``v`` or a row is zero or holds a NaN. ``coordinates`` says of
+    which coordinates these are the vectors, if not of all.
 
     Raises:
         ValueError, TypeError: lengths, dtypes or devices that differ, or that the ops do not take.
     """
-    gram, inner, own = ops.gram(rows)[0], ops.gram(v[None], rows)[0, 0], ops.gram(v[None])[0, 0, 0]
+    sums = ops.gram(rows)[0], ops.gram(v[None], rows)[0, 0], ops.gram(v[None])[0, 0, 0]
+    gram, inner, own = coordinates.total(*sums)
     lengths = gram.diagonal().sqrt()
     cosines = inner / (lengths * own.sqrt())
     correlations = gram / torch.outer(lengths, lengths)
@@ -315,14 +317,15 @@ def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) 
             "blocks must have one dtype and one device, "
             f"got {first.dtype} on {first.device} and {rows.dtype} on {rows.device}"
         )
-    k, length = rows.shape
+    length = rows.shape[1]
     if start < stop or start + length > size:
         raise ValueError(f"blocks must be disjoint and lie in 0..{size}; one spans {start}..{start + length}")
-    if k > length:
-        raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")
 
 
 def _check_orthonormal(rows: Tensor) -> None:
+    k, length = rows.shape
+    if k > length:
+        raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")
     tolerance = ORTHONORMAL_TOLERANCE * torch.finfo(rows.dtype).eps
     gram = ops.gram(rows)[0]
     error = (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
+from grokcurv.flat import ALL_HERE, Coordinates
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -27,6 +28,7 @@ class Layout:
 
     lengths: tuple[int, ...]
     device: torch.device
+    coordinates: Coordinates = ALL_HERE
 
     @property
     def size(self) -> int:
@@ -47,15 +49,25 @@ class Layout:
 
     @cached_property
     def sizes(self) -> Tensor:
-        """(S,) float64: the lengths."""
+        """(S,) float64: the lengths, of whole segments where here are parts of them."""
         sizes = torch.tensor(self.lengths, dtype=torch.float64)
         if self.device.type == "cuda":
             sizes = sizes.pin_memory()  # from elsewhere the copy would be waited for
-        return sizes.to(self.device, non_blocking=True)
+        (sizes,) = self.coordinates.total(sizes.to(self.device, non_blocking=True))
+        return sizes
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """(..., L) by segment."""
         return list(torch.split(rows, list(self.lengths), dim=-1))
+
+    def gram(self, x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None) -> Tensor:
+        """:func:`grokcurv.ops.gram` by segment."""
+        (gram,) = self.coordinates.total(ops.gram(x, y, origin=origin, segments=self.spans))
+        return gram
+
+    def finite(self, rows: Tensor) -> Tensor:
+        """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
+        return self.coordinates.everywhere(_finite(rows))
 
 
 class Spectrum(NamedTuple):
@@ -107,8 +119,7 @@ class Method(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-def finite(rows: Tensor) -> Tensor:
-    """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
+def _finite(rows: Tensor) -> Tensor:
     if not rows.numel():
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     # Row by row: torch reduces the rows of a matrix ten times slower.
@@ -141,7 +152,7 @@ def orthonormal_(rows: Tensor, layout: Layout) -> Tensor:
     Gram-Schmidt in two passes over the rows: the coefficients follow from their Gram matrix. The entry of largest
     magnitude of each row becomes positive, as in scikit-learn.
     """
-    gram = ops.gram(rows, segments=layout.spans)
+    gram = layout.gram(rows)
     turn = torch.zeros_like(gram)
     for j in range(len(rows)):
         row = torch.zeros_like(turn[:, j])
@@ -151,14 +162,15 @@ def orthonormal_(rows: Tensor, layout: Layout) -> Tensor:
         norm2 = (row[:, :, None] * gram * row[:, None, :]).sum((1, 2))
         turn[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
     ops.rotate_(rows, turn, segments=layout.spans)
-    for row in rows:
-        for part in layout.split(row):
-            if len(part):
-                low, high = torch.aminmax(part)
-                part *= torch.where(-low > high, -1.0, 1.0)
+    parts = [part for row in rows for part in layout.split(row)]
+    ends = [torch.stack(torch.aminmax(part)) if len(part) else part.new_zeros(2) for part in parts]
+    low, high = torch.stack(ends).unbind(1)
+    down, up = layout.coordinates.greatest(torch.stack([-low, high]))
+    for part, sign in zip(parts, torch.where(down > up, -1.0, 1.0), strict=True):
+        part *= sign
     return rows
 
 
 def along(rows: Tensor, mean: Tensor, components: Tensor, layout: Layout) -> Tensor:
     """(S, n, k) float64: ``(x - mean) . components`` by segment."""
-    return ops.gram(rows.to(mean.dtype) - mean, components, segments=layout.spans)
+    return layout.gram(rows.to(mean.dtype) - mean, components)

@@ -25,7 +25,6 @@ from grokcurv.pca.common import (
     Spectrum,
     along,
     check_state,
-    finite,
     orthonormal_,
     padded,
     trace,
@@ -66,14 +65,14 @@ class Gram:
         if self._differences:
             exact = rows.double() - origin.double()
             rows = exact.to(self.rows.dtype)
-            held = finite(rows)
+            held = self.layout.finite(rows)
             if valid is not None:
                 valid = valid & held
                 rows = torch.where(valid[:, None], rows, 0.0)
             elif not held.all():
                 number = int(held.logical_not().nonzero()[0])
                 raise ValueError(f"x: row {number} is too far from the first one for store_dtype={self.rows.dtype}")
-            errors = ops.gram(exact - rows.double(), segments=self.layout.spans).diagonal(dim1=1, dim2=2)
+            errors = self.layout.gram(exact - rows.double()).diagonal(dim1=1, dim2=2)
         self.rows.reserve(new)
         self._reserve(new)
         self.rows.append(rows)
@@ -88,7 +87,7 @@ class Gram:
         start = 0
         for page in self.rows.pages():
             stop, first = start + len(page), max(old, start)  # pairs among the new rows once
-            block = ops.gram(rows[first - old :], page, origin=shift, segments=self.layout.spans)
+            block = self.layout.gram(rows[first - old :], page, origin=shift)
             self.gram[:, first:new, start:stop] = block
             self.gram[:, start:stop, first:new] = block.transpose(1, 2)
             start = stop

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grokcurv.flat import Segment
-from grokcurv.pca.common import Layout, Method, Spectrum, finite
+from grokcurv.flat import ALL_HERE, Coordinates, Segment
+from grokcurv.pca.common import Layout, Method, Spectrum
 from grokcurv.pca.gram import Gram
 from grokcurv.pca.incremental import Incremental
 from grokcurv.pca.sketch import FAILURE, Sketch
@@ -68,6 +69,8 @@ class StreamingPCA:
         ValueError: an unknown method, an option out of its range, an empty or impossible list of segments.
     """
 
+    coordinates: Coordinates = ALL_HERE
+
     def __init__(
         self,
         n_components: int = 8,
@@ -103,7 +106,7 @@ class StreamingPCA:
         self.method_: str | None = None
         self.reason_ = "no rows yet"
         self._method: Method | None = None
-        self._layout = Layout((), torch.device("cpu"))
+        self._layout = Layout((), torch.device("cpu"), self.coordinates)
         self._dtype = torch.float32
         self._features = 0
         self._rows_taken = 0  # masked ones too, without those of replays
@@ -131,7 +134,7 @@ class StreamingPCA:
             OSError: no room for the rows in ``scratch``.
         """
         rows = self._pack(x)
-        valid = finite(rows)
+        valid = self._layout.finite(rows)
         masks = must_wait(rows.device)
         if not masks and not valid.all():
             number = int(valid.logical_not().nonzero()[0])
@@ -182,9 +185,8 @@ class StreamingPCA:
         if self._method is not None:
             self._check_alike("other", other._features, other._dtype, other._layout.device)
         if other is self:
-            twin = StreamingPCA(**self._arguments())
-            twin.load_state_dict(self.state_dict())
-            other = twin
+            other = copy.copy(self)
+            other.load_state_dict(self.state_dict())  # has rows of its own then
         theirs = other._method
         with self._all_or_nothing():
             if self._method is None:
@@ -438,8 +440,8 @@ class StreamingPCA:
 
     def _new_layout(self, features: int, device: torch.device) -> Layout:
         if self.segments is None:
-            return Layout((features,), device)
-        return Layout(tuple(segment.length for segment in self.segments), device)
+            return Layout((features,), device, self.coordinates)
+        return Layout(tuple(segment.length for segment in self.segments), device, self.coordinates)
 
     def _gram_bytes(self, rows: int) -> int:
         stored = 0 if self.scratch is not None else (self.store_dtype or self._dtype).itemsize
@@ -563,14 +565,10 @@ class StreamingPCA:
 
     # Settings
 
-    def _arguments(self) -> dict[str, Any]:
-        names = ("n_components", "method", "segments", "memory_limit", "oversampling", "block", "shrinkage")
-        return {name: getattr(self, name) for name in (*names, "store_dtype", "scratch", "sketch_size", "seed")}
-
     def _settings(self) -> dict[str, Any]:
         """What makes results, as plain values."""
-        settings = self._arguments()
-        del settings["scratch"], settings["memory_limit"]
+        names = ("n_components", "method", "oversampling", "block", "shrinkage", "sketch_size", "seed")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         settings["segments"] = None if self.segments is None else [[s.start, s.length] for s in self.segments]
         settings["store_dtype"] = None if self.store_dtype is None else str(self.store_dtype)
         return settings

@@ -1,0 +1,482 @@
+"""Models trained on several processes: DistributedDataParallel and FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+>>> from grokcurv.integrations.sharded import ShardedPCA, distributed
+>>> monitor = gc.CurvatureMonitor(distributed(model), loss_fn)  # doctest: +SKIP
+
+Every rank makes the same calls at the same time, each with its own batches; what is measured is the commutator of the
+gradients averaged over the ranks, the ones training steps along. Every rank gets the same numbers, to the bit.
+
+**DistributedDataParallel.** Each rank has all P coordinates. It evaluates the wrapped module, not the wrapper, whose
+hooks and buckets see nothing of it, and each gradient or Hessian-vector product is averaged by one all-reduce of P
+numbers. Everything after that is the same on each rank.
+
+**fully_shard.** Each rank has a shard of the coordinates, which may be empty: P_r of them, and every vector, ``theta``
+and ``delta`` included, is (P_r,). A gradient is the module's own forward and backward pass, in which FSDP gathers
+parameters and scatters the averaged gradient; for that the shards are moved along the step in place, and put back bit
+by bit with ``.grad`` and buffers. Then the kernels run on the shard, and what they sum over coordinates is completed by
+summing over the ranks (:class:`Sharding`): a few float64 numbers a pair.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from grokcurv.commutator import other_dtype
+from grokcurv.flat import Coordinates, Segment, segments_of
+from grokcurv.gradients import Distributed, GradientEngine, LossFn, Strategy, Vectors, cast_batch, uncompiled
+from grokcurv.pca import StreamingPCA
+from grokcurv.pca.common import Layout
+from grokcurv.records import must_wait
+
+__all__ = ["ShardedPCA", "distributed"]
+
+T = TypeVar("T")
+
+
+def distributed(model: nn.Module, exact: nn.Module | None = None) -> Distributed:
+    """``model``, to be passed to :class:`grokcurv.CommutatorProbe` or :class:`grokcurv.CurvatureMonitor` on each rank.
+
+    Args:
+        model: a DistributedDataParallel, or a module to which ``fully_shard`` was applied as a whole, over a mesh of
+            one dimension or of two (replicate, shard), along dimension 0 of each parameter.
+        exact: for ``fully_shard`` alone: the same architecture in float64 (float32 for a model of float64), under the
+            same calls of ``fully_shard``. The noise floor is measured with it; it costs each rank a shard in float64.
+            Its values do not matter: parameters and buffers are copied over at each evaluation. Without it the noise
+            floor is NaN and nothing is called reliable. DistributedDataParallel needs none.
+
+    Raises:
+        ValueError: another kind of model; when a probe is made, parameters that are not sharded as above, or an
+            ``exact`` that is not.
+    """
+    module, exact = _written(model), exact and _written(exact)
+    if isinstance(module, DistributedDataParallel):
+        if exact is not None:
+            raise ValueError("exact is for fully_shard: a DistributedDataParallel can be evaluated in float64 as it is")
+        return Distributed(lambda loss_fn, strategy: ReplicatedEngine(module, loss_fn, strategy))
+    if isinstance(module, FSDPModule):
+        return Distributed(lambda loss_fn, strategy: ShardedEngine(module, loss_fn, strategy, exact))
+    if isinstance(module, FullyShardedDataParallel):
+        raise ValueError("model is a FullyShardedDataParallel; use its successor torch.distributed.fsdp.fully_shard")
+    raise ValueError(
+        f"model must be a DistributedDataParallel or have had fully_shard(model), got {type(module).__name__}; "
+        "a model of one process needs no distributed()"
+    )
+
+
+def _written(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` has wrapped, if it has."""
+    module: nn.Module = getattr(model, "_orig_mod", model)
+    return module
+
+
+def _own(seed: int) -> int:
+    """The seed of this rank: masks differ between ranks, as samples do."""
+    return seed * dist.get_world_size() + dist.get_rank()
+
+
+# ---------------------------------------------------------------------------------------------- DistributedDataParallel
+
+
+class _ElsewhereError(RuntimeError):
+    """Another rank has failed."""
+
+
+class ReplicatedEngine(GradientEngine):
+    """Gradients averaged over the ranks of a DistributedDataParallel; vectors are (P,), the same on each.
+
+    On a CPU an evaluation that fails on one rank raises on all. On an accelerator to know of it would mean to wait.
+    """
+
+    def __init__(self, model: DistributedDataParallel, loss_fn: LossFn, strategy: Strategy) -> None:
+        super().__init__(model.module, loss_fn, strategy=strategy)
+        self._group = model.process_group
+
+    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
+        with self._together():
+            super().gradient(theta, batch, out, seed=_own(seed))
+        return self._average_(out)
+
+    def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
+        with self._together():
+            vectors = super().hessian_vectors(theta, batches, seeds=[_own(seed) for seed in seeds])
+        return tuple(map(self._average_, vectors))
+
+    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
+        if self._kinked is None:
+            with self._together():
+                super().kinked(batch, seed=_own(seed))
+            self._kinked = self._anywhere(bool(self._kinked))
+        return self._kinked
+
+    def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
+        with self._together():
+            super()._batched(thetas, batches, out)
+        return self._average_(out)
+
+    def _directions(self, graphs: Sequence[Vectors]) -> Sequence[Vectors]:
+        with self._together():
+            flat = [torch.cat([g.detach().flatten() for g in graph]) for graph in graphs[::-1]]
+        return [tuple(self._views(self._average_(vector))) for vector in flat]
+
+    def _average_(self, vectors: Tensor) -> Tensor:
+        dist.all_reduce(vectors, group=self._group)
+        return vectors.div_(self._group.size())
+
+    def _anywhere(self, flag: bool) -> bool:
+        flags = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        return bool(flags)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Raises on all ranks if any does here, none of which would otherwise come to where the others wait."""
+        error: Exception | None = None
+        try:
+            yield
+        except _ElsewhereError:
+            raise
+        except Exception as raised:
+            if must_wait(self.device):
+                raise
+            error = raised
+        if not must_wait(self.device) and self._anywhere(error is not None):
+            raise error or _ElsewhereError("the model could not be evaluated on another rank, whose error says why")
+
+
+# ---------------------------------------------------------------------------------------------------------- fully_shard
+
+
+@dataclass(frozen=True)
+class Sharding(Coordinates):
+    """Which coordinates of a model under ``fully_shard`` a rank has, and sums over all of them.
+
+    Its vectors (P_r,) are the local parts of the trainable parameters, in order. A local part is the interval of rows
+    that ``torch.chunk`` gives the rank, so that a rank's coordinates are in the order of the flat vector (P,).
+
+    What the ranks found is gathered and put together in their order, so that no rank can see other bits than the next
+    and decide otherwise.
+
+    Attributes:
+        group: the ranks over which the parameters are sharded.
+        pieces: start in R^P, and shape, of each local part.
+    """
+
+    group: dist.ProcessGroup
+    pieces: tuple[tuple[int, torch.Size], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sharding:
+        """How the trainable parameters are sharded.
+
+        Raises:
+            ValueError: not at all, along another dimension than 0, or not all over the same mesh and of one dtype.
+        """
+        parameters: list[DTensor] = []
+        held, segments = _parameters(model), segments_of(model)
+        for segment, parameter in zip(segments, held, strict=True):
+            if not isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"model: parameter {segment.name!r} is not sharded, so that its gradient is not averaged; call "
+                    "fully_shard(model) on the whole model, without ignored_params"
+                )
+            split = [placement for placement in parameter.placements if not placement.is_replicate()]
+            if len(split) != 1 or type(split[0]) is not Shard or split[0].dim != 0:
+                raise ValueError(
+                    f"model: parameter {segment.name!r} must be sharded along its dimension 0 and over one dimension "
+                    f"of the mesh, got placements {parameter.placements}"
+                )
+            parameters.append(parameter)
+            kind, other = ((p.dtype, p.device_mesh, p.placements) for p in (parameter, parameters[0]))
+            if kind != other:
+                raise ValueError(
+                    f"model: trainable parameters must be of one dtype and sharded alike, but {segment.name!r} is "
+                    f"{kind} and {segments[0].name!r} {other}"
+                )
+        mesh, placements = parameters[0].device_mesh, parameters[0].placements
+        dim = [placement.is_replicate() for placement in placements].index(False)
+        rank, world = mesh.get_local_rank(dim), mesh.size(dim)
+        pieces = []
+        for segment, sharded in zip(segments, parameters, strict=True):
+            rows = segment.shape[0]
+            start = min(rows, rank * -(-rows // world))
+            pieces.append((segment.start + start * (segment.length // max(1, rows)), _local(sharded).shape))
+        return cls(mesh.get_group(dim), tuple(pieces))
+
+    @property
+    def size(self) -> int:
+        """P_r."""
+        return sum(shape.numel() for _, shape in self.pieces)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector (P_r,), shaped as the local parts of the parameters."""
+        parts = vector.split([shape.numel() for _, shape in self.pieces])
+        return [part.view(shape) for part, (_, shape) in zip(parts, self.pieces, strict=True)]
+
+    def at_hand(self, segment: Segment) -> Segment:
+        start, stop = self._below(segment.start), self._below(segment.stop)
+        return Segment(segment.name, start, stop - start, (stop - start,))
+
+    def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        first, *others = self._gather(torch.cat([s.reshape(-1) for s in sums]))
+        for other in others:
+            first = first + other
+        parts = first.split([s.numel() for s in sums])
+        return tuple(part.view(s.shape) for part, s in zip(parts, sums, strict=True))
+
+    def norm(self, *parts: Tensor) -> Tensor:
+        squares = [torch.linalg.vector_norm(_local(part), dtype=torch.float64).square() for part in parts]
+        return self.total(torch.stack(squares).sum())[0].sqrt()
+
+    def greatest(self, values: Tensor) -> Tensor:
+        return self._gather(values).amax(0)
+
+    def everywhere(self, flags: Tensor) -> Tensor:
+        return self._gather(flags.to(torch.uint8)).bool().all(0)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """(ranks, ...): the values of each."""
+        found = [torch.empty_like(values) for _ in range(self.group.size())]
+        dist.all_gather(found, values.contiguous(), group=self.group)
+        return torch.stack(found)
+
+    def _below(self, coordinate: int) -> int:
+        """How many of the coordinates here come before this one of R^P."""
+        return sum(min(max(coordinate - start, 0), shape.numel()) for start, shape in self.pieces)
+
+
+class ShardedEngine(GradientEngine):
+    """Gradients under ``fully_shard``, through the module's own passes; vectors are (P_r,).
+
+    There are no Hessian-vector products: a gradient that FSDP has scattered cannot be differentiated again. There is
+    one strategy, ``loop``.
+    """
+
+    brackets = False
+    coordinates: Sharding
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, exact: nn.Module | None = None) -> None:
+        if strategy not in ("auto", "loop"):
+            raise ValueError(f"strategy must be 'auto' or 'loop' for a model under fully_shard, got {strategy!r}")
+        self.coordinates = Sharding.of(model)
+        super().__init__(model, loss_fn, strategy="loop")
+        self.checked = exact is not None
+        self._exact = None if exact is None else self._twin(exact)
+
+    def flatten(self, out: Tensor | None = None) -> Tensor:
+        """(P_r,)"""
+        return torch.cat([_local(parameter).flatten() for parameter in _parameters(self.model)], out=out)
+
+    def flatten_grad(self, out: Tensor | None = None) -> Tensor:
+        """(P_r,)"""
+        parameters = _parameters(self.model)
+        grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
+        return torch.cat([grad.flatten() for grad in grads], out=out)
+
+    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
+        if self._kinked is None:
+            smooth = torch.tensor([not super().kinked(batch, seed=_own(seed))], device=self.device)
+            self._kinked = not bool(self.coordinates.everywhere(smooth))
+        return self._kinked
+
+    def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
+        """Raises ValueError: there are none."""
+        raise ValueError(
+            "method 'bracket' needs second derivatives, which a model under fully_shard has not; "
+            "eta='auto' estimates the bracket from gradients"
+        )
+
+    def _one(self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0) -> Tensor:
+        if theta.dtype != self.dtype:
+            if self._exact is None or theta.dtype != self._exact.dtype:
+                raise ValueError(f"theta is {theta.dtype}, but the model {self.dtype}, and no exact model is of that")
+            self._follow(self._exact.model)
+            return self._exact._one(theta, cast_batch(batch, theta.dtype), out, seed)
+
+        def differentiate(loss: Tensor) -> Tensor:
+            loss.backward()
+            return self.flatten_grad(out)
+
+        with self._evaluation(_own(seed)):
+            return self._at(self._leaves(theta), batch, differentiate)
+
+    def _at(self, leaves: list[Tensor], batch: Any, use: Callable[[Tensor], T]) -> T:
+        """``use(loss)`` with the leaves in the shards; they, ``.grad`` and the buffers are then what they were.
+
+        Raises:
+            ValueError: hooks that run when a gradient is there, and would see this one; gradients of earlier passes
+                that FSDP has not reduced yet.
+        """
+        parameters = _parameters(self.model)
+        self._refuse_bystanders(parameters)
+        values, grads = [_local(p).clone() for p in parameters], [p.grad for p in parameters]
+        buffers = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            _write(parameters, leaves, [None] * len(grads))
+            with uncompiled():
+                used: T = functional_call(self._holder, buffers, (lambda: use(self._loss(batch)),))
+            return used
+        except BaseException:
+            if hasattr(self.model, "reset_iter_state"):  # torch >= 2.13: of passes broken off
+                self.model.reset_iter_state()  # type: ignore[operator]
+            raise
+        finally:
+            _write(_parameters(self.model), values, grads)
+
+    def _leaves(self, theta: Tensor | None) -> list[Tensor]:
+        return self._views(self.flatten() if theta is None else theta)
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        return self.coordinates.views(vector)
+
+    def _refuse_spread(self) -> None:
+        """A sharded model is what this is for."""
+
+    def _refuse_bystanders(self, parameters: list[nn.Parameter]) -> None:
+        for segment, parameter in zip(self.segments, parameters, strict=True):
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"model: parameter {segment.name!r} has a hook that runs when its gradient is there (an optimiser "
+                    "in the backward pass?), and would run for measured gradients too; remove it"
+                )
+        if any(map(_holds_gradients, _groups(self.model))):
+            raise ValueError(
+                "model is between passes whose gradients add up unreduced: measure after one under "
+                "set_requires_gradient_sync(True)"
+            )
+
+    def _twin(self, exact: nn.Module) -> ShardedEngine:
+        """The engine of the exact model, once it is known to be built alike."""
+        if not isinstance(exact, FSDPModule):
+            raise ValueError(f"exact must have had fully_shard(exact), got {type(exact).__name__}")
+        engine, wanted = ShardedEngine(exact, self._loss_fn, "loop"), other_dtype(self.dtype)
+        if engine.dtype != wanted or engine.device != self.device:
+            raise ValueError(f"exact must be {wanted} on {self.device}, got {engine.dtype} on {engine.device}")
+        if _structure(exact) != _structure(self.model) or engine.coordinates.pieces != self.coordinates.pieces:
+            raise ValueError("exact has other modules, parameters, buffers or shards than model: build it alike")
+        return engine
+
+    @torch.no_grad()
+    def _follow(self, exact: nn.Module) -> None:
+        """Give the exact model what a gradient depends on besides the trainable parameters."""
+        for its, mine in zip(exact.buffers(), self.model.buffers(), strict=True):
+            its.copy_(mine)
+        for twin, module in zip(exact.modules(), self.model.modules(), strict=True):
+            twin.training = module.training
+        for parameter, given in zip(exact.parameters(), self.model.parameters(), strict=True):
+            if not given.requires_grad:
+                _local(parameter).copy_(_local(given))
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters, sharded, as the optimiser has them; what FSDP has gathered is freed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The memory itself of the local part, without a history."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def _write(parameters: list[nn.Parameter], values: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for parameter, value, grad in zip(parameters, values, grads, strict=True):
+        _local(parameter).copy_(value)
+        parameter.grad = grad
+
+
+def _structure(model: nn.Module) -> Any:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = [name for name, _ in model.named_modules()]
+    return names, [(name, tensor.shape, tensor.requires_grad) for name, tensor in tensors]
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """What FSDP keeps of the parameters that it gathers together. torch has no public way to read it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group])
+
+
+def _holds_gradients(group: Any) -> bool:
+    """Whether a backward pass would add to gradients that wait to be reduced, or let its own wait."""
+    waiting = [p.unsharded_accumulated_grad for p in group.fsdp_params]
+    waiting += [p._unsharded_param.grad for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    waiting.append(group._partial_reduce_output)
+    return not (group.reduce_grads and group.all_reduce_grads) or any(grad is not None for grad in waiting)
+
+
+# ------------------------------------------------------------------------------------------------------------------ PCA
+
+
+class ShardedPCA(StreamingPCA):
+    """:class:`grokcurv.StreamingPCA` of rows of which each rank has its shard (P_r,); ``method="gram"`` alone.
+
+    Each rank keeps its shard of the rows. The Gram matrix, and all that follows from it, is the same on each; the
+    components and the mean are sharded as the rows are. ``partial_fit``, ``components_``, ``transform`` and
+    ``load_state_dict`` exchange numbers: call them on all ranks. A row that is not finite on one rank is refused on
+    all. Each rank saves and loads its own ``state_dict``.
+
+    Args:
+        model: after ``fully_shard(model)``.
+        n_components, store_dtype, scratch: as for :class:`grokcurv.StreamingPCA`.
+        segments: intervals of all P coordinates, in their order.
+
+    Raises:
+        ValueError: as for :class:`grokcurv.StreamingPCA`, and as :func:`distributed`.
+    """
+
+    coordinates: Sharding
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_components: int = 8,
+        segments: Sequence[Segment | tuple[int, int]] | None = None,
+        *,
+        store_dtype: torch.dtype | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+    ) -> None:
+        module = _written(model)
+        if not isinstance(module, FSDPModule):
+            raise ValueError(
+                f"model must have had fully_shard(model), got {type(module).__name__}; where each rank has all "
+                "coordinates, a StreamingPCA on each does"
+            )
+        self.coordinates = Sharding.of(module)
+        super().__init__(n_components, "gram", segments, store_dtype=store_dtype, scratch=scratch)
+        if self.segments is None:
+            return
+        size, stop = sum(p.numel() for p in _parameters(module)), 0
+        for segment in self.segments:
+            if not stop <= segment.start <= segment.stop <= size:  # empty parts would lose their order otherwise
+                raise ValueError(f"segments must ascend, disjoint, up to P = {size}; {segment.name!r} does not")
+            stop = segment.stop
+        self.segments = tuple(map(self.coordinates.at_hand, self.segments))
+
+    def _pack(self, x: Tensor) -> Tensor:
+        rows = super()._pack(x)
+        if x.shape[-1] != self.coordinates.size:
+            raise ValueError(f"x must hold this rank's {self.coordinates.size} coordinates, got {x.shape[-1]}")
+        return rows
+
+    def _new_layout(self, features: int, device: torch.device) -> Layout:
+        layout = super()._new_layout(features, device)
+        layout.sizes  # noqa: B018 (exchanged here, so that variances can be read on one rank alone)
+        return layout
