@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -23,20 +24,13 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
+from grokcurv.admission import Traits
+from grokcurv.evaluation import LossFn
 from grokcurv.flat import Segment
-from grokcurv.gradients import (
-    Asking,
-    Distributed,
-    GradientEngine,
-    LossFn,
-    Model,
-    Strategy,
-    Vectors,
-    Wanted,
-    carry_out,
-)
-from grokcurv.records import capturing
+from grokcurv.gradients import Asking, Distributed, GradientEngine, Model, Strategy, Wanted, carry_out
+from grokcurv.records import capturing, must_wait
 from grokcurv.reference import compute_type
+from grokcurv.state import Snapshot
 from grokcurv.subspace import Subspace
 
 Method = Literal["difference", "bracket", "reference"]
@@ -58,10 +52,32 @@ RELIABLE_RATIO = 10.0
 """A defect is called reliable when it is at least this many times its noise floor."""
 
 GIVEN = "given"
-"""Where :attr:`CommutatorProbe.errors` has the distance of a given first gradient from the probe's own."""
+"""Where :attr:`CommutatorProbe.errors` has (3,) the distance of a given first gradient from that in float64, the
+greatest such distance of the probe's own evaluations beside it, and the gradient's length."""
 
 FLOOR_MARGIN = 3.0
 """How many times its estimated size the error vector is allowed; ``docs/numerics.md`` says why three."""
+
+STALE_MARGIN = 4.0
+"""How many times larger an error may be than those of the latest check, in a pair that is not checked itself."""
+
+SATURATED = 0.02
+"""Relative error of an evaluation from which on float64's own rounding is looked at: digits may be lost there too."""
+
+LAST_BITS = 1e4
+"""Roundoffs by which two gradients of one float64 model may differ, relative to their length."""
+
+MOVED = 0.5
+"""A check is too old when the parameters have moved by this share of their length since."""
+
+CHANGED = 10.0
+"""Or when the length of a gradient has changed by this factor."""
+
+PADDING = 16
+"""Rows of scratch memory begin at multiples of so many numbers, for the kernels' sake."""
+
+SAMPLED = 1 << 12
+"""From about so many coordinates it is seen how far the parameters have moved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +89,7 @@ class CommutatorStats:
         eta: (N,) step length of each pair.
         defect: (N,) ``D = |delta| / (|eta g_A| |eta g_B|)``, in units of one over the loss.
         grad_norm_a, grad_norm_b: (N,) ``|g_A|``, ``|g_B|``.
-        grad_cosine: (N,) cosine of the angle between the two gradients.
+        grad_cosine: (N,) cosine of the angle between the two gradients; ``grad_cosine_error`` bounds its error.
         bracket_norm: (N,) ``|delta| / eta^2``; the length of ``H_B g_A - H_A g_B``, exactly so for ``"bracket"``.
         noise_floor: (N,) predicted size of the error vector of ``delta`` due to rounding, in units of the defect;
             NaN when the probe was told not to estimate it.
@@ -81,7 +97,9 @@ class CommutatorStats:
         coefficients: (N, K) inner products of ``delta`` with the basis, or None.
         support: (N,) length of ``delta`` on the coordinates where the basis lives, or None.
         energies: (N, S) squared length of ``delta`` on each of the probe's segments, or None.
-        reference: (N,) the defect by the published float32 formula, from the same gradients (NaN for ``"bracket"``).
+        exact: (N,) bool, whether the pair was evaluated in float64.
+        reference: (N,) the defect by the published float32 formula, from the gradients in the model's own precision
+            (NaN for ``"bracket"``).
         delta: (N, P) in the order of ``model.parameters()``, or None.
     """
 
@@ -91,8 +109,10 @@ class CommutatorStats:
     grad_norm_a: Tensor
     grad_norm_b: Tensor
     grad_cosine: Tensor
+    grad_cosine_error: Tensor
     bracket_norm: Tensor
     noise_floor: Tensor
+    exact: Tensor
     reference: Tensor
     parallel: Tensor | None = None
     residual: Tensor | None = None
@@ -103,8 +123,12 @@ class CommutatorStats:
 
     @property
     def reliable(self) -> Tensor:
-        """(N,) whether rounding can be ruled out: ``noise_floor <= defect / 10``. Says nothing of the finite eta."""
-        return self.noise_floor <= self.defect / RELIABLE_RATIO
+        """(N,) whether rounding can be ruled out: ``noise_floor <= defect / 10``. Says nothing of the finite eta.
+
+        A defect that is zero, infinite or NaN never is.
+        """
+        number = self.defect.isfinite() & (self.defect > 0)
+        return number & (self.noise_floor <= self.defect / RELIABLE_RATIO)
 
     def median(self) -> Tensor:
         """Median of the defect over the pairs: a scalar, NaN if any pair is."""
@@ -175,6 +199,7 @@ class CommutatorProbe:
         self.method: Method = method
         self.noise_floor = noise_floor and self.gradients.checked
         self.errors: dict[str, Tensor] = {}
+        self.origins: dict[str, Tensor] = {}  # where they were found: gradients' lengths, some coordinates of theta
         self.basis = basis
         size = self.gradients.segments[-1].stop
         for segment in segments or ():
@@ -264,116 +289,268 @@ class CommutatorProbe:
         for name, value, known_values in (("method", method, METHODS), ("design", design, DESIGNS)):
             if value not in known_values:
                 raise ValueError(f"{name} must be one of {', '.join(known_values)}, got {value!r}")
-        size, dtype, device = self.gradients.size, self.gradients.dtype, self.gradients.device
-        if first_gradient is not None and first_gradient.shape != (size,):
-            raise ValueError(f"first_gradient must have shape ({size},), got {tuple(first_gradient.shape)}")
-        form = "bracket" if method == "bracket" else "difference"
-        uncompared = first_gradient is not None and form == "difference" and GIVEN not in self.errors
-        check = self.noise_floor and (check or form not in self.errors or uncompared)
-        if form not in self.errors:  # one tensor for good, so that a captured measurement finds the latest errors
-            self.errors[form] = torch.full((2,), math.nan, dtype=torch.float64, device=device)
-        shared = _Shared(self._segment_table(), self.errors[form])
-        if method != "bracket":
-            shared.theta = self.gradients.flatten()
-            shared.work = torch.empty(4, size, dtype=dtype, device=device)
-        if first_gradient is not None and self.noise_floor:
-            shared.given = self.errors.setdefault(GIVEN, torch.full_like(self.errors[form], math.nan))
+        engine = self.gradients
+        if first_gradient is not None and first_gradient.shape != (engine.size,):
+            raise ValueError(f"first_gradient must have shape ({engine.size},), got {tuple(first_gradient.shape)}")
+        shared = self._share("bracket" if method == "bracket" else "difference")
+        uncompared = first_gradient is not None and shared.form == "difference" and GIVEN not in self.errors
+        check = self.noise_floor and (check or shared.form not in self.errors or uncompared)
         rows = []
         chained, end = design == "chain", None
         for index, pair in enumerate(_take(source, pairs)):
-            first = 2 * seed + index if chained else 2 * (seed + index)
-            seeds = (first, first + 1)
-            exactly = self.noise_floor and dtype != torch.float64 and self.gradients.kinked(pair[0], seed=first)
-            known = first_gradient if index == 0 and not exactly else None
-            if chained and index:
-                if pair[0] is not end:
-                    raise ValueError(
-                        f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}"
-                    )
-                known = shared.work[1] if form == "difference" else None
+            if chained and index and pair[0] is not end:
+                raise ValueError(
+                    f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}"
+                )
             end = pair[1]
-            if exactly:
-                measured = yield from self._rounded(shared, pair, seeds, known, form)
-            elif form == "bracket":
-                measured = self._brackets(shared, pair, seeds, check and index == 0)
-            else:
-                measured = yield from self._differences(shared, pair, seeds, known, check and index == 0)
-            rows.append(self._stats(shared, measured, method, keep_delta))
-            shared.given = None
-            del measured  # before the next pair's vectors are allocated
+            first = 2 * seed + index if chained else 2 * (seed + index)
+            known = first_gradient if index == 0 else None
+            if chained and index and shared.form == "difference":
+                known = shared.work[1]
+            _note_batches(engine, pair)
+            while True:
+                traits = engine.admit(pair[0], seed=first)
+                generation = engine.evaluator.generation
+                shared.given = known is first_gradient and known is not None
+                due = check and index == 0
+                row = yield from self._pair(shared, pair, (first, first + 1), method, keep_delta, known, due, traits)
+                if generation == engine.evaluator.generation:
+                    break
+                # The model was seen to do what it had not done before, such as to draw: what was computed before that,
+                # or was given, may not be of one function with what came after.
+                known = None
+            rows.append(row)
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
         return _concatenate(rows)
 
-    def _differences(
-        self, shared: _Shared, pair: Pair, seeds: Pair, known: Tensor | None, check: bool
-    ) -> Asking[tuple[Tensor, Vectors]]:
-        """The step, and g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A."""
-        theta, (batch_a, batch_b) = shared.theta, pair
-        g_a, g_b, a2, b2 = shared.work
-        at_theta = [Wanted(theta, batch_a, g_a, seeds[0]), Wanted(theta, batch_b, g_b, seeds[1])]
-        compare = known is not None and check and not capturing(theta.device)
-        if known is not None and not compare:
-            g_a.copy_(known)
-            del at_theta[0]
-        yield at_theta
-        if known is not None and compare:
-            self.errors[GIVEN].copy_(self._rounding_error(known, g_a))
-            shared.given = None
-        eta = self._step(g_a, g_b)
-        if self.gradients.strategy == "vmap":
-            past_b, past_a = ops.perturb(theta, torch.stack([g_b, g_a]), eta.expand(2).contiguous())
-            yield [Wanted(past_b, batch_a, a2, seeds[0]), Wanted(past_a, batch_b, b2, seeds[1])]
-        else:  # one at a time, in memory for one
-            stepped = torch.empty_like(theta)
-            for direction, batch, seed, out in ((g_b, batch_a, seeds[0], a2), (g_a, batch_b, seeds[1], b2)):
-                ops.perturb(theta, direction[None], eta, out=stepped[None])
-                yield [Wanted(stepped, batch, out, seed)]
-        if check:
-            errors = []
-            for found, direction, batch, seed in ((a2, g_b, batch_a, seeds[0]), (b2, g_a, batch_b, seeds[1])):
-                # In the other precision; the step itself is not rounded.
-                stepped = (theta.to(torch.float64) - eta * direction).to(other_dtype(theta.dtype))
-                exact = torch.empty_like(stepped)
-                yield [Wanted(stepped, batch, exact, seed)]
-                errors.append(self._rounding_error(found, exact))
-            shared.error.copy_(rms(errors))
-        return eta, (g_a, g_b, a2, b2)
+    def _share(self, form: str) -> _Shared:
+        """Memory for one pair: four vectors and a scratch of two, or of one in float64, beyond the model's own."""
+        engine = self.gradients
+        wide = torch.finfo(torch.float64).bits // torch.finfo(engine.dtype).bits if self.noise_floor else 1
+        padded = -(-engine.size // PADDING) * PADDING
+        return _Shared(
+            form,
+            self._segment_table(),
+            torch.empty(4, engine.size, dtype=engine.dtype, device=engine.device),
+            torch.empty(max(2, wide), padded, dtype=engine.dtype, device=engine.device),
+        )
 
-    def _brackets(self, shared: _Shared, pair: Pair, seeds: Pair, check: bool) -> tuple[Tensor, Vectors]:
-        """The step, and g_A, g_B, H_A g_B and H_B g_A at the model's own parameters."""
-        vectors = self.gradients.hessian_vectors(None, pair, seeds=seeds)
-        if check:
-            theta = self.gradients.flatten().to(other_dtype(self.gradients.dtype))
-            exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
-            shared.error.copy_(rms(map(self._rounding_error, vectors[2:], exact[2:])))
-        return self._step(*vectors[:2]), vectors
-
-    def _rounded(
-        self, shared: _Shared, pair: Pair, seeds: Pair, known: Tensor | None, form: str
-    ) -> Asking[tuple[Tensor, Vectors]]:
-        """As :meth:`_differences` or :meth:`_brackets`, by float64 evaluations whose rounding is all the error."""
-        theta = self.gradients.flatten().to(torch.float64)
-        shared.given = None
-        shared.error[0], shared.error[1] = 0.0, torch.finfo(self.gradients.dtype).eps / 2
-        if form == "bracket":
-            exact = self.gradients.hessian_vectors(theta, pair, seeds=seeds)
-            vectors = tuple(vector.to(self.gradients.dtype) for vector in exact)
-            return self._step(*vectors[:2]), vectors
-        (batch_a, batch_b), (g_a, g_b, a2, b2) = pair, shared.work
-        gradient = torch.empty_like(theta)
-        if known is not None:
-            g_a.copy_(known)
+    def _pair(
+        self,
+        shared: _Shared,
+        pair: Pair,
+        seeds: tuple[int, int],
+        method: Method,
+        keep_delta: bool,
+        known: Tensor | None,
+        check: bool,
+        traits: Traits,
+    ) -> Asking[CommutatorStats]:
+        """One pair, in the model's own precision, and in float64 where that is due, or where there is doubt."""
+        engine = self.gradients
+        if shared.form == "bracket" and engine.brackets and not engine.has_true_brackets(pair[0], seed=seeds[0]):
+            shared.work.fill_(math.nan)
+            return self._stats(shared, self._step(*shared.work[:2]), shared.unknown(math.inf), method, keep_delta)
+        evaluate = self._brackets if shared.form == "bracket" else self._differences
+        floored = self.noise_floor and traits.exact and traits.trusted
+        wide = engine.dtype == torch.float64
+        exactly = floored and traits.nonsmooth and not wide
+        published = None
+        if not exactly:
+            eta = yield from evaluate(shared, pair, seeds, known=known)
+            stats = self._stats(shared, eta, self._expected(shared, floored), method, keep_delta)
+            if not floored or not (check or self._doubtful(shared, stats)):
+                return stats
+            published = stats.reference
+            del stats  # and its delta
+        found = shared.unknown(0.0, 3)
+        if wide and not traits.widened:
+            if shared.given:
+                yield [Wanted(engine.flatten(shared.theta), pair[0], shared.work[0], seeds[0], found[0])]
+                found[1, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, 1]
+                self._compare_given(found)
+            eta = self._step(*shared.work[:2])
         else:
-            yield [Wanted(theta, batch_a, gradient, seeds[0])]
-            g_a.copy_(gradient)
-        yield [Wanted(theta, batch_b, gradient, seeds[1])]
-        g_b.copy_(gradient)
+            kept = known if exactly and not shared.given else None
+            eta = yield from evaluate(shared, pair, seeds, known=kept, exact=_Exact(found, method))
+            if shared.given and shared.form == "difference" and not exactly:
+                self._compare_given(found)
+        errors = yield from self._learn(shared, pair, seeds, found, check, exactly, method)
+        stats = self._stats(shared, eta, errors, method, keep_delta)
+        if exactly and not check and self._doubtful(shared, stats):
+            errors = yield from self._learn(shared, pair, seeds, found, True, exactly, method)
+            stats = self._stats(shared, eta, errors, method, keep_delta)
+        stats = replace(stats, exact=torch.ones_like(stats.exact))
+        # The published formula is one of the model's own precision throughout.
+        return stats if published is None or method == "reference" else replace(stats, reference=published)
+
+    def _differences(
+        self,
+        shared: _Shared,
+        pair: Pair,
+        seeds: tuple[int, int],
+        *,
+        known: Tensor | None = None,
+        exact: _Exact | None = None,
+    ) -> Asking[Tensor]:
+        """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A; the step's length is returned."""
+        engine, (g_a, g_b, a2, b2) = self.gradients, shared.work
+        theta = engine.flatten(shared.theta if exact is None else shared.point)
+        vectors = zip((*pair, *pair), (g_a, g_b, a2, b2), (*seeds, *seeds), range(4), strict=True)
+        at_a, at_b, past_b, past_a = (
+            partial(Wanted, batch=batch, out=out, seed=seed, **(exact.options(index) if exact else {}))
+            for batch, out, seed, index in vectors
+        )
+        if known is None:
+            yield [at_a(theta), at_b(theta)]
+        else:
+            g_a.copy_(known)
+            yield [at_b(theta)]
+            if exact is not None:  # the end of the pair before, found as this one's was
+                exact.found[0] = exact.found[1]
         eta = self._step(g_a, g_b)
-        for direction, batch, seed, out in ((g_b, batch_a, seeds[0], a2), (g_a, batch_b, seeds[1], b2)):
-            yield [Wanted(theta - eta * direction, batch, gradient, seed)]
-            out.copy_(gradient)
-        return eta, (g_a, g_b, a2, b2)
+        if engine.strategy == "vmap":
+            yield [past_b(self._stepped(shared, g_b, eta, exact)), past_a(self._stepped(shared, g_a, eta, exact))]
+        else:  # one at a time, in memory for one
+            for wanted, direction in ((past_b, g_b), (past_a, g_a)):
+                yield [wanted(self._stepped(shared, direction, eta, exact, shared.memory(exact)))]
+        return eta
+
+    def _stepped(
+        self, shared: _Shared, direction: Tensor, eta: Tensor, exact: _Exact | None, out: Tensor | None = None
+    ) -> Tensor:
+        """``theta - eta direction``, rounded as the model's parameters are, or in float64 and as good as not at all."""
+        if exact is not None:
+            out = torch.empty_like(shared.point) if out is None else out
+            return self.gradients.step_exactly(out, direction, eta)
+        out = torch.empty_like(shared.theta) if out is None else out
+        ops.perturb(shared.theta, direction[None], eta, out=out[None])
+        return out
+
+    def _brackets(
+        self,
+        shared: _Shared,
+        pair: Pair,
+        seeds: tuple[int, int],
+        *,
+        known: Tensor | None = None,
+        exact: _Exact | None = None,
+    ) -> Asking[Tensor]:
+        """g_A, g_B, H_A g_B and H_B g_A at the model's own parameters; the step's length is returned."""
+        engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
+        theta = engine.flatten(shared.theta if exact is None else shared.point)
+        options = [exact.options(index) if exact else {} for index in range(4)]
+        if known is None:
+            yield [Wanted(theta, pair[0], g_a, seeds[0], **options[0])]
+        else:
+            g_a.copy_(known)
+        rest = exact.options(slice(1, 4, 2)) if exact else {}
+        engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], **rest)
+        rest = exact.options(slice(2, 3)) if exact else {}
+        engine.product(theta, pair[0], g_b, None, h_a, seeds[0], **rest)
+        return self._step(g_a, g_b)
+
+    def _learn(
+        self,
+        shared: _Shared,
+        pair: Pair,
+        seeds: tuple[int, int],
+        found: Tensor,
+        check: bool,
+        exactly: bool,
+        method: Method,
+    ) -> Asking[Tensor]:
+        """(4,) the sizes of the errors of a pair that was evaluated in float64; for later pairs, those of its own.
+
+        An evaluation in float64 errs less than one in the model's precision by the ratio of the roundoffs, unless both
+        have lost all digits of something: where float32 has lost most of them, and where there is nothing to compare
+        with, float64's own error is sampled.
+        """
+        engine = self.gradients
+        distance, length, lost = found.unbind(1)
+        wide = engine.dtype == torch.float64
+        relative = distance / length
+        own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
+        if must_wait(engine.device):
+            own = torch.where(relative > SATURATED, distance, own)
+            sample = exactly and check
+        else:
+            sample = (exactly and check) or wide or not bool((relative <= SATURATED).all())
+        if exactly and not check:
+            return torch.hypot(lost, self._expected(shared, True))
+        noise = None
+        if sample and not capturing(engine.device) and engine.device.type != "meta":
+            noise = yield from self._sampled(shared, pair, seeds)
+            own = noise
+        # The published formula is reported in the model's own precision.
+        errors = distance if method == "reference" and not exactly else torch.hypot(lost, own)
+        if exactly or (wide and noise is not None):
+            distance = torch.maximum(distance, errors) if wide else errors
+            length = _lengths(engine, shared.work)
+        self._remember(shared, torch.stack([distance.max(), (distance / length).nan_to_num(nan=math.inf).max()]))
+        return errors
+
+    def _sampled(self, shared: _Shared, pair: Pair, seeds: tuple[int, int]) -> Asking[Tensor]:
+        """(4,) how far the evaluations move when float64's rounding errors are made larger at random."""
+        engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
+        moved = shared.unknown(0.0, 3)
+        shake = torch.Generator(engine.device).manual_seed(seeds[0])
+        theta = engine.flatten(shared.point)
+        if shared.form == "bracket":
+            engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], found=moved[1::2], keep=True, shake=shake)
+            engine.product(theta, pair[0], g_b, g_a, h_a, seeds[0], found=moved[0::2], keep=True, shake=shake)
+        else:
+            for index, (batch, gradient, seed) in enumerate(zip(pair, (g_a, g_b), seeds, strict=True)):
+                yield [Wanted(theta, batch, gradient, seed, moved[index], keep=True, shake=shake)]
+            moved[2:] = moved[:2]
+        return moved[:, 0]
+
+    def _expected(self, shared: _Shared, floored: bool) -> Tensor:
+        """(4,) errors as large as any that the latest check has found, absolute or relative, and then some."""
+        if not self.noise_floor:
+            return shared.unknown(math.nan)
+        if not floored or shared.form not in self.errors:
+            return shared.unknown(math.inf)
+        absolute, relative = self.errors[shared.form]
+        return STALE_MARGIN * torch.maximum(absolute, relative * _lengths(self.gradients, shared.work))
+
+    def _compare_given(self, found: Tensor) -> None:
+        """Note how far a gradient that was given is from float64, and how far the probe's own evaluations are."""
+        if GIVEN not in self.errors:
+            self.errors[GIVEN] = torch.full((3,), math.nan, dtype=torch.float64, device=found.device)
+        self.errors[GIVEN][0], self.errors[GIVEN][1] = found[0, 0], found[1:, 0].max()
+        self.errors[GIVEN][2] = found[0, 1]
+
+    def _remember(self, shared: _Shared, found: Tensor) -> None:
+        """Keep what a check has found, where a captured measurement finds it again, and of where it is true."""
+        form = shared.form
+        if form not in self.errors:
+            self.errors[form] = torch.full_like(found, math.nan)
+        self.errors[form].copy_(found)
+        if not must_wait(self.gradients.device):
+            self.origins[form] = self._whereabouts(shared)
+
+    def _whereabouts(self, shared: _Shared) -> Tensor:
+        """float64: the lengths of the two gradients, and some thousand coordinates of theta, equally spaced."""
+        theta = self.gradients.flatten(shared.theta)
+        lengths = _lengths(self.gradients, shared.work[:2])
+        return torch.cat([lengths, theta[:: max(1, len(theta) // SAMPLED)].to(torch.float64)])
+
+    def _doubtful(self, shared: _Shared, stats: CommutatorStats) -> bool:
+        """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
+        if must_wait(self.gradients.device) or stats.method == "reference":
+            return False
+        if not bool(stats.defect.isfinite().all() & (stats.grad_norm_a * stats.grad_norm_b > 0).all()):
+            return False
+        if not bool(stats.reliable.all()):
+            return True
+        origin, now = self.origins.get(shared.form), self._whereabouts(shared)
+        if origin is None:
+            return True
+        ratio = (now[:2] / origin[:2]).log().abs().max()
+        norm = self.gradients.coordinates.norm
+        return bool(ratio > math.log(CHANGED)) or bool(norm(now[2:] - origin[2:]) > MOVED * norm(origin[2:]))
 
     def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
         """(1,) float64: eta, the same whichever batch comes first."""
@@ -391,10 +568,11 @@ class CommutatorProbe:
         return torch.tensor(table, dtype=torch.int64) if table else None
 
     def _stats(
-        self, shared: _Shared, measured: tuple[Tensor, Vectors], method: Method, keep_delta: bool
+        self, shared: _Shared, eta: Tensor, errors: Tensor, method: Method, keep_delta: bool
     ) -> CommutatorStats:
-        bracket = method == "bracket"
-        eta, (g_a, g_b, a2, b2) = measured
+        """What the kernel makes of the four vectors; ``errors`` (4,) are the lengths of theirs."""
+        bracket = shared.form == "bracket"
+        g_a, g_b, a2, b2 = shared.work
         out = ops.commutator(
             g_a[None],
             g_b[None],
@@ -402,7 +580,7 @@ class CommutatorProbe:
             b2[None],
             eta,
             form="bracket" if bracket else "difference",
-            theta=None if bracket else shared.theta,
+            theta=None if bracket else self.gradients.flatten(shared.theta),
             values=self.basis.values if self.basis else None,
             rows=self.basis.rows if self.basis else None,
             segments=shared.segments,
@@ -412,11 +590,16 @@ class CommutatorProbe:
         aa, bb, ab, dd, ha, hb = sums[:, :6].unbind(1)
         area = (aa * bb).sqrt()
         defect = dd.sqrt() / (eta.square() * area)
-        if bracket:
-            floor = FLOOR_MARGIN * shared.error_size(ha, hb) / area
-            reference = torch.full_like(defect, math.nan)
-        else:
-            floor = FLOOR_MARGIN * shared.difference_error(aa, bb) / (eta * area)
+        # Rounding enters through the vectors that are subtracted, through the lengths that are divided by, and through
+        # the directions of the steps; an error of a direction changes its difference, or product, in proportion.
+        scale = area if bracket else eta * area
+        rounding = errors[2:].norm() if bracket else errors.norm()
+        n_a, n_b = errors[0] / aa.sqrt(), errors[1] / bb.sqrt()
+        directions = torch.hypot(n_b * ha.sqrt(), n_a * hb.sqrt()) / scale
+        lengths = defect * torch.hypot(n_a, n_b)
+        floor = FLOOR_MARGIN * torch.hypot(torch.hypot(rounding / scale, directions), lengths)
+        reference = torch.full_like(defect, math.nan)
+        if not bracket:
             rounded, distance = sums[:, 6:8].sqrt().unbind(1)
             reference = rounded / (eta.square() * area + REFERENCE_GUARD)
             if method == "reference":
@@ -428,8 +611,10 @@ class CommutatorProbe:
             grad_norm_a=aa.sqrt(),
             grad_norm_b=bb.sqrt(),
             grad_cosine=ab / area,
+            grad_cosine_error=FLOOR_MARGIN * (n_a + n_b),
             bracket_norm=dd.sqrt() / eta.square(),
             noise_floor=floor,
+            exact=torch.zeros_like(floor, dtype=torch.bool),
             reference=reference,
             energies=energies[:, : len(self.segments)] if self.segments else None,
             delta=out.delta if keep_delta else None,
@@ -444,17 +629,6 @@ class CommutatorProbe:
             coefficients=coefficients,
             support=energies[:, len(self.segments) :].sum(1).sqrt(),
         )
-
-    def _rounding_error(self, values: Tensor, other: Tensor) -> Tensor:
-        """(2,) float64: absolute and relative error of ``values`` in the 2-norm, from an evaluation in ``other_dtype``.
-
-        Where that evaluation is the less precise one, its own error is seen instead, and is scaled by the ratio of the
-        unit roundoffs: rounding errors are proportional to it.
-        """
-        scale = min(1.0, torch.finfo(values.dtype).eps / torch.finfo(other.dtype).eps)
-        exact, norm = other.to(torch.float64), self.gradients.coordinates.norm
-        error = scale * norm(exact - values)
-        return torch.stack([error, error / norm(exact)])
 
 
 def commutator_defect(
@@ -475,48 +649,72 @@ def quantile(values: Tensor, q: float) -> Tensor:
     return torch.quantile(values, q, dim=-1)
 
 
-def other_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which a gradient of ``dtype`` is checked: float64, and float32 for float64 itself."""
-    return torch.float32 if dtype == torch.float64 else torch.float64
-
-
-def rms(rows: Iterable[Tensor]) -> Tensor:
-    """Root mean square over the rows."""
-    return torch.stack(list(rows)).square().mean(0).sqrt()
-
-
 @dataclass
 class _Shared:
     """What the pairs of one measurement share.
 
     Attributes:
+        form: ``"difference"`` or ``"bracket"``.
         segments: (S, 2) int64, or None.
-        error: (2,) rms absolute and relative error of the two vectors that were checked last.
-        given: (2,) absolute and relative distance of a given first gradient from the probe's own, while one is used.
-        theta: (P,), the parameters; not needed for brackets.
-        work: (4, P), the gradients of one pair after another; brackets bring their own.
+        work: (4, P), the vectors of one pair after another.
+        scratch: memory for a point and one past a step, or for one of them in float64.
+        given: whether the pair's first gradient is one that was given.
     """
 
+    form: str
     segments: Tensor | None
-    error: Tensor
-    given: Tensor | None = None
-    theta: Tensor = field(default_factory=lambda: torch.empty(0))
-    work: Tensor = field(default_factory=lambda: torch.empty(0))
+    work: Tensor
+    scratch: Tensor
+    given: bool = False
 
-    def error_size(self, a2: Tensor, b2: Tensor) -> Tensor:
-        """Length of the errors of two vectors of squared norms ``a2`` and ``b2`` taken together."""
-        return (_squared_error(self.error, a2) + _squared_error(self.error, b2)).sqrt()
+    @property
+    def theta(self) -> Tensor:
+        """(P,) where the parameters go; the next use of the scratch in float64 overwrites it."""
+        return self.scratch[0, : self.work.shape[1]]
 
-    def difference_error(self, a2: Tensor, b2: Tensor) -> Tensor:
-        """Length of the errors of two gradients on A and two on B; of the first one's distance besides, if given."""
-        squared = 2.0 * self.error_size(a2, b2).square()
-        return (squared if self.given is None else squared + _squared_error(self.given, a2)).sqrt()
+    @property
+    def point(self) -> Tensor:
+        """(P,) float64, in the memory of everything else in the scratch."""
+        return self.scratch.view(-1).view(torch.float64)[: self.work.shape[1]]
+
+    def memory(self, exact: _Exact | None) -> Tensor:
+        """(P,) where a point past a step goes."""
+        return self.scratch[1, : self.work.shape[1]] if exact is None else self.point
+
+    def unknown(self, value: float, columns: int | None = None) -> Tensor:
+        """(4,) or (4, columns) float64: one row for each vector of a pair."""
+        shape = (4,) if columns is None else (4, columns)
+        return torch.full(shape, value, dtype=torch.float64, device=self.work.device)
 
 
-def _squared_error(error: Tensor, squared_norm: Tensor) -> Tensor:
-    """As large as the error found earlier, in absolute or in relative size, whichever is more."""
-    absolute, relative = error.square()
-    return torch.maximum(absolute, relative * squared_norm)
+@dataclass(frozen=True)
+class _Exact:
+    """An evaluation in float64: what it finds, (4, 3), and whether it replaces what was there."""
+
+    found: Tensor
+    method: Method
+
+    def options(self, which: int | slice) -> dict[str, Any]:
+        """Of the gradient, or the product, that goes to these rows."""
+        return {"found": self.found[which], "keep": self.method == "reference"}
+
+
+def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:
+    """(N,) float64"""
+    return torch.stack([engine.coordinates.norm(row) for row in rows])
+
+
+def _note_batches(engine: GradientEngine, pair: Pair) -> None:
+    """Say once that a batch commutes with itself, to those who measure it with itself."""
+    a, b = (Snapshot([batch]).tensors for batch in pair)
+    if pair[0] is pair[1] or (a and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))):
+        engine.note(
+            "batches",
+            False,
+            "the two batches of a pair are one and the same, and a batch commutes with itself",
+            "the defect is zero or NaN; with full batches give a sampler of parts of them: grokcurv.subsample, "
+            "grokcurv.halves",
+        )
 
 
 def _take(source: Iterable[Pair] | Sampler, pairs: int | None) -> Iterable[Pair]:

@@ -1,7 +1,7 @@
 """Gradients and Hessian-vector products of a loss at arbitrary flat parameter vectors.
 
-The module is called through :func:`torch.func.functional_call`, so its own parameters, their ``.grad`` and its buffers
-are never written. Three strategies give the same gradients:
+The model is evaluated by :mod:`grokcurv.evaluation`, which leaves it as it was. Three strategies give the same
+gradients:
 
 ``loop``   one forward and one backward pass at a time, for any module; autograd accumulates into the flat buffer
 ``vmap``   one batched program for several parameter vectors and batches (:func:`torch.func.vmap`)
@@ -10,38 +10,34 @@ are never written. Three strategies give the same gradients:
 
 from __future__ import annotations
 
-import copy
-import re
-import sys
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import functools
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten, flatten_grad, segments_of
+from grokcurv.admission import GRADIENT_TOLERANCE, KINKS, Admission, Finding, Traits, relative_distance
+from grokcurv.evaluation import LOCK, Evaluator, LossFn
+from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten, flatten_grad
+from grokcurv.intercept import NARROW, Widened
 from grokcurv.records import capturing
+from grokcurv.state import Snapshot
 
 Strategy = Literal["auto", "loop", "vmap", "graph"]
 
 SMALL = 1 << 24
 """Up to so many parameters a step's time on a GPU goes into launching it."""
 
-KINKS = re.compile(
-    r"\w*relu\w*|threshold|elu|hard\w+|softshrink|\w*max_pool\w*|multi\w*_margin_loss\w*|abs|sgn|sign|clamp\w*|"
-    r"maximum|minimum|a?max|a?min|aminmax|(nan)?median|mode|kthvalue|sort|topk|[gl][et]"
-)
-"""ATen's operators whose derivative may jump, and the comparisons by which a model or a loss decides for itself."""
+GRAPHS = 16
+"""So many captured gradients are kept; the one not used for longest goes first."""
 
 T = TypeVar("T")
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 Vectors = tuple[Tensor, ...]
 
 
@@ -50,16 +46,17 @@ class GradientEngine:
 
     Args:
         model: any module with at least one trainable parameter; all trainable parameters on one device and of
-            one floating dtype. What is compiled in it or in the loss runs uncompiled here: compiled graphs cannot be
-            differentiated twice, and would be compiled anew for the other precision.
+            one real floating dtype. What is compiled in it or in the loss runs uncompiled here: compiled graphs cannot
+            be differentiated twice, and would be compiled anew for the other precision.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar tensor.
         strategy: ``"auto"`` is ``graph`` for models of at most 2^24 parameters on a GPU, and ``loop`` for all others
             and wherever the former two do not go. ``vmap`` wants batches of tensors of the same shapes, and a model and
             loss without random draws and without decisions on values; it evaluates the directions of a pair at once,
             in memory for four vectors of P more. ``graph`` wants batches of tensors and no random draws; each shape of
-            batch has a graph of its own, captured when it is met for the second time.
+            batch, with the addresses and numbers that a capture keeps, has a graph of its own, captured when it is met
+            for the second time.
 
-    Randomness inside the model (dropout) is drawn from a generator seeded by the caller, so that the same batch
+    Randomness inside the model (dropout) is drawn from generators seeded by the caller, so that the same batch
     meets the same mask at different parameters; the visible generators are left as they were. ``stochastic`` says
     whether anything has been drawn so far.
 
@@ -70,7 +67,8 @@ class GradientEngine:
         coordinates: which of the P coordinates the vectors here hold: all, unless a subclass says otherwise. ``size``
             is their number.
         brackets: whether there are Hessian-vector products.
-        checked: whether there are evaluations in another precision than the model's.
+        checked: whether there are evaluations in float64.
+        traits: how the structure of model and batch admitted last is evaluated.
     """
 
     coordinates: Coordinates = ALL_HERE
@@ -81,29 +79,137 @@ class GradientEngine:
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self._refuse_spread()
-        self.segments: tuple[Segment, ...] = segments_of(self.model)
-        self._loss_fn = loss_fn
-        self._holder = _Holder(self.model)
-        theta = self.flatten()  # refuses several dtypes or devices
-        self.device, self.dtype, self.size = theta.device, theta.dtype, len(theta)
-        self.stochastic = False
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype not in (*NARROW, torch.float64):
+                raise ValueError(f"model: parameter {name!r} must be of a real floating dtype, got {parameter.dtype}")
+        self._refuse_mixtures()
+        self.evaluator = self._evaluator(loss_fn)
+        self.segments: tuple[Segment, ...] = self.evaluator.segments
+        self.device, self.dtype = self.evaluator.device, self.evaluator.dtype
+        self.size = len(self.flatten())
+        self.traits = Traits()
+        self._admission = Admission()
         self._evaluated = False
-        self._kinked: bool | None = None
         on_gpu = self.device.type == "cuda"
         if strategy == "graph" and not on_gpu:
             raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.device}")
         if strategy == "auto":
             strategy = "graph" if on_gpu and self.size <= SMALL else "loop"
         self.strategy: Strategy = strategy
-        self._graphs: dict[Any, _Graph | None] = {}  # None: met once
+        self._graphs: dict[Any, _Graph] = {}
+        self._met: set[Any] = set()
+        self._uncapturable: set[Any] = set()
+        self._pool: Any = None  # of memory, that all graphs share
+
+    def _evaluator(self, loss_fn: LossFn) -> Evaluator:
+        return Evaluator(self.model, loss_fn)
+
+    def _refuse_mixtures(self) -> None:
+        flatten(self.model)  # raises for several dtypes or devices
+
+    @property
+    def admission(self) -> tuple[Finding, ...]:
+        """What the checks of :mod:`grokcurv.admission` have found so far."""
+        return tuple(self._admission.findings)
+
+    def note(self, check: str, passed: bool, detail: str, consequence: str) -> None:
+        """Add a finding; one that fails is warned of."""
+        self._admission.find(check, passed, detail, consequence)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the model is known to draw at random."""
+        return self.evaluator.stochastic
 
     def flatten(self, out: Tensor | None = None) -> Tensor:
-        """The model's own parameters: :func:`grokcurv.flat.flatten`."""
-        return flatten(self.model, out)
+        """(P,) the model's own parameters, copied, into ``out`` of any floating dtype if given.
+
+        They are in the order of the beginning, whichever order the model has them in now.
+        """
+        if out is None:
+            out = torch.empty(self.segments[-1].stop, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            for view, parameter in zip(self._views(out), self.evaluator.parameters(), strict=True):
+                view.copy_(parameter)
+        return out
+
+    def step_exactly(self, out: Tensor, direction: Tensor, eta: Tensor) -> Tensor:
+        """(P,) float64 ``theta - eta direction`` into ``out``, from the model's own parameters, part by part."""
+        self.flatten(out)
+        for view, part in zip(self._views(out), self._views(direction), strict=True):
+            view.sub_(eta * part)
+        return out
 
     def flatten_grad(self) -> Tensor:
         """What training has left in their ``.grad``: :func:`grokcurv.flat.flatten_grad`."""
         return flatten_grad(self.model)
+
+    # ---------------------------------------------------------------------------------------------------- admission
+
+    def admit(self, batch: Any, *, seed: int = 0) -> Traits:
+        """Find out, once for each structure of model and batch, how it is to be evaluated; :attr:`traits` from here on.
+
+        The structure: which parameters are trainable, the modes of the modules, and the types and dimensions, not the
+        sizes, of what is in the batch. Inside a capture and on the meta device, where no number can be looked at, only
+        whether the loss has kinks is found.
+        """
+        tensors = Snapshot([batch]).tensors
+        modes = tuple(module.training for module in self.model.modules())
+        key = (modes, type(batch), tuple((t.dtype, t.dim()) for t in tensors))
+        known = self._admission.traits
+        if key not in known and capturing(self.device) and known:
+            return self.traits
+        if key not in known:
+            with self.evaluator.session():
+                known[key] = self._admitted(batch, seed)
+            self.evaluator.generation += 1
+        self.traits = known[key]
+        return self.traits
+
+    def _admitted(self, batch: Any, seed: int) -> Traits:
+        if capturing(self.device) or self.device.type == "meta":
+            return Traits(nonsmooth=self._has_kinks(batch, seed), brackets=self.brackets)
+        self.traits = Traits()
+        traits = self._admission.admit(self, batch, seed)
+        if self.strategy == "vmap":
+            self._compare_vmap(batch)
+        return traits
+
+    def _has_kinks(self, batch: Any, seed: int) -> bool:
+        return any(map(KINKS.fullmatch, self.observe(self.flatten(), batch, None, seed)))
+
+    def _compare_vmap(self, batch: Any) -> None:
+        """Hold a batched gradient against the loop's, once; where they differ the loop is what is used."""
+        theta = self.flatten()
+        rows = theta.new_empty(2, self.size)
+        loop = self._one(theta, batch, torch.empty_like(theta))
+        self._batched(theta, [batch, batch], rows)
+        distance = max(relative_distance(row, loop) for row in rows)
+        passed = distance <= GRADIENT_TOLERANCE
+        self._admission.find(
+            "vmap", passed, f"the batched gradient is {distance:.1e} from that of the loop", "strategy 'loop' is used"
+        )
+        if not passed:
+            self.strategy = "loop"
+
+    def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
+        """Whether second derivatives are what they should be; looked at when it is first asked."""
+        if not self.brackets or self.device.type == "meta" or capturing(self.device):
+            return self.brackets
+        with self.evaluator.session():
+            return self._admission.second_derivatives(self, self.traits, batch, seed)
+
+    def observe(self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = False) -> frozenset[str]:
+        """The gradient into ``out``, if it is given, and the names of the operators that lead to the loss."""
+
+        def use(loss: Tensor, placed: list[Tensor]) -> None:
+            if out is not None:
+                out.zero_()
+                _accumulate(placed, self._views(out), loss, plain=plain)
+
+        return self.evaluator.observe(self._leaves(theta), batch, use, seed=seed)
+
+    # ---------------------------------------------------------------------------------------------------- gradients
 
     def gradients(self, thetas: Tensor, batches: Sequence[Any], out: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """Write the gradient at each parameter vector, on the batch beside it, into the rows of ``out``.
@@ -132,160 +238,223 @@ class GradientEngine:
             self.gradient(theta, batch, row, seed=seed)
         return out
 
-    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        *,
+        seed: int = 0,
+        found: Tensor | None = None,
+        keep: bool = False,
+        shake: torch.Generator | None = None,
+    ) -> Tensor:
         """Write the gradient at ``theta`` on ``batch`` into ``out``.
 
         Args:
             theta: (P,) parameter vector in the order of ``model.parameters()``. A dtype other than the model's
                 evaluates the whole model, its buffers and the floating tensors of ``batch`` in that dtype.
             batch: whatever ``loss_fn`` takes.
-            out: (P,) of ``theta``'s dtype; overwritten.
+            out: (P,); overwritten. Of another dtype than ``theta``: the gradient goes there one parameter at a time,
+                rounded, in memory for one.
             seed: of the model's own randomness.
+            found: (3,) float64, overwritten: the distance of the gradient from what was in ``out`` before, its length,
+                and the length of what was lost in rounding it to ``out``.
+            keep: only compare: ``out`` keeps what is in it.
+            shake: a generator; the rounding errors of the evaluation, in float64, are then made larger at random
+                (:class:`grokcurv.intercept.Widened`).
 
         Raises:
             ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
         """
-        if self.strategy == "graph" and not self.stochastic and not capturing(self.device):
-            key = (theta.dtype, _signature(batch))
-            if key in self._graphs:
-                graph = self._graphs[key] = self._graphs[key] or _Graph(self._one, theta, batch)
-                return graph.replay(theta, batch, out)
-            if key[1] is not None:  # the first time launches what a capture cannot: lazy loading, workspaces
-                self._graphs[key] = None
+        streamed = found is not None or out.dtype != theta.dtype
+        if self.strategy == "graph" and not streamed and not self.stochastic and not capturing(self.device):
+            return self._graphed(theta, batch, out, seed)
+        if streamed:
+            return self._streamed(theta, batch, out, seed, found, keep, shake)
         return self._one(theta, batch, out, seed)
 
-    def _one(self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0) -> Tensor:
-        leaves = self._leaves(theta)
-        views = self._views(out.zero_())
-        with self._evaluation(seed):
-            self._at(leaves, batch, lambda loss: _accumulate(leaves, views, loss))
+    def _one(
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        seed: int = 0,
+        *,
+        plain: bool | None = None,
+        mode: AbstractContextManager[Any] | None = None,
+    ) -> Tensor:
+        views, plain = self._views(out), self.traits.plain if plain is None else plain
+
+        def use(loss: Tensor, placed: list[Tensor]) -> None:
+            out.zero_()
+            _accumulate(placed, views, loss, plain=plain)
+
+        self.evaluator.evaluate(self._leaves(theta), batch, use, seed=seed, mode=mode or self._mode(theta.dtype))
+        self._evaluated = True
         return out
+
+    def _streamed(
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        seed: int,
+        found: Tensor | None,
+        keep: bool,
+        shake: torch.Generator | None,
+    ) -> Tensor:
+        delivery = Delivery(self._views(out), found, keep)
+        leaves, plain = self._leaves(theta, shake), self.traits.plain
+
+        def use(loss: Tensor, placed: list[Tensor]) -> None:
+            delivery.begin()
+            torch.autograd.backward(loss, inputs=None if plain else placed)
+            if plain:
+                for index, parameter in enumerate(placed):
+                    delivery.take_from(index, parameter)
+            delivery.end()
+
+        if not plain:
+            delivery.attach(leaves)
+        self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, shake))
+        self._evaluated = True
+        return out
+
+    def _mode(self, dtype: torch.dtype, shake: torch.Generator | None = None) -> AbstractContextManager[Any] | None:
+        """What an evaluation in ``dtype`` needs around it."""
+        if dtype != torch.float64 or (shake is None and not self._lifts):
+            return None
+        return Widened(self.dtype, shake)
+
+    @property
+    def _lifts(self) -> bool:
+        return self.traits.widened or self.stochastic
+
+    def own_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> None:
+        """The gradient in the model's own precision, by one or the other kind of backward pass."""
+        self._one(theta, batch, out, seed, plain=plain)
+
+    def exact_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, plain: bool) -> Widened:
+        """The gradient in float64 with all casts lifted, and what was lifted."""
+        mode = Widened(self.dtype)
+        self._one(theta, batch, out, seed, plain=plain, mode=mode)
+        return mode
+
+    def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
+        """The gradient from a captured graph, where there is one or the same was asked for before."""
+        signature = _signature(batch)
+        if signature is None:
+            return self._one(theta, batch, out, seed)
+        with self.evaluator.session() as snapshot:
+            modes = tuple(module.training for module in self.model.modules())
+            key = (theta.dtype, signature, modes, self.traits.plain, snapshot.signature())
+            graph = self._graphs.pop(key, None)
+            if key not in self._met:
+                # The first time launches what a capture cannot: lazy loading, workspaces.
+                self._met.add(key)
+                return self._one(theta, batch, out, seed)
+            if graph is None and key not in self._uncapturable:
+                graph = self._capture(key, theta, batch)
+            if graph is None:
+                return self._one(theta, batch, out, seed)
+            self._graphs[key] = graph  # at the end: the others were not used for longer
+            while len(self._graphs) > GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            return graph.replay(theta, batch, out)
+
+    def _capture(self, key: Any, theta: Tensor, batch: Any) -> _Graph | None:
+        try:
+            graph = _Graph(self._one, theta, batch, self._pool)
+        except RuntimeError as error:
+            self._uncapturable.add(key)
+            self._admission.find(
+                "graph",
+                False,
+                f"the gradient cannot be captured in a CUDA graph: {str(error).partition(chr(10))[0]}",
+                "it is launched operator by operator",
+            )
+            return None
+        self._pool = self._pool or graph.pool
+        return graph
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
         """All gradients as one program. Generators are left alone: ``vmap`` refuses to draw."""
         shared = thetas.ndim == 1
         leaves = tuple(thetas.detach()[..., s.start : s.stop].unflatten(-1, s.shape) for s in self.segments)
         stacked = _stack(batches)
-
-        def loss(leaves: Vectors, batch: Any) -> Tensor:
-            return self._at(list(leaves), batch, lambda loss: loss)
+        if thetas.dtype != self.dtype:
+            stacked = tree_map_only(Tensor, lambda x: x.to(thetas.dtype) if x.is_floating_point() else x, stacked)
 
         # The fused attention of the CPU would run once per vector: it has no batched form.
-        with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH):
-            rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None if shared else 0, 0))(leaves, stacked)
+        with self.evaluator.around(thetas.dtype) as stack, sdpa_kernel(SDPBackend.MATH):
+            stack.enter_context(self._mode(thetas.dtype) or nullcontext())
+            with torch.enable_grad():
+                rows = torch.func.vmap(torch.func.grad(self.evaluator.loss_at), in_dims=(None if shared else 0, 0))(
+                    leaves, stacked
+                )
         for segment, values in zip(self.segments, rows, strict=True):
             out[:, segment.start : segment.stop].copy_(values.flatten(1))
         self._evaluated = True
         return out
 
-    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
-        """Whether the gradient may jump: at a rectifier, a maximum, an absolute value, a decision (:data:`KINKS`).
+    # ------------------------------------------------------------------------------------- Hessian-vector products
 
-        Found by evaluating the loss once, on ``batch``; the first answer is kept. What a kernel of the user's own does
-        inside is not seen.
-        """
-        if self._kinked is None:
-            with self._evaluation(seed), _Operators() as seen:
-                self._at(self._leaves(None), batch, lambda loss: loss)
-            self._kinked = any(map(KINKS.fullmatch, seen.names))
-        return self._kinked
+    def product(
+        self,
+        theta: Tensor,
+        batch: Any,
+        direction: Tensor,
+        gradient: Tensor | None,
+        product: Tensor,
+        seed: int = 0,
+        *,
+        found: Tensor | None = None,
+        keep: bool = False,
+        shake: torch.Generator | None = None,
+    ) -> None:
+        """Write the gradient at ``theta`` on ``batch``, and the product of the Hessian with ``direction``.
 
-    def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
-        """Two gradients and the two crossed Hessian-vector products they define.
-
-        Each gradient's graph is differentiated once more (Pearlmutter, Neural Computation 6, 1994). Attention runs
-        on the composed ("math") kernel, since the fused ones have no second derivative.
+        The gradient's graph is differentiated once more (Pearlmutter, Neural Computation 6, 1994), part by part: the
+        inner product with the direction is taken as each parameter's gradient arrives, and no gradient is kept.
+        Attention runs on the composed ("math") kernel, since the fused ones have no second derivative.
 
         Args:
-            theta: (P,), as for :meth:`gradient`; None for the model's own parameters.
-            batches: the two batches A and B.
-            seeds: of the model's own randomness, one per batch.
-
-        Returns:
-            Four vectors (P,): ``g_A``, ``g_B``, ``H_A g_B``, ``H_B g_A``.
+            theta, batch, seed: as for :meth:`gradient`.
+            direction: (P,) of any floating dtype.
+            gradient, product: (P,); overwritten, as ``out`` of :meth:`gradient` is. The gradient may be None.
+            found: (2, 3) float64, as for :meth:`gradient`: of the gradient, and of the product.
+            keep, shake: as for :meth:`gradient`.
         """
-        leaves = self._leaves(theta)
-        products = leaves[0].new_zeros(2, self.size)
+        first = Delivery(
+            [] if gradient is None else self._views(gradient), None if found is None else found[0], keep
+        )
+        second = Delivery(self._views(product), None if found is None else found[-1], keep)
+        # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
+        inner = _InnerProduct(self._views(direction.data), first)
 
-        def differentiate(graphs: Sequence[Vectors]) -> Sequence[Vectors]:
-            for graph, direction, row in zip(graphs, self._directions(graphs), products, strict=True):
-                # A gradient that does not depend on the parameters (a loss linear in them) has no second derivative.
-                pairs = [(g, v.detach()) for g, v in zip(graph, direction, strict=True) if g.requires_grad]
-                if pairs:
-                    _accumulate(leaves, self._views(row), [g for g, _ in pairs], [v for _, v in pairs])
-            return graphs
+        def use(loss: Tensor, placed: list[Tensor]) -> None:
+            first.begin()
+            second.begin()
+            total = inner.of_gradient(loss, placed)
+            if total is not None:
+                torch.autograd.backward(total, inputs=placed)
+            first.end()
+            second.end()
 
+        leaves = self._leaves(theta, shake)
+        inner.attach(leaves)
+        second.attach(leaves)
         with sdpa_kernel(SDPBackend.MATH):
-            graphs = self._with_graphs(leaves, list(zip(batches, seeds, strict=True)), differentiate)
-        gradients = products.new_empty(2, self.size)
-        for graph, row in zip(graphs, gradients, strict=True):
-            for view, part in zip(self._views(row), graph, strict=True):
-                view.copy_(part.detach())
-        return (*gradients, *products)
-
-    def _directions(self, graphs: Sequence[Vectors]) -> Sequence[Vectors]:
-        """Along what each gradient is differentiated: the other one."""
-        return graphs[::-1]
-
-    def _with_graphs(
-        self,
-        leaves: list[Tensor],
-        batches: Sequence[tuple[Any, int]],
-        use: Callable[[Sequence[Vectors]], T],
-        graphs: Sequence[Vectors] = (),
-    ) -> T:
-        """``use`` of the differentiable gradients on each batch, one inside the evaluation of the other."""
-        if not batches:
-            return use(graphs)
-        (batch, seed), *rest = batches
-
-        def add(loss: Tensor) -> T:
-            graph = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-            return self._with_graphs(leaves, rest, use, (*graphs, graph))
-
-        with self._evaluation(seed):
-            return self._at(leaves, batch, add)
-
-    def _at(self, leaves: list[Tensor], batch: Any, use: Callable[[Tensor], T]) -> T:
-        """``use(loss)``, with the leaves in the place of the model's parameters.
-
-        They stay there while the loss is used: activation checkpointing runs the forward pass again in the backward.
-        """
-        dtype = leaves[0].dtype
-        state: dict[str, Tensor] = {f"model.{s.name}": leaf for s, leaf in zip(self.segments, leaves, strict=True)}
-        # Copies of the buffers, so that a batch norm in training mode updates those and not the model's.
-        state |= {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
-        if dtype != self.dtype:
-            frozen = {f"model.{name}": p for name, p in self.model.named_parameters() if not p.requires_grad}
-            state = {name: _cast(tensor, dtype) for name, tensor in (state | frozen).items()}
-            batch = cast_batch(batch, dtype)
-        try:
-            with uncompiled():
-                used: T = functional_call(self._holder, state, (lambda: use(self._loss(batch)),))
-                return used
-        except RuntimeError as error:
-            if dtype != self.dtype:
-                error.add_note(f"while evaluating the model in {dtype} for the noise floor; noise_floor=False does not")
-            raise
-
-    def _loss(self, batch: Any) -> Tensor:
-        loss = self._loss_fn(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
-        if not loss.requires_grad:
-            raise ValueError("loss_fn returned a loss that does not depend on the model's trainable parameters")
-        return loss.reshape(())
+            self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, shake))
+        self._evaluated = True
 
     def _views(self, vector: Tensor) -> list[Tensor]:
-        return [vector[s.start : s.stop].view(s.shape) for s in self.segments]
+        return self.evaluator.views(vector)
 
-    def _leaves(self, theta: Tensor | None) -> list[Tensor]:
-        with torch.inference_mode(False):
-            if theta is None:
-                own = dict(self.model.named_parameters())
-                return [own[s.name].detach().requires_grad_() for s in self.segments]
-            return [view.requires_grad_() for view in self._views(theta.detach())]
+    def _leaves(self, theta: Tensor, shake: torch.Generator | None = None) -> list[Tensor]:
+        leaves = self.evaluator.leaves(theta)
+        return leaves if shake is None else [_shaken(leaf, shake) for leaf in leaves]
 
     def _refuse_spread(self) -> None:
         """Raises for a model of which one call of the module, or this process, has but a part."""
@@ -295,6 +464,11 @@ class GradientEngine:
                     "model is an nn.DataParallel, which splits a batch over the devices of one process: pass "
                     "model.module, measured on its own device, or train with DistributedDataParallel"
                 )
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ValueError(
+                    "model holds a torch.jit.ScriptModule, whose parameters cannot be replaced: pass the module that "
+                    "it was made from"
+                )
         kinds = {type(module).__name__ for module in self.model.modules()}  # by name: some are slow to import
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
         if sharded or kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
@@ -303,30 +477,68 @@ class GradientEngine:
                 "grokcurv.integrations.sharded.distributed(model)"
             )
 
-    @contextmanager
-    def _evaluation(self, seed: int) -> Iterator[None]:
-        """Gradients on, whatever the caller's mode, and a private random stream."""
-        generators = [torch.default_generator]
-        if capturing(self.device):
-            if self.stochastic or not self._evaluated:
-                raise RuntimeError(
-                    "model draws at random (dropout), which a CUDA graph cannot repeat: measure it without a capture"
-                    if self.stochastic
-                    else "measure once before the capture: what the model draws at random shows only then"
-                )
-        elif self.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self.device.index or 0])
-        states = [generator.get_state() for generator in generators]
-        try:
-            seeded = [generator.manual_seed(seed).get_state() for generator in generators]
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
-            drawn = (not torch.equal(g.get_state(), state) for g, state in zip(generators, seeded, strict=True))
-            self.stochastic = self.stochastic or any(drawn)
-            self._evaluated = True
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+
+class Delivery:
+    """Takes a vector part by part: compares each with what stands there, and writes it, rounded, over that.
+
+    Args:
+        views: where the parts go.
+        found: (3,) float64: the distance from what was there, the length, and what rounding has lost; or None.
+        keep: compare alone, and write nothing.
+    """
+
+    def __init__(self, views: list[Tensor], found: Tensor | None, keep: bool = False) -> None:
+        self._views, self._found, self._keep = views, found, keep
+        self._missing: set[int] = set()
+        self._squares: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Nothing has arrived yet."""
+        self._missing, self._squares = set(range(len(self._views))), []
+
+    def attach(self, leaves: list[Tensor]) -> None:
+        """Take each leaf's gradient when it is ready. Hooks are on the leaves alone, whatever they stand for."""
+        for index, leaf in enumerate(leaves):
+            leaf.register_post_accumulate_grad_hook(functools.partial(self.take_from, index))
+
+    def take_from(self, index: int, parameter: Tensor) -> None:
+        """The gradient that has arrived at a parameter, which loses it."""
+        if parameter.grad is not None:
+            self.take(index, _dense(parameter.grad))
+            parameter.grad = None
+
+    @torch.no_grad()
+    def take(self, index: int, part: Tensor) -> None:
+        """One part, of any floating dtype."""
+        if not self._views:
+            return  # nobody wants the vector
+        view, part = self._views[index], part.detach()
+        self._missing.discard(index)
+        norms = []
+        if self._found is not None:
+            norms = [_norm(view - part), _norm(part)]
+        if not self._keep:
+            view.copy_(part)
+        if self._found is not None:
+            norms.append(_norm(view - part) if view.dtype != part.dtype else torch.zeros_like(norms[0]))
+            self._squares.append(torch.stack(norms).square())
+
+    def end(self) -> None:
+        """What has not arrived is zero."""
+        for index in sorted(self._missing):
+            self.take(index, torch.zeros_like(self._views[index]))
+        if self._found is not None and self._squares:
+            self._found.copy_(torch.stack(self._squares).sum(0).sqrt())
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+def _shaken(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """The leaf with each number moved by up to two units of its last bit."""
+    noise = torch.rand(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator)
+    return (leaf.detach() * (1.0 + 2.0 * torch.finfo(leaf.dtype).eps * (2.0 * noise - 1.0))).requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -339,48 +551,17 @@ class Distributed:
 Model = nn.Module | Distributed
 
 
-class _Holder(nn.Module):
-    """Carries out a piece of work, so that ``functional_call`` can replace the model's parameters meanwhile."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, work: Callable[[], T]) -> T:
-        return work()
-
-
-class _Operators(TorchDispatchMode):
-    """Names of the operators that floating tensors meet, without the mark of those that write in place."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(args)):
-            self.names.add(func.name().rpartition("::")[2].partition(".")[0].rstrip("_"))
-        return func(*args, **(kwargs or {}))
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Runs what ``torch.compile`` has made as it was written. Where its compiler was never loaded there is none."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 @dataclass(frozen=True)
 class Wanted:
-    """A gradient that a measurement waits for: at ``theta`` on ``batch``, into ``out``."""
+    """A gradient that a measurement waits for: at ``theta`` on ``batch``, into ``out``; the rest as there."""
 
     theta: Tensor
     batch: Any
     out: Tensor
     seed: int
+    found: Tensor | None = None
+    keep: bool = False
+    shake: torch.Generator | None = None
 
 
 Asking = Generator[list[Wanted], None, T]
@@ -394,7 +575,11 @@ def carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list
     what is computed from the gradients; a ``loss_fn`` that is to be evaluated under it enters it itself.
     """
     kind = engine.device.type if engine else "cpu"
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with (
+        torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext(),
+        LOCK,
+        torch.inference_mode(False),
+    ):
         return _carry_out(engine, works)
 
 
@@ -416,23 +601,35 @@ def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> lis
 
 
 def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
-    if engine.strategy != "vmap" or len(wanted) == 1:
+    batched = engine.strategy == "vmap" and len(wanted) > 1 and not any(w.keep for w in wanted)
+    if not batched:
         for w in wanted:
-            engine.gradient(w.theta, w.batch, w.out, seed=w.seed)
+            engine.gradient(w.theta, w.batch, w.out, seed=w.seed, found=w.found, keep=w.keep, shake=w.shake)
         return
     thetas = torch.stack([w.theta for w in wanted])
     rows = engine.gradients(thetas, [w.batch for w in wanted], torch.empty_like(thetas), seeds=[w.seed for w in wanted])
     for w, row in zip(wanted, rows, strict=True):
-        w.out.copy_(row)
+        deliver_whole(row, w.out, w.found)
+
+
+def deliver_whole(vector: Tensor, out: Tensor, found: Tensor | None, coordinates: Coordinates = ALL_HERE) -> None:
+    """A vector into ``out``, as :class:`Delivery` does with parts of one."""
+    if found is not None:
+        found[0], found[1] = coordinates.norm(out - vector), coordinates.norm(vector)
+    out.copy_(vector)
+    if found is not None:
+        found[2] = coordinates.norm(out - vector)
 
 
 class _Graph:
     """A gradient's launches, captured once and replayed with other parameters and another batch of the same shapes."""
 
-    def __init__(self, gradient: Callable[[Tensor, Any, Tensor], Tensor], theta: Tensor, batch: Any) -> None:
-        self._theta, self._batch = theta.clone(), _map_tensors(batch, Tensor.clone)
+    def __init__(
+        self, gradient: Callable[[Tensor, Any, Tensor], Tensor], theta: Tensor, batch: Any, pool: Any = None
+    ) -> None:
+        self._theta, self._batch = theta.clone(), tree_map_only(Tensor, Tensor.clone, batch)
         self._out = torch.empty_like(theta)
-        self._replay = capture(lambda: gradient(self._theta, self._batch, self._out))
+        self._replay, self.pool = capture(lambda: gradient(self._theta, self._batch, self._out), pool)
 
     def replay(self, theta: Tensor, batch: Any, out: Tensor) -> Tensor:
         self._theta.copy_(theta)
@@ -442,12 +639,15 @@ class _Graph:
         return out.copy_(self._out)
 
 
-def capture(run: Callable[[], object]) -> Callable[[], None]:
-    """What launches again all that ``run`` launches, on the same memory."""
+def capture(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], None], Any]:
+    """What launches again all that ``run`` launches, on the same memory, and the pool that this memory is from.
+
+    Other threads may go on allocating meanwhile (a loader's that pins memory): the capture is this thread's alone.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
-    return graph.replay
+    return graph.replay, graph.pool()
 
 
 def _signature(batch: Any) -> Any:
@@ -468,35 +668,47 @@ def _stack(batches: Sequence[Any]) -> Any:
     return tree_unflatten([torch.stack(column) for column in zip(*leaves, strict=True)], first)
 
 
-def _accumulate(leaves: list[Tensor], views: list[Tensor], roots: Any, weights: list[Tensor] | None = None) -> None:
-    """Back-propagate into ``views`` and nowhere else: autograd adds in place to a gradient that is already there."""
-    for leaf, view in zip(leaves, views, strict=True):
-        leaf.grad = view
-    torch.autograd.backward(roots, weights, inputs=leaves)
-    for leaf in leaves:
-        leaf.grad = None
+def _accumulate(placed: list[Tensor], views: list[Tensor], roots: Tensor, *, plain: bool) -> None:
+    """Back-propagate into ``views`` and nowhere else: autograd adds in place to a gradient that is already there.
+
+    A plain pass is not told where to stop. Re-entrant checkpoints want it so; other leaves of the graph then get
+    gradients too, of which those that the model and the loss hold are stand-ins.
+    """
+    for parameter, view in zip(placed, views, strict=True):
+        parameter.grad = view
+    torch.autograd.backward(roots, inputs=None if plain else placed)
+    for parameter in placed:
+        parameter.grad = None
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floating tensors to ``dtype``; integers and the rest stay. A tensor already there keeps its identity."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _dense(grad: Tensor) -> Tensor:
+    return grad.to_dense() if grad.layout != torch.strided else grad
 
 
-def cast_batch(batch: Any, dtype: torch.dtype) -> Any:
-    """``batch`` with its floating tensors in ``dtype``."""
-    return _map_tensors(batch, lambda tensor: _cast(tensor, dtype))
+class _InnerProduct:
+    """The inner product of a gradient with a direction, taken part by part as the gradient arrives."""
 
+    def __init__(self, along: list[Tensor], delivery: Delivery) -> None:
+        self._along, self._delivery = along, delivery
+        self._terms: list[Tensor] = []
+        self._open = False
 
-def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to the tensors of nested tuples, lists and mappings."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, MutableMapping):
-        mapped = copy.copy(tree)
-        mapped.update({key: _map_tensors(value, function) for key, value in tree.items()})
-        return mapped
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map_tensors(value, function) for value in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(_map_tensors(value, function) for value in tree)
-    return tree
+    def attach(self, leaves: list[Tensor]) -> None:
+        """See each leaf's gradient before it arrives."""
+        for index, leaf in enumerate(leaves):
+            leaf.register_hook(functools.partial(self._meet, index))
+
+    def of_gradient(self, loss: Tensor, placed: list[Tensor]) -> Tensor | None:
+        """Of the loss's gradient, differentiable; None where that is constant."""
+        self._terms, self._open = [], True
+        torch.autograd.grad(loss, placed, create_graph=True, allow_unused=True)
+        self._open = False
+        return torch.stack(self._terms).sum() if self._terms else None
+
+    def _meet(self, index: int, grad: Tensor) -> Tensor | None:
+        if not self._open:
+            return None  # this is the product's part
+        self._delivery.take(index, _dense(grad))
+        if grad.requires_grad:
+            self._terms.append((_dense(grad) * self._along[index]).sum())
+        return grad.detach().new_zeros(()).expand(grad.shape)  # nobody needs it any more

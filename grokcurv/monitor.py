@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from grokcurv import ops
 from grokcurv.commutator import (
     DESIGNS,
-    FLOOR_MARGIN,
     GIVEN,
     METHODS,
     CommutatorProbe,
@@ -26,8 +26,9 @@ from grokcurv.commutator import (
     Sampler,
     quantile,
 )
+from grokcurv.evaluation import LossFn, isolated
 from grokcurv.flat import Segment, select_segments
-from grokcurv.gradients import Asking, LossFn, Model, Strategy, carry_out
+from grokcurv.gradients import Asking, Model, Strategy, carry_out
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
 from grokcurv.subspace import RandomBaseline, Subspace, alignment
@@ -42,6 +43,20 @@ BASIS_COMPONENTS = 2
 
 GRADIENT_TOLERANCE = 0.05
 """Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""
+
+GRADIENT_MARGIN = 5.0
+"""How many times further from float64 ``.grad`` may be than the monitor's own gradients are."""
+
+CONFIRMATIONS = 2
+"""So many checks must have found ``.grad`` right before it is used."""
+
+CLEAR = (0.01, 0.1)
+"""A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
+
+Gradient = Literal["checked", "trusted", "own"]
+
+OWN, USED, CONFIRMED, REFUTED = range(4)
+"""What a row has to do with ``.grad``: nothing; it rests on it; or it was a check that found it right, or wrong."""
 
 VERDICT_LAG = 2
 """On an accelerator, after how many more measurements the host learns whether one was reliable."""
@@ -66,14 +81,26 @@ FIELDS = (
     "reference_median",
     "reference_p25",
     "reference_p75",
+    "share_error",
+    "grad_cosine_error",
 )
 """What one measurement records, each the median over its pairs unless its name says otherwise."""
 
-ALIGNMENT_FIELDS = ("step_alignment", "step_alignment_ratio", "step_share", "step_share_ratio")
+REFERENCE_FIELDS = ("reference_median", "reference_p25", "reference_p75")
+"""Those of the published arithmetic, which are recorded whether they are right or not."""
+
+ALIGNMENT_FIELDS = (
+    "step_alignment",
+    "step_alignment_ratio",
+    "step_share",
+    "step_share_ratio",
+    "step_alignment_error",
+    "step_share_error",
+)
 """What it records besides, with ``alignment=True``."""
 
 
-HEAD = ("step", "method", "measure_seconds")
+HEAD = ("step", "method", "measure_seconds", "gradient")
 """What stands before :data:`FIELDS` in a row of numbers; the method by its place among the methods."""
 
 
@@ -141,6 +168,8 @@ class CurvatureMonitor:
         alignment: bool = False,
         method: Method = "difference",
         eta: float | Literal["auto"] = 1e-3,
+        noise_floor: bool = True,
+        gradient: Gradient = "checked",
         loggers: Sequence[Logger] = (),
     ) -> None:
         for name, value in {"every": every, "pairs": pairs, "pca_every": pca_every, "check_every": check_every}.items():
@@ -148,21 +177,25 @@ class CurvatureMonitor:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if sampler is None and pairs > 1:
             raise ValueError(f"pairs={pairs} needs a sampler: without one the only pair is (this batch, next batch)")
-        if design not in DESIGNS:
-            raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {design!r}")
-        self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, strategy=strategy)
+        for name, choice, choices in (("design", design, DESIGNS), ("gradient", gradient, get_args(Gradient))):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+        self.probe = CommutatorProbe(
+            model, loss_fn, eta=eta, method=method, noise_floor=noise_floor, strategy=strategy
+        )
         engine = self.probe.gradients
         self.probe.segments = tuple(map(engine.coordinates.at_hand, _attention(engine.model)))
-        if not engine.checked:
+        if noise_floor and not engine.checked:
             raise ValueError(
-                "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact)"
+                "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact), "
+                "or noise_floor=False for rows of which none is reliable"
             )
         if pca is not None and pca.coordinates != engine.coordinates:
             raise ValueError(
                 "pca must take the vectors that the model has on each process: a ShardedPCA(model) where the model is "
                 "under fully_shard, a StreamingPCA otherwise"
             )
-        self._falls_back = method == "difference" and engine.brackets
+        self._falls_back = method == "difference" and engine.brackets and noise_floor
         self.design: Design = design
         self.every, self.pairs, self.pca, self.pca_every = every, pairs, pca, pca_every
         self.sampler, self.check_every, self.alignment = sampler, check_every, alignment
@@ -178,7 +211,12 @@ class CurvatureMonitor:
         self._verdicts: deque[Callable[[], Tensor]] = deque()
         self._gave_up = False  # the difference form
         self._pca_steps: list[Tensor] = []
+        self.gradient: Gradient = gradient
         self._gradient_ratio: Tensor | None = None
+        self._confirmations = 0  # checks that have found .grad right
+        self._distrusted = False  # since one has found it wrong
+        self._gradient_verdicts: deque[Callable[[], Tensor]] = deque()
+        self._unlogged: list[Tensor] = []  # rows from the first on that waits for a confirmation
 
     def lookahead(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Each batch of ``loader`` with the one after it; the last comes with None, and is not measured."""
@@ -245,7 +283,7 @@ class CurvatureMonitor:
     def last(self) -> dict[str, Any] | None:
         """The latest record, or None; reading it waits for the device."""
         row = self._records.last()
-        return None if row is None else self._record(row)
+        return None if row is None else self._record(settled(row[None])[0])
 
     def records(self) -> pd.DataFrame:
         """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :attr:`fields`.
@@ -263,7 +301,7 @@ class CurvatureMonitor:
         import pandas as pd
 
         self._check_gradient()
-        rows = self._records.read()
+        rows = settled(self._records.read())
         head, values = rows[:, : len(HEAD)], rows[:, len(HEAD) :]
         frame = pd.DataFrame(values.numpy(), columns=list(self.fields))
         frame.insert(0, "step", head[:, 0].numpy().astype("int64"))
@@ -291,9 +329,14 @@ class CurvatureMonitor:
         return {
             "steps": self.steps,
             "pca_steps": self._fed_at(),
-            "row_steps": [int(step) for step, _, _ in head],
-            "row_methods": [METHODS[int(method)] for _, method, _ in head],
-            "row_seconds": [seconds for _, _, seconds in head],
+            "row_steps": [int(row[0]) for row in head],
+            "row_methods": [METHODS[int(row[1])] for row in head],
+            "row_seconds": [row[2] for row in head],
+            "row_gradients": [int(row[3]) for row in head],
+            "confirmations": self._confirmations,
+            "distrusted": self._distrusted,
+            "unlogged": len(self._unlogged),
+            "origins": dict(self.probe.origins),
             "rows": rows[:, len(HEAD) :].contiguous(),
             "checked": dict(self._checked),
             "errors": dict(self.probe.errors),
@@ -313,11 +356,21 @@ class CurvatureMonitor:
         ):
             if saved != here:
                 raise ValueError(f"state was saved with {name} and the monitor has none, or the other way round")
+        if state["rows"].shape[1] != len(self.fields):
+            raise ValueError(
+                f"state has rows of {state['rows'].shape[1]} numbers and this version records {len(self.fields)}: "
+                "it was saved by another version of grokcurv"
+            )
         device = self.probe.gradients.device
         self._steps = state["steps"]
         self._clock.fill_(state["steps"])
         self._pca_steps = [torch.tensor(step) for step in state["pca_steps"]]
-        columns = (state["row_steps"], map(METHODS.index, state["row_methods"]), state["row_seconds"])
+        columns = (
+            state["row_steps"],
+            map(METHODS.index, state["row_methods"]),
+            state["row_seconds"],
+            state["row_gradients"],
+        )
         head = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.float64).reshape(-1, len(HEAD))
         rows = torch.cat([head, state["rows"].to("cpu", torch.float64)], dim=1)
         self._records = Records(rows.shape[1], device)
@@ -325,6 +378,10 @@ class CurvatureMonitor:
         self._checked = dict(state["checked"])
         self._before = state["before"].to(device, copy=True) if state["before"] is not None else None
         self.probe.errors = {form: error.to(device) for form, error in state["errors"].items()}
+        self.probe.origins = dict(state["origins"])
+        self._confirmations, self._distrusted = state["confirmations"], state["distrusted"]
+        self._unlogged = list(rows[len(rows) - state["unlogged"] :])
+        self._gradient_verdicts.clear()
         self._verdicts.clear()
         self._gave_up = False
         for reliable in rows[:, len(HEAD) + FIELDS.index("reliable")]:  # as they came in then
@@ -356,33 +413,48 @@ class CurvatureMonitor:
         start = time.perf_counter()
         probe, device = self.probe, self.probe.gradients.device
         at_hand, captured = not must_wait(device), capturing(device)
-        source = [(batch, next_batch)] if self.sampler is None else self._draw(self.sampler)
+        source = [(batch, next_batch)] if self.sampler is None else self._draw(self.sampler, step)
         method = probe.method if captured else self._next_method()
         check = self._check_due(method, step)
         known = self._training_gradient(method, check)
         measure = partial(probe.measuring, source, design=self.design, seed=step, keep_delta=self.alignment)
         stats = yield from measure(method=method, first_gradient=known, check=check)
         reference = stats.reference
-        if known is not None and self._gradient_ratio is None:
-            self._compare_gradient(known, stats)
-        if at_hand and self._falls_back and not bool(stats.reliable.all()):
+        gradient = self._judge_gradient(known, stats, check)
+        drowned = at_hand and self._falls_back and not bool(stats.reliable.all())
+        if drowned and probe.gradients.has_true_brackets(source[0][0], seed=2 * step):
             del stats  # and its deltas
             stats = yield from measure(method="bracket", check=self._check_due("bracket", step))
+            gradient = torch.where(gradient == USED, gradient * OWN, gradient)
         values = self._values(stats, reference)
         if not captured:
             self._note(values[FIELDS.index("reliable")])
         seconds = math.nan if captured else time.perf_counter() - start
         head = [torch.full_like(values[0], x) for x in (METHODS.index(stats.method), seconds)]
-        self._records.append(torch.cat([torch.stack([self._clock.to(values.dtype), *head]), values]))
-        for logger in self.loggers if not captured else ():
-            record = self.last
-            assert record is not None
-            logger.log(record, step=step)
+        self._records.append(torch.cat([torch.stack([self._clock.to(values.dtype), *head, gradient]), values]))
+        if self.loggers and not captured:
+            self._log()
 
-    def _draw(self, sampler: Sampler) -> list[Pair]:
-        if self.design == "independent":
-            return [sampler() for _ in range(self.pairs)]
-        batches = [batch for _ in range(self.pairs // 2 + 1) for batch in sampler()]
+    def _log(self) -> None:
+        """Hand the loggers what is settled: rows that rest on ``.grad`` wait for the next check."""
+        row = self._records.last()
+        assert row is not None
+        self._unlogged.append(row)
+        gradients = [int(row[HEAD.index("gradient")]) for row in self._unlogged]
+        if USED in gradients and gradients[-1] not in (CONFIRMED, REFUTED):
+            return
+        rows, self._unlogged = settled(torch.stack(self._unlogged)), []
+        for row in rows:
+            record = self._record(row)
+            for logger in self.loggers:
+                logger.log(record, step=record["step"])
+
+    def _draw(self, sampler: Sampler, step: int) -> list[Pair]:
+        """What the sampler draws. From visible generators it draws as if they were its own: training's stay put."""
+        with isolated(step):
+            if self.design == "independent":
+                return [sampler() for _ in range(self.pairs)]
+            batches = [batch for _ in range(self.pairs // 2 + 1) for batch in sampler()]
         return list(pairwise(batches[: self.pairs + 1]))
 
     def _check_due(self, method: Method, step: int) -> bool:
@@ -411,6 +483,8 @@ class CurvatureMonitor:
         """One row of the fields, float64 on the device; what rests on an unreliable delta is NaN."""
         reliable = stats.reliable.all()
         delta = stats.bracket_norm * stats.eta.square()
+        # Of a unit vector along delta, and so of the length of any part of it.
+        share_error = stats.noise_floor / stats.defect
         pairs = {
             "defect": stats.defect,
             "bracket_norm": stats.bracket_norm,
@@ -418,14 +492,19 @@ class CurvatureMonitor:
             "grad_cosine": stats.grad_cosine,
             "reference": reference,
         }
+        errors = {"grad_cosine": stats.grad_cosine_error}
         if stats.energies is not None:
             pairs["attention_fraction"] = stats.energies.sum(1).sqrt() / delta
+            errors["attention_fraction"] = share_error
         if stats.parallel is not None and stats.residual is not None and stats.support is not None and self._baselines:
             full, matched = self._baselines
-            pairs["rho"] = stats.residual / delta
-            pairs["exec_fraction"] = stats.parallel / delta
-            pairs["exec_random_ratio"] = pairs["exec_fraction"] / full.mean
-            pairs["exec_matched_ratio"] = stats.parallel / stats.support / matched.mean
+            inside, support = stats.parallel / delta, stats.support / delta
+            pairs["rho"], errors["rho"] = stats.residual / delta, share_error
+            pairs["exec_fraction"], errors["exec_fraction"] = inside, share_error
+            pairs["exec_random_ratio"] = inside / full.mean
+            errors["exec_random_ratio"] = share_error / full.mean
+            pairs["exec_matched_ratio"] = inside / support / matched.mean
+            errors["exec_matched_ratio"] = share_error * (1.0 + inside / support) / support / matched.mean
         # Not a tensor of three levels: on an accelerator it would come from the host.
         table = torch.stack(list(pairs.values()))
         lower, middle, upper = (quantile(table, level) for level in (0.25, 0.5, 0.75))
@@ -433,55 +512,109 @@ class CurvatureMonitor:
         for name in ("defect", "reference"):
             place = list(pairs).index(name)
             row |= {f"{name}_median": row.pop(name), f"{name}_p25": lower[place], f"{name}_p75": upper[place]}
+        row |= {"share_error": share_error.amax(), "grad_cosine_error": stats.grad_cosine_error.amax()}
+        bounds = {name: error.amax() for name, error in errors.items()}
         if stats.delta is not None and self._before is not None:
-            row |= self._aligned(stats.delta, self._before)
-        trusted = ("noise_floor", "grad_cosine", "reference_median", "reference_p25", "reference_p75")
-        row = {name: x if name in trusted else torch.where(reliable, x, math.nan) for name, x in row.items()}
+            aligned, aligned_bounds = self._aligned(stats.delta, self._before, row["share_error"])
+            row |= aligned
+            bounds |= aligned_bounds
+        if self.probe.noise_floor:
+            kept = ("noise_floor", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
+            row = {name: x if name in kept else torch.where(reliable, x, math.nan) for name, x in row.items()}
+            row |= {name: _clear(row[name], bound) for name, bound in bounds.items()}
         row["reliable"] = reliable.to(torch.float64)
         row["grad_norm"] = quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5)
         missing = torch.full_like(row["reliable"], math.nan)
         return torch.stack([row.get(name, missing) for name in self.fields])
 
-    def _aligned(self, delta: Tensor, before: Tensor) -> dict[str, Tensor]:
-        """:data:`ALIGNMENT_FIELDS` of the step from ``before`` to the parameters as they are, beside ``delta``."""
+    def _aligned(
+        self, delta: Tensor, before: Tensor, share_error: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """:data:`ALIGNMENT_FIELDS` of the step from ``before`` to the parameters as they are, and bounds of errors."""
         engine = self.probe.gradients
         step = engine.flatten().to(delta.dtype) - before
-        cosines, share, _ = alignment(step, delta, engine.coordinates)
+        cosines, share, correlations = alignment(step, delta, engine.coordinates)
         count, size = len(delta), engine.segments[-1].stop
         mean = cosines.abs().mean()
         chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))
-        return dict(zip(ALIGNMENT_FIELDS, (mean, mean / chance, share, share / share_chance), strict=True))
+        # The span of n unit vectors turns by at most the length of all their errors over their least singular value.
+        (values,), _ = ops.eigh(correlations[None], count)
+        spread = share_error * math.sqrt(count) / values.amin().clamp(min=0.0).sqrt()
+        row = {
+            "step_alignment": mean,
+            "step_alignment_ratio": mean / chance,
+            "step_share": share,
+            "step_share_ratio": share / share_chance,
+            "step_alignment_error": share_error,
+            "step_share_error": spread.clamp(max=1.0),
+        }
+        bounds = {
+            "step_alignment": share_error,
+            "step_alignment_ratio": share_error / chance,
+            "step_share": spread,
+            "step_share_ratio": spread / share_chance,
+        }
+        return row, bounds
 
     def _record(self, row: Tensor) -> dict[str, Any]:
-        step, method, seconds, *values = row.tolist()
+        step, method, seconds, _, *values = row.tolist()
         record: dict[str, Any] = dict(zip(self.fields, values, strict=True))
         record["reliable"] = record["reliable"] == 1.0
         return {"step": int(step), "method": METHODS[int(method)], **record, "measure_seconds": seconds}
 
     def _training_gradient(self, method: Method, check: bool) -> Tensor | None:
-        """The flat ``.grad``, if it is to be compared now, or stands for that of ``loss_fn``.
+        """The flat ``.grad``, if it stands for that of ``loss_fn``, or is to be compared with it now.
 
-        Not for models that draw at random, whose masks were others. On an accelerator nobody looks whether it is that
-        of ``loss_fn`` to rounding: the floor rises by the distance.
+        Not for models that draw at random, whose masks were others.
         """
-        probe = self.probe
-        if self.sampler is not None or method == "bracket" or probe.gradients.stochastic:
+        engine = self.probe.gradients
+        while len(self._gradient_verdicts) >= VERDICT_LAG:
+            self._take_verdict(bool(self._gradient_verdicts.popleft()()))
+        if self.sampler is not None or method == "bracket" or self.gradient == "own" or self._distrusted:
             return None
-        if not check and not must_wait(probe.gradients.device) and GIVEN in probe.errors:
-            distance, error = probe.errors[GIVEN][0], probe.errors["difference"][0]
-            if not bool(distance <= FLOOR_MARGIN * error):
-                return None
-        return probe.gradients.flatten_grad()
+        if engine.stochastic or not (self.gradient == "trusted" or check or self._confirmations >= CONFIRMATIONS):
+            return None
+        return engine.flatten_grad()
 
-    def _compare_gradient(self, known: Tensor, stats: CommutatorStats) -> None:
-        norm = self.probe.gradients.coordinates.norm(known)
-        self._gradient_ratio = norm / stats.grad_norm_a[0]
-        if norm.device.type == "cpu":
-            self._check_gradient()
+    def _judge_gradient(self, known: Tensor | None, stats: CommutatorStats, check: bool) -> Tensor:
+        """() what this row has to do with ``.grad``; a check that finds it wrong is the end of its use."""
+        own = torch.full_like(stats.noise_floor[0], OWN)
+        engine = self.probe.gradients
+        exactly = engine.traits.nonsmooth and engine.dtype != torch.float64 and self.probe.noise_floor
+        if known is None or exactly or engine.stochastic or GIVEN not in self.probe.errors:
+            return own if known is None or self.gradient == "trusted" or exactly or engine.stochastic else own + USED
+        waits = must_wait(engine.device)
+        if not (check if waits else bool(stats.exact[0])):
+            return own if self.gradient == "trusted" else own + USED
+        distance, error, length = self.probe.errors[GIVEN]
+        if self._gradient_ratio is None:
+            self._gradient_ratio = engine.coordinates.norm(known) / length
+            if not waits:
+                self._check_gradient()
+        right = distance <= GRADIENT_MARGIN * error
+        if not capturing(engine.device):
+            if waits:
+                self._gradient_verdicts.append(later(right))
+            else:
+                self._take_verdict(bool(right))
+        return torch.where(right, own + CONFIRMED, own + REFUTED)
+
+    def _take_verdict(self, right: bool) -> None:
+        self._confirmations += right
+        if right or self._distrusted or self.gradient == "trusted":
+            return
+        self._distrusted = True
+        self.probe.gradients.note(
+            ".grad",
+            False,
+            ".grad is further from the gradient of loss_fn on the batch given to step() than rounding explains",
+            "the monitor computes its own from here on; rows that used it since the last good check are NaN",
+        )
 
     def _check_gradient(self) -> None:
-        if self._gradient_ratio is None or self.probe.gradients.stochastic:
-            return
+        engine = self.probe.gradients
+        if self._gradient_ratio is None or engine.stochastic or engine.evaluator.stateful:
+            return  # a state that training's forward pass has changed, or other masks, make other gradients
         (ratio,) = self._gradient_ratio[None].tolist()
         if math.isfinite(ratio) and abs(ratio - 1.0) > GRADIENT_TOLERANCE:
             raise ValueError(
@@ -490,6 +623,35 @@ class CurvatureMonitor:
                 "scaler.unscale_(optimizer); with accumulated gradients give a batch and a loss_fn that stand for all "
                 "of them. Or give the monitor a sampler"
             )
+
+
+def settled(rows: Tensor) -> Tensor:
+    """Rows of records as far as they are known to be true.
+
+    One that rests on a ``.grad`` is reliable if the next check has found that right, NaN if wrong, and until then a
+    number that is not called reliable.
+    """
+    gradients = rows[:, HEAD.index("gradient")]
+    if not bool((gradients == USED).any()):
+        return rows
+    rows, verdict = rows.clone(), USED
+    reliable = len(HEAD) + FIELDS.index("reliable")
+    measured = [len(HEAD) + i for i, name in enumerate((*FIELDS, *ALIGNMENT_FIELDS)) if name not in REFERENCE_FIELDS]
+    for row in reversed(range(len(rows))):
+        gradient = int(gradients[row])
+        if gradient in (CONFIRMED, REFUTED):
+            verdict = gradient
+        elif gradient == USED and verdict != CONFIRMED:
+            if verdict == REFUTED:
+                rows[row, [column for column in measured if column < rows.shape[1]]] = math.nan
+            rows[row, reliable] = 0.0
+    return rows
+
+
+def _clear(value: Tensor, bound: Tensor) -> Tensor:
+    """The value, or NaN where its error may be too large to say anything."""
+    absolute, relative = CLEAR
+    return torch.where((bound > absolute) & (bound > relative * value.abs()), math.nan, value)
 
 
 def _attention(model: nn.Module) -> tuple[Segment, ...]:

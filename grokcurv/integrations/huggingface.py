@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from grokcurv.commutator import Sampler
-from grokcurv.gradients import LossFn
+from grokcurv.evaluation import LossFn
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.runs import pack, unpack, write_atomically
 

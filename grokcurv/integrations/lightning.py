@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from grokcurv.gradients import LossFn
+from grokcurv.evaluation import LossFn
 from grokcurv.loggers import scalars
 from grokcurv.monitor import CurvatureMonitor
 

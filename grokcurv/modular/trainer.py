@@ -583,6 +583,7 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
         alignment=config.alignment,
         method=config.method,
         eta=config.eta,
+        gradient="trusted",  # it is that of this very loss, before clipping
     )
 
 

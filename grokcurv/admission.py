@@ -1,0 +1,239 @@
+"""What a model is, found out before its numbers are believed.
+
+Nothing is assumed of a model and its loss: the first time that a structure is met (names of trainable parameters,
+modes, types of a batch) a few evaluations show whether the gradient is the one training sees, whether it can be
+repeated, whether float64 sees what float32 rounds, and whether there are second derivatives. What fails has a
+consequence for the measurements, a line in ``admission``, and one warning.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from grokcurv.gradients import GradientEngine
+
+KINKS = re.compile(
+    r"\w*relu\w*|threshold|elu|hard\w+|softshrink|\w*max_pool\w*|multi\w*_margin_loss\w*|abs|sgn|sign|clamp\w*|"
+    r"maximum|minimum|a?max|a?min|aminmax|(nan)?median|mode|kthvalue|sort|topk|[gl][et]"
+)
+"""ATen's operators whose derivative may jump, and the comparisons by which a model or a loss decides for itself."""
+
+GRADIENT_TOLERANCE = 1e-4
+"""Relative distance up to which two evaluations in the model's own precision are one: the order of sums may differ."""
+
+CURVATURE_TOLERANCE = 1e-3
+"""The same of a Hessian-vector product and a difference of gradients, both in float64."""
+
+DISPLACEMENT = 1e-6
+"""Half the length of that difference's step, relative to the length of the parameters."""
+
+
+class AdmissionWarning(UserWarning):
+    """A check of :mod:`grokcurv.admission` has failed; the text says what that means for the measurements."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: its name: ``"gradient"``, ``"repeat"``, ``"second derivative"``, ``"float64"``, ``"batches"``,
+            ``"parameters"``, ``"vmap"``, ``"graph"``.
+        passed: whether all is as one would wish.
+        detail: what was found.
+        consequence: what the measurements do about it; empty if the check passed.
+    """
+
+    check: str
+    passed: bool
+    detail: str
+    consequence: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.detail}" + (f"; {self.consequence}" if self.consequence else "")
+
+
+@dataclass
+class Traits:
+    """How a structure is evaluated.
+
+    Attributes:
+        nonsmooth: its gradient may jump (:data:`KINKS`): it is evaluated in float64, and rounded.
+        plain: gradients come from a backward pass that is not told where to stop, as training's do.
+        widened: its float64 evaluation needs :class:`grokcurv.intercept.Widened`.
+        exact: it has a float64 evaluation.
+        trusted: two evaluations give the same.
+        brackets: its second derivatives are true; None while nobody has asked.
+    """
+
+    nonsmooth: bool = False
+    plain: bool = False
+    widened: bool = True
+    exact: bool = True
+    trusted: bool = True
+    brackets: bool | None = None
+
+
+class Admission:
+    """The findings about one model, and the traits of each of its structures."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.traits: dict[Any, Traits] = {}
+
+    def find(self, check: str, passed: bool, detail: str, consequence: str = "") -> None:
+        """Note a finding; one that fails is warned of, once."""
+        finding = Finding(check, passed, detail, "" if passed else consequence)
+        if finding in self.findings:
+            return
+        news = not any(f.check == check and not f.passed for f in self.findings)
+        self.findings.append(finding)
+        if not passed and news:
+            warnings.warn(str(finding), AdmissionWarning, stacklevel=2)
+
+    def admit(self, engine: GradientEngine, batch: Any, seed: int) -> Traits:
+        """Evaluate the model on ``batch`` at its own parameters, some five gradients, to find its traits."""
+        theta = engine.flatten()
+        first, again = torch.empty_like(theta), torch.empty_like(theta)
+        traits = Traits()
+        try:
+            operators = engine.observe(theta, batch, first, seed)
+        except RuntimeError as error:
+            if "Checkpoint" not in str(error) and "checkpoint" not in str(error):
+                raise
+            traits.plain = True
+            operators = engine.observe(theta, batch, first, seed, plain=True)
+        traits.nonsmooth = any(map(KINKS.fullmatch, operators))
+        self._gradient(engine, traits, theta, batch, first, again, seed)
+        if traits.exact:
+            self._float64(engine, traits, theta, batch, first, seed)
+        return traits
+
+    def _gradient(
+        self,
+        engine: GradientEngine,
+        traits: Traits,
+        theta: Tensor,
+        batch: Any,
+        first: Tensor,
+        again: Tensor,
+        seed: int,
+    ) -> None:
+        """The gradient as it was asked for, beside that of a plain backward pass, and beside itself."""
+        engine.own_gradient(theta, batch, again, seed, plain=True)
+        distance = relative_distance(first, again)
+        if distance > GRADIENT_TOLERANCE and not traits.plain:
+            engine.own_gradient(theta, batch, first, seed, plain=True)
+            repeats = relative_distance(first, again)
+            if repeats <= GRADIENT_TOLERANCE:
+                traits.plain = True
+        else:
+            repeats = distance
+        if traits.plain:
+            self.find(
+                "gradient",
+                False,
+                "a backward pass that is told where to stop misses a part of the graph (re-entrant checkpointing?)",
+                "gradients are taken as loss.backward() takes them",
+            )
+        else:
+            self.find("gradient", True, "equals that of a plain loss.backward()")
+        traits.trusted = repeats <= GRADIENT_TOLERANCE
+        self.find(
+            "repeat",
+            traits.trusted,
+            "the same evaluation twice gives the same"
+            if traits.trusted
+            else f"the same evaluation twice gives gradients {repeats:.1e} of their length apart: the model or the "
+            "loss draws at random, or keeps something, where it cannot be seen",
+            "no row is reliable; hold generators and state as attributes of the model",
+        )
+
+    def _float64(
+        self, engine: GradientEngine, traits: Traits, theta: Tensor, batch: Any, own: Tensor, seed: int
+    ) -> None:
+        """The evaluation in float64 that everything is held against."""
+        exact = torch.empty_like(theta, dtype=torch.float64)
+        try:
+            mode = engine.exact_gradient(theta.to(torch.float64), batch, exact, seed, traits.plain)
+        except Exception as error:
+            traits.exact = False
+            self.find("float64", False, f"cannot be evaluated: {_first_line(error)}", "no row is reliable")
+            return
+        traits.widened = bool(mode.lifted)
+        if mode.remained:
+            traits.exact = False
+            self.find(
+                "float64",
+                False,
+                f"{', '.join(sorted(mode.remained))} gives fewer bits from float64, where they cannot be lifted",
+                "no row is reliable",
+            )
+        elif mode.lifted:
+            lifted = ", ".join(sorted(mode.lifted))
+            self.find("float64", True, f"fewer bits, or draws, were asked for by {lifted}, and lifted")
+        else:
+            self.find("float64", True, "float64 throughout")
+
+    def second_derivatives(self, engine: GradientEngine, traits: Traits, batch: Any, seed: int) -> bool:
+        """Whether a Hessian-vector product equals the central difference of gradients, both in float64."""
+        if traits.brackets is not None:
+            return traits.brackets
+        if not engine.brackets:
+            traits.brackets = False
+            return False
+        consequence = "there are no brackets: a row whose difference form drowns is NaN"
+        theta = engine.flatten().to(torch.float64)
+        direction, gradient, product = (torch.empty_like(theta) for _ in range(3))
+        try:
+            engine.exact_gradient(theta, batch, direction, seed, traits.plain)
+            engine.product(theta, batch, direction, gradient, product, seed)
+        except Exception as error:
+            traits.brackets = False
+            self.find("second derivative", False, f"there is none: {_first_line(error)}", consequence)
+            return False
+        traits.brackets = True
+        if traits.nonsmooth:
+            self.find("second derivative", True, "not compared with differences: at a kink it is one-sided")
+            return True
+        length, scale = float(direction.norm()), float(theta.norm())
+        if not (math.isfinite(length) and length > 0):
+            return True  # nothing to be compared here
+        step = DISPLACEMENT * max(scale, 1.0) / length
+        ahead, behind = torch.empty_like(theta), torch.empty_like(theta)
+        engine.exact_gradient(theta + step * direction, batch, ahead, seed, traits.plain)
+        engine.exact_gradient(theta - step * direction, batch, behind, seed, traits.plain)
+        difference = (ahead - behind) / (2.0 * step)
+        error = float((difference - product).norm())
+        # What float64 makes of the difference of two nearly equal gradients counts for nothing.
+        rounding = 1e3 * torch.finfo(torch.float64).eps * length / step
+        size = max(float(difference.norm()), float(product.norm()))
+        traits.brackets = error <= CURVATURE_TOLERANCE * size + rounding
+        self.find(
+            "second derivative",
+            traits.brackets,
+            f"a Hessian-vector product and a difference of gradients are {error / size if size else 0.0:.1e} apart"
+            + ("" if traits.brackets else ": something in the model has no true second derivative"),
+            consequence,
+        )
+        return traits.brackets
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Relative to the longer one; 0 for two that are not finite in the same places."""
+    if torch.equal(a, b) or not bool((a.isfinite() & b.isfinite()).all()):
+        return 0.0
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / torch.maximum(a.norm(), b.norm()))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,508 @@
+"""``loss_fn(model, batch)`` at any parameters, with the model, the batch and every generator left as they were.
+
+The model itself is evaluated, and not a copy: for the time of an evaluation its Parameters have other contents
+(:mod:`grokcurv.state`), whoever refers to them. So a block used three times, a list of parameters that the loss has
+captured, a checkpoint that runs the forward pass again in the backward, are all evaluated as training evaluates them.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from grokcurv.flat import Segment, segments_of
+from grokcurv.intercept import NARROW, PrivateDraws, Seen
+from grokcurv.records import capturing
+from grokcurv.state import LARGE, Snapshot, stand_ins, standing_in
+
+T = TypeVar("T")
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+Use = Callable[[Tensor, list[Any]], T]
+"""What is done with a loss and with the parameters on which it was evaluated, while they are in their place."""
+
+LOCK = threading.RLock()
+"""Held while a model is not what it looks like: another thread that measures waits."""
+
+
+class Evaluator:
+    """Evaluates a loss at parameters that are put in the place of the model's own.
+
+    Everything ``loss_fn`` can touch is put back: parameters with their ``.grad``, hooks and graphs, buffers, tensors,
+    numbers and containers that modules, hooks and the loss keep, the batch, and generators: torch's, Python's and
+    NumPy's, and those that modules hold. Where the model draws at random, all of them start from ``seed``.
+
+    Args:
+        model, loss_fn: as for :class:`grokcurv.gradients.GradientEngine`.
+
+    Attributes:
+        draws: of which visible generators the evaluations are known to take: ``"torch"``, ``"random"``, ``"numpy"``.
+        generation: a count of the times that something new was learnt in the middle of an evaluation, such as a draw.
+            What was computed before it may not fit what is computed after.
+        stateful: whether an evaluation has left the model in another state than it met, before that was put back.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model, self.loss_fn = model, loss_fn
+        self.segments: tuple[Segment, ...] = segments_of(model)
+        self.draws: set[str] = set()
+        self.generation = 0
+        self.volatile: set[int] = set()  # large tensors that are known to change, by identity
+        self.writes_parameters = False  # then every evaluation needs parameters of its own
+        self.stateful = False
+        self._not_ours: set[str] = set()  # generators that something else draws from meanwhile
+        self._snapshot: Snapshot | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._ends: dict[tuple[str, int, int], Any] = {}
+        first = self.parameters()[0]
+        self.dtype, self.device = first.dtype, first.device
+
+    # ------------------------------------------------------------------------------------------------- what is there
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the order of the flat vector, whichever order the model has them in now.
+
+        Raises:
+            ValueError: they are not those of the beginning: one was frozen, unfrozen, added, removed or given another
+                shape.
+        """
+        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        names = {segment.name for segment in self.segments}
+        changed = sorted(found.keys() ^ names)
+        if changed:
+            what = "unfrozen or added" if changed[0] in found else "frozen or removed"
+            raise ValueError(
+                f"model: parameter {changed[0]!r} was {what} "
+                "since the measurement was set up, and the vectors would be of other coordinates: make a new one"
+            )
+        for segment in self.segments:
+            if found[segment.name].shape != segment.shape:
+                raise ValueError(
+                    f"model: parameter {segment.name!r} has now shape {tuple(found[segment.name].shape)} and had "
+                    f"{segment.shape} when the measurement was set up: make a new one"
+                )
+        return [found[segment.name] for segment in self.segments]
+
+    def _check_kind(self, parameters: Sequence[nn.Parameter]) -> None:
+        for segment, parameter in zip(self.segments, parameters, strict=True):
+            if (parameter.dtype, parameter.device) != (self.dtype, self.device):
+                raise ValueError(
+                    f"model: parameter {segment.name!r} is now {parameter.dtype} on {parameter.device} and was "
+                    f"{self.dtype} on {self.device} when the measurement was set up: make a new one"
+                )
+
+    @contextmanager
+    def session(self) -> Iterator[Snapshot]:
+        """Looks once at what could change, for all evaluations inside, between which nobody else changes the model."""
+        with LOCK, torch.inference_mode(False):
+            if self._snapshot is not None:
+                yield self._snapshot
+                return
+            self._parameters = self.parameters()
+            self._check_kind(self._parameters)
+            self._snapshot = Snapshot([self.model], [self.loss_fn], self._parameters)
+            try:
+                yield self._snapshot
+            finally:
+                self._snapshot = None
+                self._ends.clear()
+
+    def leaves(self, theta: Tensor) -> list[Tensor]:
+        """Views of a vector, or of a copy if the model writes to them, that gradients can be asked of."""
+        with torch.inference_mode(False):
+            vector = theta.detach()
+            return [view.requires_grad_() for view in self.views(vector.clone() if self.writes_parameters else vector)]
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector, shaped as the parameters."""
+        return [vector[s.start : s.stop].view(s.shape) for s in self.segments]
+
+    # -------------------------------------------------------------------------------------------------- evaluations
+
+    def evaluate(
+        self,
+        leaves: Sequence[Tensor],
+        batch: Any,
+        use: Use[T],
+        *,
+        seed: int = 0,
+        mode: AbstractContextManager[Any] | None = None,
+    ) -> T:
+        """``use(loss, parameters)`` with the contents of the leaves in the parameters, as long as the loss is used.
+
+        Args:
+            leaves: one for each parameter. Of another dtype than the model's: whatever floats the modules hold, and
+                the batch, are then evaluated in that dtype too.
+            batch: what ``loss_fn`` takes; protected like the model, whatever it is made of.
+            use: what to do with the loss. May be called again, where a generator was found to have moved.
+            seed: of the model's own randomness.
+            mode: entered around the evaluation.
+
+        Raises:
+            ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
+            RuntimeError: a large tensor was changed that had not been before, and cannot be put back.
+        """
+        once = functools.partial(self._once, leaves, batch, use, seed=seed)
+        with self.session():
+            used, moved = once(mode=mode)
+            if moved:
+                observation = Observation()
+                once(mode=observation)
+                self._learn(moved, observation.drew)
+                used, _ = once(mode=mode)
+        return used
+
+    def observe(self, leaves: Sequence[Tensor], batch: Any, use: Use[T], *, seed: int = 0) -> frozenset[str]:
+        """:meth:`evaluate`, and the names of the operators that lead to the loss.
+
+        Of which generators the model draws is seen too, and which large tensors change.
+        """
+        observation = Observation()
+        names: frozenset[str] = frozenset()
+
+        def watched(loss: Tensor, placed: list[Tensor]) -> None:
+            nonlocal names
+            names = frozenset(observation.operators.names)
+            use(loss, placed)
+
+        with self.session():
+            _, moved = self._once(leaves, batch, watched, seed=seed, mode=observation, everything=True)
+            if moved:
+                self._learn(moved, observation.drew)
+                self._once(leaves, batch, use, seed=seed, mode=None)
+        return names
+
+    def _once(
+        self,
+        leaves: Sequence[Tensor],
+        batch: Any,
+        use: Use[T],
+        *,
+        seed: int,
+        mode: AbstractContextManager[Any] | None,
+        everything: bool = False,
+    ) -> tuple[T, dict[str, Any]]:
+        """An evaluation, and where the generators were before that moved although nothing was known to be drawn."""
+        moved: dict[str, Any] = {}
+        with self.session():
+            written = [leaf._version for leaf in leaves]
+            with self.around(leaves[0].dtype, batch, seed=seed, moved=moved, everything=everything) as stack:
+                self._place(leaves, stack)
+                stack.enter_context(mode or nullcontext())
+                with torch.enable_grad():
+                    used = use(self._loss(batch), list(self._parameters))
+            if not self.writes_parameters and written != [leaf._version for leaf in leaves]:
+                self.writes_parameters = True
+                self.generation += 1
+        return used, moved
+
+    @contextmanager
+    def around(
+        self,
+        dtype: torch.dtype,
+        batch: Any = None,
+        *,
+        seed: int = 0,
+        moved: dict[str, Any] | None = None,
+        everything: bool = False,
+    ) -> Iterator[ExitStack]:
+        """All of an evaluation in ``dtype`` but the parameters, which are put in their place in the stack it gives."""
+        with self.session() as snapshot:
+            cast = dtype if dtype != self.dtype else None
+            given = Snapshot([batch])
+            copied, watched = self._choose(snapshot, cast, everything)
+            originals, copies = [*copied, *given.tensors], [*stand_ins(copied, cast), *stand_ins(given.tensors, cast)]
+            versions = [(tensor, tensor._version) for tensor in watched]
+            with ExitStack() as stack:
+                stack.enter_context(self._plain_surroundings())
+                stack.enter_context(self._generators(snapshot, seed, batch, {} if moved is None else moved))
+                stack.callback(given.restore)
+                stack.callback(self._restore, snapshot)
+                stack.enter_context(standing_in(originals, copies))
+                made = [copy._version for copy in copies[: len(copied)]]
+                yield stack
+            self.stateful = self.stateful or made != [copy._version for copy in copies[: len(copied)]]
+            if everything:
+                self._note_changes(copied, copies[: len(copied)], cast)
+            self._look_after(versions)
+
+    def loss_at(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """The loss with the leaves in the place of the parameters while it is computed; inside :meth:`around`."""
+        with standing_in(self._parameters, leaves):
+            return self._loss(batch)
+
+    def _loss(self, batch: Any) -> Tensor:
+        loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
+        if not loss.requires_grad:
+            raise ValueError("loss_fn returned a loss that does not depend on the model's trainable parameters")
+        return loss.reshape(())
+
+    def _place(self, leaves: Sequence[Tensor], stack: ExitStack) -> None:
+        """Put the leaves in the place of the parameters until the stack is closed."""
+        stack.enter_context(standing_in(self._parameters, leaves))
+
+    def _choose(
+        self, snapshot: Snapshot, dtype: torch.dtype | None, everything: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Which tensors get stand-ins, and which are watched. The model's own floats are wanted in ``dtype``."""
+        copied, watched = [], []
+        for index, tensor in enumerate(snapshot.tensors):
+            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_inference():
+                continue
+            cast = dtype is not None and tensor.dtype in NARROW and index < snapshot.held
+            small = tensor.numel() <= LARGE or tensor.requires_grad or id(tensor) in self.volatile
+            (copied if cast or small or everything else watched).append(tensor)
+        return copied, watched
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.stateful = snapshot.restore() or self.stateful
+
+    def _note_changes(self, originals: Sequence[Tensor], copies: Sequence[Tensor], dtype: torch.dtype | None) -> None:
+        for original, copy in zip(originals, copies, strict=True):
+            if dtype is None and original.numel() > LARGE and not _same_bits(original, copy):
+                self.volatile.add(id(original))
+
+    def _look_after(self, versions: Sequence[tuple[Tensor, Any]]) -> None:
+        for tensor, version in versions:
+            if tensor._version != version:
+                self.volatile.add(id(tensor))
+                self.generation += 1
+                raise RuntimeError(
+                    f"model: an evaluation changed {self._name_of(tensor)}, which it had not done before, so that no "
+                    "copy was kept that could be put back; from now on one is"
+                )
+
+    def _name_of(self, tensor: Tensor) -> str:
+        for prefix, module in self.model.named_modules():
+            for held in (module._parameters, module._buffers, vars(module)):
+                for name, value in held.items():
+                    if value is tensor:
+                        return repr(f"{prefix}.{name}".strip("."))
+        return f"a tensor of shape {tuple(tensor.shape)}"
+
+    @contextmanager
+    def _plain_surroundings(self) -> Iterator[None]:
+        """Nothing compiled, cached or rounded to TensorFloat-32; sparse gradients of embeddings as dense ones."""
+        cached = torch.is_autocast_cache_enabled()
+        parametrized, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        sparse = [m for m in self.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled())
+            stack.enter_context(full_precision(self.device))
+            torch.set_autocast_cache_enabled(False)
+            for module in sparse:
+                module.sparse = False
+            try:
+                yield
+            finally:
+                torch.set_autocast_cache_enabled(cached)
+                parametrize._cache_enabled = parametrized
+                for module in sparse:
+                    module.sparse = True
+
+    # --------------------------------------------------------------------------------------------------- generators
+
+    @contextmanager
+    def _generators(self, snapshot: Snapshot, seed: int, batch: Any, moved: dict[str, Any]) -> Iterator[None]:
+        """What the model is known to draw comes from ``seed``, and is put back; ``moved`` gets what moved besides.
+
+        A generator of which nothing is known to be drawn is not touched: another thread may be drawing from it.
+        """
+        if capturing(self.device):
+            if self.stochastic or snapshot.generators:
+                raise RuntimeError(
+                    "model draws at random (dropout), which a CUDA graph cannot repeat: measure it without a capture"
+                )
+            yield
+            return
+        known = [stream for stream in streams(self.device) if stream.name in self.draws]
+        others = [stream for stream in streams(self.device) if stream.name not in self.draws | self._not_ours]
+        before = {stream: stream.read() for stream in (*known, *others)}
+        snapshot.seed_generators(seed)
+        for stream in known:
+            stream.seed(seed)
+        try:
+            yield
+            if known and threading.active_count() > 1:
+                self._watch_ends(known, seed, batch)
+        finally:
+            snapshot.restore_generators()
+            for stream in known:
+                stream.write(before[stream])
+        moved |= {stream.name: before[stream] for stream in others if not stream.stands_at(before[stream])}
+
+    def _watch_ends(self, known: Sequence[Stream], seed: int, batch: Any) -> None:
+        """An evaluation that begins alike draws alike, unless another thread takes from the same generator."""
+        for stream in known:
+            end = stream.read()
+            if not stream.stands_at(self._ends.setdefault((stream.name, seed, id(batch)), end)):
+                raise RuntimeError(
+                    f"another thread drew from {stream.title} while a model that draws from it was being measured; "
+                    "let one of the two have a generator of its own"
+                )
+
+    def _learn(self, moved: dict[str, Any], drew: set[str]) -> None:
+        """Of the generators that moved, those that the model was seen to draw from are put back, now and always."""
+        for stream in streams(self.device):
+            if stream.name in moved and stream.name in drew:
+                stream.write(moved[stream.name])
+                self.draws.add(stream.name)
+            elif stream.name in moved:
+                self._not_ours.add(stream.name)
+        self.generation += 1
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether evaluations are known to draw at random from a generator that everybody sees."""
+        return bool(self.draws)
+
+
+class Stream:
+    """A generator that everybody sees."""
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        read: Callable[[], Any],
+        write: Callable[[Any], object],
+        seed: Callable[[int], object],
+        same: Callable[[Any, Any], bool],
+    ) -> None:
+        self.name, self.title, self.read, self.write, self.seed, self._same = name, title, read, write, seed, same
+
+    def stands_at(self, state: Any) -> bool:
+        """Whether nothing was drawn since ``state`` was read."""
+        return self._same(self.read(), state)
+
+
+@functools.cache
+def streams(device: torch.device) -> tuple[Stream, ...]:
+    """Python's, NumPy's and torch's own generators; torch's of the CPU, and of the device if it is a GPU."""
+    cpu = torch.default_generator
+    own = [
+        Stream("torch", "torch's default generator", cpu.get_state, cpu.set_state, cpu.manual_seed, torch.equal),
+        Stream("random", "Python's random", random.getstate, random.setstate, random.seed, operator.eq),
+        Stream(
+            "numpy",
+            "numpy.random",
+            np.random.get_state,
+            np.random.set_state,
+            lambda seed: np.random.seed(seed % 2**32),
+            lambda a, b: bool(a[2:] == b[2:] and np.array_equal(a[1], b[1])),
+        ),
+    ]
+    if device.type == "cuda":
+        gpu = torch.cuda.default_generators[device.index or 0]
+        own.append(
+            Stream(
+                "cuda",
+                f"torch's default generator of {device}",
+                gpu.get_state,
+                gpu.set_state,
+                gpu.manual_seed,
+                torch.equal,
+            )
+        )
+    return tuple(own)
+
+
+class Observation:
+    """What this thread does while it is open: which operators it calls, and of which visible generators it takes.
+
+    NumPy's does not show who drew: it counts as this thread's.
+    """
+
+    def __init__(self) -> None:
+        self.operators = Seen()
+        self._calls_random = False
+
+    @property
+    def drew(self) -> set[str]:
+        """Names of :func:`streams`."""
+        torch_s = {"torch", "cuda"} if self.operators.draws else set()
+        return torch_s | ({"random"} if self._calls_random else set()) | {"numpy"}
+
+    def __enter__(self) -> Observation:
+        self._profiler = sys.getprofile()
+        sys.setprofile(self._watch)
+        self.operators.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.operators.__exit__(*error)
+        sys.setprofile(self._profiler)
+
+    def _watch(self, frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and getattr(called, "__self__", None) is random.seed.__self__:  # type: ignore[attr-defined]
+            self._calls_random = True
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """What is drawn inside comes from generators seeded here, and those that everybody sees stay where they are.
+
+    torch's are not touched at all. Python's and NumPy's are put back if they have moved: then they are seeded by the
+    next call, or nothing would be new in it.
+    """
+    both = [stream for stream in streams(torch.device("cpu")) if stream.name in ("random", "numpy")]
+    before = {stream: stream.read() for stream in both}
+    seeded = [stream for stream in both if stream.name in _isolated]
+    for stream in seeded:
+        stream.seed(seed)
+    try:
+        with PrivateDraws(seed):
+            yield
+    finally:
+        for stream in both:
+            if not stream.stands_at(before[stream]):
+                stream.write(before[stream])
+                _isolated.add(stream.name)
+
+
+_isolated: set[str] = set()
+"""Generators from which something that was isolated has drawn."""
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 products and convolutions in float32, and not in TensorFloat-32."""
+    if device.type != "cuda":
+        yield
+        return
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Runs what ``torch.compile`` has made as it was written. Where its compiler was never loaded there is none."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance

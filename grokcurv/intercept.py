@@ -1,0 +1,194 @@
+"""Operators as they pass between PyTorch's autograd and its kernels: seen, widened, shaken, given draws of their own.
+
+Three dispatch modes. They act below autograd, so that what they change is differentiated as it was written, and inside
+backward passes too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+"""What counts as fewer bits than float64."""
+
+SHAKEN = 4.0
+"""Rounding errors that :class:`Widened` adds to each result, in units of float64's roundoff: sums have several."""
+
+
+class Seen(TorchDispatchMode):
+    """Notes what passes.
+
+    Attributes:
+        names: operators that met floating tensors, without the mark of those that write in place.
+        draws: whether anything was drawn from a generator of torch's own.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves((args, kwargs))):
+            self.names.add(func.name().rpartition("::")[2].partition(".")[0].rstrip("_"))
+        self.draws = self.draws or (_is_random(func) and kwargs.get("generator") is None)
+        return func(*args, **kwargs)
+
+
+class PrivateDraws(TorchDispatchMode):
+    """What would be drawn from torch's own generators is drawn from others, seeded here, by this thread alone."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_random(func) and kwargs.get("generator") is None:
+            there = [x.device for x in tree_leaves(args) if isinstance(x, Tensor)]
+            device = torch.device(kwargs.get("device") or next(iter(there), "cpu"))
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            taking = func if _takes_generator(func) else getattr(func.overloadpacket, "generator", None)
+            if taking is not None:
+                func, kwargs["generator"] = taking, self._generators[device]
+        return func(*args, **kwargs)
+
+
+class Widened(TorchDispatchMode):
+    """Carries out in float64 what asks for fewer bits, so that float64 in means float64 out.
+
+    Types asked for (casts, factories, reductions) become float64, what mixes float64 with fewer bits is widened first,
+    and what makes floats of other things is widened afterwards. Random numbers are drawn in ``narrow`` and widened:
+    an evaluation in fewer bits draws the same.
+
+    Args:
+        narrow: the type of the evaluation that this one is held against.
+        shake: a generator; every result is then multiplied by 1 + 4 u x, u the roundoff of float64 and x uniform in
+            [-1, 1]. The change of what is computed is a sample of its rounding error (Monte Carlo arithmetic: Parker,
+            UCLA CSD-970002, 1997), the cancellation of nearly equal numbers included.
+
+    Attributes:
+        lifted: operators for which something was changed.
+        remained: operators that gave fewer bits all the same, from float64.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, narrow: torch.dtype, shake: torch.Generator | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._narrow = narrow
+        self._shake = shake
+        self.lifted: set[str] = set()
+        self.remained: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        wide = any(x.dtype == torch.float64 for x in tensors)
+        if _is_random(func):
+            self.lifted.add(name)
+            return self._drawn(func, args, kwargs)
+        if name != "view" or func._overloadname != "dtype":
+            asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.dtype) and x in NARROW]
+            if asked:
+                self.lifted.add(name)
+                args, kwargs = tree_map_only(torch.dtype, _wider, (args, kwargs))
+        written = _written(func, args, kwargs)
+        if wide and any(x.dtype in NARROW for x in tensors):
+            self.lifted.add(name)
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x if any(x is y for y in written) else _widened(x), (args, kwargs)
+            )
+        out = func(*args, **kwargs)
+        if name == "lift_fresh" or not _returns_alias(func):
+            narrow = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype in NARROW]
+            if narrow and wide:
+                self.remained.add(name)
+            elif narrow:
+                out = tree_map_only(Tensor, _widened, out)
+        elif wide and any(x.dtype in NARROW for x in written):
+            self.remained.add(name)
+        if self._shake is not None:
+            self._shaken(func, out)
+        return out
+
+    def _shaken(self, func: Any, out: Any) -> None:
+        if func.overloadpacket.__name__.startswith(("empty", "new_empty")) or (
+            _returns_alias(func) and not func._schema.is_mutable
+        ):
+            return
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.dtype == torch.float64:
+                noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=self._shake)
+                x.mul_(noise.sub_(0.5).mul_(SHAKEN * torch.finfo(torch.float64).eps).add_(1.0))
+
+    def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.overloadpacket.__name__ == "native_dropout":
+            x, p, train = args
+            _, mask = func(torch.ones_like(x, dtype=self._narrow), p, train)
+            return x * mask * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), mask
+        if func._schema.is_mutable and not func.overloadpacket.__name__.startswith("rrelu"):
+            target, *rest = args
+            if target.dtype != torch.float64:
+                return func(*args, **kwargs)
+            rest, kwargs = tree_map_only(Tensor, self._narrowed, (rest, kwargs))
+            return target.copy_(func(torch.empty_like(target, dtype=self._narrow), *rest, **kwargs))
+        if _takes_tensors_of(func, args):
+            args, kwargs = tree_map_only(Tensor, self._narrowed, (args, kwargs))
+        kwargs = {name: self._narrow if x == torch.float64 else x for name, x in kwargs.items()}
+        return tree_map_only(Tensor, _widened, func(*args, **kwargs))
+
+    def _narrowed(self, x: Tensor) -> Tensor:
+        return x.to(self._narrow) if x.dtype == torch.float64 else x
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.float64) if x.dtype in NARROW else x
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in NARROW else dtype
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments that the operator writes to."""
+    if not func._schema.is_mutable:
+        return []
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for name in names for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+
+
+@functools.cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags and not func.overloadpacket.__name__.startswith("_scaled_dot")
+
+
+@functools.cache
+def _takes_generator(func: Any) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)
+
+
+@functools.cache
+def _returns_alias(func: Any) -> bool:
+    """Whether what comes back is, or may be, a view of an argument or the argument itself."""
+    return any(value.alias_info is not None for value in func._schema.returns)
+
+
+def _takes_tensors_of(func: Any, args: Any) -> bool:
+    """Whether the draws depend on a tensor given: its values, or for ``*_like`` its type."""
+    return any(isinstance(x, Tensor) for x in tree_leaves(args))

@@ -1,0 +1,300 @@
+"""What an evaluation of a model can change, as it is now, and a way to put it back.
+
+A model is whatever Python does in ``loss_fn(model, batch)``: it may count its calls, grow a cache, move an average,
+normalise its batch in place. A :class:`Snapshot` walks from the model, the loss and the batch to everything they hold.
+Tensors are protected by stand-ins: for the time of an evaluation the objects have the contents of copies
+(:func:`standing_in`), so that what is written goes to the copies, hooks and ``.grad`` of the originals stay out of
+sight, and a training graph that is still alive finds its tensors as it left them. Containers, attributes, closures and
+generators are compared afterwards, and put back where they differ.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import operator
+import random
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LARGE = 1 << 16
+"""Tensors of more numbers get a stand-in only if they are known to change; the others are watched."""
+
+LONG = 10_000
+"""Containers of more entries are put back as they were, but what is in them is not looked at."""
+
+ATOMS = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice}
+)
+
+CLOSED = frozenset(
+    [
+        *("torch", "lightning", "pytorch_lightning", "numpy", "grokcurv", "logging", "pathlib", "datetime", "re"),
+        *("threading", "_thread", "multiprocessing", "concurrent", "asyncio", "io", "_io", "weakref"),
+        *("types", "typing", "enum", "abc", "_abc", "builtins", "functools", "collections"),
+    ]
+)
+"""Packages whose objects and functions hold nothing of a model's: tools, and what has a model and is not in it."""
+
+Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+ENTERED = (nn.Module, Tensor, dict, list, set, deque, types.FunctionType, *Generators)
+"""What is followed from the global names that a function of the user's reads."""
+
+
+class Snapshot:
+    """Everything that can be reached from some objects, as it is now.
+
+    Args:
+        held: where to begin; what is found from here counts as the model's own.
+        reached: where to go on from, the loss for one; tensors found only here are data more often than state.
+        apart: tensors that are not looked at, the trainable parameters.
+
+    Attributes:
+        tensors: the tensors found; the first :attr:`held` of them from ``held``.
+    """
+
+    def __init__(self, held: Iterable[object], reached: Iterable[object] = (), apart: Iterable[Tensor] = ()) -> None:
+        self.tensors: list[Tensor] = []
+        self.generators: list[Any] = []
+        self._dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._lists: list[tuple[Any, tuple[Any, ...]]] = []
+        self._places: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = []
+        self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._seen: dict[int, object] = {id(tensor): tensor for tensor in apart}
+        self._walk(list(held))
+        self.held = len(self.tensors)
+        self._walk(list(reached))
+        self._states = [_state_of(generator) for generator in self.generators]
+
+    def _walk(self, stack: list[Any]) -> None:
+        """Note everything on the stack and what hangs on it; an object that was met is not entered again."""
+        while stack:
+            value = stack.pop()
+            kind = type(value)
+            if kind in ATOMS or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
+            elif isinstance(value, dict):
+                self._note_dict(value, stack)
+            elif isinstance(value, list | set | deque):
+                self._lists.append((value, tuple(value)))
+                stack.extend(value if len(value) <= LONG else ())
+            elif isinstance(value, tuple | frozenset | types.MappingProxyType):
+                members = value.values() if isinstance(value, types.MappingProxyType) else value
+                stack.extend(members if len(value) <= LONG else ())
+            elif isinstance(value, nn.Module):
+                self._note_dict(vars(value), stack)
+                stack.append(kind.forward)
+            elif isinstance(value, Generators):
+                self.generators.append(value)
+            elif isinstance(value, np.ndarray):
+                if value.dtype != object and value.size <= LARGE:
+                    self._arrays.append((value, value.copy()))
+            elif isinstance(value, types.FunctionType):
+                self._note_function(value, stack)
+            elif isinstance(value, types.MethodType):
+                stack += [value.__self__, value.__func__]
+            elif isinstance(value, functools.partial):
+                stack += [value.func, value.args, value.keywords]
+            elif kind is not type and (kind.__module__ or "").partition(".")[0] not in CLOSED:
+                self._note_object(value, stack)
+
+    def _note_dict(self, value: dict[Any, Any], stack: list[Any]) -> None:
+        values = tuple(_base(value).values(value))
+        self._dicts.append((value, tuple(_base(value).keys(value)), values))
+        stack.extend(values if len(values) <= LONG else ())
+
+    def _note_object(self, value: Any, stack: list[Any]) -> None:
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._note_dict(attributes, stack)
+        for name in _slots(type(value)):
+            if hasattr(value, name):
+                self._note_place(
+                    functools.partial(getattr, value, name), functools.partial(_set_slot, value, name), stack
+                )
+
+    def _note_function(self, function: types.FunctionType, stack: list[Any]) -> None:
+        """What a function of the user's holds: cells of its closure, and the global names it reads or assigns."""
+        code = function.__code__
+        if _is_library(code):
+            return
+        for cell in function.__closure__ or ():
+            try:
+                self._note_place(
+                    functools.partial(getattr, cell, "cell_contents"),
+                    functools.partial(setattr, cell, "cell_contents"),
+                    stack,
+                )
+            except ValueError:  # it is still empty
+                continue
+        there = function.__globals__
+        read, assigned = _global_names(code)
+        stack.extend(x for x in (there.get(name) for name in read) if isinstance(x, ENTERED))
+        for name in assigned & there.keys():
+            self._note_place(functools.partial(there.get, name), functools.partial(there.__setitem__, name), stack)
+
+    def _note_place(self, read: Callable[[], Any], write: Callable[[Any], None], stack: list[Any]) -> None:
+        value = read()
+        self._places.append((read, write, value))
+        stack.append(value)
+
+    def restore(self) -> bool:
+        """Put back all but tensors and generators: attributes, entries, closures, arrays; whether any differed."""
+        changed = False
+        for mapping, keys, values in self._dicts:
+            base = _base(mapping)
+            if (
+                len(mapping) != len(keys)
+                or not all(map(operator.is_, base.values(mapping), values))
+                or not all(map(operator.is_, base.keys(mapping), keys))
+            ):
+                changed = True
+                base.clear(mapping)
+                for key, value in zip(keys, values, strict=True):
+                    base.__setitem__(mapping, key, value)
+        for sequence, members in self._lists:
+            if len(sequence) == len(members) and all(map(operator.is_, sequence, members)):
+                continue
+            changed = True
+            sequence.clear()
+            sequence.update(members) if isinstance(sequence, set) else sequence.extend(members)
+        for read, write, value in self._places:
+            if read() is not value:
+                changed = True
+                write(value)
+        for array, contents in self._arrays:
+            if array.shape == contents.shape and array.flags.writeable:
+                array[...] = contents
+        return changed
+
+    def signature(self) -> tuple[Any, ...]:
+        """What a captured evaluation keeps: the addresses of tensors, and numbers and words as they are."""
+        addresses = tuple(tensor.data_ptr() for tensor in self.tensors if tensor.layout == torch.strided)
+        values = [values for _, _, values in self._dicts] + [members for _, members in self._lists]
+        values.append(tuple(value for _, _, value in self._places))
+        return addresses, tuple(x for members in values for x in members if type(x) in (bool, int, float, str))
+
+    def restore_generators(self) -> None:
+        """Put back every generator that was found."""
+        for generator, state in zip(self.generators, self._states, strict=True):
+            _set_state(generator, state)
+
+    def seed_generators(self, seed: int) -> None:
+        """Start every generator that was found anew."""
+        for generator in self.generators:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            elif isinstance(generator, random.Random):
+                generator.seed(seed)
+            elif isinstance(generator, np.random.RandomState):
+                generator.seed(seed % 2**32)
+            else:
+                generator.bit_generator.state = type(generator.bit_generator)(seed).state
+
+
+def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies of the tensors, floating ones in ``dtype`` if given; those that share memory share it again."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.layout == torch.strided:
+            storages[_storage(tensor)] = storages.get(_storage(tensor), 0) + 1
+    whole: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        source = tensor.detach()
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if tensor.layout != torch.strided or storages[_storage(tensor)] == 1:
+            return source.to(wanted) if wanted != tensor.dtype else source.clone()
+        key = (_storage(tensor), tensor.dtype)
+        if key not in whole:
+            flat = source.new_empty(0).set_(source.untyped_storage())
+            whole[key] = flat.to(wanted, copy=True)
+        return whole[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    return [copy(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors]
+
+
+@contextmanager
+def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+    """Meanwhile each original, as a Python object, is the other tensor, and the other one it.
+
+    What hangs on the object (names, places in modules, closures and lists) sees the other's dtype, data and gradient;
+    what hangs on the tensor itself (its gradient, hooks, version, the graphs it is part of) goes with it.
+    """
+    swapped = 0
+    torch.clear_autocast_cache()  # it keeps weak references, with which a tensor cannot be exchanged
+    try:
+        for original, other in zip(originals, others, strict=True):
+            torch._C._swap_tensor_impl(original, other)
+            swapped += 1
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        for original, other in zip(originals[:swapped], others[:swapped], strict=True):
+            torch._C._swap_tensor_impl(original, other)
+
+
+def _base(mapping: dict[Any, Any]) -> Any:
+    """The class whose methods are used: those of a subclass may forbid what they usually do."""
+    return OrderedDict if isinstance(mapping, OrderedDict) else dict
+
+
+def _storage(tensor: Tensor) -> int:
+    pointer: int = tensor.untyped_storage()._cdata
+    return pointer
+
+
+def _set_slot(value: Any, name: str, content: Any) -> None:
+    object.__setattr__(value, name, content)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+@functools.cache
+def _slots(kind: type) -> tuple[str, ...]:
+    names = (getattr(base, "__slots__", ()) for base in kind.__mro__)
+    flat = [name for slots in names for name in ([slots] if isinstance(slots, str) else slots)]
+    return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))
+
+
+@functools.cache
+def _is_library(code: types.CodeType) -> bool:
+    return "site-packages" in code.co_filename or code.co_filename.startswith("<frozen")
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global names that a function, or one defined in it, may read, and those that it assigns."""
+    assigned = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"}
+    read = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _global_names(constant)
+            read |= inner[0]
+            assigned |= inner[1]
+    return frozenset(read), frozenset(assigned)
