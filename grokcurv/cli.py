@@ -1,12 +1,15 @@
 """The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report``, ``bench`` and ``doctor``.
 
 Exit status: 0 done; 1 the training or a run of a sweep failed, or a bench found a wrong answer; 2 input or a folder
-that cannot be used, with the reason on standard error; 130 stopped by Ctrl-C.
+that cannot be used, with the reason on standard error; 130 stopped by Ctrl-C; 141 nobody reads the output any more.
 """
 
 # No postponed annotations in this file: tyro could not resolve those of the classes that live inside functions.
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +38,27 @@ grokcurv COMMAND --help lists the options of a command.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: the process's own) name; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a folder's name may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            _flush()  # here, where what goes wrong can be reported: Python's own flush at the end could only fail
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141  # what a shell reports of a program that the signal of a closed pipe ended
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
+        return _complain(f"there is not enough memory for this: {error}", status=1)
+
+
+def _run(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sweep": _sweep,
@@ -53,10 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if name not in commands:
         return _complain(f"no command {name!r}: there are {', '.join(commands)}")
-    try:
-        return commands[name](rest)
-    except KeyboardInterrupt:
-        return 130
+    return commands[name](rest)
 
 
 def _train(arguments: list[str]) -> int:
@@ -78,14 +98,18 @@ def _train(arguments: list[str]) -> int:
         out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
         """Folder of the run; runs/OP-seedSEED if not given."""
         resume: tyro.conf.FlagCreatePairsOff[bool] = False
-        """Go on with the run in the folder, whose settings are then the defaults."""
+        """Go on with the run in the folder, whose settings are then the defaults. Where there is none, begin the run
+        that the other settings describe; without any it is an error."""
 
     try:
-        options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(_defaults(arguments)))
+        defaults, described = _defaults(arguments)
+        options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(defaults))
     except RunError as error:
         return _complain(str(error))
     config = options.config
     out = options.out or Path("runs") / f"{config.op}-seed{config.seed}"
+    if options.resume and not described and not (out / "config.json").exists():
+        return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
     try:
         with RunProgress(f"{config.op} mod {config.p}, seed {config.seed}", Console(stderr=True)) as progress:
             run = train(config, out=out, resume=options.resume, on_progress=progress)
@@ -102,20 +126,27 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _defaults(arguments: list[str]) -> "TrainConfig":
-    """The settings that the flags change: the preset's; those of the run to go on with; the paper's."""
+def _defaults(arguments: list[str]) -> tuple["TrainConfig", bool]:
+    """The settings that the flags change: the preset's; those of the run to go on with; the paper's.
+
+    And whether there are any flags but those of the folder.
+    """
     from grokcurv.modular import PRESETS, TrainConfig
-    from grokcurv.runs import open_run
+    from grokcurv.runs import RunError, open_run
 
     # Every value is optional here, so that the full parser alone reports what is wrong.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--out", nargs="?", type=Path)
     parser.add_argument("--resume", action="store_true")
-    known, _ = parser.parse_known_args(arguments)
+    known, others = parser.parse_known_args(arguments)
     if known.preset is None and known.resume and known.out is not None and (known.out / "config.json").exists():
-        return TrainConfig(**open_run(known.out).config)
-    return PRESETS.get(known.preset, PRESETS["paper"])
+        try:
+            return TrainConfig(**open_run(known.out).config), True
+        except (TypeError, ValueError) as error:
+            file = known.out / "config.json"
+            raise RunError(f"{file} holds other settings than this grokcurv has: {error}") from error
+    return PRESETS.get(known.preset, PRESETS["paper"]), bool(others) or known.preset is not None
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -326,8 +357,31 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _complain(message: str, status: int = 2) -> int:
-    print(f"grokcurv: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads standard error; the status still says it
+        print(f"grokcurv: {message}", file=sys.stderr, flush=True)
     return status
+
+
+def _flush() -> None:
+    """Write what the streams still hold; one that cannot is turned away, or Python would try again at its end."""
+    failed: OSError | None = None
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            if stream is not None:  # its descriptor was closed when the process began
+                stream.flush()
+        except OSError as error:
+            failed = error
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+    if failed is not None:
+        raise failed
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so: it has a class for that on accelerators only."""
+    return "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
 
 
 if __name__ == "__main__":

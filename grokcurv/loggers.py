@@ -14,17 +14,36 @@ Biases and trackio come with the extras ``tensorboard`` and ``wandb``.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
+import io
 import math
-from collections.abc import Callable, Mapping
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["CSVLogger", "CallableLogger", "Logger", "ParquetLogger", "TensorBoardLogger", "WandbLogger", "scalars"]
 
 PREFIX = "curvature/"
 """What the names of the curves begin with where they stand beside others."""
+
+KINDS = {
+    NoneType: ("nothing", "null"),
+    bool: ("truth values", "bool"),
+    int: ("numbers", "int64"),
+    float: ("numbers", "float64"),
+    str: ("text", "string"),
+}
+"""What a column of a Parquet file can hold, and the type that Arrow has for it."""
 
 
 class Logger(Protocol):
@@ -68,90 +87,194 @@ class _Closing:
 class ParquetLogger(_Closing):
     """Keeps the records in a Parquet file, one row each; ``step`` is the first column.
 
-    The file is written anew, and is whole at any time, after every ``every`` records and by ``close``: a run that is
-    killed loses fewer than ``every``. An existing file is continued when its columns are the same.
+    The file is whole at any time: it is written anew after every ``every`` records, and by ``close``. Since that takes
+    as long as the file is long, a file of more than eight times ``every`` rows waits until it has grown by an eighth,
+    or until twenty times as long has passed as the last writing took: the time is linear in the number of records. A
+    run that is killed loses what came since the last writing: fewer than ``every`` records, or in a longer file fewer
+    than came in that time, and than an eighth of its rows.
+
+    A value is a number, truth value, text or None; a tensor or array without dimensions counts as the number in it.
+    Whole numbers and others in one column make it one of floats. An existing file is continued when its columns are
+    the same. Two loggers of one file, in one process or two, both keep their records: each puts them after what is
+    there when it writes.
 
     Args:
-        path: of the file, in a folder that is there.
-        every: records between two writings.
+        path: of the file, in a folder that is there; a relative one is of the folder the process is in now.
+        every: records between two writings, at least.
 
     Raises:
-        ValueError: ``every`` below one; when logging, a record with other columns than the file's, or after ``close``.
-        grokcurv.runs.RunError: the disk is full, or refuses otherwise; the file that was there is then intact.
+        ValueError: ``every`` below one; when logging, a record with other columns than the file's, a value of another
+            kind than its column's or too large for it, or after ``close``.
+        TypeError: when logging, a value that is none of those.
+        FileNotFoundError: there is no such folder.
+        grokcurv.runs.RunError: the file that is there is damaged, or has columns of other kinds; when writing, the disk
+            is full, or refuses otherwise, and the file that was there is then intact.
     """
 
     def __init__(self, path: str | Path, *, every: int = 100) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        self.path, self.every = Path(path), every
+        self.path, self.every = Path(path).resolve(), every
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path}: there is no folder {self.path.parent}")
         self._rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            import pyarrow.parquet as pq
-
-            self._rows = pq.read_table(self.path).to_pylist()
-        self._unwritten, self._closed = 0, False
+        self._kinds: dict[str, type] | None = None
+        self._stamp = _stamp(self.path)
+        self._table = None if self._stamp is None else _read_table(self.path)
+        if self._table is not None:
+            self._kinds = _kinds(self._table.schema)
+        self._written, self._took, self._closed = 0.0, 0.0, False
 
     def log(self, record: Mapping[str, object], /, *, step: int) -> None:
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        row = {"step": step, **{name: value for name, value in record.items() if name != "step"}}
-        if self._rows and row.keys() != self._rows[0].keys():
-            raise ValueError(_unlike(self.path, row.keys() ^ self._rows[0].keys()))
+        row = _row(record, step)
+        kinds = {name: self._kind(name, value) for name, value in row.items()}
+        self._kinds = kinds if self._kinds is None else _joined(self.path, self._kinds, kinds)
         self._rows.append(row)
-        self._unwritten += 1
-        if self._unwritten >= self.every:
+        if self._due():
             self.flush()
 
     def flush(self) -> None:
         """Write what has not been written yet."""
-        if not self._unwritten:
+        if not self._rows:
             return
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         from grokcurv.runs import write_atomically
 
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self._rows), buffer)
-        write_atomically(self.path, buffer.getvalue().to_pybytes())
-        self._unwritten = 0
+        began = time.monotonic()
+        with _locked(self.path.parent):
+            if _stamp(self.path) not in (None, self._stamp):  # by another logger, or somebody else
+                self._take_in()
+            table, buffer = self._whole(), pa.BufferOutputStream()
+            pq.write_table(table, buffer, write_page_checksum=True)
+            write_atomically(self.path, buffer.getvalue().to_pybytes())
+            self._stamp = _stamp(self.path)
+        self._table, self._rows = table, []
+        self._written = time.monotonic()
+        self._took = self._written - began
 
     def close(self) -> None:
         self.flush()
         self._closed = True
 
+    def _due(self) -> bool:
+        """Whether to write: at growing intervals, else the time would be quadratic; sooner where it takes no time."""
+        waiting, written = len(self._rows), 0 if self._table is None else len(self._table)
+        rested = time.monotonic() - self._written >= 20 * self._took
+        return waiting >= self.every and (8 * waiting >= written or rested)
+
+    def _kind(self, name: str, value: object) -> type:
+        """The type of a value that a file can hold: what it cannot is refused now, not when it is written."""
+        kind = type(value)
+        if kind not in KINDS:
+            raise TypeError(f"{self.path}: {name} must be a number, truth value, text or None; got {kind.__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{self.path}: {name} must be a number of 64 bits; got {value}")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(f"{self.path}: {name} must be text that UTF-8 can hold; got {value!r}")
+        return kind
+
+    def _take_in(self) -> None:
+        """Go on after the file that is there now."""
+        table = _read_table(self.path)
+        assert self._kinds is not None
+        self._kinds = _joined(self.path, _kinds(table.schema), self._kinds)
+        self._table = table
+
+    def _whole(self) -> pa.Table:
+        """The rows of the file, then those that have not been written yet."""
+        import pyarrow as pa
+
+        assert self._kinds is not None
+        schema = pa.schema([(name, KINDS[kind][1]) for name, kind in self._kinds.items()])
+        arrays = []
+        for name, kind in self._kinds.items():
+            values = [row[name] for row in self._rows]
+            if kind is float:  # Arrow refuses a whole number that is not a float exactly
+                values = [None if value is None else float(value) for value in values]
+            arrays.append(pa.array(values, KINDS[kind][1]))
+        added = pa.Table.from_arrays(arrays, schema=schema)
+        if self._table is None:
+            return added
+        return pa.concat_tables([self._table.cast(schema, safe=False), added]).combine_chunks()
+
 
 class CSVLogger(_Closing):
     """Appends each record to a CSV file, one flushed line a record; ``step`` is the first column.
 
-    The first record names the columns. An existing file is continued when its columns are the same. A record with
-    other columns than the file's is a ValueError, and so is logging after ``close``. Also a context manager.
+    The first record names the columns. An existing file is continued when its columns are the same. If its last line is
+    cut, because the machine or the disk failed, that line is dropped, with a warning. A last line that lacks nothing
+    but its newline stays; its last value may be cut, and there is a warning too. Two loggers of one file, in one
+    process or two, both keep their records. A tensor or array without dimensions counts as the number in it.
+
+    Args:
+        path: of the file, in a folder that is there; a relative one is of the folder the process is in now.
+
+    Raises:
+        ValueError: a file that is no CSV; when logging, a record with other columns than the file's, or after
+            ``close``.
+        OSError: the file cannot be opened.
+        grokcurv.runs.RunError: when logging, the disk is full, or refuses otherwise; the lines that were there are then
+            intact.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).resolve()
         self._columns: list[str] | None = None
-        self._file = self.path.open("a+", newline="", encoding="utf-8")
-        self._file.seek(0)
-        header = next(csv.reader(self._file), None)
-        if header is not None:
-            self._columns = header
-        self._writer = csv.writer(self._file)
+        # Without a buffer: what a failed write left in one would come out later, in the middle of a line.
+        self._file = self.path.open("a+b", buffering=0)
+        try:
+            with _locked(self._file):
+                self._continue()
+        except BaseException:
+            self._file.close()
+            raise
 
     def log(self, record: Mapping[str, object], /, *, step: int) -> None:
-        row = {"step": step, **{name: value for name, value in record.items() if name != "step"}}
-        if self._columns is None:
-            self._columns = list(row)
-            self._writer.writerow(self._columns)
-        if row.keys() != set(self._columns):
-            raise ValueError(_unlike(self.path, row.keys() ^ set(self._columns)))
-        self._writer.writerow([row[name] for name in self._columns])
-        self._file.flush()
+        row = _row(record, step)
+        with _locked(self._file):
+            if self._columns is None:  # by now another logger may have written the header
+                self._continue(list(row))
+            if self._columns is None:
+                self._append(_line(row))
+                self._columns = list(row)
+            if row.keys() != set(self._columns):
+                raise ValueError(_unlike(self.path, row.keys() ^ set(self._columns)))
+            self._append(_line(row[name] for name in self._columns))
 
     def close(self) -> None:
         self._file.close()
+
+    def _continue(self, wanted: list[str] | None = None) -> None:
+        """Read the columns of the file, and mend its end. A header without newline waits for the columns ``wanted``."""
+        found = _Scan(self.path)
+        if found.columns is None and found.tail and wanted is not None:
+            if set(found.fields) != set(wanted) and not _line(wanted).encode().startswith(found.tail):
+                raise ValueError(_unlike(self.path, set(found.fields) ^ set(wanted)))
+            self._file.truncate(0)
+        elif found.columns is not None and found.tail:
+            self._file.truncate(found.whole + len(found.tail.rstrip(b"\r")) if found.complete else found.whole)
+            said = "lost its last line, which was cut"
+            if found.complete:
+                self._append("\r\n")
+                said = "had no newline at its end: its last value may be cut"
+            warnings.warn(f"{self.path} {said}", stacklevel=3)
+        self._columns = found.columns
+
+    def _append(self, text: str) -> None:
+        from grokcurv.runs import RunError
+
+        data, size = text.encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):  # half a line would spoil the next one
+                self._file.truncate(size)
+            raise RunError(f"cannot write {self.path}: {error.strerror}; what was there is intact") from error
 
 
 class TensorBoardLogger(_Closing):
@@ -222,3 +345,160 @@ def _summary_writer(folder: Path) -> Any:
 
 def _unlike(path: Path, names: set[str]) -> str:
     return f"record has other columns than {path}: they differ in {', '.join(sorted(names))}"
+
+
+def _row(record: Mapping[str, object], step: int) -> dict[str, Any]:
+    """A record as a row: ``step`` first, every number Python's own."""
+    return {"step": _plain(step), **{name: _plain(value) for name, value in record.items() if name != "step"}}
+
+
+def _plain(value: object) -> object:
+    """A number of torch, NumPy or another library as Python's own; everything else as it is."""
+    if type(value) in KINDS:
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, str):  # a subclass
+        return str.__str__(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be encoded: the names of files may hold bytes that cannot, as halves of surrogate pairs."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _joined(path: Path, there: dict[str, type], here: dict[str, type]) -> dict[str, type]:
+    """The kinds of columns that hold what those of both do."""
+    if there.keys() != here.keys():
+        raise ValueError(_unlike(path, there.keys() ^ here.keys()))
+    joined = {}
+    for name, one in there.items():
+        other = here[name]
+        if NoneType in (one, other):
+            joined[name] = one if other is NoneType else other
+        elif KINDS[one][0] == KINDS[other][0]:
+            joined[name] = one if one is other else float
+        else:
+            raise ValueError(f"{path}: {name} must be {KINDS[one][0]} in every record; got {KINDS[other][0]} too")
+    return joined
+
+
+def _kinds(schema: pa.Schema) -> dict[str, type]:
+    """What the columns of a file hold; ValueError for one that no record could continue."""
+    import pyarrow.types as t
+
+    kinds: dict[str, type] = {}
+    for field in schema:
+        type_ = field.type.value_type if t.is_dictionary(field.type) else field.type
+        tests = {
+            NoneType: t.is_null(type_),
+            bool: t.is_boolean(type_),
+            int: t.is_integer(type_),
+            float: t.is_floating(type_),
+            str: t.is_string(type_) or t.is_large_string(type_),
+        }
+        if field.name in kinds or not any(tests.values()):
+            reason = "there twice" if field.name in kinds else f"of {field.type}"
+            raise ValueError(f"its column {field.name} is {reason}")
+        kinds[field.name] = next(kind for kind, holds in tests.items() if holds)
+    return kinds
+
+
+def _read_table(path: Path) -> pa.Table:
+    """The rows of a file that is to be continued, in the types that records have."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from grokcurv.runs import RunError
+
+    try:
+        with path.open("rb") as file:  # given the path, Arrow would make columns of folders named like lr=0.1
+            table = pq.ParquetFile(file, page_checksum_verification=True).read()
+        return table.cast(pa.schema([(name, KINDS[kind][1]) for name, kind in _kinds(table.schema).items()]))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RunError(f"{path} is damaged, or no file of records: {error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes whenever somebody writes the file; None where there is none."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return None
+    return there.st_ino, there.st_mtime_ns, there.st_size
+
+
+@contextlib.contextmanager
+def _locked(place: Path | io.FileIO) -> Iterator[None]:
+    """Hold the lock on a folder or an open file, which other loggers wait for; without one where the disk has none."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(place, Path):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(place, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            descriptor = place.fileno()
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+        yield
+
+
+def _line(values: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(values)
+    return line.getvalue()
+
+
+class _Scan:
+    """How far a CSV file is whole.
+
+    Attributes:
+        columns: the header, if it has its newline.
+        whole: the number of bytes in the lines that are whole.
+        fields: what the last line says, if it is not.
+        tail: its bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.columns: list[str] | None = None
+        self.whole, self.fields, self.tail = 0, list[str](), b""
+        self._taken: list[bytes] = []
+        self._ended = False
+        with path.open("rb") as file:
+            try:
+                for fields in csv.reader(self._lines(file)):
+                    self._take(fields)
+            except csv.Error as error:
+                raise ValueError(f"{path} is no CSV file: {error}") from error
+        if self.columns and any(len(_fields(line)) == len(self.columns) for line in self.tail.splitlines()[1:]):
+            raise ValueError(f"{path} has a quotation without end, and records behind it: mend it, or log elsewhere")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last line may be lacking its newline alone."""
+        quoted = self._ended  # inside of a quotation
+        return len(self.fields) == len(self.columns or self.fields) and not quoted and b"\0" not in self.tail
+
+    def _lines(self, file: Iterable[bytes]) -> Iterator[str]:
+        for line in file:
+            self._taken.append(line)
+            yield line.decode("utf-8" if self.whole else "utf-8-sig", errors="replace")
+        self._ended = bool(self._taken)
+
+    def _take(self, fields: list[str]) -> None:
+        line = b"".join(self._taken)
+        if self._ended or not line.endswith(b"\n"):
+            self.fields, self.tail = fields, line
+        else:
+            self.whole += len(line)
+            self.columns = self.columns or fields
+        self._taken = []
+
+
+def _fields(line: bytes) -> list[str]:
+    return next(csv.reader([line.decode(errors="replace")]), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
@@ -45,7 +46,8 @@ class _Progress:
 
     def print_line(self) -> None:
         self.printed = time.monotonic()
-        print(f"{self.pace()}  {self.state()}", file=self.console.file, flush=True)
+        with contextlib.suppress(OSError):  # what is being done goes on when nobody reads about it any more
+            print(f"{self.pace()}  {self.state()}", file=self.console.file, flush=True)
 
     def drawing(self) -> RenderableType:
         from rich.console import Group

@@ -125,7 +125,8 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
     resume = ["train", "--resume", "--out", str(tmp_path / "run")]
     assert cli.main(resume) == 0
     assert cli.main([*resume, "--preset", "paper"]) == 0
-    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 0  # a folder without a run: from the beginning
+    # Without a run in the folder: from the beginning, if anything says what.
+    assert cli.main(["train", "--resume", "--out", str(tmp_path), "--preset", "paper"]) == 0
     assert [call.config for call in trained] == [there, PRESETS["paper"], PRESETS["paper"]]
 
 
@@ -143,6 +144,14 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
         ("train --device nowhere --out {}/new", "device must be one that torch has here; got 'nowhere'"),
         ("train --out {}/file", "cannot write into"),
         ("train --resume --out {}/damaged", "config.json is missing or damaged"),
+        ("train --resume --out {}/none", "none holds no run to go on with, and no settings say which to begin"),
+        ("train --resume --out={}", "holds no run to go on with"),
+        ("train --resume --out {}/stranger", "config.json holds other settings than this grokcurv has:"),
+        ("train --resume --out {}/{long}", "config.json: File name too long"),
+        ("train --d-ff 9999999999999999999999", "d_ff must be below 2^63"),
+        ("train --threads 2000", "threads must be at most 1024; got 2000"),
+        ("train --device meta --out {}/new", "device must be one that torch has here; got 'meta'"),
+        ("report {}/{long}", "sweep.json: File name too long"),
         ("report {}", "holds no run: there is no config.json in it"),
         ("report", "Missing from grokcurv report: DIR"),
         ("sweep", "Missing from grokcurv sweep: FILE"),
@@ -160,8 +169,9 @@ def test_bad_input(arguments: str, said: str, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "good.toml").write_text("grid.lr = [0.1]")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
+    synthetic_run.write_run(tmp_path / "stranger", {}, colour="red")
     try:
-        status: object = cli.main([argument.format(tmp_path) for argument in arguments.split()])
+        status: object = cli.main([argument.format(tmp_path, long="x" * 300) for argument in arguments.split()])
     except SystemExit as stop:
         status = stop.code
     assert status == 2
@@ -259,6 +269,49 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     train_raises(monkeypatch, IndexError("ours"))
     with pytest.raises(IndexError, match="ours"):
         cli.main(["train"])
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--d-ff", "2000000000000", "--out", "somewhere"]) == 1
+    train_raises(monkeypatch, MemoryError("of Python"))
+    assert cli.main(["train"]) == 1
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("grokcurv: there is not enough memory for this: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [("doctor | true", 141, ""), ("--help > /dev/full", 2, "grokcurv: [Errno 28] No space left on device\n")],
+)
+def test_output_that_nobody_takes(command: str, status: int, said: str) -> None:
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" -m grokcurv.cli {command}'],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_names_that_the_output_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "läuf 文"
+    synthetic_run.write_run(folder, {}, **dataclasses.asdict(TrainConfig()))
+    said = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(said, encoding="ascii"))
+    assert cli.main(["report", str(folder)]) == 0
+    assert said.getvalue() == rf"{tmp_path}/l\xe4uf \u6587/report.html".encode() + b"\n"
+    assert (folder / "report.html").exists()
+
+
+def test_training_goes_on_when_nobody_reads_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with progress.RunProgress("add", Console(file=Gone())) as shown:
+        shown(LATEST)
 
 
 def test_train_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,6 +160,10 @@ class TrainConfig:
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+                if getattr(self, name) >= 2**63:  # more than torch can count
+                    raise ValueError(f"{name} must be below 2^63; got {getattr(self, name)}")
+        if self.threads > 1024:  # more end the process, where the system has no room for them
+            raise ValueError(f"threads must be at most 1024; got {self.threads}")
         for name in ("lr", "eta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number; got {getattr(self, name)}")

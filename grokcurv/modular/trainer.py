@@ -607,6 +607,7 @@ def _describe_device(name: str) -> str:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        torch.Generator(device)  # "meta" has none
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device must be one that torch has here; got {name!r} ({error})") from error
     return f"{name} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else name
