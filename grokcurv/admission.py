@@ -212,15 +212,15 @@ class Admission:
         engine.exact_gradient(theta + step * direction, batch, ahead, seed, traits.plain)
         engine.exact_gradient(theta - step * direction, batch, behind, seed, traits.plain)
         difference = (ahead - behind) / (2.0 * step)
-        error = float((difference - product).norm())
+        apart = float((difference - product).norm())
         # What float64 makes of the difference of two nearly equal gradients counts for nothing.
         rounding = 1e3 * torch.finfo(torch.float64).eps * length / step
         size = max(float(difference.norm()), float(product.norm()))
-        traits.brackets = error <= CURVATURE_TOLERANCE * size + rounding
+        traits.brackets = apart <= CURVATURE_TOLERANCE * size + rounding
         self.find(
             "second derivative",
             traits.brackets,
-            f"a Hessian-vector product and a difference of gradients are {error / size if size else 0.0:.1e} apart"
+            f"a Hessian-vector product and a difference of gradients are {apart / size if size else 0.0:.1e} apart"
             + ("" if traits.brackets else ": something in the model has no true second derivative"),
             consequence,
         )

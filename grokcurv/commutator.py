@@ -399,7 +399,7 @@ class CommutatorProbe:
         theta = engine.flatten(shared.theta if exact is None else shared.point)
         vectors = zip((*pair, *pair), (g_a, g_b, a2, b2), (*seeds, *seeds), range(4), strict=True)
         at_a, at_b, past_b, past_a = (
-            partial(Wanted, batch=batch, out=out, seed=seed, **(exact.options(index) if exact else {}))
+            partial(_wanted, batch=batch, out=out, seed=seed, **(exact.options(index) if exact else {}))
             for batch, out, seed, index in vectors
         )
         if known is None:
@@ -567,9 +567,7 @@ class CommutatorProbe:
         table = [(s.start, s.length) for s in self.segments] + (list(self.basis.support) if self.basis else [])
         return torch.tensor(table, dtype=torch.int64) if table else None
 
-    def _stats(
-        self, shared: _Shared, eta: Tensor, errors: Tensor, method: Method, keep_delta: bool
-    ) -> CommutatorStats:
+    def _stats(self, shared: _Shared, eta: Tensor, errors: Tensor, method: Method, keep_delta: bool) -> CommutatorStats:
         """What the kernel makes of the four vectors; ``errors`` (4,) are the lengths of theirs."""
         bracket = shared.form == "bracket"
         g_a, g_b, a2, b2 = shared.work
@@ -697,6 +695,10 @@ class _Exact:
     def options(self, which: int | slice) -> dict[str, Any]:
         """Of the gradient, or the product, that goes to these rows."""
         return {"found": self.found[which], "keep": self.method == "reference"}
+
+
+def _wanted(theta: Tensor, **rest: Any) -> Wanted:
+    return Wanted(theta, **rest)
 
 
 def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:

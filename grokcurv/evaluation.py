@@ -112,12 +112,15 @@ class Evaluator:
                 return
             self._parameters = self.parameters()
             self._check_kind(self._parameters)
-            self._snapshot = Snapshot([self.model], [self.loss_fn], self._parameters)
+            self._snapshot = self._look()
             try:
                 yield self._snapshot
             finally:
                 self._snapshot = None
                 self._ends.clear()
+
+    def _look(self) -> Snapshot:
+        return Snapshot([self.model], [self.loss_fn], self._parameters)
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
         """Views of a vector, or of a copy if the model writes to them, that gradients can be asked of."""
@@ -260,7 +263,8 @@ class Evaluator:
         self, snapshot: Snapshot, dtype: torch.dtype | None, everything: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Which tensors get stand-ins, and which are watched. The model's own floats are wanted in ``dtype``."""
-        copied, watched = [], []
+        copied: list[Tensor] = []
+        watched: list[Tensor] = []
         for index, tensor in enumerate(snapshot.tensors):
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_inference():
                 continue
@@ -441,11 +445,11 @@ class Observation:
     def __enter__(self) -> Observation:
         self._profiler = sys.getprofile()
         sys.setprofile(self._watch)
-        self.operators.__enter__()
+        self.operators.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.operators.__exit__(*error)
+        self.operators.__exit__(*error)  # type: ignore[no-untyped-call]
         sys.setprofile(self._profiler)
 
     def _watch(self, frame: Any, event: str, called: Any) -> None:
@@ -485,7 +489,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:

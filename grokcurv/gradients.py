@@ -426,9 +426,7 @@ class GradientEngine:
             found: (2, 3) float64, as for :meth:`gradient`: of the gradient, and of the product.
             keep, shake: as for :meth:`gradient`.
         """
-        first = Delivery(
-            [] if gradient is None else self._views(gradient), None if found is None else found[0], keep
-        )
+        first = Delivery([] if gradient is None else self._views(gradient), None if found is None else found[0], keep)
         second = Delivery(self._views(product), None if found is None else found[-1], keep)
         # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
         inner = _InnerProduct(self._views(direction.data), first)
@@ -453,8 +451,14 @@ class GradientEngine:
         return self.evaluator.views(vector)
 
     def _leaves(self, theta: Tensor, shake: torch.Generator | None = None) -> list[Tensor]:
-        leaves = self.evaluator.leaves(theta)
-        return leaves if shake is None else [_shaken(leaf, shake) for leaf in leaves]
+        return self.evaluator.leaves(self._point(theta, shake))
+
+    def _point(self, theta: Tensor, shake: torch.Generator | None) -> Tensor:
+        """The parameters, or with ``shake`` a copy with each number moved by up to two units of its last bit."""
+        if shake is None:
+            return theta
+        noise = torch.rand(theta.shape, dtype=theta.dtype, device=theta.device, generator=shake)
+        return theta * noise.sub_(0.5).mul_(4.0 * torch.finfo(theta.dtype).eps).add_(1.0)
 
     def _refuse_spread(self) -> None:
         """Raises for a model of which one call of the module, or this process, has but a part."""
@@ -535,12 +539,6 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
-def _shaken(leaf: Tensor, generator: torch.Generator) -> Tensor:
-    """The leaf with each number moved by up to two units of its last bit."""
-    noise = torch.rand(leaf.shape, dtype=leaf.dtype, device=leaf.device, generator=generator)
-    return (leaf.detach() * (1.0 + 2.0 * torch.finfo(leaf.dtype).eps * (2.0 * noise - 1.0))).requires_grad_()
-
-
 @dataclass(frozen=True)
 class Distributed:
     """A model on several processes, with an engine of its own: :func:`grokcurv.integrations.sharded.distributed`."""
@@ -612,11 +610,14 @@ def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
         deliver_whole(row, w.out, w.found)
 
 
-def deliver_whole(vector: Tensor, out: Tensor, found: Tensor | None, coordinates: Coordinates = ALL_HERE) -> None:
+def deliver_whole(
+    vector: Tensor, out: Tensor, found: Tensor | None, coordinates: Coordinates = ALL_HERE, keep: bool = False
+) -> None:
     """A vector into ``out``, as :class:`Delivery` does with parts of one."""
     if found is not None:
         found[0], found[1] = coordinates.norm(out - vector), coordinates.norm(vector)
-    out.copy_(vector)
+    if not keep:
+        out.copy_(vector)
     if found is not None:
         found[2] = coordinates.norm(out - vector)
 

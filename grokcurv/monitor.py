@@ -180,9 +180,7 @@ class CurvatureMonitor:
         for name, choice, choices in (("design", design, DESIGNS), ("gradient", gradient, get_args(Gradient))):
             if choice not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
-        self.probe = CommutatorProbe(
-            model, loss_fn, eta=eta, method=method, noise_floor=noise_floor, strategy=strategy
-        )
+        self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, noise_floor=noise_floor, strategy=strategy)
         engine = self.probe.gradients
         self.probe.segments = tuple(map(engine.coordinates.at_hand, _attention(engine.model)))
         if noise_floor and not engine.checked:

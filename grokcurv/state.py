@@ -276,7 +276,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 @functools.cache
-def _slots(kind: type) -> tuple[str, ...]:
+def _slots(kind: Any) -> tuple[str, ...]:
     names = (getattr(base, "__slots__", ()) for base in kind.__mro__)
     flat = [name for slots in names for name in ([slots] if isinstance(slots, str) else slots)]
     return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))

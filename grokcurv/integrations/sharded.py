@@ -20,29 +20,29 @@ summing over the ranks (:class:`Sharding`): a few float64 numbers a pair.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
-from grokcurv.commutator import other_dtype
+from grokcurv.admission import Traits
+from grokcurv.evaluation import Evaluator, LossFn
 from grokcurv.flat import Coordinates, Segment, segments_of
-from grokcurv.gradients import Distributed, GradientEngine, LossFn, Strategy, Vectors, cast_batch, uncompiled
+from grokcurv.gradients import Distributed, GradientEngine, Strategy, deliver_whole
 from grokcurv.pca import StreamingPCA
 from grokcurv.pca.common import Layout
 from grokcurv.records import must_wait
+from grokcurv.state import Snapshot
 
 __all__ = ["ShardedPCA", "distributed"]
-
-T = TypeVar("T")
 
 
 def distributed(model: nn.Module, exact: nn.Module | None = None) -> Distributed:
@@ -103,32 +103,58 @@ class ReplicatedEngine(GradientEngine):
         super().__init__(model.module, loss_fn, strategy=strategy)
         self._group = model.process_group
 
-    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0) -> Tensor:
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        *,
+        seed: int = 0,
+        found: Tensor | None = None,
+        keep: bool = False,
+        shake: torch.Generator | None = None,
+    ) -> Tensor:
+        """As there; a gradient in float64 is averaged before it is rounded, in memory for all of it."""
+        whole = torch.empty_like(theta)
         with self._together():
-            super().gradient(theta, batch, out, seed=_own(seed))
-        return self._average_(out)
+            mode = self._mode(theta.dtype, shake)
+            self._one(self._point(theta, shake), batch, whole, _own(seed), mode=mode)
+        deliver_whole(self._average_(whole), out, found, keep=keep)
+        return out
 
-    def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
+    def product(
+        self,
+        theta: Tensor,
+        batch: Any,
+        direction: Tensor,
+        gradient: Tensor | None,
+        product: Tensor,
+        seed: int = 0,
+        *,
+        found: Tensor | None = None,
+        keep: bool = False,
+        shake: torch.Generator | None = None,
+    ) -> None:
+        first, second = (torch.empty_like(theta) for _ in range(2))
         with self._together():
-            vectors = super().hessian_vectors(theta, batches, seeds=[_own(seed) for seed in seeds])
-        return tuple(map(self._average_, vectors))
+            super().product(theta, batch, direction, first, second, _own(seed), shake=shake)
+        for index, (whole, out) in enumerate(((first, gradient), (second, product))):
+            self._average_(whole)
+            if out is not None:
+                deliver_whole(whole, out, None if found is None else found[index - 2], keep=keep)
 
-    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
-        if self._kinked is None:
-            with self._together():
-                super().kinked(batch, seed=_own(seed))
-            self._kinked = self._anywhere(bool(self._kinked))
-        return self._kinked
+    def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
+        return True
+
+    def _admitted(self, batch: Any, seed: int) -> Traits:
+        with self._together():
+            nonsmooth = self._has_kinks(batch, _own(seed))
+        return Traits(nonsmooth=self._anywhere(nonsmooth))
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
         with self._together():
             super()._batched(thetas, batches, out)
         return self._average_(out)
-
-    def _directions(self, graphs: Sequence[Vectors]) -> Sequence[Vectors]:
-        with self._together():
-            flat = [torch.cat([g.detach().flatten() for g in graph]) for graph in graphs[::-1]]
-        return [tuple(self._views(self._average_(vector))) for vector in flat]
 
     def _average_(self, vectors: Tensor) -> Tensor:
         dist.all_reduce(vectors, group=self._group)
@@ -274,9 +300,8 @@ class ShardedEngine(GradientEngine):
         self.checked = exact is not None
         self._exact = None if exact is None else self._twin(exact)
 
-    def flatten(self, out: Tensor | None = None) -> Tensor:
-        """(P_r,)"""
-        return torch.cat([_local(parameter).flatten() for parameter in _parameters(self.model)], out=out)
+    def _evaluator(self, loss_fn: LossFn) -> Evaluator:
+        return ShardedEvaluator(self.model, loss_fn, self.coordinates)
 
     def flatten_grad(self, out: Tensor | None = None) -> Tensor:
         """(P_r,)"""
@@ -284,64 +309,73 @@ class ShardedEngine(GradientEngine):
         grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
         return torch.cat([grad.flatten() for grad in grads], out=out)
 
-    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
-        if self._kinked is None:
-            smooth = torch.tensor([not super().kinked(batch, seed=_own(seed))], device=self.device)
-            self._kinked = not bool(self.coordinates.everywhere(smooth))
-        return self._kinked
+    def flatten(self, out: Tensor | None = None) -> Tensor:
+        """(P_r,)"""
+        parameters = [_local(parameter).flatten() for parameter in _parameters(self.model)]
+        if out is None:
+            return torch.cat(parameters)
+        for view, part in zip(out.split([part.numel() for part in parameters]), parameters, strict=True):
+            view.copy_(part)
+        return out
 
-    def hessian_vectors(self, theta: Tensor | None, batches: Sequence[Any], *, seeds: Sequence[int]) -> Vectors:
+    def product(self, *_: Any, **__: Any) -> None:
         """Raises ValueError: there are none."""
         raise ValueError(
             "method 'bracket' needs second derivatives, which a model under fully_shard has not; "
             "eta='auto' estimates the bracket from gradients"
         )
 
-    def _one(self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0) -> Tensor:
+    def _admitted(self, batch: Any, seed: int) -> Traits:
+        smooth = torch.tensor([not self._has_kinks(batch, _own(seed))], device=self.device)
+        return Traits(nonsmooth=not bool(self.coordinates.everywhere(smooth)), brackets=False)
+
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        *,
+        seed: int = 0,
+        found: Tensor | None = None,
+        keep: bool = False,
+        shake: torch.Generator | None = None,
+    ) -> Tensor:
+        """As there. A sample of the rounding error is that of the other precision, scaled by the ratio of roundoffs."""
+        if shake is not None:
+            theta = theta.to(_other(theta.dtype))
+        whole = out if out.dtype == theta.dtype and found is None else torch.empty_like(theta)
+        self._gradient(theta, batch, whole, seed)
+        if whole is not out:
+            deliver_whole(whole, out, found, self.coordinates, keep=keep)
+        if shake is not None and found is not None:
+            eps = torch.finfo(theta.dtype).eps
+            found[0] *= min(1.0, torch.finfo(torch.float64).eps / eps)
+        return out
+
+    def _gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> None:
         if theta.dtype != self.dtype:
             if self._exact is None or theta.dtype != self._exact.dtype:
                 raise ValueError(f"theta is {theta.dtype}, but the model {self.dtype}, and no exact model is of that")
             self._follow(self._exact.model)
-            return self._exact._one(theta, cast_batch(batch, theta.dtype), out, seed)
+            cast = tree_map_only(Tensor, lambda x: x.to(theta.dtype) if x.is_floating_point() else x, batch)
+            self._exact._gradient(theta, cast, out, seed)
+            return
+        self._refuse_bystanders(_parameters(self.model))
 
-        def differentiate(loss: Tensor) -> Tensor:
+        def use(loss: Tensor, _: list[Any]) -> None:
             loss.backward()
-            return self.flatten_grad(out)
+            self.flatten_grad(out)
 
-        with self._evaluation(_own(seed)):
-            return self._at(self._leaves(theta), batch, differentiate)
+        self.evaluator.evaluate(self.evaluator.leaves(theta), batch, use, seed=_own(seed))
 
-    def _at(self, leaves: list[Tensor], batch: Any, use: Callable[[Tensor], T]) -> T:
-        """``use(loss)`` with the leaves in the shards; they, ``.grad`` and the buffers are then what they were.
-
-        Raises:
-            ValueError: hooks that run when a gradient is there, and would see this one; gradients of earlier passes
-                that FSDP has not reduced yet.
-        """
-        parameters = _parameters(self.model)
-        self._refuse_bystanders(parameters)
-        values, grads = [_local(p).clone() for p in parameters], [p.grad for p in parameters]
-        buffers = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
-        try:
-            _write(parameters, leaves, [None] * len(grads))
-            with uncompiled():
-                used: T = functional_call(self._holder, buffers, (lambda: use(self._loss(batch)),))
-            return used
-        except BaseException:
-            if hasattr(self.model, "reset_iter_state"):  # torch >= 2.13: of passes broken off
-                self.model.reset_iter_state()  # type: ignore[operator]
-            raise
-        finally:
-            _write(_parameters(self.model), values, grads)
-
-    def _leaves(self, theta: Tensor | None) -> list[Tensor]:
-        return self._views(self.flatten() if theta is None else theta)
-
-    def _views(self, vector: Tensor) -> list[Tensor]:
-        return self.coordinates.views(vector)
+    def observe(self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = False) -> frozenset[str]:
+        return self.evaluator.observe(self.evaluator.leaves(theta), batch, lambda *_: None, seed=seed)
 
     def _refuse_spread(self) -> None:
         """A sharded model is what this is for."""
+
+    def _refuse_mixtures(self) -> None:
+        """Sharding.of has looked at dtypes and devices."""
 
     def _refuse_bystanders(self, parameters: list[nn.Parameter]) -> None:
         for segment, parameter in zip(self.segments, parameters, strict=True):
@@ -360,7 +394,7 @@ class ShardedEngine(GradientEngine):
         """The engine of the exact model, once it is known to be built alike."""
         if not isinstance(exact, FSDPModule):
             raise ValueError(f"exact must have had fully_shard(exact), got {type(exact).__name__}")
-        engine, wanted = ShardedEngine(exact, self._loss_fn, "loop"), other_dtype(self.dtype)
+        engine, wanted = ShardedEngine(exact, self.evaluator.loss_fn, "loop"), _other(self.dtype)
         if engine.dtype != wanted or engine.device != self.device:
             raise ValueError(f"exact must be {wanted} on {self.device}, got {engine.dtype} on {engine.device}")
         if _structure(exact) != _structure(self.model) or engine.coordinates.pieces != self.coordinates.pieces:
@@ -379,6 +413,48 @@ class ShardedEngine(GradientEngine):
                 _local(parameter).copy_(_local(given))
 
 
+class ShardedEvaluator(Evaluator):
+    """Evaluates a model under ``fully_shard`` through its own passes: the shards take other values, in place.
+
+    FSDP keeps state of its own on the modules, which is left to it: of the model's, parameters, ``.grad`` and buffers
+    are put back.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, coordinates: Sharding) -> None:
+        self._coordinates = coordinates
+        super().__init__(model, loss_fn)
+
+    def parameters(self) -> list[nn.Parameter]:
+        _parameters(self.model)
+        return super().parameters()
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        return self._coordinates.views(vector)
+
+    def leaves(self, theta: Tensor) -> list[Tensor]:
+        return self.views(theta)
+
+    def _look(self) -> Snapshot:
+        return Snapshot([list(self.model.buffers())])
+
+    def _place(self, leaves: Sequence[Tensor], stack: ExitStack) -> None:
+        parameters = _parameters(self.model)
+        values, grads = [_local(p).clone() for p in parameters], [p.grad for p in parameters]
+
+        def put_back(kind: Any, *_: Any) -> None:
+            if kind is not None and hasattr(self.model, "reset_iter_state"):  # torch >= 2.13: of passes broken off
+                self.model.reset_iter_state()  # type: ignore[operator]
+            _write(_parameters(self.model), values, grads)
+
+        stack.push(put_back)
+        _write(parameters, leaves, [None] * len(grads))
+
+
+def _other(dtype: torch.dtype) -> torch.dtype:
+    """The precision that an exact model has."""
+    return torch.float32 if dtype == torch.float64 else torch.float64
+
+
 def _parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters, sharded, as the optimiser has them; what FSDP has gathered is freed."""
     for module in model.modules():
@@ -394,7 +470,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _write(parameters: list[nn.Parameter], values: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+def _write(parameters: list[nn.Parameter], values: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for parameter, value, grad in zip(parameters, values, grads, strict=True):
         _local(parameter).copy_(value)
         parameter.grad = grad
