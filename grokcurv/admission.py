@@ -99,11 +99,11 @@ class Admission:
         if not passed and news:
             warnings.warn(str(finding), AdmissionWarning, stacklevel=2)
 
-    def admit(self, engine: GradientEngine, batch: Any, seed: int) -> Traits:
+    def admit(self, engine: GradientEngine, batch: Any, seed: int, exact: bool) -> Traits:
         """Evaluate the model on ``batch`` at its own parameters, some five gradients, to find its traits."""
         theta = engine.flatten()
         first, again = torch.empty_like(theta), torch.empty_like(theta)
-        traits = Traits()
+        traits = engine.traits = Traits(exact=exact)
         try:
             operators = engine.observe(theta, batch, first, seed)
         except RuntimeError as error:
@@ -114,7 +114,7 @@ class Admission:
         traits.nonsmooth = any(map(KINKS.fullmatch, operators))
         self._gradient(engine, traits, theta, batch, first, again, seed)
         if traits.exact:
-            self._float64(engine, traits, theta, batch, first, seed)
+            self._float64(engine, traits, theta, batch, again, seed)
         return traits
 
     def _gradient(
@@ -158,12 +158,11 @@ class Admission:
         )
 
     def _float64(
-        self, engine: GradientEngine, traits: Traits, theta: Tensor, batch: Any, own: Tensor, seed: int
+        self, engine: GradientEngine, traits: Traits, theta: Tensor, batch: Any, out: Tensor, seed: int
     ) -> None:
         """The evaluation in float64 that everything is held against."""
-        exact = torch.empty_like(theta, dtype=torch.float64)
         try:
-            mode = engine.exact_gradient(theta.to(torch.float64), batch, exact, seed, traits.plain)
+            mode = engine.exact_gradient(theta.to(torch.float64), batch, out, seed)
         except Exception as error:
             traits.exact = False
             self.find("float64", False, f"cannot be evaluated: {_first_line(error)}", "no row is reliable")
@@ -191,11 +190,12 @@ class Admission:
             traits.brackets = False
             return False
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
-        theta = engine.flatten().to(torch.float64)
-        direction, gradient, product = (torch.empty_like(theta) for _ in range(3))
+        direction = engine.flatten()
+        theta = direction.to(torch.float64)
+        product = torch.empty_like(theta)
         try:
-            engine.exact_gradient(theta, batch, direction, seed, traits.plain)
-            engine.product(theta, batch, direction, gradient, product, seed)
+            engine.exact_gradient(theta, batch, direction, seed)
+            engine.product(theta, batch, direction, None, product, seed)
         except Exception as error:
             traits.brackets = False
             self.find("second derivative", False, f"there is none: {_first_line(error)}", consequence)
@@ -209,9 +209,9 @@ class Admission:
             return True  # nothing to be compared here
         step = DISPLACEMENT * max(scale, 1.0) / length
         ahead, behind = torch.empty_like(theta), torch.empty_like(theta)
-        engine.exact_gradient(theta + step * direction, batch, ahead, seed, traits.plain)
-        engine.exact_gradient(theta - step * direction, batch, behind, seed, traits.plain)
-        difference = (ahead - behind) / (2.0 * step)
+        engine.exact_gradient(theta + step * direction, batch, ahead, seed)
+        engine.exact_gradient(theta - step * direction, batch, behind, seed)
+        difference = ahead.sub_(behind).div_(2.0 * step)
         apart = float((difference - product).norm())
         # What float64 makes of the difference of two nearly equal gradients counts for nothing.
         rounding = 1e3 * torch.finfo(torch.float64).eps * length / step

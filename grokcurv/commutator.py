@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -147,9 +146,10 @@ class CommutatorProbe:
 
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
     Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
-    and one parameter's gradient on its way to them (a kept ``delta`` and the float64 evaluation behind the noise floor
-    aside). ``errors`` holds what that evaluation last found, by the form it was made for: (2,) absolute and relative;
-    and ``errors["given"]`` how far a gradient that was given was from the probe's own.
+    and one parameter's gradient on its way to them (a kept ``delta`` aside; eight at a check of a bracket, and nine at
+    its admission). ``errors`` holds what the latest check has found, by the form it was made for: (2, 2), the greatest
+    absolute and relative error of the two gradients at theta, and of the two other vectors; and ``errors["given"]`` how
+    far a gradient that was given was from that in float64.
 
     A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.kinked`) is evaluated in float64
     throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a unit,
@@ -292,9 +292,10 @@ class CommutatorProbe:
         engine = self.gradients
         if first_gradient is not None and first_gradient.shape != (engine.size,):
             raise ValueError(f"first_gradient must have shape ({engine.size},), got {tuple(first_gradient.shape)}")
-        shared = self._share("bracket" if method == "bracket" else "difference")
-        uncompared = first_gradient is not None and shared.form == "difference" and GIVEN not in self.errors
-        check = self.noise_floor and (check or shared.form not in self.errors or uncompared)
+        form = "bracket" if method == "bracket" else "difference"
+        uncompared = first_gradient is not None and form == "difference" and GIVEN not in self.errors
+        check = self.noise_floor and (check or form not in self.errors or uncompared)
+        shared: _Shared | None = None
         rows = []
         chained, end = design == "chain", None
         for index, pair in enumerate(_take(source, pairs)):
@@ -305,15 +306,17 @@ class CommutatorProbe:
             end = pair[1]
             first = 2 * seed + index if chained else 2 * (seed + index)
             known = first_gradient if index == 0 else None
-            if chained and index and shared.form == "difference":
+            if chained and shared is not None and form == "difference":
                 known = shared.work[1]
             _note_batches(engine, pair)
             while True:
-                traits = engine.admit(pair[0], seed=first)
+                traits = self._admit(form, pair[0], first)
+                shared = shared or self._share(form)
                 generation = engine.evaluator.generation
                 shared.given = known is first_gradient and known is not None
                 due = check and index == 0
-                row = yield from self._pair(shared, pair, (first, first + 1), method, keep_delta, known, due, traits)
+                seeds = (first, first + 1)
+                row = yield from self._pair(shared, pair, seeds, method, keep_delta, known, due, traits)
                 if generation == engine.evaluator.generation:
                     break
                 # The model was seen to do what it had not done before, such as to draw: what was computed before that,
@@ -323,6 +326,14 @@ class CommutatorProbe:
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
         return _concatenate(rows)
+
+    def _admit(self, form: str, batch: Any, seed: int) -> Traits:
+        """How the structure of model and batch is evaluated; brackets are looked at only if somebody vouches for them."""
+        engine = self.gradients
+        traits = engine.admit(batch, seed=seed, exact=self.noise_floor)
+        if form == "bracket" and self.noise_floor and engine.brackets:
+            engine.has_true_brackets(batch, seed=seed)
+        return traits
 
     def _share(self, form: str) -> _Shared:
         """Memory for one pair: four vectors and a scratch of two, or of one in float64, beyond the model's own."""
@@ -349,7 +360,7 @@ class CommutatorProbe:
     ) -> Asking[CommutatorStats]:
         """One pair, in the model's own precision, and in float64 where that is due, or where there is doubt."""
         engine = self.gradients
-        if shared.form == "bracket" and engine.brackets and not engine.has_true_brackets(pair[0], seed=seeds[0]):
+        if shared.form == "bracket" and engine.brackets and traits.brackets is False:
             shared.work.fill_(math.nan)
             return self._stats(shared, self._step(*shared.work[:2]), shared.unknown(math.inf), method, keep_delta)
         evaluate = self._brackets if shared.form == "bracket" else self._differences
@@ -395,26 +406,28 @@ class CommutatorProbe:
         exact: _Exact | None = None,
     ) -> Asking[Tensor]:
         """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A; the step's length is returned."""
-        engine, (g_a, g_b, a2, b2) = self.gradients, shared.work
+        engine, (g_a, g_b, _, _) = self.gradients, shared.work
+        batches, seeds_of = (*pair, *pair), (*seeds, *seeds)
+
+        def wanted(index: int, point: Tensor) -> Wanted:
+            options = exact.options(index) if exact else {}
+            return Wanted(point, batches[index], shared.work[index], seeds_of[index], **options)
+
         theta = engine.flatten(shared.theta if exact is None else shared.point)
-        vectors = zip((*pair, *pair), (g_a, g_b, a2, b2), (*seeds, *seeds), range(4), strict=True)
-        at_a, at_b, past_b, past_a = (
-            partial(_wanted, batch=batch, out=out, seed=seed, **(exact.options(index) if exact else {}))
-            for batch, out, seed, index in vectors
-        )
         if known is None:
-            yield [at_a(theta), at_b(theta)]
+            yield [wanted(0, theta), wanted(1, theta)]
         else:
             g_a.copy_(known)
-            yield [at_b(theta)]
+            yield [wanted(1, theta)]
             if exact is not None:  # the end of the pair before, found as this one's was
                 exact.found[0] = exact.found[1]
         eta = self._step(g_a, g_b)
+        past = ((2, g_b), (3, g_a))
         if engine.strategy == "vmap":
-            yield [past_b(self._stepped(shared, g_b, eta, exact)), past_a(self._stepped(shared, g_a, eta, exact))]
+            yield [wanted(index, self._stepped(shared, direction, eta, exact)) for index, direction in past]
         else:  # one at a time, in memory for one
-            for wanted, direction in ((past_b, g_b), (past_a, g_a)):
-                yield [wanted(self._stepped(shared, direction, eta, exact, shared.memory(exact)))]
+            for index, direction in past:
+                yield [wanted(index, self._stepped(shared, direction, eta, exact, shared.memory(exact)))]
         return eta
 
     def _stepped(
@@ -488,7 +501,8 @@ class CommutatorProbe:
         if exactly or (wide and noise is not None):
             distance = torch.maximum(distance, errors) if wide else errors
             length = _lengths(engine, shared.work)
-        self._remember(shared, torch.stack([distance.max(), (distance / length).nan_to_num(nan=math.inf).max()]))
+        relative = (distance / length).nan_to_num(nan=math.inf)
+        self._remember(shared, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
         return errors
 
     def _sampled(self, shared: _Shared, pair: Pair, seeds: tuple[int, int]) -> Asking[Tensor]:
@@ -512,7 +526,7 @@ class CommutatorProbe:
             return shared.unknown(math.nan)
         if not floored or shared.form not in self.errors:
             return shared.unknown(math.inf)
-        absolute, relative = self.errors[shared.form]
+        absolute, relative = self.errors[shared.form].repeat_interleave(2, 0).unbind(1)
         return STALE_MARGIN * torch.maximum(absolute, relative * _lengths(self.gradients, shared.work))
 
     def _compare_given(self, found: Tensor) -> None:
@@ -695,10 +709,6 @@ class _Exact:
     def options(self, which: int | slice) -> dict[str, Any]:
         """Of the gradient, or the product, that goes to these rows."""
         return {"found": self.found[which], "keep": self.method == "reference"}
-
-
-def _wanted(theta: Tensor, **rest: Any) -> Wanted:
-    return Wanted(theta, **rest)
 
 
 def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:

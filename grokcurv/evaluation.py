@@ -51,7 +51,8 @@ class Evaluator:
         draws: of which visible generators the evaluations are known to take: ``"torch"``, ``"random"``, ``"numpy"``.
         generation: a count of the times that something new was learnt in the middle of an evaluation, such as a draw.
             What was computed before it may not fit what is computed after.
-        stateful: whether an evaluation has left the model in another state than it met, before that was put back.
+        stateful: whether an evaluation has left the model, or the batch, other than it met it, before that was put
+            back.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
@@ -231,12 +232,12 @@ class Evaluator:
             with ExitStack() as stack:
                 stack.enter_context(self._plain_surroundings())
                 stack.enter_context(self._generators(snapshot, seed, batch, {} if moved is None else moved))
-                stack.callback(given.restore)
+                stack.callback(self._restore, given)
                 stack.callback(self._restore, snapshot)
                 stack.enter_context(standing_in(originals, copies))
-                made = [copy._version for copy in copies[: len(copied)]]
+                made = [copy._version for copy in copies]
                 yield stack
-            self.stateful = self.stateful or made != [copy._version for copy in copies[: len(copied)]]
+            self.stateful = self.stateful or made != [copy._version for copy in copies]
             if everything:
                 self._note_changes(copied, copies[: len(copied)], cast)
             self._look_after(versions)

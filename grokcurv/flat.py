@@ -154,7 +154,7 @@ def unflatten(model: nn.Module, vector: Tensor) -> None:
 def flatten_grad(model: nn.Module) -> Tensor:
     """A copy (P,) of the gradients of the trainable parameters, zero where one has none."""
     grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in _trainable(model).values())
-    return torch.cat([grad.detach().reshape(-1) for grad in grads])
+    return torch.cat([grad.detach().to_dense().reshape(-1) for grad in grads])
 
 
 def unflatten_grad(model: nn.Module, vector: Tensor) -> None:

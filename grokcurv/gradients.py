@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from grokcurv.admission import GRADIENT_TOLERANCE, KINKS, Admission, Finding, Traits, relative_distance
 from grokcurv.evaluation import LOCK, Evaluator, LossFn
 from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten, flatten_grad
-from grokcurv.intercept import NARROW, Widened
+from grokcurv.intercept import NARROW, Widened, unseen
 from grokcurv.records import capturing
 from grokcurv.state import Snapshot
 
@@ -146,31 +146,31 @@ class GradientEngine:
 
     # ---------------------------------------------------------------------------------------------------- admission
 
-    def admit(self, batch: Any, *, seed: int = 0) -> Traits:
+    def admit(self, batch: Any, *, seed: int = 0, exact: bool = True) -> Traits:
         """Find out, once for each structure of model and batch, how it is to be evaluated; :attr:`traits` from here on.
 
         The structure: which parameters are trainable, the modes of the modules, and the types and dimensions, not the
         sizes, of what is in the batch. Inside a capture and on the meta device, where no number can be looked at, only
-        whether the loss has kinks is found.
+        whether the loss has kinks is found. ``exact=False`` leaves the evaluation in float64 out.
         """
         tensors = Snapshot([batch]).tensors
         modes = tuple(module.training for module in self.model.modules())
-        key = (modes, type(batch), tuple((t.dtype, t.dim()) for t in tensors))
+        key = (exact, modes, type(batch), tuple((t.dtype, t.dim()) for t in tensors))
         known = self._admission.traits
         if key not in known and capturing(self.device) and known:
             return self.traits
         if key not in known:
             with self.evaluator.session():
-                known[key] = self._admitted(batch, seed)
+                known[key] = self._admitted(batch, seed, exact)
             self.evaluator.generation += 1
         self.traits = known[key]
         return self.traits
 
-    def _admitted(self, batch: Any, seed: int) -> Traits:
+    def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
         if capturing(self.device) or self.device.type == "meta":
             return Traits(nonsmooth=self._has_kinks(batch, seed), brackets=self.brackets)
         self.traits = Traits()
-        traits = self._admission.admit(self, batch, seed)
+        traits = self._admission.admit(self, batch, seed, exact)
         if self.strategy == "vmap":
             self._compare_vmap(batch)
         return traits
@@ -191,6 +191,14 @@ class GradientEngine:
         )
         if not passed:
             self.strategy = "loop"
+
+    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
+        """Whether the gradient may jump: at a rectifier, a maximum, an absolute value, a decision.
+
+        Told by the operators of :data:`grokcurv.admission.KINKS`, in one evaluation of each structure of model and
+        batch. What a kernel of the user's own does inside is not seen.
+        """
+        return self.admit(batch, seed=seed).nonsmooth
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         """Whether second derivatives are what they should be; looked at when it is first asked."""
@@ -271,7 +279,8 @@ class GradientEngine:
         if self.strategy == "graph" and not streamed and not self.stochastic and not capturing(self.device):
             return self._graphed(theta, batch, out, seed)
         if streamed:
-            return self._streamed(theta, batch, out, seed, found, keep, shake)
+            mode = self._mode(theta.dtype, shake)
+            return self._streamed(self._point(theta, shake), batch, out, seed, found=found, keep=keep, mode=mode)
         return self._one(theta, batch, out, seed)
 
     def _one(
@@ -300,12 +309,13 @@ class GradientEngine:
         batch: Any,
         out: Tensor,
         seed: int,
-        found: Tensor | None,
-        keep: bool,
-        shake: torch.Generator | None,
+        *,
+        found: Tensor | None = None,
+        keep: bool = False,
+        mode: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         delivery = Delivery(self._views(out), found, keep)
-        leaves, plain = self._leaves(theta, shake), self.traits.plain
+        leaves, plain = self._leaves(theta), self.traits.plain
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
             delivery.begin()
@@ -317,7 +327,7 @@ class GradientEngine:
 
         if not plain:
             delivery.attach(leaves)
-        self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, shake))
+        self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
         self._evaluated = True
         return out
 
@@ -335,10 +345,10 @@ class GradientEngine:
         """The gradient in the model's own precision, by one or the other kind of backward pass."""
         self._one(theta, batch, out, seed, plain=plain)
 
-    def exact_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, plain: bool) -> Widened:
-        """The gradient in float64 with all casts lifted, and what was lifted."""
+    def exact_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Widened:
+        """The gradient in float64 with all casts lifted, into ``out`` of any dtype, and what was lifted."""
         mode = Widened(self.dtype)
-        self._one(theta, batch, out, seed, plain=plain, mode=mode)
+        self._streamed(theta, batch, out, seed, mode=mode)
         return mode
 
     def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
@@ -512,6 +522,7 @@ class Delivery:
             parameter.grad = None
 
     @torch.no_grad()
+    @unseen()
     def take(self, index: int, part: Tensor) -> None:
         """One part, of any floating dtype."""
         if not self._views:
@@ -536,7 +547,8 @@ class Delivery:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ backward passes too.
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +22,20 @@ NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 SHAKEN = 4.0
 """Rounding errors that :class:`Widened` adds to each result, in units of float64's roundoff: sums have several."""
+
+
+_paused = threading.local()
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What is done inside is no part of the evaluation: the modes here let it pass."""
+    before = getattr(_paused, "now", False)
+    _paused.now = True
+    try:
+        yield
+    finally:
+        _paused.now = before
 
 
 class Seen(TorchDispatchMode):
@@ -96,6 +113,8 @@ class Widened(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(_paused, "now", False):
+            return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         wide = any(x.dtype == torch.float64 for x in tensors)
@@ -113,12 +132,14 @@ class Widened(TorchDispatchMode):
             args, kwargs = tree_map_only(
                 Tensor, lambda x: x if any(x is y for y in written) else _widened(x), (args, kwargs)
             )
-        out = func(*args, **kwargs)
+        shaking = _COMPOSED.get(name) if self._shake is not None else None
+        out = func(*args, **kwargs) if shaking is None else shaking(self._noisy, *args)
         if name == "lift_fresh" or not _returns_alias(func):
             narrow = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype in NARROW]
             if narrow and wide:
                 self.remained.add(name)
             elif narrow:
+                self.lifted.add(name)
                 out = tree_map_only(Tensor, _widened, out)
         elif wide and any(x.dtype in NARROW for x in written):
             self.remained.add(name)
@@ -133,8 +154,12 @@ class Widened(TorchDispatchMode):
             return
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.dtype == torch.float64:
-                noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=self._shake)
-                x.mul_(noise.sub_(0.5).mul_(SHAKEN * torch.finfo(torch.float64).eps).add_(1.0))
+                self._noisy(x)
+
+    def _noisy(self, x: Tensor) -> Tensor:
+        """Multiplied in place."""
+        noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=self._shake)
+        return x.mul_(noise.sub_(0.5).mul_(SHAKEN * torch.finfo(torch.float64).eps).add_(1.0))
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.overloadpacket.__name__ == "native_dropout":
@@ -154,6 +179,24 @@ class Widened(TorchDispatchMode):
 
     def _narrowed(self, x: Tensor) -> Tensor:
         return x.to(self._narrow) if x.dtype == torch.float64 else x
+
+
+def _log_softmax(noisy: Callable[[Tensor], Tensor], x: Tensor, dim: int, _: bool) -> Tensor:
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - noisy(noisy(shifted.exp().sum(dim, keepdim=True)).log())
+
+
+def _log_softmax_backward(
+    noisy: Callable[[Tensor], Tensor], grad: Tensor, output: Tensor, dim: int, _: torch.dtype
+) -> Tensor:
+    return grad - noisy(noisy(output.exp()) * grad.sum(dim, keepdim=True))
+
+
+_COMPOSED: dict[str, Callable[..., Tensor]] = {
+    "_log_softmax": _log_softmax,
+    "_log_softmax_backward_data": _log_softmax_backward,
+}
+"""Kernels that subtract nearly equal numbers inside, where a change of the result shows nothing, in several steps."""
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class Snapshot:
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self._note_dict(attributes, stack)
-        for name in _slots(type(value)):
+        kind: Any = type(value)
+        for name in _slots(kind):
             if hasattr(value, name):
                 self._note_place(
                     functools.partial(getattr, value, name), functools.partial(_set_slot, value, name), stack
@@ -240,8 +241,8 @@ def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterat
         yield
     finally:
         torch.clear_autocast_cache()
-        for original, other in zip(originals[:swapped], others[:swapped], strict=True):
-            torch._C._swap_tensor_impl(original, other)
+        for index in reversed(range(swapped)):  # backwards: an object may have been exchanged twice
+            torch._C._swap_tensor_impl(originals[index], others[index])
 
 
 def _base(mapping: dict[Any, Any]) -> Any:

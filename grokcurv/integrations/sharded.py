@@ -146,7 +146,7 @@ class ReplicatedEngine(GradientEngine):
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         return True
 
-    def _admitted(self, batch: Any, seed: int) -> Traits:
+    def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
         with self._together():
             nonsmooth = self._has_kinks(batch, _own(seed))
         return Traits(nonsmooth=self._anywhere(nonsmooth))
@@ -325,7 +325,7 @@ class ShardedEngine(GradientEngine):
             "eta='auto' estimates the bracket from gradients"
         )
 
-    def _admitted(self, batch: Any, seed: int) -> Traits:
+    def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
         smooth = torch.tensor([not self._has_kinks(batch, _own(seed))], device=self.device)
         return Traits(nonsmooth=not bool(self.coordinates.everywhere(smooth)), brackets=False)
 
