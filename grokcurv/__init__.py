@@ -7,6 +7,7 @@
 
 from importlib.metadata import version
 
+from grokcurv.admission import AdmissionWarning, Finding
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment
 from grokcurv.losses import cross_entropy64
@@ -17,9 +18,11 @@ from grokcurv.subspace import Subspace
 __version__ = version("grokcurv")
 
 __all__ = [
+    "AdmissionWarning",
     "CommutatorProbe",
     "CommutatorStats",
     "CurvatureMonitor",
+    "Finding",
     "FlatParameters",
     "Segment",
     "StreamingPCA",

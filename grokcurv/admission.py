@@ -32,8 +32,9 @@ GRADIENT_TOLERANCE = 1e-4
 CURVATURE_TOLERANCE = 1e-3
 """The same of a Hessian-vector product and a difference of gradients, both in float64."""
 
-DISPLACEMENT = 1e-6
-"""Half the length of that difference's step, relative to the length of the parameters."""
+DISPLACEMENTS = (1e-5, 1e-3, 1e-7)
+"""Half the length of that difference's step, relative to the length of the parameters: a step too long leaves the
+neighbourhood, one too short drowns. The next is tried where one before finds no agreement."""
 
 
 class AdmissionWarning(UserWarning):
@@ -191,7 +192,7 @@ class Admission:
             return False
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
         direction = engine.flatten()
-        theta = direction.to(torch.float64)
+        theta = direction.to(torch.float64, copy=True)
         product = torch.empty_like(theta)
         try:
             engine.exact_gradient(theta, batch, direction, seed)
@@ -207,15 +208,19 @@ class Admission:
         length, scale = float(direction.norm()), float(theta.norm())
         if not (math.isfinite(length) and length > 0):
             return True  # nothing to be compared here
-        step = DISPLACEMENT * max(scale, 1.0) / length
-        ahead, behind = torch.empty_like(theta), torch.empty_like(theta)
-        engine.exact_gradient(theta + step * direction, batch, ahead, seed)
-        engine.exact_gradient(theta - step * direction, batch, behind, seed)
-        difference = ahead.sub_(behind).div_(2.0 * step)
-        apart = float((difference - product).norm())
+        size = apart = math.inf
+        for displacement in DISPLACEMENTS:
+            step = displacement * max(scale, 1.0) / length
+            ahead, behind = torch.empty_like(theta), torch.empty_like(theta)
+            engine.exact_gradient(theta + step * direction, batch, ahead, seed)
+            engine.exact_gradient(theta - step * direction, batch, behind, seed)
+            difference = ahead.sub_(behind).div_(2.0 * step)
+            size = max(float(difference.norm()), float(product.norm()))
+            apart = min(apart, float(difference.sub_(product).norm()))
+            if apart <= CURVATURE_TOLERANCE * size:
+                break
         # What float64 makes of the difference of two nearly equal gradients counts for nothing.
-        rounding = 1e3 * torch.finfo(torch.float64).eps * length / step
-        size = max(float(difference.norm()), float(product.norm()))
+        rounding = torch.finfo(torch.float64).eps * length / step
         traits.brackets = apart <= CURVATURE_TOLERANCE * size + rounding
         self.find(
             "second derivative",

@@ -209,6 +209,7 @@ class CurvatureMonitor:
         self._verdicts: deque[Callable[[], Tensor]] = deque()
         self._gave_up = False  # the difference form
         self._pca_steps: list[Tensor] = []
+        self._floored = noise_floor  # otherwise rows are numbers that nobody vouches for
         self.gradient: Gradient = gradient
         self._gradient_ratio: Tensor | None = None
         self._confirmations = 0  # checks that have found .grad right
@@ -516,7 +517,7 @@ class CurvatureMonitor:
             aligned, aligned_bounds = self._aligned(stats.delta, self._before, row["share_error"])
             row |= aligned
             bounds |= aligned_bounds
-        if self.probe.noise_floor:
+        if self._floored:
             kept = ("noise_floor", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
             row = {name: x if name in kept else torch.where(reliable, x, math.nan) for name, x in row.items()}
             row |= {name: _clear(row[name], bound) for name, bound in bounds.items()}

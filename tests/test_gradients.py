@@ -89,9 +89,9 @@ def test_graphs_are_captured_at_the_second_meeting(generator: torch.Generator, m
     """A tape stands in for the graph: replayed with other parameters and batches it gives their gradients."""
     captured = []
 
-    def record(run):
+    def record(run, pool):
         captured.append(run)
-        return capture(run)[1]
+        return capture(run)[1], pool
 
     monkeypatch.setattr(gradients, "capture", record)
     monkeypatch.setattr(gradients, "_signature", lambda batch: tuple(x.shape for x in batch.values()))

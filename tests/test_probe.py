@@ -433,13 +433,19 @@ def test_a_model_that_cannot_run_in_float64_says_so(generator):
     model = nn.Linear(5, 3)
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch.float()).square().mean()
+        if model.weight.dtype == torch.float64:
+            raise TypeError("single precision, please")
+        return model(batch).square().mean()
 
-    batch = torch.randn(4, 5, generator=generator)
-    with pytest.raises(RuntimeError) as caught:
-        gc.CommutatorProbe(model, loss_fn).measure([(batch, batch)])
-    assert "in torch.float64 for the noise floor" in caught.value.__notes__[0]
-    stats = gc.CommutatorProbe(model, loss_fn, noise_floor=False).measure([(batch, batch)])
+    a, b = torch.randn(2, 4, 5, generator=generator)
+    probe = gc.CommutatorProbe(model, loss_fn)
+    with pytest.warns(gc.AdmissionWarning, match="float64: cannot be evaluated: TypeError: single precision, please"):
+        stats = probe.measure([(a, b)])
+    assert stats.defect.isfinite().all()
+    assert not stats.reliable.any()
+    (finding,) = (f for f in probe.gradients.admission if not f.passed)
+    assert (finding.check, finding.consequence) == ("float64", "no row is reliable")
+    stats = gc.CommutatorProbe(model, loss_fn, noise_floor=False).measure([(a, b)])
     assert stats.defect.isfinite().all()
 
 
