@@ -544,8 +544,8 @@ class CurvatureMonitor:
             "step_alignment_ratio": mean / chance,
             "step_share": share,
             "step_share_ratio": share / share_chance,
-            "step_alignment_error": share_error,
-            "step_share_error": spread.clamp(max=1.0),
+            "step_alignment_error": torch.where(mean.isnan(), math.nan, share_error),
+            "step_share_error": torch.where(mean.isnan(), math.nan, spread.clamp(max=1.0)),
         }
         bounds = {
             "step_alignment": share_error,
@@ -573,7 +573,9 @@ class CurvatureMonitor:
             return None
         if engine.stochastic or not (self.gradient == "trusted" or check or self._confirmations >= CONFIRMATIONS):
             return None
-        return engine.flatten_grad()
+        gradient = engine.flatten_grad()
+        # One that overflowed, of a step that a GradScaler will skip, says nothing of the loss.
+        return gradient if must_wait(engine.device) or bool(gradient.isfinite().all()) else None
 
     def _judge_gradient(self, known: Tensor | None, stats: CommutatorStats, check: bool) -> Tensor:
         """() what this row has to do with ``.grad``; a check that finds it wrong is the end of its use."""
@@ -590,7 +592,7 @@ class CurvatureMonitor:
             self._gradient_ratio = engine.coordinates.norm(known) / length
             if not waits:
                 self._check_gradient()
-        right = distance <= GRADIENT_MARGIN * error
+        right = (distance <= GRADIENT_MARGIN * error) | ~distance.isfinite()
         if not capturing(engine.device):
             if waits:
                 self._gradient_verdicts.append(later(right))

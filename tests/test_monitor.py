@@ -412,9 +412,7 @@ def test_alignment_is_nan_without_a_step_or_a_trustworthy_delta(generator):
     problem = PROBLEMS["perceptron"]
     model = problem.model()
     a, b = problem.batch(generator), problem.batch(generator)
-    monitor = gc.CurvatureMonitor(
-        model, problem.loss_fn, sampler=lambda: (a, b), alignment=True, check_every=1
-    )
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, sampler=lambda: (a, b), alignment=True, check_every=1)
     monitor.step()
     monitor.step()  # nothing moved
     with torch.no_grad():
