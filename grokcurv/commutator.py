@@ -332,7 +332,7 @@ class CommutatorProbe:
         return _concatenate(rows)
 
     def _admit(self, form: str, batch: Any, seed: int) -> Traits:
-        """How the structure of model and batch is evaluated; brackets are looked at if somebody is to vouch for them."""
+        """How the structure of model and batch is evaluated; brackets are looked at if they are to be vouched for."""
         engine = self.gradients
         traits = engine.admit(batch, seed=seed, exact=self.noise_floor)
         if form == "bracket" and self.noise_floor and engine.brackets:
