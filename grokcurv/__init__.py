@@ -13,6 +13,7 @@ from grokcurv.flat import FlatParameters, Segment
 from grokcurv.losses import cross_entropy64
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
+from grokcurv.samplers import from_loader, halves, subsample
 from grokcurv.subspace import Subspace
 
 __version__ = version("grokcurv")
@@ -29,4 +30,7 @@ __all__ = [
     "Subspace",
     "commutator_defect",
     "cross_entropy64",
+    "from_loader",
+    "halves",
+    "subsample",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,8 +30,10 @@ from grokcurv.commutator import (
 from grokcurv.evaluation import LossFn, isolated
 from grokcurv.flat import Segment, select_segments
 from grokcurv.gradients import Asking, Model, Strategy, carry_out
+from grokcurv.lookahead import Kept, Later, Memory, version, with_next
 from grokcurv.pca import StreamingPCA
 from grokcurv.records import Records, capturing, later, must_wait
+from grokcurv.state import Snapshot
 from grokcurv.subspace import RandomBaseline, Subspace, alignment
 
 if TYPE_CHECKING:
@@ -133,7 +136,8 @@ class CurvatureMonitor:
         pca: a :class:`grokcurv.StreamingPCA` to feed with the parameters; its leading two directions per segment
             are the execution basis on which every ``delta`` is projected (``method="sketch"`` has none).
         pca_every: feed ``pca`` at every this many steps.
-        sampler: a function of no arguments that draws ``(batch_a, batch_b)``.
+        sampler: a function of no arguments that draws ``(batch_a, batch_b)``. One that has a method ``at`` is told the
+            step before, so that it can draw the same whenever that step is measured again.
         design: ``"chain"`` draws one batch more than there are pairs, and each next pair begins with the batch that the
             one before ended with: 3 n + 1 gradients instead of 4 n.
         strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
@@ -146,6 +150,7 @@ class CurvatureMonitor:
 
     Attributes:
         fields: names of the numbers that a measurement records: :data:`FIELDS`, and those of ``alignment``.
+        memory: copies of the batches that training was given last, for losses that write to them.
 
     Raises:
         ValueError: intervals or pairs below one; several pairs without a sampler; a model on several processes with a
@@ -215,24 +220,26 @@ class CurvatureMonitor:
         self._confirmations = 0  # checks that have found .grad right
         self._distrusted = False  # since one has found it wrong
         self._gradient_verdicts: deque[Callable[[], Tensor]] = deque()
+        self.memory = Memory()
+        self._writes: bool | None = None  # whether the loss writes to its batch, once that was of interest
         self._unlogged: list[Tensor] = []  # rows from the first on that waits for a confirmation
 
     def lookahead(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Each batch of ``loader`` with the one after it; the last comes with None, and is not measured."""
-        batch = nothing = object()
-        for following in loader:
-            if batch is not nothing:
-                yield batch, following
-            batch = following
-        if batch is not nothing:
-            yield batch, None
+        """Each batch of ``loader`` with the one after it; the last comes with None, and is not measured.
+
+        Training sees what a plain loop over ``loader`` sees, whether it is measured or not. If the loader draws from
+        torch's, Python's or NumPy's own generator, the next batch must not be fetched before the training step has
+        drawn: its place is taken by a :class:`grokcurv.lookahead.Later`, with which :meth:`step` fetches it. Where a
+        loader refills the tensors that it has given out, training gets copies.
+        """
+        return with_next(loader, self.probe.gradients.device, self.memory)
 
     def step(self, batch: Any = None, next_batch: Any = None) -> None:
         """Count one training step, and do what is due at it.
 
         Args:
             batch: what training has just back-propagated; not needed with a sampler.
-            next_batch: what it will see next; None skips the measurement.
+            next_batch: what it will see next; None skips the measurement. As :meth:`lookahead` gives it.
 
         Raises:
             ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
@@ -250,9 +257,11 @@ class CurvatureMonitor:
             )
         if self.pca is not None and step % self.pca_every == 0 and not captured:
             self.feed()
-        if step % self.every == 0 or captured:
+        if self.due or captured:
             if self.sampler is None and batch is None:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
+            if self.sampler is None:
+                batch, next_batch = self._pair(batch, next_batch)
             if self.sampler is not None or next_batch is not None:
                 yield from self._measure(step, batch, next_batch)
         if self.alignment:
@@ -260,6 +269,38 @@ class CurvatureMonitor:
             self._before = self.probe.gradients.flatten(self._before) if wanted else None
         self._steps += not captured
         self._clock += 1
+
+    def _pair(self, batch: Any, next_batch: Any) -> Pair:
+        """The batches as training's forward passes meet them; None for the next one if that is not known."""
+        if next_batch is None or capturing(self.probe.gradients.device):
+            return batch, None if isinstance(next_batch, Later) else next_batch
+        given = batch
+        if isinstance(next_batch, Later):
+            here = Kept(batch)
+            next_batch = next_batch.take()
+            batch = here.copy if here.copy is not None and here.changed() else batch
+        kept = self.memory.find(given)
+        written = any(map(version, Snapshot([given]).tensors)) if kept is None else kept.changed()
+        if next_batch is None or not written or not self._loss_writes(batch, kept is not None):
+            return batch, next_batch
+        return (batch, None) if kept is None or not kept.is_like(given) else (kept.copy, next_batch)
+
+    def _loss_writes(self, batch: Any, kept: bool) -> bool:
+        """Whether ``loss_fn`` writes to its batch, so that a batch it was trained on is another one now."""
+        if self._writes is None:
+            evaluator = self.probe.gradients.evaluator
+
+            def look(*_: Any) -> bool:
+                return any(map(version, Snapshot([batch]).tensors))  # those of stand-ins, which begin at zero
+
+            self._writes = evaluator.evaluate(evaluator.leaves(self.probe.gradients.flatten()), batch, look)
+            if self._writes and not kept:
+                warnings.warn(
+                    "loss_fn writes to its batch: what step() is given is no longer what training saw, and is not "
+                    "measured; take batches from monitor.lookahead(loader), which keeps copies, or give it a sampler",
+                    stacklevel=2,
+                )
+        return self._writes
 
     def feed(self) -> None:
         """Feed the PCA with the parameters as they are; :meth:`step` does it when it is due.
@@ -272,6 +313,11 @@ class CurvatureMonitor:
         self.pca.partial_fit(self.probe.gradients.flatten())
         self._pca_steps.append(self._clock.clone())
         self._update_basis(self.pca)
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call of :meth:`step` measures."""
+        return self._steps % self.every == 0
 
     @property
     def steps(self) -> int:
@@ -450,6 +496,8 @@ class CurvatureMonitor:
 
     def _draw(self, sampler: Sampler, step: int) -> list[Pair]:
         """What the sampler draws. From visible generators it draws as if they were its own: training's stay put."""
+        if callable(at := getattr(sampler, "at", None)):
+            at(step)
         with isolated(step):
             if self.design == "independent":
                 return [sampler() for _ in range(self.pairs)]

@@ -7,7 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +221,171 @@ def test_lightning_says_what_it_wants(lightning, generator):
             trainer.fit(lightning_module(lightning, model, optimizers), loader)
 
 
+class Awkward:
+    """What a LightningModule may do besides; mixed in before it."""
+
+    skipped: int | None = None
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.passed = getattr(self, "passed", 0) + 1
+        return batch[0].add_(0.01 * self.passed), batch[1]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.register_buffer("mean", getattr(self, "mean", torch.zeros(5)).lerp(batch[0].mean(0).float(), 0.1))
+        return batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]
+
+    def training_step(self, batch, index):
+        self.watched.append(batch[0].clone())
+        loss = super().training_step(batch, index)
+        return None if index == self.skipped else loss
+
+
+def fit_twice(lightning, loader, build, drops=0.0, **settings):
+    """The module that was measured, its unmeasured twin, and the callback."""
+    from grokcurv.integrations.lightning import CurvatureCallback
+
+    callback = CurvatureCallback(loss_of, log=False)
+    modules = []
+    for callbacks, given in (([], loader), ([callback], callback.lookahead(loader))):
+        torch.manual_seed(2)
+        module = build()
+        module.watched = []
+        module.net.append(nn.Dropout(drops))
+        trainer = lightning_trainer(lightning, callback, max_epochs=1, gradient_clip_val=None, **settings)
+        trainer.callbacks[:] = [c for c in trainer.callbacks if c is not callback] + callbacks
+        torch.manual_seed(3)
+        trainer.fit(module, given)
+        modules.append(module)
+    plain, measured = modules
+    torch.testing.assert_close(measured.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert all(map(torch.equal, plain.watched, measured.watched))
+    return measured, callback
+
+
+def awkward(lightning, **attributes):
+    def build():
+        plain = type(lightning_module(lightning, PROBLEMS["perceptron"].model()))
+        module = type("Module", (Awkward, plain), {})()
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        return module
+
+    return build
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_lightning_s_transfer_hooks_act_once(lightning, sized, generator):
+    loader = DataLoader(data(generator, 3), batch_size=4, shuffle=True)
+
+    class Unsized:
+        def __iter__(self):
+            return iter(loader)
+
+    measured, callback = fit_twice(lightning, loader if sized else Unsized(), awkward(lightning), drops=0.3)
+    assert measured.passed == 3
+    assert len(callback.monitor.records()) == 2
+
+
+def test_lightning_measures_the_batch_that_training_will_see(lightning, generator):
+    from grokcurv.integrations.lightning import CurvatureCallback
+
+    class Noted(CurvatureCallback):
+        def on_fit_start(self, trainer, pl_module):
+            super().on_fit_start(trainer, pl_module)
+            self.pairs = []
+            measure = self.monitor._measure
+            self.monitor._measure = lambda step, *pair: self.pairs.append(pair) or measure(step, *pair)
+
+    callback = Noted(loss_of, log=False)
+    module = awkward(lightning)()
+    module.watched = []
+    loader = DataLoader(data(generator, 3), batch_size=4)
+    lightning_trainer(lightning, callback, max_epochs=1).fit(module, callback.lookahead(loader))
+    seen = [(batch[0], following[0]) for batch, following in callback.pairs]
+    for (batch, following), (now, then) in zip(seen, pairwise(module.watched), strict=True):
+        assert torch.equal(batch, now)
+        assert torch.equal(following, then)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_lightning_s_true_precisions(lightning, precision, generator):
+    class Making(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.eye(x.shape[1])  # of the type that the plugin sets
+
+    def build():
+        module = lightning_module(lightning, PROBLEMS["perceptron"].model())
+        module.net.insert(0, Making())
+        return module
+
+    loader = DataLoader(data(generator, 3), batch_size=4)
+    _, callback = fit_twice(lightning, loader, build, precision=precision)
+    records = callback.monitor.records()
+    assert len(records) == 2
+    if precision == "64-true":
+        assert records["reliable"].all()
+
+
+def test_lightning_s_training_step_may_return_none(lightning, generator):
+    """Often enough that .grad is trusted by then."""
+    loader = DataLoader(data(generator, 6), batch_size=4)
+    _, callback = fit_twice(lightning, loader, awkward(lightning, skipped=3))
+    records = callback.monitor.records()
+    assert records["step"].tolist() == [0, 1, 2, 3, 4]
+    states = []
+
+    class Before(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            states.append(copy.deepcopy(module.net.state_dict()))
+
+    from grokcurv.integrations.lightning import CurvatureCallback
+
+    plain = lightning_module(lightning, PROBLEMS["perceptron"].model())
+    model, train = plain.net, plain.training_step
+
+    def training_step(batch, batch_idx):
+        return None if batch_idx == 3 else train(batch, batch_idx)
+
+    plain.training_step = training_step
+    tapped = CurvatureCallback(loss_of, log=False, check_every=2)
+    trainer = lightning_trainer(lightning, Before(), max_epochs=1)
+    trainer.callbacks.append(tapped)
+    trainer.fit(plain, tapped.lookahead(loader))
+    records, batches = tapped.monitor.records(), list(loader)
+    for step, (state, defect, reliable) in enumerate(
+        zip(states[:-1], records["defect_median"], records["reliable"], strict=True)
+    ):
+        model.load_state_dict(state)
+        truth = gc.commutator_defect(model, loss_of, *batches[step : step + 2]).defect.item()
+        assert not reliable or abs(defect / truth - 1.0) < 1e-2, step
+
+
+def test_lightning_counts_a_closure_s_steps_once(lightning, generator):
+    def build():
+        module = lightning_module(lightning, PROBLEMS["perceptron"].model())
+        module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters(), max_iter=4)
+        return module
+
+    _, callback = fit_twice(lightning, DataLoader(data(generator, 3), batch_size=4), build)
+    assert callback.monitor.steps == 3
+    assert callback.monitor.records()["step"].tolist() == [0, 1]
+
+
+def test_lightning_leaves_out_batches_that_are_none(lightning, generator):
+    batches = list(DataLoader(data(generator, 4), batch_size=4))
+
+    class Holes:
+        def __iter__(self):
+            yield from (*batches[:2], None, *batches[2:])
+
+    def build():
+        return lightning_module(lightning, PROBLEMS["perceptron"].model())
+
+    _, callback = fit_twice(lightning, Holes(), build)
+    records = callback.monitor.records()
+    assert records["step"].tolist() == [0, 2]  # the batch before the hole has none after it
+
+
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
 
@@ -354,6 +519,27 @@ def test_the_trainer_resumes_from_its_checkpoint(transformers, generator, tmp_pa
     assert third.monitor.records()["step"].tolist() == [0, 1, 2]
 
 
+def test_a_second_train_goes_on(transformers, generator, tmp_path):
+    from grokcurv.integrations.huggingface import FILE, CurvatureCallback
+
+    model, rows = gpt2(transformers), sentences(generator)
+    callback = CurvatureCallback(hf_loss, hf_pairs(rows), **options())
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = hf_trainer(transformers, tmp_path, model, rows, callback, **settings)
+    trainer.train()
+    first = callback.monitor.records()
+    trainer.train()
+    records = callback.monitor.records()
+    assert records["step"].tolist() == [0, 1, 2, 3]
+    pd.testing.assert_frame_equal(records[:2], first, check_exact=True)
+    file = tmp_path / "checkpoint-2" / FILE
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-2.*curvature\.safetensors is cut or damaged"):
+        hf_trainer(transformers, tmp_path, model, rows, callback, **settings | {"max_steps": 4}).train(
+            resume_from_checkpoint=str(file.parent)
+        )
+
+
 def test_the_trainer_in_bfloat16_with_dropout(transformers, generator, tmp_path):
     """Its autocast is inside the model's forward: brackets, with the floor of bfloat16."""
     from grokcurv.integrations.huggingface import CurvatureCallback
@@ -420,7 +606,7 @@ def test_the_page_s_code_runs(lightning, transformers, generator, tmp_path, monk
     for block in blocks:
         exec(block, names)
         monitor = names["callback"].monitor if "callback = " in block else names["monitor"]
-        if "sampler=lambda" in block:
+        if "sampler=gc." in block:
             monitor.step()
         lengths.append(len(monitor.records()))
         assert monitor.records()["reliable"].all()

@@ -36,7 +36,8 @@ class CurvatureCallback(TrainerCallback):
     is measured so: the noise floor says what is left, and the exact bracket takes over where it can.
 
     The monitor's state is saved in each checkpoint of the Trainer and found again by ``resume_from_checkpoint``, from
-    a checkpoint of the same ``output_dir``. Where the sampler stands is for the caller to keep.
+    a checkpoint of the same ``output_dir``. A second ``train`` of the same model goes on with the records. Where the
+    sampler stands is for the caller to keep.
 
     Args:
         loss_fn: ``loss_fn(model, batch)`` returning a scalar, such as ``model(**batch).loss``.
@@ -45,7 +46,8 @@ class CurvatureCallback(TrainerCallback):
             be reached from a callback.
 
     Raises:
-        ValueError: from ``train``: several processes; and what the monitor raises.
+        ValueError: from ``train``: several processes; a checkpoint whose file of the monitor's state is damaged; and
+            what the monitor raises.
     """
 
     def __init__(self, loss_fn: LossFn, sampler: Sampler, **options: Any) -> None:
@@ -70,11 +72,14 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         if args.world_size > 1:
             raise ValueError(f"the callback measures in one process, this training has {args.world_size}")
+        known = self._monitor is not None and self._monitor.probe.gradients.model is model
+        if known and state.global_step == 0:
+            return  # a second train goes on
         self._monitor = CurvatureMonitor(model, self._loss_fn, sampler=self._sampler, **self._options)
         if state.global_step > 0:
             file = _file(args, state)
             if file.exists():
-                self._monitor.load_state_dict(unpack(file.read_bytes()))
+                self._monitor.load_state_dict(_unpacked(file))
             else:
                 warnings.warn(
                     f"training goes on at step {state.global_step}, but there is no {file}: the records begin anew, "
@@ -91,6 +96,15 @@ class CurvatureCallback(TrainerCallback):
         file = _file(args, state)
         if file.parent.is_dir():
             write_atomically(file, pack(self.monitor.state_dict()))
+
+
+def _unpacked(file: Path) -> Any:
+    try:
+        return unpack(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is cut or damaged: {error}. Without that file training goes on, and the records begin anew"
+        ) from error
 
 
 def _file(args: TrainingArguments, state: TrainerState) -> Path:

@@ -8,16 +8,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from grokcurv.evaluation import LossFn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from grokcurv.evaluation import LossFn, streams
 from grokcurv.loggers import scalars
+from grokcurv.lookahead import Later, copied
 from grokcurv.monitor import CurvatureMonitor
+from grokcurv.state import LARGE, Snapshot, stand_ins, standing_in
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.plugins.precision import Precision
 except ImportError as error:
     raise ImportError("this module needs PyTorch Lightning: pip install 'grokcurv[lightning]'") from error
 
@@ -29,7 +38,12 @@ class CurvatureCallback(Callback):
     :meth:`lookahead` of the real one. With accumulated gradients there must be a sampler.
 
     ``loss_fn`` is evaluated outside the precision plugin's autocast: with ``precision="bf16-mixed"`` the model trains
-    in bfloat16 and is measured in float32. The monitor's state is part of Lightning's checkpoints.
+    in bfloat16 and is measured in float32. With ``"bf16-true"`` and ``"64-true"`` it gets batches of that type, as
+    ``training_step`` does. The monitor's state is part of Lightning's checkpoints.
+
+    The batch after this one goes through the hooks of batch transfer once more, for the measurement alone, and what
+    they draw and change is put back: training calls them as if nobody had. An optimiser that calls its closure several
+    times is measured at the first of them, and counts once.
 
     Args:
         loss_fn: ``loss_fn(module, batch)`` returning a scalar, ``module`` being the ``LightningModule``.
@@ -48,6 +62,9 @@ class CurvatureCallback(Callback):
         self._state: Mapping[str, Any] | None = None  # from a checkpoint, until there is a monitor
         self._following: deque[Any] = deque()  # what comes after each batch that was fetched and not yet trained on
         self._pair: tuple[Any, Any] = (None, None)
+        self._stepped = False  # since the optimiser was last asked to step: closures may be called again
+        self._has_gradient = False  # since the batch came: training_step may have returned None
+        self._watch: Any = None  # of the optimiser's steps
 
     @property
     def monitor(self) -> CurvatureMonitor:
@@ -72,23 +89,32 @@ class CurvatureCallback(Callback):
                 f"the callback steps with the one optimiser, this trainer has {len(trainer.optimizers)}: "
                 "call CurvatureMonitor.step in training_step instead"
             )
+        self._forget_optimizer()
+        self._watch = trainer.optimizers[0].register_step_pre_hook(self._expect_step)
         if self._monitor is not None and self._monitor.probe.gradients.model is pl_module:
             return  # a second fit goes on
         options = dict(self._options)
         if self._log:
             options["loggers"] = [*options.get("loggers", ()), _TrainerLoggers(trainer)]
-        self._monitor = CurvatureMonitor(pl_module, self._loss_fn, **options)
+        self._monitor = CurvatureMonitor(pl_module, _as_trained(self._loss_fn, trainer), **options)
         if self._state is not None:
             self._monitor.load_state_dict(self._state)
             self._state = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         following = self._following.popleft() if self._following else _UNKNOWN
-        if following is not _UNKNOWN and following is not None:
-            following = trainer.strategy.batch_to_device(following)
         self._pair = batch, following
+        self._stepped = self._has_gradient = False
+        if self.monitor.sampler is None and self.monitor.due:
+            self.monitor.memory.keep(batch)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_gradient = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self._stepped:
+            return
+        self._stepped = True
         if self.monitor.sampler is not None:
             return self.monitor.step()
         if trainer.accumulate_grad_batches > 1:
@@ -99,7 +125,29 @@ class CurvatureCallback(Callback):
         batch, following = self._pair
         if following is _UNKNOWN:
             raise ValueError("fit the trainer with callback.lookahead(loader), or give the callback a sampler")
-        self.monitor.step(batch, following)
+        if following is not None:
+            later = following if isinstance(following, Later) else Later(partial(_itself, following))
+            following = later.then(partial(_transferred, trainer, pl_module))
+        gradient = self.monitor.gradient
+        self.monitor.gradient = gradient if self._has_gradient else "own"
+        try:
+            self.monitor.step(batch, following)
+        finally:
+            self.monitor.gradient = gradient
+
+    def on_fit_end(self, *_: Any) -> None:
+        self._forget_optimizer()
+
+    def on_exception(self, *_: Any) -> None:
+        self._forget_optimizer()
+
+    def _expect_step(self, *_: Any) -> None:
+        self._stepped = False
+
+    def _forget_optimizer(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._pair = (None, None)
@@ -125,10 +173,72 @@ class _Lookahead:
         return len(self._loader)  # type: ignore[arg-type]  # a loader without a length raises, as it should
 
     def __iter__(self) -> Iterator[Any]:
+        # Lightning asks for an iterator to see whether there is one, but not a DataLoader, which draws a seed for it.
+        if isinstance(self._loader, DataLoader) and sys._getframe(1).f_code.co_name == "_check_dataloader_iterable":
+            return iter(())
         self._callback._following.clear()
-        for batch, following in self._callback.monitor.lookahead(self._loader):
-            self._callback._following.append(following)
+        return self._batches(self._callback.monitor.lookahead(self._loader))
+
+    def _batches(self, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Any]:
+        for batch, following in pairs:
+            if batch is not None:  # Lightning leaves such a batch out, and tells no callback
+                self._callback._following.append(following)
             yield batch
+
+    @property
+    def sampler(self) -> Any:
+        """The loader's, which Lightning tells the epoch."""
+        return getattr(self._loader, "sampler", None)
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The loader's, which Lightning tells the epoch."""
+        return getattr(self._loader, "batch_sampler", None)
+
+
+def _as_trained(loss_fn: LossFn, trainer: Trainer) -> LossFn:
+    """The loss, with new tensors of the module's type where the precision plugin gives it those in training."""
+    if type(trainer.precision_plugin).tensor_init_context is Precision.tensor_init_context:
+        return loss_fn
+    return partial(_in_its_type, loss_fn)  # through a partial, a snapshot finds what the loss holds
+
+
+def _in_its_type(loss_fn: LossFn, module: nn.Module, batch: Any) -> Tensor:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(next(module.parameters()).dtype)
+    try:
+        return loss_fn(module, batch)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _itself(batch: Any) -> Any:
+    return batch
+
+
+def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """The batch as training will get it, from the trainer's own steps, which then find everything as it was.
+
+    Generators are put back, those of the module too, and its attributes, buffers and the batch. None if the batch
+    cannot be copied.
+    """
+    batch = copied(batch)
+    if batch is None:
+        return None
+    snapshot = Snapshot([module, trainer.datamodule], apart=module.parameters())
+    small = [x for x in snapshot.tensors if x.numel() <= LARGE and type(x) in (Tensor, nn.Buffer)]
+    before = [(stream, stream.read()) for stream in streams(module.device)]
+    try:
+        with standing_in(small, stand_ins(small)):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        snapshot.restore()
+        snapshot.restore_generators()
+        for stream, position in before:
+            if not stream.stands_at(position):
+                stream.write(position)
 
 
 class _TrainerLoggers:
