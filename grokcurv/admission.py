@@ -166,7 +166,7 @@ class Admission:
             mode = engine.exact_gradient(theta.to(torch.float64), batch, out, seed)
         except Exception as error:
             traits.exact = False
-            self.find("float64", False, f"cannot be evaluated: {_first_line(error)}", "no row is reliable")
+            self.find("float64", False, f"cannot be evaluated: {first_line(error)}", "no row is reliable")
             return
         traits.widened = bool(mode.lifted)
         if mode.remained:
@@ -199,7 +199,7 @@ class Admission:
             engine.product(theta, batch, direction, None, product, seed)
         except Exception as error:
             traits.brackets = False
-            self.find("second derivative", False, f"there is none: {_first_line(error)}", consequence)
+            self.find("second derivative", False, f"there is none: {first_line(error)}", consequence)
             return False
         traits.brackets = True
         if traits.nonsmooth:
@@ -240,5 +240,6 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / torch.maximum(a.norm(), b.norm()))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What kind of error, and the beginning of what it says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -75,7 +75,7 @@ CHANGED = 10.0
 PADDING = 16
 """Rows of scratch memory begin at multiples of so many numbers, for the kernels' sake."""
 
-ALARM = 4.0
+ALARM = 8.0
 """A gradient that is given is looked at when the change from it exceeds, or is below, that of the other batch's by this
 factor. Honest training was seen to span 0.4 to 2.2."""
 

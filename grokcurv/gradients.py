@@ -11,6 +11,7 @@ gradients:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from grokcurv.admission import GRADIENT_TOLERANCE, KINKS, Admission, Finding, Traits, relative_distance
+from grokcurv.admission import (
+    GRADIENT_TOLERANCE,
+    KINKS,
+    Admission,
+    Finding,
+    Traits,
+    first_line,
+    relative_distance,
+)
 from grokcurv.evaluation import LOCK, Evaluator, LossFn
 from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten, flatten_grad
 from grokcurv.intercept import NARROW, Widened, unseen
@@ -279,8 +288,15 @@ class GradientEngine:
         if self.strategy == "graph" and not streamed and not self.stochastic and not capturing(self.device):
             return self._graphed(theta, batch, out, seed)
         if streamed:
-            mode = self._mode(theta.dtype, shake)
-            return self._streamed(self._point(theta, shake), batch, out, seed, found=found, keep=keep, mode=mode)
+            point = self._point(theta, shake)
+
+            def stream() -> None:
+                mode = self._mode(theta.dtype, shake)
+                self._streamed(point, batch, out, seed, found=found, keep=keep, mode=mode)
+
+            if not self._survives(stream, theta):
+                out.fill_(math.nan)
+            return out
         return self._one(theta, batch, out, seed)
 
     def _one(
@@ -302,6 +318,25 @@ class GradientEngine:
         self.evaluator.evaluate(self._leaves(theta), batch, use, seed=seed, mode=mode or self._mode(theta.dtype))
         self._evaluated = True
         return out
+
+    def _survives(self, evaluate: Callable[[], None], theta: Tensor) -> bool:
+        """Whether an evaluation, in float64 for the check's sake, can be made; that it cannot ends no training."""
+        if theta.dtype == self.dtype:
+            evaluate()
+            return True
+        try:
+            try:
+                evaluate()
+            except RuntimeError:
+                if self.traits.widened:
+                    raise
+                self.traits.widened = True  # something asks for fewer bits that did not at admission
+                evaluate()
+        except Exception as error:
+            self.traits.exact = False
+            self.note("float64", False, f"cannot be evaluated: {first_line(error)}", "no row is reliable")
+            return False
+        return True
 
     def _streamed(
         self,
@@ -450,11 +485,17 @@ class GradientEngine:
             first.end()
             second.end()
 
-        leaves = self._leaves(theta, shake)
-        inner.attach(leaves)
-        second.attach(leaves)
-        with sdpa_kernel(SDPBackend.MATH):
-            self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, shake))
+        def differentiate() -> None:
+            leaves = self._leaves(theta, shake)
+            inner.attach(leaves)
+            second.attach(leaves)
+            with sdpa_kernel(SDPBackend.MATH):
+                self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, shake))
+
+        if self.traits.brackets is None:  # somebody is finding out
+            differentiate()
+        elif not self._survives(differentiate, theta):
+            product.fill_(math.nan)
         self._evaluated = True
 
     def _views(self, vector: Tensor) -> list[Tensor]:
