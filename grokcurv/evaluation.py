@@ -66,6 +66,7 @@ class Evaluator:
         self._not_ours: set[str] = set()  # generators that something else draws from meanwhile
         self._snapshot: Snapshot | None = None
         self._parameters: list[nn.Parameter] = []
+        self._sparse: list[nn.Embedding | nn.EmbeddingBag] = []
         self._ends: dict[tuple[str, int, int], Any] = {}
         first = self.parameters()[0]
         self.dtype, self.device = first.dtype, first.device
@@ -113,6 +114,9 @@ class Evaluator:
                 return
             self._parameters = self.parameters()
             self._check_kind(self._parameters)
+            self._sparse = [
+                m for m in self.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
+            ]
             self._snapshot = self._look()
             try:
                 yield self._snapshot
@@ -305,7 +309,7 @@ class Evaluator:
         """Nothing compiled, cached or rounded to TensorFloat-32; sparse gradients of embeddings as dense ones."""
         cached = torch.is_autocast_cache_enabled()
         parametrized, parametrize._cache_enabled = parametrize._cache_enabled, 0
-        sparse = [m for m in self.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        sparse = self._sparse
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
             stack.enter_context(full_precision(self.device))

@@ -64,6 +64,7 @@ class Snapshot:
         self.tensors: list[Tensor] = []
         self.generators: list[Any] = []
         self._dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._empty: list[dict[Any, Any]] = []
         self._lists: list[tuple[Any, tuple[Any, ...]]] = []
         self._places: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = []
         self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
@@ -109,6 +110,9 @@ class Snapshot:
                 self._note_object(value, stack)
 
     def _note_dict(self, value: dict[Any, Any], stack: list[Any]) -> None:
+        if not value:  # most are, the registers of hooks
+            self._empty.append(value)
+            return
         values = tuple(_base(value).values(value))
         self._dicts.append((value, tuple(_base(value).keys(value)), values))
         stack.extend(values if len(values) <= LONG else ())
@@ -152,6 +156,9 @@ class Snapshot:
     def restore(self) -> bool:
         """Put back all but tensors and generators: attributes, entries, closures, arrays; whether any differed."""
         changed = False
+        for filled in filter(None, self._empty):
+            changed = True
+            _base(filled).clear(filled)
         for mapping, keys, values in self._dicts:
             base = _base(mapping)
             if (
