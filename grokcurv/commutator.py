@@ -170,8 +170,8 @@ class CommutatorProbe:
             products; exact, has no eta), or ``"reference"`` (the published float32 formula).
         basis: an optional subspace on which every ``delta`` is projected.
         segments: optional segments of the parameter vector whose share of ``delta`` is wanted.
-        noise_floor: ``False`` saves the float64 evaluations, one pair per call of :meth:`measure` or, with kinks, all;
-            nothing is then called reliable, as where the model cannot be evaluated in float64.
+        noise_floor: ``False`` saves the float64 evaluations; nothing is then called reliable, as where the model cannot
+            be evaluated in float64.
         strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
 
     Raises:
@@ -244,15 +244,15 @@ class CommutatorProbe:
             keep_delta: return every ``delta`` as well, N vectors of P.
             method: instead of the probe's own.
             first_gradient: (P,) the gradient on the first pair's ``batch_a``, if it is already known. It saves one
-                gradient, except at a check: then it is computed all the same, and the distance between the two enters
-                the floor from there on. It must come from the same ``loss_fn`` at the same parameters.
+                gradient. A check finds out how far it is from that in float64, which then takes its place. It must come
+                from the same ``loss_fn`` at the same parameters.
             design: ``"independent"``, or ``"chain"`` for pairs (B0, B1), (B1, B2), ... each of which begins with the
                 batch object that the one before ended with: the gradient at theta serves both, so that n pairs cost
                 3 n + 1 gradients instead of 4 n (not for brackets). Neighbours are then correlated, see
                 ``docs/numerics.md``.
-            check: make the float64 evaluations behind the noise floor. ``False`` takes the sizes of the errors from the
-                latest ones, where there are any; the floor then speaks of those parameters, not of these. A loss with
-                kinks has none: see the class.
+            check: evaluate the first pair in float64 too. ``False`` takes the sizes of the errors from the latest pair
+                for which that was done, if there is any; on a CPU a pair of which there is doubt is evaluated in
+                float64 all the same (``docs/numerics.md`` says when).
             seed: of the model's own randomness (dropout); the same batch meets the same mask at every parameter
                 vector of its pair.
 

@@ -111,10 +111,8 @@ class CurvatureMonitor:
     """Measures commutator defects and the trajectory's PCA along a training loop, and changes nothing in it.
 
     Call :meth:`step` once per training step, after ``backward`` and before clipping and the optimiser. Without a
-    ``sampler`` the pair is (this batch, next batch), and the gradient that training has just left in ``.grad`` is the
-    first of its four gradients; it must be that of ``loss_fn``, unscaled and unclipped, which is checked once. Every
-    ``check_every`` steps the two are compared: as long as they differ by more than rounding (training in bfloat16,
-    measuring in float32) the monitor computes its own. With a ``sampler`` every measurement draws its own pairs and
+    ``sampler`` the pair is (this batch, next batch), and the gradient that training has just left in ``.grad`` can be
+    the first of its four gradients: see ``gradient``. With a ``sampler`` every measurement draws its own pairs and
     ``.grad`` is not read. ``docs/own-loop.md`` goes through mixed precision, accumulation, dropout and the like.
 
     A measurement whose difference form drowns in rounding is repeated as the exact bracket, and the row's
@@ -146,7 +144,14 @@ class CurvatureMonitor:
         alignment: set the training step that led to a measurement, theta_t - theta_(t-1), beside its commutators:
             :data:`ALIGNMENT_FIELDS`. One vector of P is kept for it from the call before on, and up to 2 n + 1 more for
             n pairs while they are measured. Such a step cannot be captured.
-        loggers: each gets every record, through ``log(record, step)``; passing any makes each measurement read back.
+        noise_floor: ``False`` saves the float64 evaluations: rows are then numbers that nobody vouches for, none of
+            them ``reliable``, and none is repeated as a bracket.
+        gradient: what is done with ``.grad``, which must be that of ``loss_fn``, unscaled and unclipped. ``"checked"``:
+            it is used once two checks have found it right; a row that rests on it is ``reliable`` when the next check
+            has found so again, and NaN if not, and then the monitor computes its own. ``"trusted"``: it is used.
+            ``"own"``: it is not read. By models that draw at random or keep state it is never used.
+        loggers: each gets every record, through ``log(record, step)``, those that rest on ``.grad`` when the next check
+            has settled them; passing any makes each measurement read back.
 
     Attributes:
         fields: names of the numbers that a measurement records: :data:`FIELDS`, and those of ``alignment``.
@@ -443,6 +448,13 @@ class CurvatureMonitor:
         """The execution basis so far. Two rows span one direction: the basis waits until every block is full."""
         at_hand = not must_wait(self.probe.gradients.device)
         seen = pca.n_samples_seen_ if at_hand else len(self._pca_steps)
+        if pca.method_ == "sketch":
+            self.probe.gradients.note(
+                "basis",
+                False,
+                "the PCA keeps a sketch of the trajectory, as 'auto' does for very long vectors, and no directions",
+                "rho and the exec_* columns are NaN; give a StreamingPCA(method='incremental') or one with segments",
+            )
         if seen <= BASIS_COMPONENTS or pca.method_ == "sketch":
             return
         basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
@@ -627,13 +639,12 @@ class CurvatureMonitor:
 
     def _judge_gradient(self, known: Tensor | None, stats: CommutatorStats, check: bool) -> Tensor:
         """() what this row has to do with ``.grad``; a check that finds it wrong is the end of its use."""
-        own = torch.full_like(stats.noise_floor[0], OWN)
-        engine = self.probe.gradients
+        own, engine = torch.full_like(stats.noise_floor[0], OWN), self.probe.gradients
         exactly = engine.traits.nonsmooth and engine.dtype != torch.float64 and self.probe.noise_floor
-        if known is None or exactly or engine.stochastic or GIVEN not in self.probe.errors:
-            return own if known is None or self.gradient == "trusted" or exactly or engine.stochastic else own + USED
+        if known is None or exactly or engine.stochastic:
+            return own  # the probe has not used it
         waits = must_wait(engine.device)
-        if not (check if waits else bool(stats.exact[0])):
+        if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[0])):
             return own if self.gradient == "trusted" else own + USED
         distance, error, length = self.probe.errors[GIVEN]
         if self._gradient_ratio is None:
