@@ -220,13 +220,13 @@ ALIKE = pytest.mark.xfail(strict=True, reason="float32 and float64 lose the same
 @pytest.mark.parametrize("form", ["automatic step", "bracket"])
 @pytest.mark.parametrize(
     ("dtype", "margin"),
-    [(dtype, margin) for dtype in (torch.float32, torch.float64) for margin in (25.0, 29.0, 33.0, 36.0)]
+    [(dtype, margin) for dtype in (torch.float32, torch.float64) for margin in (25.0, 33.0, 36.0)]
     + [(torch.float64, 40.0), (torch.float64, 45.0)]
-    + [pytest.param(torch.float32, margin, marks=ALIKE) for margin in (40.0, 45.0)],
+    + [pytest.param(torch.float32, margin, marks=ALIKE) for margin in (39.0, 41.0)],
 )
 def test_float64_rounds_away_the_rest_of_a_certain_class(dtype, margin, form, generator):
     """p - 1 has no digit left in float64 from a margin of 37 on, and fewer and fewer before."""
-    for activation in (nn.Tanh, nn.ReLU):
+    for activation in (nn.Tanh, nn.Tanh, nn.ReLU):
         model, pair = confident(generator, margin, 6, activation, dtype)
         check(model, classify, pair, Truth(model, exactly), **FORMS[form])
 
