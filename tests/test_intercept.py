@@ -251,7 +251,7 @@ def test_shaking_reveals_what_a_certain_class_has_lost(spelled, margin, generato
     error = (gradient(None) - x.grad).norm()
     moved = max((gradient(torch.Generator().manual_seed(seed(generator))) - gradient(None)).norm() for _ in range(3))
     assert error <= 10.0 * moved  # what is lost shows
-    assert moved <= 1e-14  # and it is rounding that shows: of numbers of the size of one
+    assert moved <= 1e-13  # and it is rounding that shows: of numbers of the size of one
 
 
 # -------------------------------------------------------------------------------------------------------- seen, private

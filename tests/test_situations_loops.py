@@ -267,9 +267,7 @@ def reusing(generator: torch.Generator):
         yield x, y
 
 
-AHEAD = pytest.mark.xfail(
-    strict=True, reason="looking ahead draws, or overwrites, before training is done with a batch"
-)
+AHEAD = pytest.mark.xfail(strict=True, reason="looking ahead draws, or overwrites, before training has used a batch")
 
 
 @pytest.mark.parametrize(
