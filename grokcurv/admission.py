@@ -37,6 +37,10 @@ DISPLACEMENTS = (1e-5, 1e-3, 1e-7)
 neighbourhood, one too short drowns. The next is tried where one before finds no agreement."""
 
 
+DROWNED = 10.0
+"""How many times its sampled size the rounding error of that difference is allowed."""
+
+
 class AdmissionWarning(UserWarning):
     """A check of :mod:`grokcurv.admission` has failed; the text says what that means for the measurements."""
 
@@ -219,9 +223,12 @@ class Admission:
             apart = min(apart, float(difference.sub_(product).norm()))
             if apart <= CURVATURE_TOLERANCE * size:
                 break
-        # What float64 makes of the difference of two nearly equal gradients counts for nothing.
-        rounding = torch.finfo(torch.float64).eps * length / step
-        traits.brackets = apart <= CURVATURE_TOLERANCE * size + rounding
+        traits.brackets = apart <= CURVATURE_TOLERANCE * size
+        if not traits.brackets:
+            # In a confident model the difference of two nearly equal gradients may be all rounding: then it says
+            # nothing, and the floors of the brackets are to be trusted, which sample the rounding of the products.
+            noise = engine.sample_rounding(theta, batch, ahead, seed)
+            traits.brackets = apart <= CURVATURE_TOLERANCE * size + DROWNED * noise / step
         self.find(
             "second derivative",
             traits.brackets,

@@ -63,6 +63,9 @@ STALE_MARGIN = 4.0
 SATURATED = 0.02
 """Relative error of an evaluation from which on float64's own rounding is looked at: digits may be lost there too."""
 
+FAINT = 1e-9
+"""Length of a gradient below which the same is done: where everything is saturated, both precisions may agree on it."""
+
 LAST_BITS = 1e4
 """Roundoffs by which two gradients of one float64 model may differ, relative to their length."""
 
@@ -490,10 +493,11 @@ class CommutatorProbe:
         relative = distance / length
         own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
         if must_wait(engine.device):
-            own = torch.where(relative > SATURATED, distance, own)
+            own = torch.where((relative > SATURATED) | (length < FAINT), length, own)
             sample = exactly and check
         else:
-            sample = (exactly and check) or wide or not bool((relative <= SATURATED).all())
+            faint = (relative > SATURATED) | (length < FAINT)
+            sample = (exactly and check) or wide or (not capturing(engine.device) and bool(faint.any()))
         if exactly and not check:
             return torch.hypot(lost, self._expected(shared, True))
         noise = None

@@ -232,7 +232,8 @@ class Evaluator:
             given = Snapshot([batch])
             copied, watched = self._choose(snapshot, cast, everything)
             originals, copies = [*copied, *given.tensors], [*stand_ins(copied, cast), *stand_ins(given.tensors, cast)]
-            versions = [(tensor, tensor._version) for tensor in watched]
+            versions = [(tensor, tensor.data, tensor._version) for tensor in watched]
+            places = [copy.data_ptr() if copy.layout == torch.strided else 0 for copy in copies]
             with ExitStack() as stack:
                 stack.enter_context(self._plain_surroundings())
                 stack.enter_context(self._generators(snapshot, seed, batch, {} if moved is None else moved))
@@ -243,7 +244,7 @@ class Evaluator:
                 yield stack
             self.stateful = self.stateful or made != [copy._version for copy in copies]
             if everything:
-                self._note_changes(copied, copies[: len(copied)], cast)
+                self._note_changes(copied, copies, made, places)
             self._look_after(versions)
 
     def loss_at(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
@@ -281,14 +282,21 @@ class Evaluator:
     def _restore(self, snapshot: Snapshot) -> None:
         self.stateful = snapshot.restore() or self.stateful
 
-    def _note_changes(self, originals: Sequence[Tensor], copies: Sequence[Tensor], dtype: torch.dtype | None) -> None:
-        for original, copy in zip(originals, copies, strict=True):
-            if dtype is None and original.numel() > LARGE and not _same_bits(original, copy):
+    def _note_changes(
+        self, originals: Sequence[Tensor], copies: Sequence[Tensor], versions: list[int], places: list[int]
+    ) -> None:
+        """Large tensors whose stand-ins were written to, with the same numbers or not, will have stand-ins again."""
+        for original, copy, version, place in zip(originals, copies, versions, places, strict=False):
+            written = copy._version != version or (copy.layout == torch.strided and copy.data_ptr() != place)
+            if original.numel() > LARGE and (written or not _same_bits(original, copy)):
                 self.volatile.add(id(original))
 
-    def _look_after(self, versions: Sequence[tuple[Tensor, Any]]) -> None:
-        for tensor, version in versions:
-            if tensor._version != version:
+    def _look_after(self, watched: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        for tensor, contents, version in watched:
+            if tensor.layout == torch.strided and tensor.data_ptr() != contents.data_ptr():
+                self.volatile.add(id(tensor))
+                tensor.data = contents  # other contents were put in its place: these are unharmed
+            elif tensor._version != version:
                 self.volatile.add(id(tensor))
                 self.generation += 1
                 raise RuntimeError(

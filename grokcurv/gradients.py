@@ -32,7 +32,7 @@ from grokcurv.admission import (
     relative_distance,
 )
 from grokcurv.evaluation import LOCK, Evaluator, LossFn
-from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten, flatten_grad
+from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten
 from grokcurv.intercept import NARROW, Widened, unseen
 from grokcurv.records import capturing
 from grokcurv.state import Snapshot
@@ -150,8 +150,9 @@ class GradientEngine:
         return out
 
     def flatten_grad(self) -> Tensor:
-        """What training has left in their ``.grad``: :func:`grokcurv.flat.flatten_grad`."""
-        return flatten_grad(self.model)
+        """(P,) what training has left in their ``.grad``, zero where one has none; in the same order."""
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.evaluator.parameters())
+        return torch.cat([_dense(grad.detach()).reshape(-1) for grad in grads])
 
     # ---------------------------------------------------------------------------------------------------- admission
 
@@ -385,6 +386,15 @@ class GradientEngine:
         mode = Widened(self.dtype)
         self._streamed(theta, batch, out, seed, mode=mode)
         return mode
+
+    def sample_rounding(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> float:
+        """How far the gradient at ``theta``, in float64, is moved by rounding; it goes to ``out``, (P,) float64."""
+        self.exact_gradient(theta, batch, out, seed)
+        found = torch.zeros(3, dtype=torch.float64, device=theta.device)
+        shake = torch.Generator(theta.device).manual_seed(seed)
+        mode = Widened(self.dtype, shake)
+        self._streamed(self._point(theta, shake), batch, out, seed, found=found, keep=True, mode=mode)
+        return float(found[0])
 
     def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
         """The gradient from a captured graph, where there is one or the same was asked for before."""

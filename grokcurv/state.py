@@ -10,12 +10,14 @@ generators are compared afterwards, and put back where they differ.
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
+import itertools
 import operator
 import random
 import types
-from collections import OrderedDict, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +45,12 @@ CLOSED = frozenset(
 )
 """Packages whose objects and functions hold nothing of a model's: tools, and what has a model and is not in it."""
 
+OPEN = (types.SimpleNamespace, UserDict, UserList, ChainMap)
+"""What is entered all the same."""
+
+ITERATORS: tuple[type, ...] = (itertools.count, itertools.cycle, type(iter([])), type(iter(())), type(iter(range(0))))
+"""Iterators that can be copied. A copy takes their place when they have gone on."""
+
 Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 ENTERED = (nn.Module, Tensor, dict, list, set, deque, types.FunctionType, *Generators)
 """What is followed from the global names that a function of the user's reads."""
@@ -65,6 +73,7 @@ class Snapshot:
         self.generators: list[Any] = []
         self._dicts: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
         self._empty: list[dict[Any, Any]] = []
+        self._running: list[tuple[types.GeneratorType[Any, Any, Any], int | None]] = []
         self._lists: list[tuple[Any, tuple[Any, ...]]] = []
         self._places: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = []
         self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
@@ -87,7 +96,7 @@ class Snapshot:
             elif isinstance(value, dict):
                 self._note_dict(value, stack)
             elif isinstance(value, list | set | deque):
-                self._lists.append((value, tuple(value)))
+                self._lists.append((value, tuple(map(_kept, value))))
                 stack.extend(value if len(value) <= LONG else ())
             elif isinstance(value, tuple | frozenset | types.MappingProxyType):
                 members = value.values() if isinstance(value, types.MappingProxyType) else value
@@ -106,14 +115,18 @@ class Snapshot:
                 stack += [value.__self__, value.__func__]
             elif isinstance(value, functools.partial):
                 stack += [value.func, value.args, value.keywords]
-            elif kind is not type and (kind.__module__ or "").partition(".")[0] not in CLOSED:
+            elif isinstance(value, types.GeneratorType):
+                self._running.append((value, _position(value)))
+            elif isinstance(value, OPEN) or (
+                kind is not type and (kind.__module__ or "").partition(".")[0] not in CLOSED
+            ):
                 self._note_object(value, stack)
 
     def _note_dict(self, value: dict[Any, Any], stack: list[Any]) -> None:
         if not value:  # most are, the registers of hooks
             self._empty.append(value)
             return
-        values = tuple(_base(value).values(value))
+        values = tuple(map(_kept, _base(value).values(value)))
         self._dicts.append((value, tuple(_base(value).keys(value)), values))
         stack.extend(values if len(values) <= LONG else ())
 
@@ -150,7 +163,7 @@ class Snapshot:
 
     def _note_place(self, read: Callable[[], Any], write: Callable[[Any], None], stack: list[Any]) -> None:
         value = read()
-        self._places.append((read, write, value))
+        self._places.append((read, write, _kept(value)))
         stack.append(value)
 
     def restore(self) -> bool:
@@ -169,20 +182,26 @@ class Snapshot:
                 changed = True
                 base.clear(mapping)
                 for key, value in zip(keys, values, strict=True):
-                    base.__setitem__(mapping, key, value)
+                    base.__setitem__(mapping, key, _kept(value))
         for sequence, members in self._lists:
             if len(sequence) == len(members) and all(map(operator.is_, sequence, members)):
                 continue
             changed = True
             sequence.clear()
-            sequence.update(members) if isinstance(sequence, set) else sequence.extend(members)
+            sequence.update(members) if isinstance(sequence, set) else sequence.extend(map(_kept, members))
         for read, write, value in self._places:
             if read() is not value:
                 changed = True
-                write(value)
+                write(_kept(value))
         for array, contents in self._arrays:
             if array.shape == contents.shape and array.flags.writeable:
                 array[...] = contents
+        for generator, position in self._running:
+            if _position(generator) != position:
+                raise RuntimeError(
+                    f"model: an evaluation advanced the generator {generator.__name__}(), which cannot be put back: "
+                    "keep an iterator that can be copied (itertools.count, iter of a list) or a number instead"
+                )
         return changed
 
     def signature(self) -> tuple[Any, ...]:
@@ -250,6 +269,15 @@ def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterat
         torch.clear_autocast_cache()
         for index in reversed(range(swapped)):  # backwards: an object may have been exchanged twice
             torch._C._swap_tensor_impl(originals[index], others[index])
+
+
+def _kept(value: Any) -> Any:
+    """The value, or a copy of an iterator, which would go on otherwise."""
+    return copy.copy(value) if isinstance(value, ITERATORS) else value
+
+
+def _position(generator: types.GeneratorType[Any, Any, Any]) -> int | None:
+    return generator.gi_frame.f_lasti if generator.gi_frame is not None else None
 
 
 def _base(mapping: dict[Any, Any]) -> Any:

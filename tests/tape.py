@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-MODULES = ("monitor", "records", "pca.streaming", "gradients")
+MODULES = ("monitor", "records", "pca.streaming", "gradients", "commutator", "evaluation")
 
 
 def tensors(tree: Any) -> list[Tensor]:

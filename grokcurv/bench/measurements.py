@@ -214,7 +214,8 @@ class Training:
         self.model = network(seed)
         self.loss = loss(forward)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1.0)
-        self.monitor = CurvatureMonitor(self.model, self.loss) if monitored else None
+        # What stands in .grad is the gradient of this very loss.
+        self.monitor = CurvatureMonitor(self.model, self.loss, gradient="trusted") if monitored else None
         self.naive_defects, self.exact = naive_defects, exact
         self.defects: list[float] = []
         self.following = self.draw()
