@@ -497,7 +497,8 @@ class CommutatorProbe:
             sample = exactly and check
         else:
             faint = (relative > SATURATED) | (length < FAINT)
-            sample = (exactly and check) or wide or (not capturing(engine.device) and bool(faint.any()))
+            sample = (exactly and check) or wide or shared.form == "bracket"
+            sample = sample or (not capturing(engine.device) and bool(faint.any()))
         if exactly and not check:
             return torch.hypot(lost, self._expected(shared, True))
         noise = None
@@ -518,7 +519,7 @@ class CommutatorProbe:
         engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
         moved = shared.unknown(0.0, 3)
         shake = torch.Generator(engine.device).manual_seed(seeds[0])
-        theta = engine.flatten(shared.point)
+        theta = engine.shake_(engine.flatten(shared.point), shake)
         if shared.form == "bracket":
             engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], found=moved[1::2], keep=True, shake=shake)
             engine.product(theta, pair[0], g_b, g_a, h_a, seeds[0], found=moved[0::2], keep=True, shake=shake)

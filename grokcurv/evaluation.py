@@ -233,6 +233,7 @@ class Evaluator:
             copied, watched = self._choose(snapshot, cast, everything)
             originals, copies = [*copied, *given.tensors], [*stand_ins(copied, cast), *stand_ins(given.tensors, cast)]
             versions = [(tensor, tensor.data, tensor._version) for tensor in watched]
+            made = [copy._version for copy in copies]
             places = [copy.data_ptr() if copy.layout == torch.strided else 0 for copy in copies]
             with ExitStack() as stack:
                 stack.enter_context(self._plain_surroundings())
@@ -240,7 +241,6 @@ class Evaluator:
                 stack.callback(self._restore, given)
                 stack.callback(self._restore, snapshot)
                 stack.enter_context(standing_in(originals, copies))
-                made = [copy._version for copy in copies]
                 yield stack
             self.stateful = self.stateful or made != [copy._version for copy in copies]
             if everything:

@@ -86,7 +86,11 @@ class GradientEngine:
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        with LOCK:  # another thread may be evaluating it
+            self._set(getattr(model, "_orig_mod", model), loss_fn, strategy)
+
+    def _set(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy) -> None:
+        self.model = model
         self._refuse_spread()
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and parameter.dtype not in (*NARROW, torch.float64):
@@ -137,7 +141,7 @@ class GradientEngine:
         """
         if out is None:
             out = torch.empty(self.segments[-1].stop, dtype=self.dtype, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), LOCK:
             for view, parameter in zip(self._views(out), self.evaluator.parameters(), strict=True):
                 view.copy_(parameter)
         return out
@@ -280,7 +284,7 @@ class GradientEngine:
                 and the length of what was lost in rounding it to ``out``.
             keep: only compare: ``out`` keeps what is in it.
             shake: a generator; the rounding errors of the evaluation, in float64, are then made larger at random
-                (:class:`grokcurv.intercept.Widened`).
+                (:class:`grokcurv.intercept.Widened`; :meth:`shake_` does it to ``theta``).
 
         Raises:
             ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
@@ -289,11 +293,10 @@ class GradientEngine:
         if self.strategy == "graph" and not streamed and not self.stochastic and not capturing(self.device):
             return self._graphed(theta, batch, out, seed)
         if streamed:
-            point = self._point(theta, shake)
 
             def stream() -> None:
                 mode = self._mode(theta.dtype, shake)
-                self._streamed(point, batch, out, seed, found=found, keep=keep, mode=mode)
+                self._streamed(theta, batch, out, seed, found=found, keep=keep, mode=mode)
 
             if not self._survives(stream, theta):
                 out.fill_(math.nan)
@@ -393,7 +396,7 @@ class GradientEngine:
         found = torch.zeros(3, dtype=torch.float64, device=theta.device)
         shake = torch.Generator(theta.device).manual_seed(seed)
         mode = Widened(self.dtype, shake)
-        self._streamed(self._point(theta, shake), batch, out, seed, found=found, keep=True, mode=mode)
+        self._streamed(self.shake_(theta.clone(), shake), batch, out, seed, found=found, keep=True, mode=mode)
         return float(found[0])
 
     def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
@@ -496,7 +499,7 @@ class GradientEngine:
             second.end()
 
         def differentiate() -> None:
-            leaves = self._leaves(theta, shake)
+            leaves = self._leaves(theta)
             inner.attach(leaves)
             second.attach(leaves)
             with sdpa_kernel(SDPBackend.MATH):
@@ -511,15 +514,15 @@ class GradientEngine:
     def _views(self, vector: Tensor) -> list[Tensor]:
         return self.evaluator.views(vector)
 
-    def _leaves(self, theta: Tensor, shake: torch.Generator | None = None) -> list[Tensor]:
-        return self.evaluator.leaves(self._point(theta, shake))
+    def _leaves(self, theta: Tensor) -> list[Tensor]:
+        return self.evaluator.leaves(theta)
 
-    def _point(self, theta: Tensor, shake: torch.Generator | None) -> Tensor:
-        """The parameters, or with ``shake`` a copy with each number moved by up to two units of its last bit."""
-        if shake is None:
-            return theta
-        noise = torch.rand(theta.shape, dtype=theta.dtype, device=theta.device, generator=shake)
-        return theta * noise.sub_(0.5).mul_(4.0 * torch.finfo(theta.dtype).eps).add_(1.0)
+    def shake_(self, theta: Tensor, generator: torch.Generator) -> Tensor:
+        """Move each number of a vector (P,), in place and part by part, by up to two units of its last bit."""
+        for view in self._views(theta):
+            noise = torch.rand(view.shape, dtype=theta.dtype, device=theta.device, generator=generator)
+            view.mul_(noise.sub_(0.5).mul_(4.0 * torch.finfo(theta.dtype).eps).add_(1.0))
+        return theta
 
     def _refuse_spread(self) -> None:
         """Raises for a model of which one call of the module, or this process, has but a part."""

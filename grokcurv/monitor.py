@@ -112,8 +112,8 @@ class CurvatureMonitor:
 
     Call :meth:`step` once per training step, after ``backward`` and before clipping and the optimiser. Without a
     ``sampler`` the pair is (this batch, next batch), and the gradient that training has just left in ``.grad`` may
-    serve as the first of its four gradients: see ``gradient``. With a ``sampler`` every measurement draws its own pairs and
-    ``.grad`` is not read. ``docs/own-loop.md`` goes through mixed precision, accumulation, dropout and the like.
+    serve as the first of its four gradients: see ``gradient``. With a ``sampler`` every measurement draws its own
+    pairs and ``.grad`` is not read. ``docs/own-loop.md`` goes through mixed precision, accumulation, dropout and so on.
 
     A measurement whose difference form drowns in rounding is repeated as the exact bracket, and the row's
     ``method`` says so; a row that neither can vouch for is NaN. The published float32 formula is recorded beside it
@@ -295,6 +295,7 @@ class CurvatureMonitor:
         """Whether ``loss_fn`` writes to its batch, so that a batch it was trained on is another one now."""
         if self._writes is None:
             evaluator = self.probe.gradients.evaluator
+            self.probe.gradients.admit(batch, exact=self.probe.noise_floor)  # what it changes is found there
 
             def look(*_: Any) -> bool:
                 return any(map(version, Snapshot([batch]).tensors))  # those of stand-ins, which begin at zero
@@ -559,10 +560,11 @@ class CurvatureMonitor:
         if stats.parallel is not None and stats.residual is not None and stats.support is not None and self._baselines:
             full, matched = self._baselines
             inside, support = stats.parallel / delta, stats.support / delta
-            # The rows of the basis are of length one to their own rounding only, and a small rho is a difference.
+            # The rows of the basis are of length one to their own rounding only: a rho below its root is none.
             assert self.probe.basis is not None
-            loose = math.sqrt(2.0 * full.dim * torch.finfo(self.probe.basis.values.dtype).eps)
-            pairs["rho"], errors["rho"] = stats.residual / delta, share_error + loose
+            least = math.sqrt(2.0 * full.dim * torch.finfo(self.probe.basis.values.dtype).eps)
+            rho = stats.residual / delta
+            pairs["rho"], errors["rho"] = torch.where(rho < least, math.nan, rho), share_error
             pairs["exec_fraction"], errors["exec_fraction"] = inside, share_error
             pairs["exec_random_ratio"] = inside / full.mean
             errors["exec_random_ratio"] = share_error / full.mean

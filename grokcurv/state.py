@@ -273,6 +273,8 @@ def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterat
 
 def _kept(value: Any) -> Any:
     """The value, or a copy of an iterator, which would go on otherwise."""
+    if isinstance(value, itertools.cycle):
+        return copy.deepcopy(value)  # a shallow one goes on with the same iterator inside
     return copy.copy(value) if isinstance(value, ITERATORS) else value
 
 

@@ -48,12 +48,7 @@ def exactly(model: nn.Module) -> Truth:
 # ----------------------------------------------------------------------------------------------- parameters that change
 
 
-UNNAMED = pytest.mark.xfail(
-    strict=True, reason="the flat .grad is of the model's own parameters, and too long or short"
-)
-
-
-@pytest.mark.parametrize("by", ["the probe", "a sampler", pytest.param("the monitor", marks=UNNAMED)])
+@pytest.mark.parametrize("by", ["the probe", "a sampler", "the monitor"])
 @pytest.mark.parametrize("kind", ["frozen", "unfrozen", "added", "removed", "another shape"])
 def test_parameters_that_change_after_the_beginning(kind, by, generator):
     model, (a, b) = of(perceptron, generator), points(generator, 2)

@@ -118,7 +118,7 @@ class ReplicatedEngine(GradientEngine):
         whole = torch.empty_like(theta)
         with self._together():
             mode = self._mode(theta.dtype, shake)
-            self._one(self._point(theta, shake), batch, whole, _own(seed), mode=mode)
+            self._one(theta, batch, whole, _own(seed), mode=mode)
         deliver_whole(self._average_(whole), out, found, keep=keep)
         return out
 
