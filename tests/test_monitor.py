@@ -123,9 +123,56 @@ def test_a_gradient_that_is_not_the_loss_s_is_refused(generator):
     model = problem.model()
     a, b = problem.batch(generator), problem.batch(generator)
     (3 * problem.loss_fn(model, a)).backward()
-    monitor = gc.CurvatureMonitor(model, problem.loss_fn)
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, gradient="checked")
     with pytest.raises(ValueError, match=r"\|\.grad\| is 3 times the norm of the gradient of loss_fn"):
         monitor.step(a, b)
+
+
+def checked_run(generator, wrong=()):
+    """A run whose ``.grad`` is off by 3 % at some steps; returns the monitor, what a logger got and after which step."""
+    problem = PROBLEMS["perceptron"]
+    torch.manual_seed(7)
+    model, logged = problem.model(), []
+
+    class Log:
+        def log(self, record, /, *, step):
+            logged.append((step, record["reliable"], monitor.steps))
+
+    monitor = gc.CurvatureMonitor(model, problem.loss_fn, gradient="checked", check_every=4, loggers=[Log()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    a, b = problem.batch(generator), problem.batch(generator)
+    live = []
+    for step in range(13):
+        optimizer.zero_grad()
+        problem.loss_fn(model, a).backward()
+        for parameter in model.parameters():
+            parameter.grad *= 0.97 if step in wrong else 1.0
+        monitor.step(a, b)
+        live.append(monitor.last["reliable"])
+        optimizer.step()
+    return monitor, logged, live
+
+
+def test_rows_that_rest_on_grad_wait_for_the_next_check(generator):
+    monitor, logged, live = checked_run(generator)
+    used = [step for step in range(13) if not live[step]]
+    assert used == [5, 6, 7, 9, 10, 11]  # after two checks, at 0 and 4, and never a check itself
+    assert monitor.records()["reliable"].all()  # the check at 12 has confirmed the last of them
+    assert [step for step, _, _ in logged] == list(range(13))
+    assert all(reliable for _, reliable, _ in logged)
+    assert [at for step, _, at in logged if step in used] == [8, 8, 8, 12, 12, 12]
+
+
+def test_a_check_that_fails_withdraws_what_rests_on_grad(generator):
+    with pytest.warns(gc.AdmissionWarning, match="the monitor computes its own from here on"):
+        monitor, logged, live = checked_run(generator, wrong=(8,))
+    records = monitor.records()
+    assert records["reliable"].tolist() == [step not in (5, 6, 7) for step in range(13)]
+    assert records["defect_median"].isna().tolist() == [step in (5, 6, 7) for step in range(13)]
+    assert [reliable for _, reliable, _ in logged] == records["reliable"].tolist()
+    again = gc.CurvatureMonitor(monitor.probe.gradients.model, PROBLEMS["perceptron"].loss_fn, gradient="checked")
+    again.load_state_dict(monitor.state_dict())
+    pd.testing.assert_frame_equal(again.records(), records)
 
 
 def test_dropout_recomputes_the_first_gradient(generator):
