@@ -541,19 +541,18 @@ def test_a_second_train_goes_on(transformers, generator, tmp_path):
 
 
 def test_the_trainer_in_bfloat16_with_dropout(transformers, generator, tmp_path):
-    """Its autocast is inside the model's forward: brackets, with the floor of bfloat16."""
+    """Its autocast is inside the model's forward: what is certified is the function without it."""
     from grokcurv.integrations.huggingface import CurvatureCallback
 
     model, rows = gpt2(transformers), sentences(generator)
     pair = hf_pairs(rows)()
-    truth = gc.commutator_defect(copy.deepcopy(model).double(), hf_loss, *pair, method="bracket").defect.item()
+    truth = gc.commutator_defect(copy.deepcopy(model).double(), hf_loss, *pair).defect.item()
     callback = CurvatureCallback(hf_loss, hf_pairs(rows))
     hf_trainer(transformers, tmp_path, model, rows, callback, bf16=True, max_steps=3).train()
     records = callback.monitor.records()
-    assert set(records["method"]) == {"bracket"}
-    assert (records["noise_floor"] > 1e-3).all()
-    if records["reliable"][0]:
-        np.testing.assert_allclose(records["defect_median"][0], truth, rtol=0.1)
+    assert set(records["method"]) == {"difference"}
+    assert records["reliable"].all()
+    np.testing.assert_allclose(records["defect_median"][0], truth, rtol=0.01)
     dropping = gpt2(transformers, dropout=0.2)
     callback = CurvatureCallback(hf_loss, hf_pairs(rows))
     hf_trainer(transformers, tmp_path, dropping, rows, callback, max_steps=3).train()

@@ -52,7 +52,7 @@ def draw(name: str, generator: torch.Generator, batches: int = 2):
 
 def run(model: nn.Module, batches, loss_fn, backward=None, **options) -> gc.CurvatureMonitor:
     """A plain loop; ``backward(model, batch, optimizer)`` leaves the gradient."""
-    monitor = gc.CurvatureMonitor(model, loss_fn, **options)
+    monitor = gc.CurvatureMonitor(model, loss_fn, **{"gradient": "checked"} | options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch, following in monitor.lookahead(batches):
         optimizer.zero_grad()
