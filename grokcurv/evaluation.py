@@ -63,6 +63,7 @@ class Evaluator:
         self.volatile: set[int] = set()  # large tensors that are known to change, by identity
         self.writes_parameters = False  # then every evaluation needs parameters of its own
         self.stateful = False
+        self._evaluated = False
         self._not_ours: set[str] = set()  # generators that something else draws from meanwhile
         self._snapshot: Snapshot | None = None
         self._parameters: list[nn.Parameter] = []
@@ -345,6 +346,8 @@ class Evaluator:
                 raise RuntimeError(
                     "model draws at random (dropout), which a CUDA graph cannot repeat: measure it without a capture"
                 )
+            if not self._evaluated:
+                raise RuntimeError("measure once before the capture: what the model draws at random shows only then")
             yield
             return
         known = [stream for stream in streams(self.device) if stream.name in self.draws]
@@ -361,6 +364,7 @@ class Evaluator:
             snapshot.restore_generators()
             for stream in known:
                 stream.write(before[stream])
+        self._evaluated = True
         moved |= {stream.name: before[stream] for stream in others if not stream.stands_at(before[stream])}
 
     def _watch_ends(self, known: Sequence[Stream], seed: int, batch: Any) -> None:

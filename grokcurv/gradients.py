@@ -102,7 +102,6 @@ class GradientEngine:
         self.size = len(self.flatten())
         self.traits = Traits()
         self._admission = Admission()
-        self._evaluated = False
         on_gpu = self.device.type == "cuda"
         if strategy == "graph" and not on_gpu:
             raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.device}")
@@ -320,7 +319,6 @@ class GradientEngine:
             _accumulate(placed, views, loss, plain=plain)
 
         self.evaluator.evaluate(self._leaves(theta), batch, use, seed=seed, mode=mode or self._mode(theta.dtype))
-        self._evaluated = True
         return out
 
     def _survives(self, evaluate: Callable[[], None], theta: Tensor) -> bool:
@@ -367,7 +365,6 @@ class GradientEngine:
         if not plain:
             delivery.attach(leaves)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
-        self._evaluated = True
         return out
 
     def _mode(self, dtype: torch.dtype, shake: torch.Generator | None = None) -> AbstractContextManager[Any] | None:
@@ -453,7 +450,6 @@ class GradientEngine:
                 )
         for segment, values in zip(self.segments, rows, strict=True):
             out[:, segment.start : segment.stop].copy_(values.flatten(1))
-        self._evaluated = True
         return out
 
     # ------------------------------------------------------------------------------------- Hessian-vector products
@@ -509,7 +505,6 @@ class GradientEngine:
             differentiate()
         elif not self._survives(differentiate, theta):
             product.fill_(math.nan)
-        self._evaluated = True
 
     def _views(self, vector: Tensor) -> list[Tensor]:
         return self.evaluator.views(vector)
