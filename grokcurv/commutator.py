@@ -391,7 +391,8 @@ class CommutatorProbe:
             eta = self._step(*shared.work[:2])
         else:
             kept = known if exactly and not shared.given else None
-            eta = yield from evaluate(shared, pair, seeds, known=kept, exact=_Exact(found, method))
+            keep = (method == "reference" or not engine.certifies) and not exactly
+            eta = yield from evaluate(shared, pair, seeds, known=kept, exact=_Exact(found, keep))
             if shared.given and shared.form == "difference" and not exactly:
                 self._compare_given(found)
         errors = yield from self._learn(shared, pair, seeds, found, check, exactly, method)
@@ -505,8 +506,9 @@ class CommutatorProbe:
         if sample and not capturing(engine.device) and engine.device.type != "meta":
             noise = yield from self._sampled(shared, pair, seeds)
             own = noise
-        # The published formula is reported in the model's own precision.
-        errors = distance if method == "reference" and not exactly else torch.hypot(lost, own)
+        # The published formula is reported in the model's own precision, and so is what only a twin can check.
+        kept = (method == "reference" or not engine.certifies) and not exactly
+        errors = distance if kept else torch.maximum(lost, own)
         if exactly or (wide and noise is not None):
             distance = torch.maximum(distance, errors) if wide else errors
             length = _lengths(engine, shared.work)
@@ -716,14 +718,14 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Exact:
-    """An evaluation in float64: what it finds, (4, 3), and whether it replaces what was there."""
+    """An evaluation in float64: what it finds, (4, 3), and whether what was there is kept."""
 
     found: Tensor
-    method: Method
+    keep: bool
 
     def options(self, which: int | slice) -> dict[str, Any]:
         """Of the gradient, or the product, that goes to these rows."""
-        return {"found": self.found[which], "keep": self.method == "reference"}
+        return {"found": self.found[which], "keep": self.keep}
 
 
 def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:

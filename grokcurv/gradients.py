@@ -77,11 +77,12 @@ class GradientEngine:
             is their number.
         brackets: whether there are Hessian-vector products.
         checked: whether there are evaluations in float64.
+        certifies: whether those are of this very model, so that they may take the place of its own.
         traits: how the structure of model and batch admitted last is evaluated.
     """
 
     coordinates: Coordinates = ALL_HERE
-    brackets = checked = True
+    brackets = checked = certifies = True
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
         if strategy not in get_args(Strategy):

@@ -360,7 +360,7 @@ def dropout(mesh: DeviceMesh, seed: int) -> dict[str, Any]:
         plain(p.measure([(mine[0], mine[1])], seed=s)) for p, s in ((probe, 3), (probe, 3), (probe, 4), (longer, 3))
     ]
     kept = torch.equal(state, torch.get_rng_state())
-    return {"stats": stats, "kept": kept, "random": probe.gradients.stochastic, "mask": masks[0]}
+    return {"stats": stats, "kept": kept, "random": probe.gradients.stochastic, "mask": masks[-1]}
 
 
 def failure(mesh: DeviceMesh, kind: str, seed: int, method: str, everywhere: bool) -> dict[str, Any]:

@@ -289,7 +289,7 @@ class ShardedEngine(GradientEngine):
     one strategy, ``loop``.
     """
 
-    brackets = False
+    brackets = certifies = False
     coordinates: Sharding
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, exact: nn.Module | None = None) -> None:
