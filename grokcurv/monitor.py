@@ -653,11 +653,11 @@ class CurvatureMonitor:
         if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[0])):
             return own if self.gradient == "trusted" else own + USED
         distance, error, length = self.probe.errors[GIVEN]
-        if self._gradient_ratio is None:
-            self._gradient_ratio = engine.coordinates.norm(known) / length
+        right = (distance <= GRADIENT_MARGIN * error) | ~distance.isfinite()
+        if self._gradient_ratio is None:  # late in training rounding alone may make a gradient longer or shorter
+            self._gradient_ratio = torch.where(right, 1.0, engine.coordinates.norm(known) / length)
             if not waits:
                 self._check_gradient()
-        right = (distance <= GRADIENT_MARGIN * error) | ~distance.isfinite()
         if not capturing(engine.device):
             if waits:
                 self._gradient_verdicts.append(later(right))
