@@ -103,6 +103,13 @@ ALIGNMENT_FIELDS = (
 """What it records besides, with ``alignment=True``."""
 
 
+SHARES = {
+    "exec_random_ratio": "exec_fraction",
+    "step_alignment_ratio": "step_alignment",
+    "step_share_ratio": "step_share",
+}
+"""Ratios to what chance would give, and the column that each is in its units."""
+
 HEAD = ("step", "method", "measure_seconds", "gradient")
 """What stands before :data:`FIELDS` in a row of numbers; the method by its place among the methods."""
 
@@ -567,7 +574,6 @@ class CurvatureMonitor:
             pairs["rho"], errors["rho"] = torch.where(rho < least, math.nan, rho), share_error
             pairs["exec_fraction"], errors["exec_fraction"] = inside, share_error
             pairs["exec_random_ratio"] = inside / full.mean
-            errors["exec_random_ratio"] = share_error / full.mean
             pairs["exec_matched_ratio"] = inside / support / matched.mean
             errors["exec_matched_ratio"] = share_error * (1.0 + inside / support) / support / matched.mean
         # Not a tensor of three levels: on an accelerator it would come from the host.
@@ -587,6 +593,9 @@ class CurvatureMonitor:
             kept = ("noise_floor", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
             row = {name: x if name in kept else torch.where(reliable, x, math.nan) for name, x in row.items()}
             row |= {name: _clear(row[name], bound) for name, bound in bounds.items()}
+            for ratio, share in SHARES.items():  # which is the same, in other units
+                if ratio in row:
+                    row[ratio] = torch.where(row[share].isnan(), math.nan, row[ratio])
         row["reliable"] = reliable.to(torch.float64)
         row["grad_norm"] = quantile(torch.cat([stats.grad_norm_a, stats.grad_norm_b]), 0.5)
         missing = torch.full_like(row["reliable"], math.nan)
@@ -615,9 +624,7 @@ class CurvatureMonitor:
         }
         bounds = {
             "step_alignment": share_error,
-            "step_alignment_ratio": share_error / chance,
             "step_share": spread,
-            "step_share_ratio": spread / share_chance,
         }
         return row, bounds
 
