@@ -129,7 +129,7 @@ def test_a_gradient_that_is_not_the_loss_s_is_refused(generator):
 
 
 def checked_run(generator, wrong=()):
-    """A run whose ``.grad`` is off by 3 % at some steps; returns the monitor, what a logger got and after which step."""
+    """A run whose ``.grad`` is off by 3 % at some steps; returns the monitor, what a logger got when, and live rows."""
     problem = PROBLEMS["perceptron"]
     torch.manual_seed(7)
     model, logged = problem.model(), []
@@ -165,7 +165,7 @@ def test_rows_that_rest_on_grad_wait_for_the_next_check(generator):
 
 def test_a_check_that_fails_withdraws_what_rests_on_grad(generator):
     with pytest.warns(gc.AdmissionWarning, match="the monitor computes its own from here on"):
-        monitor, logged, live = checked_run(generator, wrong=(8,))
+        monitor, logged, _ = checked_run(generator, wrong=(8,))
     records = monitor.records()
     assert records["reliable"].tolist() == [step not in (5, 6, 7) for step in range(13)]
     assert records["defect_median"].isna().tolist() == [step in (5, 6, 7) for step in range(13)]
