@@ -216,8 +216,9 @@ class Admission:
         for displacement in DISPLACEMENTS:
             step = displacement * max(scale, 1.0) / length
             ahead, behind = torch.empty_like(theta), torch.empty_like(theta)
-            engine.exact_gradient(theta + step * direction, batch, ahead, seed)
-            engine.exact_gradient(theta - step * direction, batch, behind, seed)
+            # Not `theta + step * direction`: in bfloat16 that product would be another direction.
+            engine.exact_gradient(theta.add(direction, alpha=step), batch, ahead, seed)
+            engine.exact_gradient(theta.sub(direction, alpha=step), batch, behind, seed)
             difference = ahead.sub_(behind).div_(2.0 * step)
             size = max(float(difference.norm()), float(product.norm()))
             apart = min(apart, float(difference.sub_(product).norm()))
