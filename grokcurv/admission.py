@@ -195,9 +195,9 @@ class Admission:
             traits.brackets = False
             return False
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
-        direction = engine.flatten()
-        theta = direction.to(torch.float64, copy=True)
-        product = torch.empty_like(theta)
+        # In memory for eight vectors: theta moves to and fro, and of the second gradient only its distance is wanted.
+        theta = engine.flatten().to(torch.float64)
+        direction, product, expected = (torch.empty_like(theta) for _ in range(3))
         try:
             engine.exact_gradient(theta, batch, direction, seed)
             engine.product(theta, batch, direction, None, product, seed)
@@ -212,28 +212,28 @@ class Admission:
         length, scale = float(direction.norm()), float(theta.norm())
         if not (math.isfinite(length) and length > 0):
             return True  # nothing to be compared here
-        size = apart = math.inf
+        size, apart = float(product.norm()), math.inf
+        found = theta.new_zeros(3)
         for displacement in DISPLACEMENTS:
             step = displacement * max(scale, 1.0) / length
-            ahead, behind = torch.empty_like(theta), torch.empty_like(theta)
-            # Not `theta + step * direction`: in bfloat16 that product would be another direction.
-            engine.exact_gradient(theta.add(direction, alpha=step), batch, ahead, seed)
-            engine.exact_gradient(theta.sub(direction, alpha=step), batch, behind, seed)
-            difference = ahead.sub_(behind).div_(2.0 * step)
-            size = max(float(difference.norm()), float(product.norm()))
-            apart = min(apart, float(difference.sub_(product).norm()))
+            engine.exact_gradient(theta.add_(direction, alpha=step), batch, expected, seed)
+            expected.sub_(product, alpha=2.0 * step)
+            theta.sub_(direction, alpha=2.0 * step)
+            engine.exact_gradient(theta, batch, expected, seed, found=found, keep=True)
+            engine.flatten(theta)
+            apart = min(apart, float(found[0]) / (2.0 * step))
             if apart <= CURVATURE_TOLERANCE * size:
                 break
         traits.brackets = apart <= CURVATURE_TOLERANCE * size
         if not traits.brackets:
             # In a confident model the difference of two nearly equal gradients may be all rounding: then it says
             # nothing, and the floors of the brackets are to be trusted, which sample the rounding of the products.
-            noise = engine.sample_rounding(theta, batch, ahead, seed)
+            noise = engine.sample_rounding(theta, batch, expected, seed)
             traits.brackets = apart <= CURVATURE_TOLERANCE * size + DROWNED * noise / step
         self.find(
             "second derivative",
             traits.brackets,
-            f"a Hessian-vector product and a difference of gradients are {apart / size if size else 0.0:.1e} apart"
+            f"a Hessian-vector product and a difference of gradients are {apart / size if size else apart:.1e} apart"
             + ("" if traits.brackets else ": something in the model has no true second derivative"),
             consequence,
         )

@@ -382,10 +382,12 @@ class GradientEngine:
         """The gradient in the model's own precision, by one or the other kind of backward pass."""
         self._one(theta, batch, out, seed, plain=plain)
 
-    def exact_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Widened:
+    def exact_gradient(
+        self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, found: Tensor | None = None, keep: bool = False
+    ) -> Widened:
         """The gradient in float64 with all casts lifted, into ``out`` of any dtype, and what was lifted."""
         mode = Widened(self.dtype)
-        self._streamed(theta, batch, out, seed, mode=mode)
+        self._streamed(theta, batch, out, seed, found=found, keep=keep, mode=mode)
         return mode
 
     def sample_rounding(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> float:
@@ -766,7 +768,9 @@ class _InnerProduct:
         self._terms, self._open = [], True
         torch.autograd.grad(loss, placed, create_graph=True, allow_unused=True)
         self._open = False
-        return torch.stack(self._terms).sum() if self._terms else None
+        # Kept, they would hold the graph, whose leaves hold this: all of it until the garbage collector comes by.
+        terms, self._terms = self._terms, []
+        return torch.stack(terms).sum() if terms else None
 
     def _meet(self, index: int, grad: Tensor) -> Tensor | None:
         if not self._open:

@@ -15,22 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from truth import Truth, check, cross_entropy, right, train, twins
+from truth import METHODS, Truth, check, classify, cross_entropy, of, perceptron, points, right, seed, train, twins
 
 import grokcurv as gc
-
-METHODS = ["difference", "bracket"]
-
-
-def seed(generator: torch.Generator) -> int:
-    return int(torch.randint(1 << 30, (), generator=generator))
-
-
-def points(generator: torch.Generator, batches: int, size: int = 8, width: int = 6, classes: int = 4):
-    return [
-        (torch.randn(size, width, generator=generator), torch.randint(classes, (size,), generator=generator))
-        for _ in range(batches)
-    ]
 
 
 def words(generator: torch.Generator, batches: int, size: int = 8, length: int = 3, count: int = 9):
@@ -40,21 +27,8 @@ def words(generator: torch.Generator, batches: int, size: int = 8, length: int =
     ]
 
 
-def perceptron(activation=nn.Tanh, width: int = 6, hidden: int = 10, classes: int = 4) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), activation(), nn.Linear(hidden, classes))
-
-
-def classify(model: nn.Module, batch) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def exactly(model: nn.Module, batch) -> Tensor:
+def classify64(model: nn.Module, batch) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
-
-
-def of(make, generator: torch.Generator) -> nn.Module:
-    torch.manual_seed(seed(generator))
-    return make()
 
 
 # -------------------------------------------------------------------------------------- types that the code writes down
@@ -208,7 +182,7 @@ FORMS = {"difference": {}, "automatic step": {"eta": "auto"}, "bracket": {"metho
 def test_confident_on_a_small_batch(size, form, generator):
     for margin in (4.0, 9.0, 13.0, 16.0):
         model, pair = confident(generator, margin, size, nn.GELU)
-        check(model, classify, pair, Truth(model, exactly), **FORMS[form])
+        check(model, classify, pair, Truth(model, classify64), **FORMS[form])
 
 
 @pytest.mark.parametrize("form", ["automatic step", "bracket"])
@@ -221,7 +195,7 @@ def test_float64_rounds_away_the_rest_of_a_certain_class(dtype, margin, form, ge
     """p - 1 has no digit left in float64 from a margin of 37 on, and fewer and fewer before."""
     for activation in (nn.Tanh, nn.Tanh, nn.ReLU):
         model, pair = confident(generator, margin, 6, activation, dtype)
-        check(model, classify, pair, Truth(model, exactly), **FORMS[form])
+        check(model, classify, pair, Truth(model, classify64), **FORMS[form])
 
 
 def test_both_precisions_lose_the_same_digits(generator):
@@ -229,7 +203,7 @@ def test_both_precisions_lose_the_same_digits(generator):
     for margin in (39.0, 40.0, 41.0, 42.0):
         for form in ("automatic step", "bracket"):
             model, pair = confident(generator, margin, 6)
-            check(model, classify, pair, Truth(model, exactly), **FORMS[form])
+            check(model, classify, pair, Truth(model, classify64), **FORMS[form])
 
 
 def test_certain_by_the_logarithm_of_probabilities(generator):
@@ -241,7 +215,7 @@ def test_certain_by_the_logarithm_of_probabilities(generator):
     ):
         for margin in (12.0, 30.0, 34.0):
             model, pair = confident(generator, margin, 4)
-            check(model, loss_fn, pair, Truth(model, exactly), method="bracket")
+            check(model, loss_fn, pair, Truth(model, classify64), method="bracket")
 
 
 # ------------------------------------------------------------------------------------------- very small, and no numbers
@@ -291,7 +265,7 @@ def test_a_batch_of_which_nothing_can_be_said(kind, method, generator):
 
 
 def classified(model: nn.Module) -> Truth:
-    return Truth(model, exactly)
+    return Truth(model, classify64)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -328,7 +302,7 @@ def test_very_different_pairs_in_one_measurement(method, generator):
     pairs = list(zip(batches[::2], batches[1::2], strict=True))
     for order in (pairs, pairs[::-1]):
         stats = gc.CommutatorProbe(model, classify, method=method).measure(order)
-        truth = Truth(model, exactly)
+        truth = Truth(model, classify64)
         for pair, defect, reliable in zip(order, stats.defect.tolist(), stats.reliable.tolist(), strict=True):
             assert right(defect, reliable, truth.defect(method, *pair))
 

@@ -10,40 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from truth import Truth, right, train, twins
+from truth import METHODS, Truth, classify, exactly, of, perceptron, points, right, train, twins
 
 import grokcurv as gc
-
-METHODS = ["difference", "bracket"]
-
-
-def seed(generator: torch.Generator) -> int:
-    return int(torch.randint(1 << 30, (), generator=generator))
-
-
-def points(generator: torch.Generator, batches: int, size: int = 8, width: int = 6):
-    return [
-        (torch.randn(size, width, generator=generator), torch.randint(4, (size,), generator=generator))
-        for _ in range(batches)
-    ]
-
-
-def perceptron() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4))
-
-
-def classify(model: nn.Module, batch) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def of(make, generator: torch.Generator) -> nn.Module:
-    torch.manual_seed(seed(generator))
-    return make()
-
-
-def exactly(model: nn.Module) -> Truth:
-    return Truth(model, classify)
-
 
 # ----------------------------------------------------------------------------------------------- parameters that change
 

@@ -12,42 +12,10 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrize
-from truth import Truth, assert_same, check, right, twins
+from truth import METHODS, Truth, assert_same, check, classify, exactly, of, perceptron, points, right, twins
 
 import grokcurv as gc
-
-METHODS = ["difference", "bracket"]
-
-
-def seed(generator: torch.Generator) -> int:
-    return int(torch.randint(1 << 30, (), generator=generator))
-
-
-def points(generator: torch.Generator, batches: int, size: int = 8, width: int = 5):
-    return [
-        (torch.randn(size, width, generator=generator), torch.randint(3, (size,), generator=generator))
-        for _ in range(batches)
-    ]
-
-
-def perceptron() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def classify(model: nn.Module, batch) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def of(make, generator: torch.Generator) -> nn.Module:
-    torch.manual_seed(seed(generator))
-    return make()
-
-
-def exactly(model: nn.Module) -> Truth:
-    return Truth(model, classify)
-
 
 # ----------------------------------------------------------------------------------------------------- kinds of batches
 
@@ -175,7 +143,7 @@ def test_sparse_gradients(kind, method, generator):
             first = nn.Sequential(nn.Embedding(12, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 4))
         else:
             first = nn.EmbeddingBag(12, 4, mode=kind, sparse=sparse)
-        return nn.Sequential(first, nn.Tanh(), nn.Linear(4, 3))
+        return nn.Sequential(first, nn.Tanh(), nn.Linear(4, 4))
 
     batches = [
         (torch.randint(12, (6, 3), generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(4)
@@ -196,7 +164,7 @@ def test_sparse_gradients(kind, method, generator):
 class Recurrent(nn.Module):
     def __init__(self, cell) -> None:
         super().__init__()
-        self.cell, self.head = cell(5, 6, batch_first=True), nn.Linear(6, 3)
+        self.cell, self.head = cell(6, 6, batch_first=True), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         steps = torch.stack([x, x.cos(), 0.5 * x], 1)
@@ -217,9 +185,9 @@ def test_surroundings(around, method, generator):
     """Neither what is measured nor what is around it changes."""
 
     def make() -> nn.Module:
-        first = nn.Linear(5, 8)
+        first = nn.Linear(6, 8)
         parametrize.register_parametrization(first, "weight", nn.Softplus())
-        return nn.Sequential(first, nn.Tanh(), nn.Linear(8, 3))
+        return nn.Sequential(first, nn.Tanh(), nn.Linear(8, 4))
 
     model, pair = of(make, generator), tuple(points(generator, 2))
     truth = exactly(model)
@@ -273,7 +241,7 @@ def test_a_frozen_complex_parameter_is_no_obstacle(generator):
 def test_a_script_is_refused(whole):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        script = torch.jit.script(nn.Linear(5, 3))
+        script = torch.jit.script(nn.Linear(6, 4))
     model = script if whole else nn.Sequential(script, nn.Tanh())
     with pytest.raises(ValueError, match=r"torch\.jit\.ScriptModule.*pass the module that it was made from"):
         gc.CurvatureMonitor(model, classify)

@@ -20,40 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
-from truth import Truth, assert_same, check, kept, right, train, twins
+from truth import (
+    METHODS,
+    Truth,
+    assert_same,
+    check,
+    classify,
+    exactly,
+    kept,
+    of,
+    perceptron,
+    points,
+    right,
+    train,
+    twins,
+)
 
 import grokcurv as gc
-
-METHODS = ["difference", "bracket"]
-
-
-def seed(generator: torch.Generator) -> int:
-    return int(torch.randint(1 << 30, (), generator=generator))
-
-
-def points(generator: torch.Generator, batches: int, size: int = 8, width: int = 5):
-    return [
-        (torch.randn(size, width, generator=generator), torch.randint(3, (size,), generator=generator))
-        for _ in range(batches)
-    ]
-
-
-def perceptron() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def classify(model: nn.Module, batch) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def of(make, generator: torch.Generator) -> nn.Module:
-    torch.manual_seed(seed(generator))
-    return make()
-
-
-def exactly(model: nn.Module) -> Truth:
-    return Truth(model, classify)
-
 
 # ----------------------------------------------------------------------------------------- one object in several places
 
@@ -63,7 +46,7 @@ class Repeated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh())] * 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +61,7 @@ class Renamed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
         self.features, self.norm = self.net[0], self.net[1]
         self.listed = [self.net[3].weight]
 
@@ -101,7 +84,7 @@ def test_an_embedding_that_renormalises_itself(options, method, generator):
     """It writes to its weight in the forward pass: every evaluation has a vector of its own."""
 
     def make() -> nn.Module:
-        return nn.Sequential(nn.Embedding(20, 4, **options), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3))
+        return nn.Sequential(nn.Embedding(20, 4, **options), nn.Flatten(), nn.Tanh(), nn.Linear(12, 4))
 
     batches = [
         (torch.randint(20, (6, 3), generator=generator), torch.randint(3, (6,), generator=generator)) for _ in range(4)
@@ -120,7 +103,7 @@ class Teacher(nn.Module):
 
     def __init__(self, how: str, width: int = 6, equal: bool = True) -> None:
         super().__init__()
-        self.student, self.teacher, self.how = nn.Linear(5, width), nn.Linear(5, width), how
+        self.student, self.teacher, self.how = nn.Linear(6, width), nn.Linear(6, width), how
         if equal:
             self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
@@ -524,7 +507,7 @@ def test_weight_norm(norm, method, generator):
     def make() -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return nn.Sequential(norm(nn.Linear(5, 8)), nn.Tanh(), norm(nn.Linear(8, 3)))
+            return nn.Sequential(norm(nn.Linear(6, 8)), nn.Tanh(), norm(nn.Linear(8, 4)))
 
     def spelled_out(model: nn.Module, batch) -> Tensor:
         """The kernel's second derivative is wrong in some versions of PyTorch."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import grokcurv as gc
@@ -139,6 +140,40 @@ def check(
         expected = truth.defect(stats.method, *pair, float(stats.eta))
         assert right(float(stats.defect), True, expected, rtol), (float(stats.defect), expected, stats.noise_floor)
     return stats
+
+
+# ---------------------------------------------------------------------------------------------------- small situations
+
+METHODS = ["difference", "bracket"]
+
+
+def seed(generator: torch.Generator) -> int:
+    return int(torch.randint(1 << 30, (), generator=generator))
+
+
+def points(generator: torch.Generator, batches: int, size: int = 8, width: int = 6, classes: int = 4):
+    return [
+        (torch.randn(size, width, generator=generator), torch.randint(classes, (size,), generator=generator))
+        for _ in range(batches)
+    ]
+
+
+def perceptron(activation=nn.Tanh, width: int = 6, hidden: int = 10, classes: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), activation(), nn.Linear(hidden, classes))
+
+
+def classify(model: nn.Module, batch) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def of(make: Callable[[], nn.Module], generator: torch.Generator) -> nn.Module:
+    """A model as ``make`` makes it, from a seed of the generator's."""
+    torch.manual_seed(seed(generator))
+    return make()
+
+
+def exactly(model: nn.Module) -> Truth:
+    return Truth(model, classify)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
