@@ -315,20 +315,21 @@ class CommutatorProbe:
             known = first_gradient if index == 0 else None
             if chained and shared is not None and form == "difference":
                 known = shared.work[1]
-            _note_batches(engine, pair)
-            while True:
-                traits = self._admit(form, pair[0], first)
-                shared = shared or self._share(form)
-                generation = engine.evaluator.generation
-                shared.given = known is first_gradient and known is not None
-                due = check and index == 0
-                seeds = (first, first + 1)
-                row = yield from self._pair(shared, pair, seeds, method, keep_delta, known, due, traits)
-                if generation == engine.evaluator.generation:
-                    break
-                # The model was seen to do what it had not done before, such as to draw: what was computed before that,
-                # or was given, may not be of one function with what came after.
-                known = None
+            with engine.evaluator.session():  # nobody else changes the model until the pair is done
+                _note_batches(engine, pair)
+                while True:
+                    traits = self._admit(form, pair[0], first)
+                    shared = shared or self._share(form)
+                    generation = engine.evaluator.generation
+                    shared.given = known is first_gradient and known is not None
+                    due = check and index == 0
+                    seeds = (first, first + 1)
+                    row = yield from self._pair(shared, pair, seeds, method, keep_delta, known, due, traits)
+                    if generation == engine.evaluator.generation:
+                        break
+                    # The model was seen to do what it had not done before, such as to draw: what was computed before
+                    # that, or was given, may not be of one function with what came after.
+                    known = None
             rows.append(row)
         if not rows:
             raise ValueError("source gave no pair of batches to measure")

@@ -81,6 +81,8 @@ class Evaluator:
             ValueError: they are not those of the beginning: one was frozen, unfrozen, added, removed or given another
                 shape.
         """
+        if self._snapshot is not None:
+            return self._parameters  # of this session
         found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         names = {segment.name for segment in self.segments}
         changed = sorted(found.keys() ^ names)

@@ -642,7 +642,11 @@ def carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list
         LOCK,
         torch.inference_mode(False),
     ):
-        return _carry_out(engine, works)
+        try:
+            return _carry_out(engine, works)
+        finally:
+            for work in works:  # one that waits for a gradient that has failed lets go of the model
+                work.close()
 
 
 def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list[T]:
