@@ -13,8 +13,9 @@ demo: .venv/ready
 	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo --resume
 	$(BIN)/grokcurv report runs/demo
 
+# On two workers, of one thread each.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/ready
 	$(BIN)/ruff check .

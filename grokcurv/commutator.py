@@ -153,8 +153,8 @@ class CommutatorProbe:
 
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
     Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
-    and one parameter's gradient on its way to them (a kept ``delta`` aside; eight and a half at a check of a bracket,
-    ADMISSION at admission). ``errors`` holds what the latest check has found, by the form it was made for: (2, 2), the
+    and one parameter's gradient on its way to them (a kept ``delta`` aside; eight and a half when a bracket is admitted
+    or checked). ``errors`` holds what the latest check has found, by the form it was made for: (2, 2), the
     greatest absolute and relative error of the two gradients at theta, and of the two other vectors; and
     ``errors["given"]`` how far a gradient that was given was from that in float64.
 

@@ -6,6 +6,9 @@ import os
 import secrets
 from collections import Counter
 
+# One thread in each worker, and in the processes that tests start; those that are about threads say how many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import gpu
 import pytest
 import torch
@@ -19,23 +22,18 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-_GPU_TESTS = pytest.StashKey[set[str]]()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked gpu where none can run."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[_GPU_TESTS] = {item.nodeid for item in marked}
     problem = gpu.problem()
-    for item in marked if problem else ():
-        item.add_marker(pytest.mark.skip(reason=problem))
+    for item in items if problem else ():
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=problem))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many tests ran on a GPU and on which; how many did not, and why. Never nothing."""
-    marked = config.stash.get(_GPU_TESTS, set())
     reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "when")]
-    mine = [report for report in reports if report.nodeid in marked]
+    mine = [report for report in reports if "gpu" in report.keywords]  # also of another worker's
     skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in mine if report.skipped)
     ran = {report.nodeid for report in mine if report.when == "call" and not report.skipped}
     if ran:

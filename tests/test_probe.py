@@ -453,20 +453,19 @@ MEMORY = """
 import re, sys, torch
 import grokcurv as gc
 torch.set_num_threads(1)
-model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)))
-batch = torch.randn(2, 1024)
+checked = sys.argv[3] == "checked"
+width = 512 if checked else 1024
+model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(16)))
+batch = torch.randn(2, width)
 loss_fn = lambda m, x: m(x).square().mean()
 small = torch.nn.Linear(2, 2)
 gc.CommutatorProbe(small, loss_fn, method=sys.argv[1]).measure([(torch.ones(1, 2), torch.ones(1, 2))])
 status = lambda name: 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
-probe = gc.CommutatorProbe(model, loss_fn, method=sys.argv[1], noise_floor=sys.argv[3] == "checked")
-if sys.argv[3] == "checked":  # the model is admitted once, in memory for more
-    probe.measure([(batch, batch + 1)])
-    open("/proc/self/clear_refs", "w").write("5")
+probe = gc.CommutatorProbe(model, loss_fn, method=sys.argv[1], noise_floor=checked)
 probe.measure([(batch, batch + 1)] * int(sys.argv[2]))
-print((status("VmHWM") - before) / (4 * 1024 * 1024 * 16))
+print((status("VmHWM") - before) / (4 * width * width * 16))
 """
 
 

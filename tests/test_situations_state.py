@@ -120,7 +120,7 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.follow()
-        return (torch.tanh(self.student(x)) @ torch.tanh(self.teacher(x * 0.9)).T)[:, :3]
+        return (torch.tanh(self.student(x)) @ torch.tanh(self.teacher(x * 0.9)).T)[:, :4]
 
 
 @pytest.mark.parametrize("how", ["data", "lerp", "copy"])
@@ -162,8 +162,8 @@ class Late(nn.Module):
             if self.kind == "replaced":
                 self.memory = self.memory + 1.0
             else:
-                self.memory[:3] += y.detach().mean(0)
-        return y + self.memory[:3]
+                self.memory[:4] += y.detach().mean(0)
+        return y + self.memory[:4]
 
 
 @pytest.mark.parametrize("kind", ["buffer", "attribute", "replaced"])
@@ -262,9 +262,9 @@ class Keeper(nn.Module):
         if kind == "counter":
             self.calls = 0
         elif kind in ("average", "reassigned average"):
-            self.average = torch.zeros(3)
+            self.average = torch.zeros(4)
         elif kind == "buffer":
-            self.register_buffer("average", torch.zeros(3))
+            self.register_buffer("average", torch.zeros(4))
             self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         elif kind == "deque":
             self.recent = deque(maxlen=2)
@@ -283,11 +283,11 @@ class Keeper(nn.Module):
         elif kind in ("namespace", "user dictionary"):
             self.statistics = types.SimpleNamespace(data={"n": 0}) if kind == "namespace" else UserDict(n=0)
         elif kind == "array":
-            self.average = np.zeros(3)
+            self.average = np.zeros(4)
         elif kind == "nested":
-            self.state = {"layers": [{"mean": torch.zeros(3)}, ({"n": 0},)]}
+            self.state = {"layers": [{"mean": torch.zeros(4)}, ({"n": 0},)]}
         elif kind == "queue":
-            self.register_buffer("queue", torch.zeros(4, 3))
+            self.register_buffer("queue", torch.zeros(4, 4))
             self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:

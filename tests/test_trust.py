@@ -140,18 +140,23 @@ def test_nothing_of_a_models_truth_is_float32(trust: ModuleType, name: str) -> N
     assert float(loss.detach()) == pytest.approx(float(stable), rel=1e-2 if name == "mlp bfloat16" else 1e-5)
 
 
-def test_the_study_on_a_few_pairs(trust: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize(
+    "models", [("mlp tanh", "mlp relu"), pytest.param((*SMOOTH, "mlp relu"), marks=pytest.mark.long)], ids=len
+)
+def test_the_study_on_a_few_pairs(trust: ModuleType, models: tuple[str, ...], tmp_path: Path) -> None:
+    if "gpt2" in models:
+        pytest.importorskip("transformers")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     out = tmp_path / "trust.csv.gz"
     printed = []
-    for arguments in (["--small"], ["--tables", "--against", str(out)]):
+    for arguments in (["--small", "--models", *models], ["--tables", "--against", str(out)]):
         command = [sys.executable, str(FILE), "--out", str(out), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         printed.append(done.stdout)
     record = trust.read(out)
-    assert set(record["model"]) == set(trust.PROBLEMS)
+    assert set(record["model"]) == set(models)
+    assert set(trust.PROBLEMS) == {*SMOOTH, "mlp relu"}
     assert set(record["kind"]) == {"probe", "monitor", "successive"}
     assert not record.duplicated(trust.PLACE).any()
     plain = record[record["model"] == "mlp tanh"]  # a model that every commit measures rightly
