@@ -30,7 +30,7 @@ GRADIENT_TOLERANCE = 1e-4
 """Relative distance up to which two evaluations in the model's own precision are one: the order of sums may differ."""
 
 CURVATURE_TOLERANCE = 1e-3
-"""The same of a Hessian-vector product and a difference of gradients, both in float64."""
+"""The same of a Hessian-vector product and a difference of gradients."""
 
 DISPLACEMENTS = (1e-5, 1e-3, 1e-7)
 """Half the length of that difference's step, relative to the length of the parameters: a step too long leaves the
@@ -188,19 +188,19 @@ class Admission:
             self.find("float64", True, "float64 throughout")
 
     def second_derivatives(self, engine: GradientEngine, traits: Traits, batch: Any, seed: int) -> bool:
-        """Whether a Hessian-vector product equals the central difference of gradients, both in float64."""
+        """Whether a Hessian-vector product equals a difference of gradients in float64."""
         if traits.brackets is not None:
             return traits.brackets
         if not engine.brackets:
             traits.brackets = False
             return False
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
-        # In memory for eight vectors: theta moves to and fro, and of the second gradient only its distance is wanted.
         theta = engine.flatten().to(torch.float64)
-        direction, product, expected = (torch.empty_like(theta) for _ in range(3))
+        direction = torch.empty_like(theta)
+        own = torch.empty_like(engine.flatten())
         try:
             engine.exact_gradient(theta, batch, direction, seed)
-            engine.product(theta, batch, direction, None, product, seed)
+            engine.product(engine.flatten(), batch, direction, None, own, seed)
         except Exception as error:
             traits.brackets = False
             self.find("second derivative", False, f"there is none: {first_line(error)}", consequence)
@@ -209,27 +209,18 @@ class Admission:
         if traits.nonsmooth:
             self.find("second derivative", True, "not compared with differences: at a kink it is one-sided")
             return True
-        length, scale = float(direction.norm()), float(theta.norm())
+        length, scale, size = (float(x.norm(dtype=torch.float64)) for x in (direction, theta, own))
         if not (math.isfinite(length) and length > 0):
             return True  # nothing to be compared here
-        size, apart = float(product.norm()), math.inf
-        found = theta.new_zeros(3)
-        for displacement in DISPLACEMENTS:
-            step = displacement * max(scale, 1.0) / length
-            engine.exact_gradient(theta.add_(direction, alpha=step), batch, expected, seed)
-            expected.sub_(product, alpha=2.0 * step)
-            theta.sub_(direction, alpha=2.0 * step)
-            engine.exact_gradient(theta, batch, expected, seed, found=found, keep=True)
-            engine.flatten(theta)
-            apart = min(apart, float(found[0]) / (2.0 * step))
-            if apart <= CURVATURE_TOLERANCE * size:
-                break
+        # The product in the model's own precision and one more gradient are enough for most models.
+        step = min(DISPLACEMENTS) * max(scale, 1.0) / length
+        found, expected = theta.new_zeros(3), own.to(torch.float64).mul_(step).add_(direction)
+        engine.exact_gradient(theta.add_(direction, alpha=step), batch, expected, seed, found=found, keep=True)
+        apart = float(found[0]) / step
         traits.brackets = apart <= CURVATURE_TOLERANCE * size
+        del own, expected
         if not traits.brackets:
-            # In a confident model the difference of two nearly equal gradients may be all rounding: then it says
-            # nothing, and the floors of the brackets are to be trusted, which sample the rounding of the products.
-            noise = engine.sample_rounding(theta, batch, expected, seed)
-            traits.brackets = apart <= CURVATURE_TOLERANCE * size + DROWNED * noise / step
+            traits.brackets, size, apart = self._curvature(engine, engine.flatten(theta), batch, seed, direction)
         self.find(
             "second derivative",
             traits.brackets,
@@ -238,6 +229,31 @@ class Admission:
             consequence,
         )
         return traits.brackets
+
+    def _curvature(
+        self, engine: GradientEngine, theta: Tensor, batch: Any, seed: int, direction: Tensor
+    ) -> tuple[bool, float, float]:
+        """Whether a product equals a central difference, all in float64; the product's length, and how far it is off.
+
+        In memory for eight vectors: theta moves to and fro, and of the second gradient only its distance is wanted.
+        """
+        product, expected = torch.empty_like(theta), torch.empty_like(theta)
+        engine.product(theta, batch, direction, None, product, seed)
+        size, apart, found = float(product.norm()), math.inf, theta.new_zeros(3)
+        for displacement in DISPLACEMENTS:
+            step = displacement * max(float(theta.norm()), 1.0) / float(direction.norm())
+            engine.exact_gradient(theta.add_(direction, alpha=step), batch, expected, seed)
+            expected.sub_(product, alpha=2.0 * step)
+            theta.sub_(direction, alpha=2.0 * step)
+            engine.exact_gradient(theta, batch, expected, seed, found=found, keep=True)
+            engine.flatten(theta)
+            apart = min(apart, float(found[0]) / (2.0 * step))
+            if apart <= CURVATURE_TOLERANCE * size:
+                return True, size, apart
+        # In a confident model the difference of two nearly equal gradients may be all rounding: then it says nothing,
+        # and the floors of the brackets are to be trusted, which sample the rounding of the products.
+        noise = engine.sample_rounding(theta, batch, expected, seed)
+        return apart <= CURVATURE_TOLERANCE * size + DROWNED * noise / step, size, apart
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many tests ran on a GPU and on which; how many did not, and why. Never nothing."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "when")]
-    mine = [report for report in reports if "gpu" in report.keywords]  # also of another worker's
+    mine = [report for report in reports if "gpu" in getattr(report, "keywords", ())]  # also of another worker's
     skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in mine if report.skipped)
     ran = {report.nodeid for report in mine if report.when == "call" and not report.skipped}
     if ran:

@@ -52,8 +52,8 @@ REPEATED: dict[ModuleType, set[str]] = {
 
 for _module, _slow in REPEATED.items():
     _stem = _module.__name__.removeprefix("test_")
-    for _name in vars(_module).keys() - _slow:
-        if _name.startswith("test_"):
+    for _name in vars(_module):
+        if _name.startswith("test_") and _name not in _slow:
             globals()[f"{_name}_by_{_stem}"] = getattr(_module, _name)
 test_bits_do_not_depend_on_the_batch = test_ops.test_bits_do_not_depend_on_the_batch
 
