@@ -197,9 +197,9 @@ class Admission:
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
         theta = engine.flatten().to(torch.float64)
         direction = torch.empty_like(theta)
-        own = torch.empty_like(engine.flatten())
+        own, found = torch.empty_like(engine.flatten()), theta.new_zeros(3)
         try:
-            engine.exact_gradient(theta, batch, direction, seed)
+            engine.gradient(theta, batch, direction, seed=seed, found=found)
             engine.product(engine.flatten(), batch, direction, None, own, seed)
         except Exception as error:
             traits.brackets = False
@@ -214,8 +214,8 @@ class Admission:
             return True  # nothing to be compared here
         # The product in the model's own precision and one more gradient are enough for most models.
         step = min(DISPLACEMENTS) * max(scale, 1.0) / length
-        found, expected = theta.new_zeros(3), own.to(torch.float64).mul_(step).add_(direction)
-        engine.exact_gradient(theta.add_(direction, alpha=step), batch, expected, seed, found=found, keep=True)
+        expected = own.to(torch.float64).mul_(step).add_(direction)
+        engine.gradient(theta.add_(direction, alpha=step), batch, expected, seed=seed, found=found, keep=True)
         apart = float(found[0]) / step
         traits.brackets = apart <= CURVATURE_TOLERANCE * size
         del own, expected
