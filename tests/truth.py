@@ -49,9 +49,12 @@ def widened(value: Any) -> Any:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Without the cancellation in p - 1: the loss of a confident model is a sum over the other classes."""
-    ahead = logits - logits.gather(1, y[:, None])
-    return torch.log1p(ahead.exp().scatter(1, y[:, None], 0.0).sum(1)).mean()
+    """A sum over the classes behind the first: nothing is subtracted from one, in no derivative."""
+    first = logits.detach().argmax(1, keepdim=True)
+    behind = logits - logits.gather(1, first)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, first, False)
+    rest = behind[others].unflatten(0, (len(logits), -1)).exp().sum(1).log1p()
+    return (rest - (behind.gather(1, y[:, None]) * (y[:, None] != first))[:, 0]).mean()
 
 
 @contextmanager
