@@ -45,6 +45,9 @@ SMALL = 1 << 24
 GRAPHS = 16
 """So many captured gradients are kept; the one not used for longest goes first."""
 
+PIECE = 1 << 18
+"""Numbers of a parameter that are compared at a time."""
+
 T = TypeVar("T")
 
 Vectors = tuple[Tensor, ...]
@@ -583,11 +586,11 @@ class Delivery:
         self._missing.discard(index)
         norms = []
         if self._found is not None:
-            norms = [_norm(view - part), _norm(part)]
+            norms = [_distance(view, part), _norm(part)]
         if not self._keep:
             view.copy_(part)
         if self._found is not None:
-            norms.append(_norm(view - part) if view.dtype != part.dtype else torch.zeros_like(norms[0]))
+            norms.append(_distance(view, part) if view.dtype != part.dtype else torch.zeros_like(norms[0]))
             self._squares.append(torch.stack(norms).square())
 
     def end(self) -> None:
@@ -596,6 +599,14 @@ class Delivery:
             self.take(index, torch.zeros_like(self._views[index]))
         if self._found is not None and self._squares:
             self._found.copy_(torch.stack(self._squares).sum(0).sqrt())
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """The length of ``a - b``, in memory for a piece of it."""
+    if a.numel() <= PIECE:
+        return _norm(a - b)
+    rows = max(1, PIECE * len(a) // a.numel())
+    return _norm(torch.stack([_norm(x - y) for x, y in zip(a.split(rows), b.split(rows), strict=True)]))
 
 
 def _norm(x: Tensor) -> Tensor:
