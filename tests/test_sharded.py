@@ -101,12 +101,13 @@ def test_float32_end_to_end_differs_by_less_than_the_floor(world, kind, ranks, s
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 2), ("ddp", 3)])
 def test_kinks(world, kind, ranks, seed):
-    """Evaluated in float64 throughout, on all ranks, the rectified loss has the floor of that, which is sampled."""
+    """Evaluated in float64 throughout, on all ranks, the rectified loss has the floor of that."""
     (answer, *_) = answers = world.run(on.measure, kind, seed, torch.float32, {}, True, ranks=ranks)
     same_everywhere([a["stats"] for a in answers], *NUMBERS, "noise_floor")
     stats, alone = answer["stats"], answer["alone"]
     ratio = stats["noise_floor"] / alone["noise_floor"]
-    assert ((ratio > 1 / 30) & (ratio < 30)).all()
+    # Under fully_shard some seeds give a floor up to 13 % lower, within the floor's margin of three; why is not known.
+    assert ((ratio > (1 - 1e-4 if kind == "ddp" else 0.5)) & (ratio < 1 + 1e-4)).all()
     assert ((stats["defect"] - alone["defect"]).abs() <= stats["noise_floor"] + alone["noise_floor"]).all()
 
 
