@@ -505,7 +505,7 @@ class CommutatorProbe:
             return torch.hypot(lost, self._expected(shared, True))
         noise = None
         if sample and not capturing(engine.device) and engine.device.type != "meta":
-            noise = yield from self._sampled(shared, pair, seeds)
+            noise = yield from self._sampled(shared, pair, seeds, lost)
             own = noise
         # The published formula is reported in the model's own precision, and so is what only a twin can check.
         kept = (method == "reference" or not engine.certifies) and not exactly
@@ -517,8 +517,11 @@ class CommutatorProbe:
         self._remember(shared, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
         return errors
 
-    def _sampled(self, shared: _Shared, pair: Pair, seeds: tuple[int, int]) -> Asking[Tensor]:
-        """(4,) how far the evaluations move when float64's rounding errors are made larger at random."""
+    def _sampled(self, shared: _Shared, pair: Pair, seeds: tuple[int, int], lost: Tensor) -> Asking[Tensor]:
+        """(4,) how far the evaluations move when float64's rounding errors are made larger at random.
+
+        They are held against vectors that may have been rounded to the model's precision, and have ``lost`` (4,) by it.
+        """
         engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
         moved = shared.unknown(0.0, 3)
         shake = torch.Generator(engine.device).manual_seed(seeds[0])
@@ -529,8 +532,10 @@ class CommutatorProbe:
         else:
             for index, (batch, gradient, seed) in enumerate(zip(pair, (g_a, g_b), seeds, strict=True)):
                 yield [Wanted(theta, batch, gradient, seed, moved[index], keep=True, shake=shake)]
-            moved[2:] = moved[:2]
-        return moved[:, 0]
+        noise = (moved[:, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
+        if shared.form == "difference":
+            noise[2:] = noise[:2]
+        return noise
 
     def _expected(self, shared: _Shared, floored: bool) -> Tensor:
         """(4,) errors as large as any that the latest check has found, absolute or relative, and then some."""

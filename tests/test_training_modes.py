@@ -75,6 +75,7 @@ def equal(one: gc.CurvatureMonitor, other: gc.CurvatureMonitor) -> None:
 @pytest.mark.parametrize("name", ["perceptron", "tied attention"])
 def test_under_autocast_the_check_lifts_the_casts(name, generator):
     """What is certified is the function that the loss computes but for the rounding to bfloat16."""
+    without = []
     for _ in range(4):
         problem, model, pair = draw(name, generator)
         for method in METHODS:
@@ -86,8 +87,9 @@ def test_under_autocast_the_check_lifts_the_casts(name, generator):
             assert error(stats, truth) <= stats.noise_floor
             torch.testing.assert_close(stats.defect, truth.defect, rtol=0.01, atol=0)
             own = gc.CommutatorProbe(model, bfloat16(problem), method=method, noise_floor=False).measure([pair])
-            if method == "difference":  # eta |H| is below the roundoff of bfloat16
-                assert abs(own.defect / truth.defect - 1) > 0.1
+            if method == "difference":
+                without.append(float(abs(own.defect / truth.defect - 1)))
+    assert max(without) > 0.1  # eta |H| is below the roundoff of bfloat16; one pair may come out right by chance
 
 
 def test_under_autocast_the_monitor_certifies_every_row(generator):
