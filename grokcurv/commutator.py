@@ -14,9 +14,9 @@ the same :math:`\delta` is a difference of gradients, which is what is computed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -74,6 +74,12 @@ MOVED = 0.5
 
 CHANGED = 10.0
 """Or when the length of a gradient has changed by this factor."""
+
+GROWN = 3.0
+"""Or when what is in the batches has grown by this one, below :data:`STALE_MARGIN`: a sum errs as what is summed."""
+
+FEW = 16
+"""Tensors of fewer integers name things more often than they measure them, and are not looked at for that."""
 
 PADDING = 16
 """Rows of scratch memory begin at multiples of so many numbers, for the kernels' sake."""
@@ -206,7 +212,8 @@ class CommutatorProbe:
         self.method: Method = method
         self.noise_floor = noise_floor and self.gradients.checked
         self.errors: dict[str, Tensor] = {}
-        self.origins: dict[str, Tensor] = {}  # where they were found: gradients' lengths, some coordinates of theta
+        # Where they were found: gradients' lengths and some coordinates of theta; the magnitudes of what was in the batches.
+        self.origins: dict[str, tuple[Tensor, list[float]]] = {}
         self.basis = basis
         size = self.gradients.segments[-1].stop
         for segment in segments or ():
@@ -379,7 +386,7 @@ class CommutatorProbe:
         if not exactly:
             eta = yield from evaluate(shared, pair, seeds, known=known)
             stats = self._stats(shared, eta, self._expected(shared, floored), method, keep_delta)
-            if not floored or not (check or self._doubtful(shared, stats)):
+            if not floored or not (check or self._doubtful(shared, pair, stats)):
                 return stats
             published = stats.reference
             del stats  # and its delta
@@ -398,7 +405,7 @@ class CommutatorProbe:
                 self._compare_given(found)
         errors = yield from self._learn(shared, pair, seeds, found, check, exactly, method)
         stats = self._stats(shared, eta, errors, method, keep_delta)
-        if exactly and not check and self._doubtful(shared, stats):
+        if exactly and not check and self._doubtful(shared, pair, stats):
             errors = yield from self._learn(shared, pair, seeds, found, True, exactly, method)
             stats = self._stats(shared, eta, errors, method, keep_delta)
         stats = replace(stats, exact=torch.ones_like(stats.exact))
@@ -514,7 +521,7 @@ class CommutatorProbe:
             distance = torch.maximum(distance, errors) if wide else errors
             length = _lengths(engine, shared.work)
         relative = (distance / length).nan_to_num(nan=math.inf)
-        self._remember(shared, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
+        self._remember(shared, pair, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
         return errors
 
     def _sampled(self, shared: _Shared, pair: Pair, seeds: tuple[int, int], lost: Tensor) -> Asking[Tensor]:
@@ -554,14 +561,14 @@ class CommutatorProbe:
         self.errors[GIVEN][0], self.errors[GIVEN][1] = found[0, 0], found[1:3, 0].max()
         self.errors[GIVEN][2] = found[0, 1]
 
-    def _remember(self, shared: _Shared, found: Tensor) -> None:
+    def _remember(self, shared: _Shared, pair: Pair, found: Tensor) -> None:
         """Keep what a check has found, where a captured measurement finds it again, and of where it is true."""
         form = shared.form
         if form not in self.errors:
             self.errors[form] = torch.full_like(found, math.nan)
         self.errors[form].copy_(found)
         if not must_wait(self.gradients.device):
-            self.origins[form] = self._whereabouts(shared)
+            self.origins[form] = self._whereabouts(shared), _magnitudes(pair)
 
     def _whereabouts(self, shared: _Shared) -> Tensor:
         """float64: the lengths of the two gradients, and some thousand coordinates of theta, equally spaced."""
@@ -569,7 +576,7 @@ class CommutatorProbe:
         lengths = _lengths(self.gradients, shared.work[:2])
         return torch.cat([lengths, theta[:: max(1, len(theta) // SAMPLED)].to(torch.float64)])
 
-    def _doubtful(self, shared: _Shared, stats: CommutatorStats) -> bool:
+    def _doubtful(self, shared: _Shared, pair: Pair, stats: CommutatorStats) -> bool:
         """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
         if must_wait(self.gradients.device) or stats.method == "reference":
             return False
@@ -579,12 +586,16 @@ class CommutatorProbe:
             return True
         if shared.given and bool((shared.changes[0] / shared.changes[1]).log().abs() > math.log(ALARM)):
             return True
-        origin, now = self.origins.get(shared.form), self._whereabouts(shared)
-        if origin is None:
+        if shared.form not in self.origins:
             return True
-        ratio = (now[:2] / origin[:2]).log().abs().max()
+        (origin, before), now = self.origins[shared.form], self._whereabouts(shared)
+        if bool((now[:2] / origin[:2]).log().abs().max() > math.log(CHANGED)):
+            return True
         norm = self.gradients.coordinates.norm
-        return bool(ratio > math.log(CHANGED)) or bool(norm(now[2:] - origin[2:]) > MOVED * norm(origin[2:]))
+        if bool(norm(now[2:] - origin[2:]) > MOVED * norm(origin[2:])):
+            return True
+        sizes = zip_longest(_magnitudes(pair), before, fillvalue=0.0)
+        return self.gradients.anywhere(any(size > GROWN * then for size, then in sizes))
 
     def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
         """(1,) float64: eta, the same whichever batch comes first."""
@@ -737,6 +748,23 @@ class _Exact:
 def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:
     """(N,) float64"""
     return torch.stack([engine.coordinates.norm(row) for row in rows])
+
+
+def _magnitudes(pair: Pair) -> list[float]:
+    """Root mean squares of the tensors in two batches, in their order; the greater of the two."""
+    return [max(both) for both in zip_longest(*map(_root_mean_squares, pair), fillvalue=0.0)]
+
+
+def _root_mean_squares(batch: Any) -> Iterator[float]:
+    """Of each tensor in a batch; zero where numbers are names, or not laid out one after another."""
+    for tensor in Snapshot([batch]).tensors:
+        least = 1 if tensor.is_floating_point() or tensor.is_complex() else FEW
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype == torch.bool or tensor.numel() < least:
+            yield 0.0
+            continue
+        values = (tensor.detach().abs() if tensor.is_complex() else tensor.detach()).to(torch.float32)
+        size = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(tensor.numel())
+        yield size if math.isfinite(size) else math.inf
 
 
 def _note_batches(engine: GradientEngine, pair: Pair) -> None:

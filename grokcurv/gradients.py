@@ -161,6 +161,10 @@ class GradientEngine:
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.evaluator.parameters())
         return torch.cat([_dense(grad.detach()).reshape(-1) for grad in grads])
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any of the processes that train the model, all of which ask."""
+        return flag
+
     # ---------------------------------------------------------------------------------------------------- admission
 
     def admit(self, batch: Any, *, seed: int = 0, exact: bool = True) -> Traits:

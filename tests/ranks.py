@@ -348,6 +348,17 @@ def nan(mesh: DeviceMesh, seed: int) -> dict[str, Any]:
     return {**plain(stats), "kept": torch.equal(before, probe.gradients.flatten())}
 
 
+def grown(mesh: DeviceMesh, kind: str, seed: int) -> list[bool]:
+    """Whether pairs that need no check were checked: one like that of the check, and one large on the last rank."""
+    mine = batches(6, mesh.size(), seed)[mesh.get_local_rank()]
+    if mesh.get_local_rank() == mesh.size() - 1:
+        mine[4][0].mul_(100.0)
+    model = net(seed)
+    wrapped = distributed(ddp(mesh, model)) if kind == "ddp" else sharded(mesh, model, net(seed + 1, torch.float64))
+    probe = gc.CommutatorProbe(wrapped, loss, eta=1.0)
+    return [bool(probe.measure([pair], check=False).exact) for pair in zip(mine[::2], mine[1::2], strict=True)]
+
+
 def dropout(mesh: DeviceMesh, seed: int) -> dict[str, Any]:
     """A model with dropout, measured twice from one seed, once from another, and with a step ten times as long."""
     mine = batches(2, mesh.size(), seed)[mesh.get_local_rank()]

@@ -179,6 +179,11 @@ def test_a_nan_of_one_rank_reaches_all(world, seed):
         assert answer["kept"]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_makes_one_rank_doubt_makes_all_check(world, kind, seed):
+    assert world.run(on.grown, kind, seed, ranks=3) == [[True, False, True]] * 3
+
+
 def test_dropout_meets_the_same_mask_at_every_parameter_vector(world, seed):
     answers = world.run(on.dropout, seed, ranks=2)
     for answer in answers:

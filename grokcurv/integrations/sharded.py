@@ -149,7 +149,7 @@ class ReplicatedEngine(GradientEngine):
     def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
         with self._together():
             nonsmooth = self._has_kinks(batch, _own(seed))
-        return Traits(nonsmooth=self._anywhere(nonsmooth))
+        return Traits(nonsmooth=self.anywhere(nonsmooth))
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
         with self._together():
@@ -160,7 +160,7 @@ class ReplicatedEngine(GradientEngine):
         dist.all_reduce(vectors, group=self._group)
         return vectors.div_(self._group.size())
 
-    def _anywhere(self, flag: bool) -> bool:
+    def anywhere(self, flag: bool) -> bool:
         flags = torch.tensor([flag], dtype=torch.int32, device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
         return bool(flags)
@@ -177,7 +177,7 @@ class ReplicatedEngine(GradientEngine):
             if must_wait(self.device):
                 raise
             error = raised
-        if not must_wait(self.device) and self._anywhere(error is not None):
+        if not must_wait(self.device) and self.anywhere(error is not None):
             raise error or _ElsewhereError("the model could not be evaluated on another rank, whose error says why")
 
 
@@ -326,8 +326,11 @@ class ShardedEngine(GradientEngine):
         )
 
     def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
-        smooth = torch.tensor([not self._has_kinks(batch, _own(seed))], device=self.device)
-        return Traits(nonsmooth=not bool(self.coordinates.everywhere(smooth)), brackets=False)
+        return Traits(nonsmooth=self.anywhere(self._has_kinks(batch, _own(seed))), brackets=False)
+
+    def anywhere(self, flag: bool) -> bool:
+        unset = torch.tensor([not flag], device=self.device)
+        return not bool(self.coordinates.everywhere(unset))
 
     def gradient(
         self,
