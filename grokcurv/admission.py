@@ -104,8 +104,11 @@ class Admission:
         if not passed and news:
             warnings.warn(str(finding), AdmissionWarning, stacklevel=2)
 
-    def admit(self, engine: GradientEngine, batch: Any, seed: int, exact: bool) -> Traits:
-        """Evaluate the model on ``batch`` at its own parameters, some five gradients, to find its traits."""
+    def admit(self, engine: GradientEngine, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+        """Evaluate the model on ``batch`` at its own parameters, some five gradients, to find its traits.
+
+        Where ``brackets`` will be looked at next, the gradient in float64 serves both.
+        """
         theta = engine.flatten()
         first, again = torch.empty_like(theta), torch.empty_like(theta)
         traits = engine.traits = Traits(exact=exact)
@@ -119,7 +122,12 @@ class Admission:
         traits.nonsmooth = any(map(KINKS.fullmatch, operators))
         self._gradient(engine, traits, theta, batch, first, again, seed)
         if traits.exact:
-            self._float64(engine, traits, theta, batch, again, seed)
+            wide = theta.to(torch.float64)
+            gradient = again if wide is theta or not brackets else torch.empty_like(wide)
+            self._float64(engine, traits, wide, batch, gradient, seed)
+            if brackets and traits.exact:
+                del theta, first, again, wide
+                self.second_derivatives(engine, traits, batch, seed, gradient)
         return traits
 
     def _gradient(
@@ -167,7 +175,7 @@ class Admission:
     ) -> None:
         """The evaluation in float64 that everything is held against."""
         try:
-            mode = engine.exact_gradient(theta.to(torch.float64), batch, out, seed)
+            mode = engine.exact_gradient(theta, batch, out, seed)
         except Exception as error:
             traits.exact = False
             self.find("float64", False, f"cannot be evaluated: {first_line(error)}", "no row is reliable")
@@ -187,8 +195,13 @@ class Admission:
         else:
             self.find("float64", True, "float64 throughout")
 
-    def second_derivatives(self, engine: GradientEngine, traits: Traits, batch: Any, seed: int) -> bool:
-        """Whether a Hessian-vector product equals a difference of gradients in float64."""
+    def second_derivatives(
+        self, engine: GradientEngine, traits: Traits, batch: Any, seed: int, direction: Tensor | None = None
+    ) -> bool:
+        """Whether a Hessian-vector product equals a difference of gradients in float64.
+
+        The direction is the gradient in float64, if somebody has it.
+        """
         if traits.brackets is not None:
             return traits.brackets
         if not engine.brackets:
@@ -196,10 +209,11 @@ class Admission:
             return False
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
         theta = engine.flatten().to(torch.float64)
-        direction = torch.empty_like(theta)
         own, found = torch.empty_like(engine.flatten()), theta.new_zeros(3)
         try:
-            engine.gradient(theta, batch, direction, seed=seed, found=found)
+            if direction is None:
+                direction = torch.empty_like(theta)
+                engine.gradient(theta, batch, direction, seed=seed, found=found)
             engine.product(engine.flatten(), batch, direction, None, own, seed)
         except Exception as error:
             traits.brackets = False

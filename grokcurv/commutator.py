@@ -212,7 +212,7 @@ class CommutatorProbe:
         self.method: Method = method
         self.noise_floor = noise_floor and self.gradients.checked
         self.errors: dict[str, Tensor] = {}
-        # Where they were found: gradients' lengths and some coordinates of theta; the magnitudes of what was in the batches.
+        # Where they were found: gradients' lengths and some coordinates of theta; magnitudes of what is in the batches.
         self.origins: dict[str, tuple[Tensor, list[float]]] = {}
         self.basis = basis
         size = self.gradients.segments[-1].stop
@@ -344,11 +344,8 @@ class CommutatorProbe:
 
     def _admit(self, form: str, batch: Any, seed: int) -> Traits:
         """How the structure of model and batch is evaluated; brackets are looked at if they are to be vouched for."""
-        engine = self.gradients
-        traits = engine.admit(batch, seed=seed, exact=self.noise_floor)
-        if form == "bracket" and self.noise_floor and engine.brackets:
-            engine.has_true_brackets(batch, seed=seed)
-        return traits
+        brackets = form == "bracket" and self.noise_floor
+        return self.gradients.admit(batch, seed=seed, exact=self.noise_floor, brackets=brackets)
 
     def _share(self, form: str) -> _Shared:
         """Memory for one pair: four vectors and a scratch of two, or of one in float64, beyond the model's own."""

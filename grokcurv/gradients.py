@@ -167,12 +167,13 @@ class GradientEngine:
 
     # ---------------------------------------------------------------------------------------------------- admission
 
-    def admit(self, batch: Any, *, seed: int = 0, exact: bool = True) -> Traits:
+    def admit(self, batch: Any, *, seed: int = 0, exact: bool = True, brackets: bool = False) -> Traits:
         """Find out, once for each structure of model and batch, how it is to be evaluated; :attr:`traits` from here on.
 
         The structure: which parameters are trainable, the modes of the modules, and the types and dimensions, not the
         sizes, of what is in the batch. Inside a capture and on the meta device, where no number can be looked at, only
-        whether the loss has kinks is found. ``exact=False`` leaves the evaluation in float64 out.
+        whether the loss has kinks is found. ``exact=False`` leaves the evaluation in float64 out; ``brackets`` also
+        looks at second derivatives, as :meth:`has_true_brackets` does.
         """
         tensors = Snapshot([batch]).tensors
         modes = tuple(module.training for module in self.model.modules())
@@ -182,16 +183,18 @@ class GradientEngine:
             return self.traits
         if key not in known:
             with self.evaluator.session():
-                known[key] = self._admitted(batch, seed, exact)
+                known[key] = self._admitted(batch, seed, exact, brackets)
             self.evaluator.generation += 1
         self.traits = known[key]
+        if brackets:
+            self.has_true_brackets(batch, seed=seed)
         return self.traits
 
-    def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
+    def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
         if capturing(self.device) or self.device.type == "meta":
             return Traits(nonsmooth=self._has_kinks(batch, seed), brackets=self.brackets)
         self.traits = Traits()
-        traits = self._admission.admit(self, batch, seed, exact)
+        traits = self._admission.admit(self, batch, seed, exact, brackets)
         if self.strategy == "vmap":
             self._compare_vmap(batch)
         return traits

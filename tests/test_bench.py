@@ -85,6 +85,7 @@ def test_cases(case: Case, generator: torch.Generator, small: None) -> None:
 @pytest.mark.parametrize(
     "case",
     [
+        measurements.admission(),
         measurements.pair(),
         measurements.whole(2),
         measurements.whole(1, measurements.SHORTER),

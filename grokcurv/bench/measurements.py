@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from grokcurv.admission import Finding
 from grokcurv.bench import naive
 from grokcurv.bench.contest import OURS, Case, Contender, Contest, relative, worst
 from grokcurv.commutator import CommutatorProbe
@@ -34,6 +35,9 @@ MEMORY = 1 << 30
 DEMO = "demo's model"
 COMPARED = 5
 """Training steps whose defects are compared with float64 truth."""
+
+ADMITTED = 14
+"""Gradients whose time admission may take."""
 
 SUPPORTS: tuple[Literal["full"], Literal["matched"]] = ("full", "matched")
 """Of the random controls."""
@@ -66,6 +70,38 @@ def pair() -> Case:
         )
 
     return Case("pair", f"commutator of a pair, {DEMO}", MEMORY, build)
+
+
+def admission() -> Case:
+    """What a model costs when it is first met, beside as many gradients as that may take."""
+
+    def build(generator: Generator) -> Contest:
+        model, (pair,), _ = demo(generator, 1)
+        loss_fn, one = loss(MODULE), pair[0]
+        gradient = gradient_flops(model, one)
+
+        def admit(brackets: bool) -> tuple[Finding, ...]:
+            engine = CommutatorProbe(model, loss_fn).gradients
+            engine.admit(one, brackets=brackets)
+            return engine.admission
+
+        def bare() -> None:
+            model.zero_grad()
+            loss_fn(model, one).backward()
+
+        return Contest(
+            (
+                Contender(OURS, lambda: admit(True)),
+                Contender(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
+                Contender(f"{ADMITTED} bare gradients", bare, note="measures nothing", times=ADMITTED),
+            ),
+            {"checks that failed": lambda found: math.nan if found is None else sum(not f.passed for f in found)},
+            tolerance=0.0,
+            flops=2 * gradient + bracket_flops(model, pair) // 2,  # told where to stop and not, and a product
+            flops64=2 * gradient,
+        )
+
+    return Case("admission", f"admission, {DEMO}", MEMORY, build)
 
 
 def whole(pairs: int, forward: Forward = MODULE) -> Case:

@@ -46,6 +46,7 @@ def make_plan(quick: bool) -> Plan:
     """The plan; ``quick`` ends within ten minutes on one core, without it P goes up to 1e8 and T to 1000."""
     large = 10_000_000 if quick else 30_000_000
     table = (
+        measurements.admission(),
         measurements.pair(),
         measurements.bracket(1),
         measurements.whole(9),

@@ -146,7 +146,7 @@ class ReplicatedEngine(GradientEngine):
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         return True
 
-    def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
+    def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
         with self._together():
             nonsmooth = self._has_kinks(batch, _own(seed))
         return Traits(nonsmooth=self.anywhere(nonsmooth))
@@ -325,7 +325,7 @@ class ShardedEngine(GradientEngine):
             "eta='auto' estimates the bracket from gradients"
         )
 
-    def _admitted(self, batch: Any, seed: int, exact: bool) -> Traits:
+    def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
         return Traits(nonsmooth=self.anywhere(self._has_kinks(batch, _own(seed))), brackets=False)
 
     def anywhere(self, flag: bool) -> bool:
