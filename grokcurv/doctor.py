@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grokcurv import _cpu, ops, reference
+from grokcurv.ops._dispatch import cuda_problem, cuda_version
 
 PACKAGES = (
     *("grokcurv", "torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors"),
@@ -90,7 +91,7 @@ def _cuda_core() -> dict[str, str]:
         return {"extension": f"not built, or it does not load: {error}"}
     return {
         "extension": f"{core.COMPILER} for {core.ARCHITECTURES}",
-        "driver": ops.cuda_problem(core.RUNTIME, core.driver()) or f"good for CUDA {ops.cuda_version(core.driver())}",
+        "driver": cuda_problem(core.RUNTIME, core.driver()) or f"good for CUDA {cuda_version(core.driver())}",
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grokcurv import ops
+from grokcurv.ops import _dispatch
 
 DEVICE = torch.device("cuda", 0)
 CAPTURES_RUN = False
@@ -29,7 +29,7 @@ def problem() -> str | None:
         kernels = import_module("grokcurv._cuda")
     except ImportError as error:
         return f"grokcurv._cuda does not load ({error})"
-    return ops.cuda_problem(kernels.RUNTIME, kernels.driver())
+    return _dispatch.cuda_problem(kernels.RUNTIME, kernels.driver())
 
 
 def name() -> str:
@@ -71,12 +71,12 @@ def through(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def host_executor() -> Iterator[None]:
     """Ops on the CPU run the source of the CUDA kernels."""
-    host, core = import_module("grokcurv._host"), ops._core
-    ops._core = lambda device: ops._Core(host, 0, nullcontext()) if device.type == "cpu" else core(device)
+    host, core = import_module("grokcurv._host"), _dispatch.core_of
+    _dispatch.core_of = lambda device: _dispatch.Core(host, 0, nullcontext()) if device.type == "cpu" else core(device)
     try:
         yield
     finally:
-        ops._core = core
+        _dispatch.core_of = core
 
 
 @contextmanager

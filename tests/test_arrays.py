@@ -18,6 +18,7 @@ from cases import Inputs
 from torch import Tensor
 
 from grokcurv import ops
+from grokcurv.ops._arguments import as_tensor
 
 KERNELS = Path(__file__).parents[1] / "docs" / "kernels.md"
 
@@ -89,7 +90,7 @@ def test_a_memory_mapped_file_is_read_in_place(tmp_path: Path, generator: torch.
     x = torch.randn(6, 1000, generator=generator)
     np.save(tmp_path / "rows.npy", x.numpy())
     mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
-    assert ops._tensor("x", mapped).data_ptr() == mapped.ctypes.data
+    assert as_tensor("x", mapped).data_ptr() == mapped.ctypes.data
     assert torch.equal(ops.gram(mapped), ops.gram(x))
 
 

@@ -24,7 +24,7 @@ import cases
 import pytest
 import torch
 
-from grokcurv import ops
+from grokcurv.ops import _dispatch
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "csrc"
@@ -143,14 +143,14 @@ def extension() -> ModuleType:
 def test_it_loads_without_a_driver_and_says_so(extension: ModuleType) -> None:
     assert extension.driver() == 0
     with pytest.raises(RuntimeError, match=r"tensors on cuda:0: .* needs a driver .*there is no NVIDIA driver here"):
-        ops._cuda(torch.device("cuda", 0))
+        _dispatch.cuda_core(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="loading a kernel: "):
         extension.preload()
 
 
 def test_it_knows_what_it_was_built_with(extension: ModuleType) -> None:
     assert f"NVIDIA {extension.RUNTIME // 1000}.{extension.RUNTIME % 1000 // 10}." in extension.COMPILER
-    assert tuple(ops._TYPES.values()) == (extension.FLOAT32, extension.FLOAT64, extension.BFLOAT16)
+    assert tuple(_dispatch.TYPES.values()) == (extension.FLOAT32, extension.FLOAT64, extension.BFLOAT16)
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf (binutils) lists what the module links to")
@@ -192,9 +192,9 @@ def fat_binaries(module: bytes) -> Counter[tuple[str, int]]:
 @pytest.fixture
 def no_cores() -> Iterator[None]:
     """That of a test is not kept for the next."""
-    ops._cuda.cache_clear()
+    _dispatch.cuda_core.cache_clear()
     yield
-    ops._cuda.cache_clear()
+    _dispatch.cuda_core.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def no_cores() -> Iterator[None]:
     ],
 )
 def test_which_drivers_will_do(runtime: int, driver: int, problem: str | None) -> None:
-    found = ops.cuda_problem(runtime, driver)
+    found = _dispatch.cuda_problem(runtime, driver)
     assert found is None if problem is None else re.search(problem, found or "")
 
 
@@ -216,10 +216,10 @@ def test_cuda_tensors_never_go_to_the_cpu(monkeypatch: pytest.MonkeyPatch, no_co
     def missing(name: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(ops, "import_module", missing)
+    monkeypatch.setattr(_dispatch, "import_module", missing)
     message = r"tensors on cuda:3 need the extension grokcurv\._cuda, .*docs/building\.md.*\.cpu\(\)"
     with pytest.raises(RuntimeError, match=message):
-        ops._core(torch.device("cuda", 3))
+        _dispatch.core_of(torch.device("cuda", 3))
     for op in cases.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"grokcurv::{op}", "CUDA")
 
@@ -229,9 +229,9 @@ def test_kernels_are_loaded_once_for_each_device(monkeypatch: pytest.MonkeyPatch
     loaded: list[Any] = []
     device: list[Any] = []
     core = SimpleNamespace(RUNTIME=13000, driver=lambda: 13000, preload=lambda: loaded.append(device[-1]))
-    monkeypatch.setattr(ops, "import_module", {"grokcurv._cuda": core}.__getitem__)
+    monkeypatch.setattr(_dispatch, "import_module", {"grokcurv._cuda": core}.__getitem__)
     monkeypatch.setattr(torch.cuda, "device", lambda at: nullcontext(device.append(at)))
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     for at in (first, second, first):
-        assert ops._cuda(at) is core
+        assert _dispatch.cuda_core(at) is core
     assert loaded == [first, second]

@@ -28,6 +28,7 @@ from cases import DTYPES, Inputs, basis, gamma, gradients, numbers, spans
 from torch import Generator, Tensor
 
 from grokcurv import _cpu, ops, reference
+from grokcurv.ops import _dispatch
 
 _host = pytest.importorskip("grokcurv._host", reason="grokcurv._host is built with GROKCURV_HOST=ON, as make does")
 
@@ -64,7 +65,7 @@ def host(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
     Threads of torch would wait, busily, beside the executor, which has one.
     """
-    monkeypatch.setattr(ops, "_core", lambda device: ops._Core(_host, 0, nullcontext()))
+    monkeypatch.setattr(_dispatch, "core_of", lambda device: _dispatch.Core(_host, 0, nullcontext()))
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
@@ -77,7 +78,7 @@ def host(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def on_cpu(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_core", lambda device: ops._Core(_cpu, 1, nullcontext()))
+        patch.setattr(_dispatch, "core_of", lambda device: _dispatch.Core(_cpu, 1, nullcontext()))
         return cases.run(op, inputs)
 
 
@@ -110,7 +111,7 @@ def test_a_filter_has_the_bits_of_the_cpu(dtype: torch.dtype, generator: Generat
     def filtered(core: Any) -> Tensor:
         out = g.clone()
         pointers = (out.data_ptr(), space["values"].data_ptr(), space["rows"].data_ptr(), 200, coefficients.data_ptr())
-        core.subspace_filter(lambda _: workspace.data_ptr(), 1, ops._TYPES[dtype], *g.shape, *pointers, 0.75)
+        core.subspace_filter(lambda _: workspace.data_ptr(), 1, _dispatch.TYPES[dtype], *g.shape, *pointers, 0.75)
         return out
 
     assert bits((filtered(_host),)) == bits((filtered(_cpu),))

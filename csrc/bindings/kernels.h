@@ -1,7 +1,7 @@
 #pragma once
 
 // The kernels of a core in its Python module: numbers and addresses (as integers) in, exceptions out. Whoever calls has
-// checked them: see grokcurv/ops.py. The source that includes this says which core, as GROKCURV_CORE; its namespace has
+// checked them: see grokcurv/ops/. The source that includes this says which core, as GROKCURV_CORE; its namespace has
 // all kernels, and Where, what they run on.
 
 #include <pybind11/pybind11.h>

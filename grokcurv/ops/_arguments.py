@@ -1,0 +1,150 @@
+"""What an op is given: arrays as tensors, numbers as numbers, and checks that name the argument."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from grokcurv.reference import compute_type
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+"""Of vectors."""
+
+
+class Array(Protocol):
+    """A torch tensor, a NumPy array, or what else speaks DLPack: JAX, Arrow, CuPy."""
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> Any: ...
+
+
+A = TypeVar("A", bound=Array)
+
+
+def as_tensor(name: str, x: Array) -> Tensor:
+    """``x``, or a tensor of its memory; raises TypeError if it is no array or one that torch cannot share.
+
+    What torch would refuse before an op is reached, or pass on to it without its derivative, is refused here.
+    """
+    if isinstance(x, Tensor):
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+            raise TypeError(f"{name} must be a dense tensor, got one that is sparse, nested or quantized")
+        check_no_grad(name, x)
+        return x
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} must be a tensor, a NumPy array or another with __dlpack__, got {type(x).__name__}")
+    if isinstance(x, np.ndarray) and not x.flags.c_contiguous:  # a negative stride would end the process in torch 2.13
+        raise ValueError(f"{name} must be contiguous, got strides {x.strides}: pass np.ascontiguousarray({name})")
+    try:
+        return torch.utils.dlpack.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__} whose memory torch cannot share: {error}") from error
+
+
+def as_optional(name: str, x: Array | None) -> Tensor | None:
+    return None if x is None else as_tensor(name, x)
+
+
+def as_writable(name: str, x: Array) -> Tensor:
+    """As :func:`as_tensor`, for what is written to. NumPy says whether it may be; the DLPack protocol need not."""
+    if not isinstance(x, Tensor):
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"{name} is written to: it must be a tensor or a NumPy array, got {type(x).__name__}")
+        if not x.flags.writeable:
+            raise ValueError(f"{name} is written to, but it is a read-only NumPy array: pass {name}.copy()")
+    return as_tensor(name, x)
+
+
+def as_integer(name: str, x: int) -> int:
+    """``x`` as an int64: torch's own complaint would be a RuntimeError."""
+    if not isinstance(x, int | torch.SymInt):
+        try:
+            x = operator.index(x)
+        except TypeError as error:
+            raise TypeError(f"{name} must be an integer, got {x!r}") from error
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {x}")
+    return x
+
+
+def as_number(name: str, x: float) -> float:
+    """``x`` as a float64."""
+    if not hasattr(x, "__float__"):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    try:
+        return float(x)
+    except (OverflowError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{name} must be a number, got {x!r:.60}: {error}") from error
+
+
+def check(
+    name: str,
+    t: Tensor,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int | str, ...],
+    beside: Tensor | None = None,
+) -> None:
+    """Raises unless ``t`` has one of the dtypes, the shape (a letter is any size) and the device of ``beside``."""
+    wanted = dtype if isinstance(dtype, tuple) else (dtype,)
+    if t.dtype not in wanted:
+        raise TypeError(f"{name} must be {' or '.join(map(_short, wanted))}, got {_short(t.dtype)}")
+    if t.dim() != len(shape) or any(n != m for n, m in zip(t.shape, shape, strict=True) if not isinstance(m, str)):
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
+    if beside is not None and t.device != beside.device:
+        raise ValueError(f"{name} must be on {beside.device} like the other tensors, got {t.device}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {t.stride()}: pass {name}.contiguous()")
+    check_no_grad(name, t)
+
+
+def check_no_grad(name: str, t: Tensor) -> None:
+    if t.requires_grad:
+        raise ValueError(f"{name} requires grad, but the op has no derivative: pass {name}.detach()")
+    if forward_ad.unpack_dual(t).tangent is not None:
+        raise ValueError(f"{name} carries a tangent, but the op has no derivative")
+
+
+def check_table(name: str, t: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises unless ``t`` is a table of indices: int64, of this shape, on the CPU."""
+    if t.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, wherever the vectors are; got {t.device}: pass {name}.cpu()")
+    check(name, t, torch.int64, shape)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_basis(values: Tensor, rows: Tensor, vectors: Tensor) -> None:
+    check("values", values, compute_type(vectors.dtype), ("nnz",), vectors)
+    check_table("rows", rows, ("K", 3))
+
+
+def check_row_values(values: Tensor, rows: Tensor, size: int) -> None:
+    check_spans("rows", rows, size)
+    for j, (_, length, offset) in enumerate(rows.tolist()):
+        if not 0 <= offset <= values.numel() - length:
+            raise ValueError(
+                f"rows[{j}] reads values[{offset}:{offset + length}], but there are {values.numel()} values"
+            )
+
+
+def check_spans(name: str, spans: Tensor, size: int) -> None:
+    """Raises unless every (start, length, ...) lies inside ``size`` coordinates. No sum of two numbers can overflow."""
+    for j, (start, length, *_) in enumerate(spans.tolist()):
+        if start < 0 or not 0 <= length <= size - start:
+            raise ValueError(f"{name}[{j}] has start {start} and length {length}, which does not lie within P = {size}")
+
+
+def check_apart(name: str, out: Tensor, **inputs: Tensor) -> None:
+    """Raises if ``out`` shares memory with an input. All are contiguous, so each is one range of bytes."""
+    start, stop = out.data_ptr(), out.data_ptr() + out.nbytes
+    for other, t in inputs.items():
+        if start < t.data_ptr() + t.nbytes and t.data_ptr() < stop:
+            raise ValueError(f"{name} overlaps {other} in memory: pass a tensor of its own")

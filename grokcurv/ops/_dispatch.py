@@ -1,0 +1,110 @@
+"""From an op to the kernel that carries it out: registration with torch, and one call, on the device of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+try:
+    from grokcurv import _cpu
+except ImportError as error:
+    raise ImportError(
+        "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
+    ) from error
+
+TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
+
+_library = torch.library.Library("grokcurv", "DEF")
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"grokcurv::{name}", fake, lib=_library)
+    return cast(Callable[..., Any], getattr(torch.ops.grokcurv, name).default)
+
+
+class Core(NamedTuple):
+    """What carries out kernels on a device."""
+
+    kernels: Any
+    """``grokcurv._cpu`` or ``grokcurv._cuda``."""
+    where: int
+    """The number of threads, or the address of a stream."""
+    guard: AbstractContextManager[Any]
+    """In which they are called."""
+
+
+def core_of(device: torch.device) -> Core:
+    if device.type == "cpu":
+        return Core(_cpu, torch.get_num_threads(), nullcontext())
+    return Core(cuda_core(device), torch.cuda.current_stream(device).cuda_stream, torch.cuda.device(device))
+
+
+@cache
+def cuda_core(device: torch.device) -> Any:
+    """The CUDA core, once it is known to run on ``device`` and has loaded its kernels there."""
+    try:
+        kernels = import_module("grokcurv._cuda")
+    except ImportError as error:
+        raise RuntimeError(
+            f"tensors on {device} need the extension grokcurv._cuda, which was not built here: install the CUDA "
+            "toolkit (nvcc) and build anew (docs/building.md), or move the tensors to the CPU with .cpu()"
+        ) from error
+    problem = cuda_problem(kernels.RUNTIME, kernels.driver())
+    if problem:
+        raise RuntimeError(f"tensors on {device}: {problem}")
+    with torch.cuda.device(device):
+        kernels.preload()
+    return kernels
+
+
+def cuda_problem(runtime: int, driver: int) -> str | None:
+    """Why kernels built with CUDA ``runtime`` (13000 is 13.0) cannot run with a driver good for ``driver``, or None."""
+    if runtime // 1000 <= driver // 1000:
+        return None
+    wanted = (
+        f"grokcurv._cuda was built with CUDA {cuda_version(runtime)}, which needs a driver for CUDA {runtime // 1000}"
+    )
+    found = f"the driver here is good for CUDA {cuda_version(driver)}" if driver else "there is no NVIDIA driver here"
+    return f"{wanted} (13: 580 or later), and {found}"
+
+
+def cuda_version(number: int) -> str:
+    """13.0 for 13000."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def call(kernel: str, beside: Tensor, *args: Tensor | float | None) -> None:
+    """Calls a kernel where ``beside`` is, with tensors as addresses (None as the null address)."""
+    core = core_of(beside.device)
+    addresses = [0 if a is None else _address(a) if isinstance(a, Tensor) else a for a in args]
+    workspace = []
+
+    def allocate(doubles: int) -> int:
+        workspace.append(torch.empty(doubles, dtype=torch.float64, device=beside.device))
+        return workspace[0].data_ptr()
+
+    with core.guard:
+        getattr(core.kernels, kernel)(allocate, core.where, *addresses)
+
+
+_anywhere = torch.empty(1)
+
+
+def _address(tensor: Tensor) -> int:
+    """Never null: torch gives an empty tensor the null address, which to a kernel would mean that it is absent."""
+    return tensor.data_ptr() or _anywhere.data_ptr()
+
+
+def bump_version(t: Tensor) -> None:
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)

@@ -1,0 +1,127 @@
+"""The numbers of commutators, in one pass over four gradients: csrc/include/grokcurv/commutator.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grokcurv.ops._arguments import (
+    FLOATS,
+    Array,
+    as_optional,
+    as_tensor,
+    check,
+    check_basis,
+    check_row_values,
+    check_spans,
+    check_table,
+)
+from grokcurv.ops._dispatch import TYPES, call, define
+from grokcurv.reference import SUMS, THETA_SUMS, Commutator, Form, compute_type
+
+
+def commutator(
+    g_a: Array,
+    g_b: Array,
+    a2: Array,
+    b2: Array,
+    eta: Array,
+    *,
+    form: Form = "difference",
+    theta: Array | None = None,
+    values: Array | None = None,
+    rows: Array | None = None,
+    segments: Array | None = None,
+    keep_delta: bool = False,
+) -> Commutator:
+    """Norms, inner products, coefficients and segment energies of N commutators, in a pass over four gradients (N, P).
+
+    :func:`grokcurv.reference.commutator` defines every number. eta (N,) float64; theta (P,) adds the rounding terms
+    (difference form only); values (float32, or float64 with float64 vectors) and rows (K, 3) int64 are a block-sparse
+    basis; segments (S, 2) int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if
+    ``keep_delta``.
+    """
+    vectors = [as_tensor(name, x) for name, x in (("g_a", g_a), ("g_b", g_b), ("a2", a2), ("b2", b2), ("eta", eta))]
+    named = ("theta", theta), ("values", values), ("rows", rows), ("segments", segments)
+    optional = [as_optional(name, x) for name, x in named]
+    return Commutator(*_commutator(*vectors, *optional, str(form), bool(keep_delta)))
+
+
+_CommutatorTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _commutator_fake(
+    g_a: Tensor,
+    g_b: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    eta: Tensor,
+    theta: Tensor | None,
+    values: Tensor | None,
+    rows: Tensor | None,
+    segments: Tensor | None,
+    form: str,
+    keep_delta: bool,
+) -> _CommutatorTensors:
+    check("g_a", g_a, FLOATS, ("N", "P"))
+    n, p = g_a.shape
+    for name, t in (("g_b", g_b), ("a2", a2), ("b2", b2)):
+        check(name, t, g_a.dtype, (n, p), g_a)
+    check("eta", eta, torch.float64, (n,), g_a)
+    if form not in ("difference", "bracket"):
+        raise ValueError(f"form must be 'difference' or 'bracket', got {form!r}")
+    if theta is not None:
+        if form == "bracket":
+            raise ValueError("theta belongs to form='difference': the bracket rounds no parameters; pass theta=None")
+        check("theta", theta, g_a.dtype, (p,), g_a)
+    if (values is None) != (rows is None):
+        raise ValueError("values and rows make the basis together: pass both or neither")
+    if values is not None and rows is not None:
+        check_basis(values, rows, g_a)
+    if segments is not None:
+        check_table("segments", segments, ("S", 2))
+
+    def sums(columns: int) -> Tensor:
+        return g_a.new_empty((n, columns), dtype=torch.float64)
+
+    return (
+        sums(len(SUMS) + (len(THETA_SUMS) if theta is not None else 0)),
+        sums(0 if rows is None else rows.shape[0]),
+        sums(0 if segments is None else segments.shape[0]),
+        g_a.new_empty((n if keep_delta else 0, p), dtype=compute_type(g_a.dtype)),
+    )
+
+
+def _commutator_run(*inputs: Any) -> _CommutatorTensors:
+    """``inputs`` are those of :func:`_commutator_fake`."""
+    outputs = _commutator_fake(*inputs)
+    g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta = inputs
+    sums, coefficients, energies, delta = outputs
+    n, p = g_a.shape
+    if values is not None and rows is not None:
+        check_row_values(values, rows, p)
+    if segments is not None:
+        check_spans("segments", segments, p)
+    call(
+        "commutator",
+        g_a,
+        TYPES[g_a.dtype],
+        n,
+        p,
+        form == "bracket",
+        *(g_a, g_b, a2, b2, eta, theta),
+        *(values, rows, coefficients.shape[1]),
+        *(segments, energies.shape[1]),
+        *(sums, coefficients, energies, delta if keep_delta else None),
+    )
+    return outputs
+
+
+_commutator = define(
+    "commutator(Tensor g_a, Tensor g_b, Tensor a2, Tensor b2, Tensor eta, Tensor? theta, Tensor? values, Tensor? rows, "
+    "Tensor? segments, str form, bool keep_delta) -> (Tensor, Tensor, Tensor, Tensor)",
+    _commutator_run,
+    _commutator_fake,
+)

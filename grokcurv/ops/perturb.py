@@ -1,0 +1,65 @@
+"""Points past steps from one parameter vector: csrc/include/grokcurv/perturb.h."""
+
+from __future__ import annotations
+
+from typing import cast, overload
+
+import torch
+from torch import Tensor
+
+from grokcurv.ops._arguments import FLOATS, A, Array, as_tensor, as_writable, check, check_apart
+from grokcurv.ops._dispatch import TYPES, bump_version, call, define
+
+
+@overload
+def perturb(theta: Array, directions: Array, eta: Array, *, out: None = None) -> Tensor: ...
+@overload
+def perturb(theta: Array, directions: Array, eta: Array, *, out: A) -> A: ...
+def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = None) -> Array:
+    """``theta - eta_i d_i`` for N directions, reading theta once: theta (P,), directions (N, P), eta (N,) float64.
+
+    Returns (N, P) in the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`; ``out``, if given,
+    filled.
+    """
+    inputs = as_tensor("theta", theta), as_tensor("directions", directions), as_tensor("eta", eta)
+    if out is None:
+        return cast(Tensor, _perturb(*inputs))
+    _perturb_out(*inputs, as_writable("out", out))
+    return out
+
+
+def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+    check("theta", theta, FLOATS, ("P",))
+    check("directions", directions, theta.dtype, ("N", theta.shape[0]), theta)
+    check("eta", eta, torch.float64, (directions.shape[0],), theta)
+    return torch.empty_like(directions)
+
+
+def _perturb_run(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+    out = _perturb_fake(theta, directions, eta)
+    call("perturb", theta, TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    return out
+
+
+def _perturb_out_fake(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
+    _perturb_fake(theta, directions, eta)
+    check("out", out, theta.dtype, tuple(directions.shape), theta)
+
+
+def _perturb_out_run(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
+    _perturb_out_fake(theta, directions, eta, out)
+    check_apart("out", out, theta=theta, directions=directions, eta=eta)
+    call("perturb", theta, TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    bump_version(out)
+
+
+_perturb = define(
+    "perturb(Tensor theta, Tensor directions, Tensor eta) -> Tensor",
+    _perturb_run,
+    _perturb_fake,
+)
+_perturb_out = define(
+    "perturb_out(Tensor theta, Tensor directions, Tensor eta, Tensor(a!) out) -> ()",
+    _perturb_out_run,
+    _perturb_out_fake,
+)

@@ -1,0 +1,146 @@
+"""Linear combinations of rows, beside them or over them: csrc/include/grokcurv/rotate.h."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from grokcurv.ops._arguments import (
+    FLOATS,
+    A,
+    Array,
+    as_optional,
+    as_tensor,
+    as_writable,
+    check,
+    check_apart,
+    check_spans,
+    check_table,
+)
+from grokcurv.ops._dispatch import TYPES, bump_version, call, define
+from grokcurv.reference import compute_type
+
+
+def rotate(rows: Array, coefficients: Array, *, segments: Array | None = None) -> Tensor:
+    """Linear combinations ``sum_i coefficients[s, j, i] rows[i]`` over each segment s, zero elsewhere.
+
+    rows (m, P), coefficients (S, q, m) float64, segments (S, 2) int64, disjoint; without them S = 1 and all P. Returns
+    (q, P), float64 for float64 rows, else float32: float64 terms in the order of the rows, rounded once. On the CPU
+    bitwise equal to :func:`grokcurv.reference.rotate`; on a GPU a product is not rounded before it is added. A NaN in
+    a row reaches every output, coefficient 0 or not.
+    """
+    result = _rotate(
+        as_tensor("rows", rows), as_tensor("coefficients", coefficients), as_optional("segments", segments)
+    )
+    return cast(Tensor, result)
+
+
+def rotate_(
+    rows: A,
+    coefficients: Array,
+    *,
+    segments: Array | None = None,
+    mean: Array | None = None,
+    weights: Array | None = None,
+) -> A:
+    """:func:`rotate` written over the first q <= m rows, in their dtype, with no second buffer of P; returns rows.
+
+    With ``mean`` (P,) and ``weights`` (m,), both float64, ``mean += sum_i weights[i] rows[i]`` of the old rows,
+    in the same pass. Coordinates outside the segments stay as they are, in the rows and in the mean.
+    """
+    _rotate_(
+        *(as_writable("rows", rows), as_tensor("coefficients", coefficients), as_optional("segments", segments)),
+        *(None if mean is None else as_writable("mean", mean), as_optional("weights", weights)),
+    )
+    return rows
+
+
+def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
+    check("rows", rows, FLOATS, ("m", "P"))
+    m, p = rows.shape
+    if segments is not None:
+        check_table("segments", segments, ("S", 2))
+    count = 1 if segments is None else segments.shape[0]
+    check("coefficients", coefficients, torch.float64, (count, "q", m), rows)
+    return rows.new_empty((coefficients.shape[1], p), dtype=compute_type(rows.dtype))
+
+
+def _rotate_run(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
+    out = _rotate_fake(rows, coefficients, segments)
+    segments = _disjoint(segments, rows.shape[1])
+    if int(segments[:, 1].sum()) < rows.shape[1]:
+        out.zero_()
+    _call_rotate(rows, coefficients, segments, out, None, None)
+    return out
+
+
+def _rotate_in_place_fake(
+    rows: Tensor, coefficients: Tensor, segments: Tensor | None, mean: Tensor | None, weights: Tensor | None
+) -> None:
+    _rotate_fake(rows, coefficients, segments)
+    if coefficients.shape[1] > rows.shape[0]:
+        raise ValueError(f"coefficients make {coefficients.shape[1]} rows, which do not fit over {rows.shape[0]}")
+    if (mean is None) != (weights is None):
+        raise ValueError("mean and weights belong together: pass both or neither")
+    if mean is not None and weights is not None:
+        check("mean", mean, torch.float64, (rows.shape[1],), rows)
+        check("weights", weights, torch.float64, (rows.shape[0],), rows)
+
+
+def _rotate_in_place_run(
+    rows: Tensor, coefficients: Tensor, segments: Tensor | None, mean: Tensor | None, weights: Tensor | None
+) -> None:
+    _rotate_in_place_fake(rows, coefficients, segments, mean, weights)
+    inputs = {"coefficients": coefficients, "segments": segments, "weights": weights}
+    given = {name: t for name, t in inputs.items() if t is not None}
+    check_apart("rows", rows, **given)
+    if mean is not None:
+        check_apart("mean", mean, rows=rows, **given)
+    _call_rotate(rows, coefficients, _disjoint(segments, rows.shape[1]), None, mean, weights)
+    bump_version(rows)
+    if mean is not None:
+        bump_version(mean)
+
+
+def _call_rotate(
+    rows: Tensor,
+    coefficients: Tensor,
+    segments: Tensor,
+    out: Tensor | None,
+    mean: Tensor | None,
+    weights: Tensor | None,
+) -> None:
+    m, p = rows.shape
+    call(
+        "rotate",
+        rows,
+        *(TYPES[rows.dtype], m, coefficients.shape[1], p),
+        *(rows, coefficients, segments, len(segments), out, mean, weights),
+    )
+
+
+def _disjoint(segments: Tensor | None, size: int) -> Tensor:
+    """The segments, or the one of all coordinates; raises if one leaves them or two share one."""
+    if segments is None:
+        return torch.tensor([[0, size]])
+    check_spans("segments", segments, size)
+    spans = sorted((start, start + length, j) for j, (start, length) in enumerate(segments.tolist()) if length)
+    for (_, stop, i), (start, _, j) in pairwise(spans):
+        if start < stop:
+            raise ValueError(f"segments[{i}] and segments[{j}] overlap: make them disjoint")
+    return segments
+
+
+_rotate = define(
+    "rotate(Tensor rows, Tensor coefficients, Tensor? segments) -> Tensor",
+    _rotate_run,
+    _rotate_fake,
+)
+_rotate_ = define(
+    "rotate_(Tensor(a!) rows, Tensor coefficients, Tensor? segments, Tensor(b!)? mean, Tensor? weights) -> ()",
+    _rotate_in_place_run,
+    _rotate_in_place_fake,
+)
