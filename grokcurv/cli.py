@@ -85,7 +85,7 @@ def _train(arguments: list[str]) -> int:
 
     from grokcurv.modular import TrainConfig, TrainingError, train
     from grokcurv.progress import RunProgress
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
 
     @dataclass(frozen=True)
     class Options:
@@ -132,7 +132,8 @@ def _defaults(arguments: list[str]) -> tuple["TrainConfig", bool]:
     And whether there are any flags but those of the folder.
     """
     from grokcurv.modular import PRESETS, TrainConfig
-    from grokcurv.runs import RunError, open_run
+    from grokcurv.runs import open_run
+    from grokcurv.storage import RunError
 
     # Every value is optional here, so that the full parser alone reports what is wrong.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -181,7 +182,7 @@ def _sweep(arguments: list[str]) -> int:
     from rich.console import Console
 
     from grokcurv.progress import SweepProgress
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
     from grokcurv.sweep import SweepConfig, run_sweep
 
     out = options.out or Path("runs") / options.file.stem
@@ -246,7 +247,7 @@ def _reproduce(arguments: list[str]) -> int:
 
     from grokcurv.progress import SweepProgress
     from grokcurv.reproduce import reproduce
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
 
     try:
         with SweepProgress(f"reproduce {options.profile}", Console(stderr=True)) as progress:
@@ -288,7 +289,7 @@ def _report(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="grokcurv report", args=arguments)
 
     from grokcurv.report import write_report
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
 
     try:
         print(write_report(options.run))
@@ -325,7 +326,7 @@ def _bench(arguments: list[str]) -> int:
 
     from grokcurv.bench import run_bench
     from grokcurv.progress import BenchProgress
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
 
     try:
         with BenchProgress("bench", Console(stderr=True)) as progress:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grokcurv import _cpu, ops, reference
 from grokcurv.ops._dispatch import cuda_problem, cuda_version
+from grokcurv.runs import processor
 
 PACKAGES = (
     *("grokcurv", "torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors"),
@@ -26,7 +27,7 @@ def report() -> dict[str, Any]:
     return {
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
         },
@@ -67,13 +68,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _openmp_runtimes() -> list[str]:

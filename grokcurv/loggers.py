@@ -142,7 +142,7 @@ class ParquetLogger(_Closing):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from grokcurv.runs import write_atomically
+        from grokcurv.storage import write_atomically
 
         began = time.monotonic()
         with _locked(self.path.parent):
@@ -265,7 +265,7 @@ class CSVLogger(_Closing):
         self._columns = found.columns
 
     def _append(self, text: str) -> None:
-        from grokcurv.runs import RunError
+        from grokcurv.storage import RunError
 
         data, size = text.encode(), os.fstat(self._file.fileno()).st_size
         try:
@@ -412,7 +412,7 @@ def _read_table(path: Path) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
 
     try:
         with path.open("rb") as file:  # given the path, Arrow would make columns of folders named like lr=0.1

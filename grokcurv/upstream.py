@@ -32,7 +32,7 @@ from torch import Tensor
 
 from grokcurv.flat import Segment
 from grokcurv.pca import StreamingPCA
-from grokcurv.runs import write_atomically
+from grokcurv.storage import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd

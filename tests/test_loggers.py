@@ -317,7 +317,7 @@ def test_parquet_writes_as_many_rows_as_there_are_records(tmp_path: Path, monkey
         sizes.append(pq.read_metadata(io.BytesIO(data)).num_rows)
         path.write_bytes(data)
 
-    monkeypatch.setattr("grokcurv.runs.write_atomically", write)
+    monkeypatch.setattr("grokcurv.storage.write_atomically", write)
     monkeypatch.setattr("grokcurv.loggers.time", SimpleNamespace(monotonic=lambda: 0.0))
     with ParquetLogger(tmp_path / "records.parquet", every=5) as logger:
         for step in range(3000):

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from grokcurv import runs
+from grokcurv import storage
 from grokcurv.runs import Run, RunError, RunWriter, open_run, pack, unpack, write_atomically
 
 CONFIG = {"op": "add", "lr": 1e-3, "layers": 2, "layer_norm": True, "note": None}
@@ -81,7 +81,7 @@ def test_unpack_sees_every_flipped_bit_and_every_truncation() -> None:
 
 
 def test_unpack_refuses_another_schema(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "SCHEMA", 99)
+    monkeypatch.setattr(storage, "SCHEMA", 99)
     data = pack({"x": 1})
     monkeypatch.undo()
     with pytest.raises(ValueError, match="schema version is 99"):

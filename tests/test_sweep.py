@@ -19,6 +19,7 @@ import synthetic_run
 
 from grokcurv.modular import PRESETS, TrainConfig
 from grokcurv.runs import RunError, open_run
+from grokcurv.storage import hold
 from grokcurv.sweep import Random, SweepConfig, driver, folder, open_sweep, run_sweep
 from grokcurv.sweep.engine import Event, Task
 
@@ -187,7 +188,7 @@ SMALL = SweepConfig(run={"p": 97}, grid={"op": ["add", "mul"], "lr": [1e-3, 1e-2
 
 
 def test_folder(tmp_path: Path) -> None:
-    with folder.hold(tmp_path):
+    with hold(tmp_path, "run"):
         folder.claim(tmp_path, SMALL)
     sweep = open_sweep(tmp_path)
     assert sweep.config == SMALL
@@ -235,7 +236,7 @@ def test_another_sweep_in_the_folder(tmp_path: Path) -> None:
         folder.claim(tmp_path, dataclasses.replace(SMALL, run={"p": 89}))
     with pytest.raises(RunError, match=r"4 runs are only there \(0004-mul-lr0.001-seed1, ...\), 4 runs are only here"):
         folder.claim(tmp_path, dataclasses.replace(SMALL, grid={**SMALL.grid, "op": ["add", "sub"]}))
-    with folder.hold(tmp_path), pytest.raises(RunError, match="is being run by process"):
+    with hold(tmp_path, "run"), pytest.raises(RunError, match="is being run by process"):
         run_sweep(SMALL, tmp_path)
 
 

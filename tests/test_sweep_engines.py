@@ -25,7 +25,8 @@ import pytest
 
 from grokcurv.modular import train
 from grokcurv.report import write_report
-from grokcurv.runs import TABLES, _holder
+from grokcurv.runs import TABLES
+from grokcurv.storage import holder
 from grokcurv.sweep import Sweep, SweepConfig, folder, open_sweep, run_sweep
 
 KILLS = int(os.environ.get("GROKCURV_KILLS", "2"))
@@ -99,7 +100,7 @@ def driver(file: Path, out: Path, *options: str) -> Iterator[subprocess.Popen[st
 
 def writers(out: Path) -> dict[str, int]:
     """The processes that write into runs of the sweep, by run."""
-    holders = {path.name: _holder(path) for path in (out / "runs").glob("*")}
+    holders = {path.name: holder(path) for path in (out / "runs").glob("*")}
     return {run: holder for run, holder in holders.items() if holder}
 
 

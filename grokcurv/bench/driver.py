@@ -20,7 +20,8 @@ from grokcurv.bench.judge import Floor, Result, available_memory, judge, peers
 from grokcurv.bench.plan import Curve, Plan, make_plan
 from grokcurv.bench.table import lines, markdown, rich_table
 from grokcurv.bench.timing import Times
-from grokcurv.runs import RunError, describe_environment, write_atomically
+from grokcurv.runs import describe_environment
+from grokcurv.storage import RunError, write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,7 +17,7 @@ from torch import nn
 from grokcurv.commutator import Sampler
 from grokcurv.evaluation import LossFn
 from grokcurv.monitor import CurvatureMonitor
-from grokcurv.runs import pack, unpack, write_atomically
+from grokcurv.storage import pack, unpack, write_atomically
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

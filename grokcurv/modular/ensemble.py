@@ -21,7 +21,8 @@ from grokcurv.flat import flatten
 from grokcurv.gradients import GradientEngine, Strategy, carry_out
 from grokcurv.modular.config import TrainConfig
 from grokcurv.modular.trainer import Training, ctrl_c, threads_of
-from grokcurv.runs import Run, RunError
+from grokcurv.runs import Run
+from grokcurv.storage import RunError
 
 SHARED = (
     "p",

@@ -28,7 +28,8 @@ from grokcurv.modular.config import TrainConfig
 from grokcurv.modular.fourier import FourierShares, embedding_of
 from grokcurv.modular.model import MLP, Transformer
 from grokcurv.modular.tasks import split
-from grokcurv.runs import Run, RunError, RunWriter, describe_environment, open_run
+from grokcurv.runs import Run, RunWriter, describe_environment, open_run
+from grokcurv.storage import RunError
 from grokcurv.subspace import Subspace
 
 if TYPE_CHECKING:

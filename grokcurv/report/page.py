@@ -14,7 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from grokcurv.report import figures, sweep_figures
 from grokcurv.report.summary import GROKKED, Summary, number
 from grokcurv.report.sweep_summary import SweepSummary
-from grokcurv.runs import Run, RunError, open_run, write_atomically
+from grokcurv.runs import Run, open_run
+from grokcurv.storage import RunError, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

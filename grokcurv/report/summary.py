@@ -10,7 +10,7 @@ import pandas as pd
 
 from grokcurv.analysis import grok_step, onset_step
 from grokcurv.report.figures import matrix_label
-from grokcurv.runs import RunError
+from grokcurv.storage import RunError
 
 if TYPE_CHECKING:
     from grokcurv.runs import Run

@@ -18,7 +18,8 @@ from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP, Number
 from grokcurv.reproduce.rules import NOT_RUN
-from grokcurv.runs import describe_environment, write_atomically
+from grokcurv.runs import describe_environment
+from grokcurv.storage import write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
 
 if TYPE_CHECKING:

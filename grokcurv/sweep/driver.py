@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from grokcurv.modular.trainer import ctrl_c
-from grokcurv.runs import RunError
+from grokcurv.storage import RunError, hold
 from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import Engine, Event, Task
-from grokcurv.sweep.folder import Sweep, claim, hold, write_failures
+from grokcurv.sweep.folder import Sweep, claim, write_failures
 from grokcurv.sweep.local import LocalEngine
 
 Progress = Callable[[dict[str, Any]], object]
@@ -97,7 +97,7 @@ def run_sweep(
     if unknown is not None:
         raise ValueError(f"only must name runs of the sweep; it has no {unknown!r}")
     path = Path(out)
-    with hold(path):
+    with hold(path, "run"):
         sweep = claim(path, config)
         states = sweep.runs["status"]
         final = {run: why for run, why in sweep.failures.items() if why["final"] and states[run] != "finished"}

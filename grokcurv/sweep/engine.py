@@ -133,11 +133,11 @@ class _Watch:
 
     def wait_for_folders(self) -> None:
         """Wait, within reason, for writers that a driver left behind."""
-        from grokcurv.runs import _holder
+        from grokcurv.storage import holder
 
         deadline = time.monotonic() + PATIENCE_SECONDS
         for task in self.tasks:
-            while _holder(Path(task.folder)) is not None and time.monotonic() < deadline and not self.stop():
+            while holder(Path(task.folder)) is not None and time.monotonic() < deadline and not self.stop():
                 time.sleep(0.1)
 
     def progress(self, place: int, latest: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ class _Watch:
 
 def _stopped(task: Task, latest: dict[str, Any] | None, error: BaseException) -> Event:
     """What an exception that ended a run means for it."""
-    from grokcurv.runs import RunError
+    from grokcurv.storage import RunError
 
     if isinstance(error, KeyboardInterrupt):
         return Event(task.run, "interrupted", latest)

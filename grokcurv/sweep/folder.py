@@ -10,12 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grokcurv.modular.config import TrainConfig
-from grokcurv.runs import SCHEMA, TABLES, Run, RunError, _holder, _read_json, open_run, read_parquet, write_atomically
+from grokcurv.runs import TABLES, Run, open_run
+from grokcurv.storage import RunError, read_json, read_parquet, write_json
 from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
 
 if TYPE_CHECKING:
@@ -134,7 +131,7 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
     folder = Path(path)
     if not (folder / "sweep.json").is_file():
         raise RunError(f"{folder} holds no sweep: there is no sweep.json in it")
-    content = _read_json(folder / "sweep.json", "sweep", dict)
+    content = read_json(folder / "sweep.json", "sweep", dict)
     try:
         config = SweepConfig.from_dict(content["config"])
         plan = {_run_id(run): _settings({**content["common"], **own}) for run, own in content["plan"].items()}
@@ -143,7 +140,7 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RunError(f"{folder / 'sweep.json'} is damaged: {error!r}") from error
     there = (folder / "failures.json").exists()
-    failures = _read_json(folder / "failures.json", "failures", dict) if there else {}
+    failures = read_json(folder / "failures.json", "failures", dict) if there else {}
     for run, failure in failures.items():
         kinds = {name: type(value) for name, value in failure.items()} if isinstance(failure, dict) else None
         if kinds != {"reason": str, "final": bool}:
@@ -183,35 +180,13 @@ def claim(path: Path, config: SweepConfig) -> Sweep:
         for run, settings in zip(config.plan, configs, strict=True)
     }
     content = {"config": config.to_dict(), "common": common, "plan": plan}
-    write_atomically(path / "sweep.json", json.dumps({"schema": SCHEMA, "sweep": content}, indent=1).encode())
+    write_json(path / "sweep.json", "sweep", content)
     return Sweep(path, config, config.plan)
 
 
 def write_failures(sweep: Sweep) -> None:
     """Keep ``sweep.failures``; RunError if the disk is full."""
-    text = json.dumps({"schema": SCHEMA, "failures": sweep.failures}, indent=1)
-    write_atomically(sweep.path / "failures.json", text.encode())
-
-
-@contextlib.contextmanager
-def hold(path: Path) -> Iterator[None]:
-    """Be the one driver of the sweep in ``path``, which is made if missing; RunError if another one is."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise RunError(f"cannot write into {path}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{path} is being run by process {_holder(path) or 'unknown'}") from None
-        with contextlib.suppress(OSError):  # on a full disk it stays unknown who holds the lock
-            os.truncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(lock)
+    write_json(sweep.path / "failures.json", "failures", sweep.failures)
 
 
 def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> str:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from grokcurv.modular.ensemble import SHARED
-from grokcurv.runs import RunError
+from grokcurv.storage import RunError
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute, execute_together
 
 READY = Event("", "progress")

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from grokcurv.modular.config import TrainConfig
-from grokcurv.runs import RunError
+from grokcurv.storage import RunError
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
 
 
