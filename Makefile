@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_SOURCES := $(filter csrc/%,$(SOURCES))
-KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py host.py ops.py build.py doctor.py)
+KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py emulator.py ops.py build.py doctor.py)
 
 .PHONY: demo test check docs bench gpu numerics trajectory sanitize clean
 
@@ -51,7 +51,7 @@ sanitize: .venv/ready
 	cp -r grokcurv build/sanitize/package/
 	rm build/sanitize/package/grokcurv/_*.so
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-		-DGROKCURV_SANITIZE=ON -DGROKCURV_HOST=ON -DGROKCURV_CUDA=OFF \
+		-DGROKCURV_SANITIZE=ON -DGROKCURV_EMULATOR=ON -DGROKCURV_CUDA=OFF \
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/sanitize/package/grokcurv
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
@@ -63,5 +63,5 @@ clean:
 .venv/ready: $(SOURCES)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
-	CMAKE_ARGS="-DGROKCURV_WERROR=ON -DGROKCURV_HOST=ON $$CMAKE_ARGS" $(BIN)/pip install --quiet -e ".[dev]"
+	CMAKE_ARGS="-DGROKCURV_WERROR=ON -DGROKCURV_EMULATOR=ON $$CMAKE_ARGS" $(BIN)/pip install --quiet -e ".[dev]"
 	touch $@

@@ -30,6 +30,6 @@ class CMakeBuild(build_ext):
 MODULES = [
     Extension("grokcurv._cpu", sources=[]),
     Extension("grokcurv._cuda", sources=[], optional=True),  # where there is an nvcc
-    Extension("grokcurv._host", sources=[], optional=True),  # for tests
+    Extension("grokcurv._emulator", sources=[], optional=True),  # for tests
 ]
 setup(ext_modules=MODULES, cmdclass={"build_ext": CMakeBuild})

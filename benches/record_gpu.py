@@ -124,7 +124,7 @@ def build(limit: float) -> Outcome:
     start = time.monotonic()
     configure: list[str | Path] = [
         *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DGROKCURV_CUDA=ON", "-DGROKCURV_HOST=ON", f"-DGROKCURV_CUDA_ARCH={architecture()}"),
+        *("-DGROKCURV_CUDA=ON", "-DGROKCURV_EMULATOR=ON", f"-DGROKCURV_CUDA_ARCH={architecture()}"),
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={PACKAGE / 'grokcurv'}",
     ]
     done = execute("configure", configure, limit)

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from grokcurv import ops
 from grokcurv.admission import Traits
+from grokcurv.device_buffer import capturing, is_asynchronous
 from grokcurv.evaluation import LossFn
 from grokcurv.flat import Segment
 from grokcurv.gradients import Asking, Distributed, GradientEngine, Model, Strategy, Wanted, carry_out
-from grokcurv.records import capturing, must_wait
 from grokcurv.reference import compute_type
 from grokcurv.state import Snapshot
 from grokcurv.subspace import Subspace
@@ -219,7 +219,7 @@ class CommutatorProbe:
         for segment in segments or ():
             if segment.stop > size:
                 raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {size}")
-        self.segments = tuple(map(self.gradients.coordinates.at_hand, segments or ()))
+        self.segments = tuple(map(self.gradients.partition.local_part, segments or ()))
 
     @property
     def basis(self) -> Subspace | None:
@@ -498,7 +498,7 @@ class CommutatorProbe:
         wide = engine.dtype == torch.float64
         relative = distance / length
         own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
-        if must_wait(engine.device):
+        if is_asynchronous(engine.device):
             own = torch.where((relative > SATURATED) | (length < FAINT), length, own)
             sample = exactly and check
         else:
@@ -564,7 +564,7 @@ class CommutatorProbe:
         if form not in self.errors:
             self.errors[form] = torch.full_like(found, math.nan)
         self.errors[form].copy_(found)
-        if not must_wait(self.gradients.device):
+        if not is_asynchronous(self.gradients.device):
             self.origins[form] = self._whereabouts(shared), _magnitudes(pair)
 
     def _whereabouts(self, shared: _Shared) -> Tensor:
@@ -575,7 +575,7 @@ class CommutatorProbe:
 
     def _doubtful(self, shared: _Shared, pair: Pair, stats: CommutatorStats) -> bool:
         """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
-        if must_wait(self.gradients.device) or stats.method == "reference":
+        if is_asynchronous(self.gradients.device) or stats.method == "reference":
             return False
         if not bool(stats.defect.isfinite().all() & (stats.grad_norm_a * stats.grad_norm_b > 0).all()):
             return False
@@ -588,7 +588,7 @@ class CommutatorProbe:
         (origin, before), now = self.origins[shared.form], self._whereabouts(shared)
         if bool((now[:2] / origin[:2]).log().abs().max() > math.log(CHANGED)):
             return True
-        norm = self.gradients.coordinates.norm
+        norm = self.gradients.partition.norm
         if bool(norm(now[2:] - origin[2:]) > MOVED * norm(origin[2:])):
             return True
         sizes = zip_longest(_magnitudes(pair), before, fillvalue=0.0)
@@ -600,7 +600,7 @@ class CommutatorProbe:
             return torch.full((1,), self.eta, dtype=torch.float64, device=g_a.device)
         scale = AUTO_STEP * math.sqrt(torch.finfo(g_a.dtype).eps / torch.finfo(torch.float32).eps)
         theta = [p.detach() for p in self.gradients.model.parameters() if p.requires_grad]
-        norm = self.gradients.coordinates.norm
+        norm = self.gradients.partition.norm
         eta: Tensor = scale * norm(*theta) / (norm(g_a) * norm(g_b)).sqrt()
         return eta[None]
 
@@ -626,7 +626,7 @@ class CommutatorProbe:
             segments=shared.segments,
             keep_delta=keep_delta,
         )
-        sums, coefficients, energies = self.gradients.coordinates.total(out.sums, out.coefficients, out.energies)
+        sums, coefficients, energies = self.gradients.partition.all_reduce_sum(out.sums, out.coefficients, out.energies)
         aa, bb, ab, dd, ha, hb = sums[:, :6].unbind(1)
         shared.changes = ha[0].sqrt(), hb[0].sqrt()
         area = (aa * bb).sqrt()
@@ -744,7 +744,7 @@ class _Exact:
 
 def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:
     """(N,) float64"""
-    return torch.stack([engine.coordinates.norm(row) for row in rows])
+    return torch.stack([engine.partition.norm(row) for row in rows])
 
 
 def _magnitudes(pair: Pair) -> list[float]:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from grokcurv.device_buffer import capturing
 from grokcurv.flat import Segment, segments_of
 from grokcurv.intercept import NARROW, PrivateDraws, Seen
-from grokcurv.records import capturing
 from grokcurv.state import LARGE, Snapshot, stand_ins, standing_in
 
 T = TypeVar("T")

@@ -31,40 +31,6 @@ class Segment:
         return self.start + self.length
 
 
-@dataclass(frozen=True)
-class Coordinates:
-    """Which of a model's P coordinates a process has, and how what it found in them becomes true of all P.
-
-    Here it has all of them. Where it has a shard, its vectors hold those alone, and what is found is exchanged with
-    the other processes (:mod:`grokcurv.integrations.sharded`).
-    """
-
-    def at_hand(self, segment: Segment) -> Segment:
-        """What is here of an interval of R^P, placed in the vectors here."""
-        return segment
-
-    def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Sums over the coordinates here, float64, completed to sums over all."""
-        return sums
-
-    def norm(self, *parts: Tensor) -> Tensor:
-        """() float64: length of the vector that consists of these parts."""
-        norms = [torch.linalg.vector_norm(part) for part in parts]
-        whole: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        return whole.to(torch.float64)
-
-    def greatest(self, values: Tensor) -> Tensor:
-        """Elementwise, the greatest number that any process found."""
-        return values
-
-    def everywhere(self, flags: Tensor) -> Tensor:
-        """bool, elementwise: whether all processes found it so."""
-        return flags
-
-
-ALL_HERE = Coordinates()
-
-
 def segments_of(model: nn.Module) -> tuple[Segment, ...]:
     """Where each trainable parameter of ``model`` lies in the flat vector, in order and without gaps.
 

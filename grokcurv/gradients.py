@@ -31,10 +31,11 @@ from grokcurv.admission import (
     first_line,
     relative_distance,
 )
+from grokcurv.device_buffer import capturing
 from grokcurv.evaluation import LOCK, Evaluator, LossFn
-from grokcurv.flat import ALL_HERE, Coordinates, Segment, flatten
+from grokcurv.flat import Segment, flatten
 from grokcurv.intercept import NARROW, Widened, unseen
-from grokcurv.records import capturing
+from grokcurv.partition import WHOLE, Partition
 from grokcurv.state import Snapshot
 
 Strategy = Literal["auto", "loop", "vmap", "graph"]
@@ -76,7 +77,7 @@ class GradientEngine:
     be set in a capture.
 
     Attributes:
-        coordinates: which of the P coordinates the vectors here hold: all, unless a subclass says otherwise. ``size``
+        partition: which of the P coordinates the vectors here hold: all, unless a subclass says otherwise. ``size``
             is their number.
         brackets: whether there are Hessian-vector products.
         checked: whether there are evaluations in float64.
@@ -84,7 +85,7 @@ class GradientEngine:
         traits: how the structure of model and batch admitted last is evaluated.
     """
 
-    coordinates: Coordinates = ALL_HERE
+    partition: Partition = WHOLE
     brackets = checked = certifies = True
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
@@ -95,7 +96,7 @@ class GradientEngine:
 
     def _set(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy) -> None:
         self.model = model
-        self._refuse_spread()
+        self._reject_distributed_model()
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and parameter.dtype not in (*NARROW, torch.float64):
                 raise ValueError(f"model: parameter {name!r} must be of a real floating dtype, got {parameter.dtype}")
@@ -532,7 +533,7 @@ class GradientEngine:
             view.mul_(noise.sub_(0.5).mul_(4.0 * torch.finfo(theta.dtype).eps).add_(1.0))
         return theta
 
-    def _refuse_spread(self) -> None:
+    def _reject_distributed_model(self) -> None:
         """Raises for a model of which one call of the module, or this process, has but a part."""
         for module in self.model.modules():
             if isinstance(module, nn.DataParallel):
@@ -697,15 +698,15 @@ def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
 
 
 def deliver_whole(
-    vector: Tensor, out: Tensor, found: Tensor | None, coordinates: Coordinates = ALL_HERE, keep: bool = False
+    vector: Tensor, out: Tensor, found: Tensor | None, partition: Partition = WHOLE, keep: bool = False
 ) -> None:
     """A vector into ``out``, as :class:`Delivery` does with parts of one."""
     if found is not None:
-        found[0], found[1] = coordinates.norm(out - vector), coordinates.norm(vector)
+        found[0], found[1] = partition.norm(out - vector), partition.norm(vector)
     if not keep:
         out.copy_(vector)
     if found is not None:
-        found[2] = coordinates.norm(out - vector)
+        found[2] = partition.norm(out - vector)
 
 
 class _Graph:

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, Pair, Sampler
+from grokcurv.device_buffer import is_asynchronous
 from grokcurv.flat import flatten, flatten_grad, unflatten, unflatten_grad
-from grokcurv.records import must_wait
 from grokcurv.subspace import Subspace
 
 Part = Literal["gradient", "update"]
@@ -289,7 +289,7 @@ class Kick(Intervention):
                 self._kick(stats)
 
     def _drowned(self, stats: CommutatorStats) -> bool:
-        return self.probe.noise_floor and not must_wait(self.device) and not bool(stats.reliable)
+        return self.probe.noise_floor and not is_asynchronous(self.device) and not bool(stats.reliable)
 
     def _kick(self, stats: CommutatorStats) -> None:
         assert stats.delta is not None

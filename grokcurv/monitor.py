@@ -27,12 +27,12 @@ from grokcurv.commutator import (
     Sampler,
     quantile,
 )
+from grokcurv.device_buffer import DeviceBuffer, capturing, copy_to_host_async, is_asynchronous
 from grokcurv.evaluation import LossFn, isolated
 from grokcurv.flat import Segment, select_segments
 from grokcurv.gradients import Asking, Model, Strategy, carry_out
 from grokcurv.lookahead import Kept, Later, Memory, version, with_next
 from grokcurv.pca import StreamingPCA
-from grokcurv.records import Records, capturing, later, must_wait
 from grokcurv.state import Snapshot
 from grokcurv.subspace import RandomBaseline, Subspace, alignment
 
@@ -200,13 +200,13 @@ class CurvatureMonitor:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
         self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, noise_floor=noise_floor, strategy=strategy)
         engine = self.probe.gradients
-        self.probe.segments = tuple(map(engine.coordinates.at_hand, _attention(engine.model)))
+        self.probe.segments = tuple(map(engine.partition.local_part, _attention(engine.model)))
         if noise_floor and not engine.checked:
             raise ValueError(
                 "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact), "
                 "or noise_floor=False for rows of which none is reliable"
             )
-        if pca is not None and pca.coordinates != engine.coordinates:
+        if pca is not None and pca.partition != engine.partition:
             raise ValueError(
                 "pca must take the vectors that the model has on each process: a ShardedPCA(model) where the model is "
                 "under fully_shard, a StreamingPCA otherwise"
@@ -223,7 +223,7 @@ class CurvatureMonitor:
         device = self.probe.gradients.device
         self._steps = 0  # without those of replays
         self._clock = torch.zeros((), dtype=torch.int64, device=device)
-        self._records = Records(len(HEAD) + len(self.fields), device)
+        self._records = DeviceBuffer(len(HEAD) + len(self.fields), device)
         self._verdicts: deque[Callable[[], Tensor]] = deque()
         self._gave_up = False  # the difference form
         self._pca_steps: list[Tensor] = []
@@ -432,7 +432,7 @@ class CurvatureMonitor:
         )
         head = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.float64).reshape(-1, len(HEAD))
         rows = torch.cat([head, state["rows"].to("cpu", torch.float64)], dim=1)
-        self._records = Records(rows.shape[1], device)
+        self._records = DeviceBuffer(rows.shape[1], device)
         self._records.extend(rows)
         self._checked = dict(state["checked"])
         self._before = state["before"].to(device, copy=True) if state["before"] is not None else None
@@ -455,8 +455,8 @@ class CurvatureMonitor:
 
     def _update_basis(self, pca: StreamingPCA) -> None:
         """The execution basis so far. Two rows span one direction: the basis waits until every block is full."""
-        at_hand = not must_wait(self.probe.gradients.device)
-        seen = pca.n_samples_seen_ if at_hand else len(self._pca_steps)
+        on_cpu = not is_asynchronous(self.probe.gradients.device)
+        seen = pca.n_samples_seen_ if on_cpu else len(self._pca_steps)
         if pca.method_ == "sketch":
             self.probe.gradients.note(
                 "basis",
@@ -467,10 +467,10 @@ class CurvatureMonitor:
         if seen <= BASIS_COMPONENTS or pca.method_ == "sketch":
             return
         basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
-        if at_hand or self.probe.basis is None:
+        if on_cpu or self.probe.basis is None:
             self.probe.basis = basis
             sizes = torch.tensor([basis.size, basis.support_size], dtype=torch.float64)
-            full, matched = self.probe.gradients.coordinates.total(sizes)[0].tolist()
+            full, matched = self.probe.gradients.partition.all_reduce_sum(sizes)[0].tolist()
             self._baselines = RandomBaseline(basis.dim, int(full)), RandomBaseline(basis.dim, int(matched))
         else:
             self.probe.basis.values.copy_(basis.values)  # where a captured measurement looks for them
@@ -478,7 +478,7 @@ class CurvatureMonitor:
     def _measure(self, step: int, batch: Any, next_batch: Any) -> Asking[None]:
         start = time.perf_counter()
         probe, device = self.probe, self.probe.gradients.device
-        at_hand, captured = not must_wait(device), capturing(device)
+        on_cpu, captured = not is_asynchronous(device), capturing(device)
         source = [(batch, next_batch)] if self.sampler is None else self._draw(self.sampler, step)
         method = probe.method if captured else self._next_method()
         check = self._check_due(method, step)
@@ -487,7 +487,7 @@ class CurvatureMonitor:
         stats = yield from measure(method=method, first_gradient=known, check=check)
         reference = stats.reference
         gradient = self._judge_gradient(known, stats, check)
-        drowned = at_hand and self._falls_back and not bool(stats.reliable.all())
+        drowned = on_cpu and self._falls_back and not bool(stats.reliable.all())
         if drowned and probe.gradients.has_true_brackets(source[0][0], seed=2 * step):
             del stats  # and its deltas
             stats = yield from measure(method="bracket", check=self._check_due("bracket", step))
@@ -536,7 +536,7 @@ class CurvatureMonitor:
     def _next_method(self) -> Method:
         """The probe's, or on an accelerator the bracket, once the difference form is known to have failed."""
         method = self.probe.method
-        if not self._falls_back or not must_wait(self.probe.gradients.device):
+        if not self._falls_back or not is_asynchronous(self.probe.gradients.device):
             return method
         while len(self._verdicts) >= VERDICT_LAG:
             self._gave_up = self._gave_up or not bool(self._verdicts.popleft()())
@@ -544,8 +544,8 @@ class CurvatureMonitor:
 
     def _note(self, reliable: Tensor) -> None:
         """Have the host learn, in its own time, whether the measurement was reliable."""
-        if self._falls_back and must_wait(self.probe.gradients.device) and not self._gave_up:
-            self._verdicts.append(later(reliable))
+        if self._falls_back and is_asynchronous(self.probe.gradients.device) and not self._gave_up:
+            self._verdicts.append(copy_to_host_async(reliable))
 
     def _values(self, stats: CommutatorStats, reference: Tensor) -> Tensor:
         """One row of the fields, float64 on the device; what rests on an unreliable delta is NaN."""
@@ -607,7 +607,7 @@ class CurvatureMonitor:
         """:data:`ALIGNMENT_FIELDS` of the step from ``before`` to the parameters as they are, and bounds of errors."""
         engine = self.probe.gradients
         step = engine.flatten().to(delta.dtype) - before
-        cosines, share, correlations = alignment(step, delta, engine.coordinates)
+        cosines, share, correlations = alignment(step, delta, engine.partition)
         count, size = len(delta), engine.segments[-1].stop
         mean = cosines.abs().mean()
         chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))
@@ -648,7 +648,7 @@ class CurvatureMonitor:
             return None
         gradient = engine.flatten_grad()
         # One that overflowed, of a step that a GradScaler will skip, says nothing of the loss.
-        return gradient if must_wait(engine.device) or bool(gradient.isfinite().all()) else None
+        return gradient if is_asynchronous(engine.device) or bool(gradient.isfinite().all()) else None
 
     def _judge_gradient(self, known: Tensor | None, stats: CommutatorStats, check: bool) -> Tensor:
         """() what this row has to do with ``.grad``; a check that finds it wrong is the end of its use."""
@@ -656,18 +656,18 @@ class CurvatureMonitor:
         exactly = engine.traits.nonsmooth and engine.dtype != torch.float64 and self.probe.noise_floor
         if known is None or exactly or engine.stochastic:
             return own  # the probe has not used it
-        waits = must_wait(engine.device)
+        waits = is_asynchronous(engine.device)
         if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[0])):
             return own if self.gradient == "trusted" else own + USED
         distance, error, length = self.probe.errors[GIVEN]
         right = (distance <= GRADIENT_MARGIN * error) | ~distance.isfinite()
         if self._gradient_ratio is None:  # late in training rounding alone may make a gradient longer or shorter
-            self._gradient_ratio = torch.where(right, 1.0, engine.coordinates.norm(known) / length)
+            self._gradient_ratio = torch.where(right, 1.0, engine.partition.norm(known) / length)
             if not waits:
                 self._check_gradient()
         if not capturing(engine.device):
             if waits:
-                self._gradient_verdicts.append(later(right))
+                self._gradient_verdicts.append(copy_to_host_async(right))
             else:
                 self._take_verdict(bool(right))
         return torch.where(right, own + CONFIRMED, own + REFUTED)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from grokcurv import ops
 from grokcurv.analysis.random_subspace import RandomBaseline as RandomBaseline
-from grokcurv.flat import ALL_HERE, Coordinates, attention_segments, flatten
+from grokcurv.flat import attention_segments, flatten
+from grokcurv.partition import WHOLE, Partition
 from grokcurv.reference import compute_type
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Alignment(NamedTuple):
     """(K, K) cosines of the others among themselves."""
 
 
-def alignment(v: Tensor, rows: Tensor, coordinates: Coordinates = ALL_HERE) -> Alignment:
+def alignment(v: Tensor, rows: Tensor, partition: Partition = WHOLE) -> Alignment:
     """Cosines of ``v`` (P,) with each of ``rows`` (K, P), and the share of its length that lies in their span.
 
     With R the cosines of the rows among themselves and r those with ``v``, the squared share is ``r' R^-1 r``, taken
@@ -59,7 +60,7 @@ def alignment(v: Tensor, rows: Tensor, coordinates: Coordinates = ALL_HERE) -> A
         ValueError, TypeError: lengths, dtypes or devices that differ, or that the ops do not take.
     """
     sums = ops.gram(rows)[0], ops.gram(v[None], rows)[0, 0], ops.gram(v[None])[0, 0, 0]
-    gram, inner, own = coordinates.total(*sums)
+    gram, inner, own = partition.all_reduce_sum(*sums)
     lengths = gram.diagonal().sqrt()
     cosines = inner / (lengths * own.sqrt())
     correlations = gram / torch.outer(lengths, lengths)

@@ -69,10 +69,12 @@ def through(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def host_executor() -> Iterator[None]:
+def emulator() -> Iterator[None]:
     """Ops on the CPU run the source of the CUDA kernels."""
-    host, core = import_module("grokcurv._host"), _dispatch.core_of
-    _dispatch.core_of = lambda device: _dispatch.Core(host, 0, nullcontext()) if device.type == "cpu" else core(device)
+    emulator, core = import_module("grokcurv._emulator"), _dispatch.core_of
+    _dispatch.core_of = lambda device: (
+        _dispatch.Core(emulator, 0, nullcontext()) if device.type == "cpu" else core(device)
+    )
     try:
         yield
     finally:

@@ -173,7 +173,7 @@ def from_given_shards(mesh: DeviceMesh, seed: int) -> dict[str, Any]:
     rows = torch.linalg.qr(torch.randn(size, 3, generator=draw)).Q.T.contiguous()
     spans = attention_segments(net(seed))[1:3] + tuple(gc.Segment(str(i), i, size // 2, ()) for i in (0, 11, size // 2))
     here = own(engine)
-    mine = [engine.coordinates.at_hand(s) for s in spans]
+    mine = [engine.partition.local_part(s) for s in spans]
     out, want = (
         gc.ops.commutator(
             *(v[:, at].contiguous() for v in vectors),
@@ -185,14 +185,14 @@ def from_given_shards(mesh: DeviceMesh, seed: int) -> dict[str, Any]:
         )
         for at, n, parts in ((here, len(here), mine), (torch.arange(size), size, spans))
     )
-    got = engine.coordinates.total(out.sums, out.coefficients, out.energies)
-    norms = engine.coordinates.norm(vectors[0][0, here]), torch.linalg.vector_norm(vectors[0].double())
+    got = engine.partition.all_reduce_sum(out.sums, out.coefficients, out.energies)
+    norms = engine.partition.norm(vectors[0][0, here]), torch.linalg.vector_norm(vectors[0].double())
     return {"got": got, "want": (want.sums, want.coefficients, want.energies), "norms": norms, "size": len(here)}
 
 
 def own(fed: Any) -> Tensor:
     """The numbers in R^P of this rank's coordinates."""
-    return torch.cat([torch.arange(start, start + shape.numel()) for start, shape in fed.coordinates.pieces])
+    return torch.cat([torch.arange(start, start + shape.numel()) for start, shape in fed.partition.pieces])
 
 
 def measure(
@@ -319,7 +319,7 @@ def pca(mesh: DeviceMesh, seed: int, segmented: bool, store: torch.dtype | None)
     numbers["steps"] = again.step_norms_, one.step_norms_
     wanted, mean = one.components_, one.mean_
     if segments:
-        bounds = [(s, split.coordinates.at_hand(s)) for s in segments]
+        bounds = [(s, split.partition.local_part(s)) for s in segments]
         places = [here[m.start : m.start + m.length] - s.start for s, m in bounds]
         parts = [c[:, at] for c, at in zip(wanted, places, strict=True)]
         means = [m[at] for m, at in zip(mean, places, strict=True)]

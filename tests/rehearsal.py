@@ -1,6 +1,6 @@
 """pytest -p rehearsal tests/test_gpu*.py: the GPU tests where there is no GPU, so that they work on the day.
 
-Tensors stay on the CPU, the host executor runs the source of the CUDA kernels, and what streams, graphs and devices add
+Tensors stay on the CPU, the emulator runs the source of the CUDA kernels, and what streams, graphs and devices add
 is left out: a captured call goes on tape. So are the tests of the kernels, which need no rehearsal.
 """
 
@@ -49,7 +49,7 @@ def capture(run: Callable[[], Any], warm_up: bool = True) -> tuple[Any, Callable
 def pytest_configure(config: pytest.Config) -> None:
     gpu.DEVICE = torch.device("cpu")
     gpu.problem = lambda: None
-    gpu.name = lambda: "no GPU, but the host executor in its place"
+    gpu.name = lambda: "no GPU, but the emulator in its place"
     gpu.capture = capture
     gpu.CAPTURES_RUN = True
     for name in ("Stream", "stream", "current_stream", "_sleep", "synchronize", "set_sync_debug_mode", "empty_cache"):
@@ -69,6 +69,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def on_the_host_executor() -> Iterator[None]:
-    with gpu.host_executor(), tape.patched("must_wait", lambda device: True):
+def on_the_emulator() -> Iterator[None]:
+    with gpu.emulator(), tape.patched("is_asynchronous", lambda device: True):
         yield

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-MODULES = ("monitor", "records", "pca.streaming", "gradients", "commutator", "evaluation")
+MODULES = ("monitor", "device_buffer", "pca.streaming", "gradients", "commutator", "evaluation")
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -21,7 +21,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def patched(name: str, value: Callable[[torch.device], bool]) -> Iterator[None]:
-    """With a function of :mod:`grokcurv.records` replaced wherever it is used."""
+    """With a function of :mod:`grokcurv.device_buffer` replaced wherever it is used."""
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
             patch.setattr(f"grokcurv.{module}.{name}", value, raising=False)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grokcurv as gc
-from grokcurv import records
+from grokcurv import device_buffer
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.monitor import FIELDS
 
@@ -33,7 +33,7 @@ def on(device: str, batch: Batch) -> Batch:
 @pytest.fixture
 def accelerator() -> Iterator[None]:
     """The CPU is a device that nobody waits for."""
-    with patched("must_wait", lambda device: True):
+    with patched("is_asynchronous", lambda device: True):
         yield
 
 
@@ -115,7 +115,7 @@ class Place:
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    with patched("must_wait", lambda device: True):
+    with patched("is_asynchronous", lambda device: True):
         yield Place("cpu", capture)
 
 
@@ -273,10 +273,10 @@ def test_a_captured_step(place: Place, generator: Generator) -> None:
 
 @pytest.mark.usefixtures("accelerator")
 def test_records_are_sent_to_the_host_in_parts(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
-    monkeypatch.setattr("grokcurv.records.DRAIN", 7)
-    monkeypatch.setattr("grokcurv.records.CAPACITY", 8)
+    monkeypatch.setattr("grokcurv.device_buffer.DRAIN", 7)
+    monkeypatch.setattr("grokcurv.device_buffer.CAPACITY", 8)
     rows = torch.randn(30, 3, generator=generator, dtype=torch.float64)
-    kept = records.Records(3, torch.device("cpu"))
+    kept = device_buffer.DeviceBuffer(3, torch.device("cpu"))
     assert kept.last() is None
     assert kept.read().shape == (0, 3)
     for number, row in enumerate(rows):
@@ -293,9 +293,9 @@ def test_records_are_sent_to_the_host_in_parts(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.usefixtures("accelerator")
 def test_records_that_were_overwritten_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grokcurv.records.CAPACITY", 8)
+    monkeypatch.setattr("grokcurv.device_buffer.CAPACITY", 8)
     row = torch.zeros(2, dtype=torch.float64)
-    kept = records.Records(2, torch.device("cpu"))
+    kept = device_buffer.DeviceBuffer(2, torch.device("cpu"))
     with Tape() as tape:
         kept.append(row)
     for number in range(1, 11):

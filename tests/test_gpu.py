@@ -1,4 +1,4 @@
-"""What holds for every op on a GPU. Without one, tests/rehearsal.py runs this file with the host executor in its place.
+"""What holds for every op on a GPU. Without one, tests/rehearsal.py runs this file with the emulator in its place.
 
 The classes at the end are the tests of the kernels under tests/, their tensors sent to the GPU and back.
 """
@@ -38,9 +38,9 @@ MANY, LONG = 22, 100_000_000
 """Vectors of so many coordinates: together more than 2**31 numbers."""
 
 
-def host_executor() -> Any:
-    pytest.importorskip("grokcurv._host", reason="grokcurv._host was not built: set GROKCURV_HOST=ON")
-    return gpu.host_executor()
+def emulator() -> Any:
+    pytest.importorskip("grokcurv._emulator", reason="grokcurv._emulator was not built: set GROKCURV_EMULATOR=ON")
+    return gpu.emulator()
 
 
 def samples(op: str, generator: Generator) -> list[Inputs]:
@@ -91,10 +91,10 @@ def assert_equal(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-def test_bits_are_those_of_the_host_executor(op: str, generator: Generator) -> None:
+def test_bits_are_those_of_the_emulator(op: str, generator: Generator) -> None:
     """One source, and IEEE arithmetic as it is written down: no bit can differ."""
     for inputs in cases.sample_inputs(op, generator, SHAPES):
-        with host_executor():
+        with emulator():
             wanted = cases.run(op, inputs)
         assert_equal(cases.run(op, there(inputs)), wanted)
 
@@ -103,7 +103,7 @@ def test_bits_are_those_of_the_host_executor(op: str, generator: Generator) -> N
 def test_a_few_small_samples(op: str, generator: Generator) -> None:
     """For compute-sanitizer, under which all takes long: little of anything but the kernels."""
     for inputs in cases.sample_inputs(op, generator, SMALL):
-        with host_executor():
+        with emulator():
             wanted = cases.run(op, inputs)
         assert_equal(in_place(op, there(inputs)), wanted)
 

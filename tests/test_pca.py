@@ -837,7 +837,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU as a device for which nobody waits."""
-    monkeypatch.setattr("grokcurv.pca.streaming.must_wait", lambda device: True)
+    monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
 
 
 def spoilt(x: Tensor, *numbers: int) -> Tensor:
@@ -865,7 +865,7 @@ def test_masking_nothing_changes_no_bit(options: dict[str, Any], dtype: torch.dt
     x = trajectory(13, 40, generator, dtype)
     want = make(options).partial_fit(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grokcurv.pca.streaming.must_wait", lambda device: True)
+        patch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
         assert_same(make(options).partial_fit(x[:7]).partial_fit(x[7:]), want)
 
 

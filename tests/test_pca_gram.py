@@ -162,7 +162,7 @@ def test_a_scratch_file_can_be_saved_merged_and_masked(
     pca.load_state_dict(gram().partial_fit(x[:7]).state_dict())
     pca.merge(gram(scratch=tmp_path).partial_fit(x[7:13])).partial_fit(x[13:])
     assert_same(pca, gram().partial_fit(x))
-    monkeypatch.setattr("grokcurv.pca.streaming.must_wait", lambda device: True)
+    monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
     broken = x.clone()
     broken[[1, 6, 16], 5] = torch.nan
     masked = gram(scratch=tmp_path).partial_fit(broken)

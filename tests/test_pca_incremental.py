@@ -246,7 +246,7 @@ def test_a_block_makes_the_same_calls_whatever_it_holds_and_never_waits(
     monkeypatch: pytest.MonkeyPatch,
     generator: Generator,
 ) -> None:
-    monkeypatch.setattr("grokcurv.pca.streaming.must_wait", lambda device: True)
+    monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
     x = trajectory(24, 60, generator)
     blocks = [
         x[6:12],

@@ -23,9 +23,9 @@ def run(*command: str) -> str:
 
 
 def test_gpu_tests() -> None:
-    pytest.importorskip("grokcurv._host", reason="grokcurv._host was not built: set GROKCURV_HOST=ON")
+    pytest.importorskip("grokcurv._emulator", reason="grokcurv._emulator was not built: set GROKCURV_EMULATOR=ON")
     printed = run("-m", "pytest", "-p", "rehearsal", "tests/test_gpu.py", "tests/test_gpu_measurement.py")
-    assert re.search(r"GPU tests: \d+ ran on no GPU, but the host executor in its place", printed)
+    assert re.search(r"GPU tests: \d+ ran on no GPU, but the emulator in its place", printed)
 
 
 def test_gpu_benches() -> None:

@@ -13,7 +13,7 @@
 //   warp_max(x)           likewise the largest
 //
 // The last two exchange registers and order no memory: what one thread writes and another reads has a sync() between.
-// csrc/cuda/device.cuh runs blocks on a GPU, csrc/host/device.h the same source on the CPU. Both do the arithmetic
+// csrc/cuda/device.cuh runs blocks on a GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic
 // that is written down: products and sums are fused only where it says fma.
 
 #include <cmath>

@@ -393,7 +393,7 @@ void solve(const Eigh& task, Index matrix) {
   const double* from = task.a + matrix * n * n;
   double* values = task.values + matrix * leading;
   double* vectors = task.vectors + matrix * n * leading;
-  double* a = task.workspace + matrix * eigh_room(n);
+  double* a = task.workspace + matrix * eigh_workspace_per_matrix(n);
   double* z = a + n * stride;
   double* room = z + n * stride;
 

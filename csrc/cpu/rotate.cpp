@@ -66,7 +66,7 @@ template <class T, class Out>
 void run(const Rotate& task, Out* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    double* panels = task.workspace + omp_get_thread_num() * rotate_room(task.inputs);
+    double* panels = task.workspace + omp_get_thread_num() * rotate_workspace_per_thread(task.inputs);
     for (Index s = 0; s < task.segments.count; ++s) {
       const Index start = task.segments.spans[2 * s], stop = start + task.segments.spans[2 * s + 1];
       const double* coefficients = task.coefficients + s * task.outputs * task.inputs;

@@ -34,12 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from grokcurv.admission import Traits
+from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import Evaluator, LossFn
-from grokcurv.flat import Coordinates, Segment, segments_of
+from grokcurv.flat import Segment, segments_of
 from grokcurv.gradients import Distributed, GradientEngine, Strategy, deliver_whole
+from grokcurv.partition import Partition
 from grokcurv.pca import StreamingPCA
 from grokcurv.pca.common import Layout
-from grokcurv.records import must_wait
 from grokcurv.state import Snapshot
 
 __all__ = ["ShardedPCA", "distributed"]
@@ -174,10 +175,10 @@ class ReplicatedEngine(GradientEngine):
         except _ElsewhereError:
             raise
         except Exception as raised:
-            if must_wait(self.device):
+            if is_asynchronous(self.device):
                 raise
             error = raised
-        if not must_wait(self.device) and self.anywhere(error is not None):
+        if not is_asynchronous(self.device) and self.anywhere(error is not None):
             raise error or _ElsewhereError("the model could not be evaluated on another rank, whose error says why")
 
 
@@ -185,7 +186,7 @@ class ReplicatedEngine(GradientEngine):
 
 
 @dataclass(frozen=True)
-class Sharding(Coordinates):
+class Sharding(Partition):
     """Which coordinates of a model under ``fully_shard`` a rank has, and sums over all of them.
 
     Its vectors (P_r,) are the local parts of the trainable parameters, in order. A local part is the interval of rows
@@ -250,11 +251,11 @@ class Sharding(Coordinates):
         parts = vector.split([shape.numel() for _, shape in self.pieces])
         return [part.view(shape) for part, (_, shape) in zip(parts, self.pieces, strict=True)]
 
-    def at_hand(self, segment: Segment) -> Segment:
+    def local_part(self, segment: Segment) -> Segment:
         start, stop = self._below(segment.start), self._below(segment.stop)
         return Segment(segment.name, start, stop - start, (stop - start,))
 
-    def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
+    def all_reduce_sum(self, *sums: Tensor) -> tuple[Tensor, ...]:
         first, *others = self._gather(torch.cat([s.reshape(-1) for s in sums]))
         for other in others:
             first = first + other
@@ -263,12 +264,12 @@ class Sharding(Coordinates):
 
     def norm(self, *parts: Tensor) -> Tensor:
         squares = [torch.linalg.vector_norm(_local(part), dtype=torch.float64).square() for part in parts]
-        return self.total(torch.stack(squares).sum())[0].sqrt()
+        return self.all_reduce_sum(torch.stack(squares).sum())[0].sqrt()
 
-    def greatest(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         return self._gather(values).amax(0)
 
-    def everywhere(self, flags: Tensor) -> Tensor:
+    def all_reduce_and(self, flags: Tensor) -> Tensor:
         return self._gather(flags.to(torch.uint8)).bool().all(0)
 
     def _gather(self, values: Tensor) -> Tensor:
@@ -290,18 +291,18 @@ class ShardedEngine(GradientEngine):
     """
 
     brackets = certifies = False
-    coordinates: Sharding
+    partition: Sharding
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, exact: nn.Module | None = None) -> None:
         if strategy not in ("auto", "loop"):
             raise ValueError(f"strategy must be 'auto' or 'loop' for a model under fully_shard, got {strategy!r}")
-        self.coordinates = Sharding.of(model)
+        self.partition = Sharding.of(model)
         super().__init__(model, loss_fn, strategy="loop")
         self.checked = exact is not None
         self._exact = None if exact is None else self._twin(exact)
 
     def _evaluator(self, loss_fn: LossFn) -> Evaluator:
-        return ShardedEvaluator(self.model, loss_fn, self.coordinates)
+        return ShardedEvaluator(self.model, loss_fn, self.partition)
 
     def flatten_grad(self, out: Tensor | None = None) -> Tensor:
         """(P_r,)"""
@@ -330,7 +331,7 @@ class ShardedEngine(GradientEngine):
 
     def anywhere(self, flag: bool) -> bool:
         unset = torch.tensor([not flag], device=self.device)
-        return not bool(self.coordinates.everywhere(unset))
+        return not bool(self.partition.all_reduce_and(unset))
 
     def gradient(
         self,
@@ -349,7 +350,7 @@ class ShardedEngine(GradientEngine):
         whole = out if out.dtype == theta.dtype and found is None else torch.empty_like(theta)
         self._gradient(theta, batch, whole, seed)
         if whole is not out:
-            deliver_whole(whole, out, found, self.coordinates, keep=keep)
+            deliver_whole(whole, out, found, self.partition, keep=keep)
         if shake is not None and found is not None:
             eps = torch.finfo(theta.dtype).eps
             found[0] *= min(1.0, torch.finfo(torch.float64).eps / eps)
@@ -374,7 +375,7 @@ class ShardedEngine(GradientEngine):
     def observe(self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = False) -> frozenset[str]:
         return self.evaluator.observe(self.evaluator.leaves(theta), batch, lambda *_: None, seed=seed)
 
-    def _refuse_spread(self) -> None:
+    def _reject_distributed_model(self) -> None:
         """A sharded model is what this is for."""
 
     def _refuse_mixtures(self) -> None:
@@ -400,7 +401,7 @@ class ShardedEngine(GradientEngine):
         engine, wanted = ShardedEngine(exact, self.evaluator.loss_fn, "loop"), _other(self.dtype)
         if engine.dtype != wanted or engine.device != self.device:
             raise ValueError(f"exact must be {wanted} on {self.device}, got {engine.dtype} on {engine.device}")
-        if _structure(exact) != _structure(self.model) or engine.coordinates.pieces != self.coordinates.pieces:
+        if _structure(exact) != _structure(self.model) or engine.partition.pieces != self.partition.pieces:
             raise ValueError("exact has other modules, parameters, buffers or shards than model: build it alike")
         return engine
 
@@ -423,8 +424,8 @@ class ShardedEvaluator(Evaluator):
     are put back.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, coordinates: Sharding) -> None:
-        self._coordinates = coordinates
+    def __init__(self, model: nn.Module, loss_fn: LossFn, partition: Sharding) -> None:
+        self._partition = partition
         super().__init__(model, loss_fn)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -432,7 +433,7 @@ class ShardedEvaluator(Evaluator):
         return super().parameters()
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        return self._coordinates.views(vector)
+        return self._partition.views(vector)
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
         return self.views(theta)
@@ -521,7 +522,7 @@ class ShardedPCA(StreamingPCA):
         ValueError: as for :class:`grokcurv.StreamingPCA`, and as :func:`distributed`.
     """
 
-    coordinates: Sharding
+    partition: Sharding
 
     def __init__(
         self,
@@ -538,7 +539,7 @@ class ShardedPCA(StreamingPCA):
                 f"model must have had fully_shard(model), got {type(module).__name__}; where each rank has all "
                 "coordinates, a StreamingPCA on each does"
             )
-        self.coordinates = Sharding.of(module)
+        self.partition = Sharding.of(module)
         super().__init__(n_components, "gram", segments, store_dtype=store_dtype, scratch=scratch)
         if self.segments is None:
             return
@@ -547,12 +548,12 @@ class ShardedPCA(StreamingPCA):
             if not stop <= segment.start <= segment.stop <= size:  # empty parts would lose their order otherwise
                 raise ValueError(f"segments must ascend, disjoint, up to P = {size}; {segment.name!r} does not")
             stop = segment.stop
-        self.segments = tuple(map(self.coordinates.at_hand, self.segments))
+        self.segments = tuple(map(self.partition.local_part, self.segments))
 
     def _pack(self, x: Tensor) -> Tensor:
         rows = super()._pack(x)
-        if x.shape[-1] != self.coordinates.size:
-            raise ValueError(f"x must hold this rank's {self.coordinates.size} coordinates, got {x.shape[-1]}")
+        if x.shape[-1] != self.partition.size:
+            raise ValueError(f"x must hold this rank's {self.partition.size} coordinates, got {x.shape[-1]}")
         return rows
 
     def _new_layout(self, features: int, device: torch.device) -> Layout:

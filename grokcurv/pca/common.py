@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.flat import ALL_HERE, Coordinates
+from grokcurv.partition import WHOLE, Partition
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -28,7 +28,7 @@ class Layout:
 
     lengths: tuple[int, ...]
     device: torch.device
-    coordinates: Coordinates = ALL_HERE
+    partition: Partition = WHOLE
 
     @property
     def size(self) -> int:
@@ -53,7 +53,7 @@ class Layout:
         sizes = torch.tensor(self.lengths, dtype=torch.float64)
         if self.device.type == "cuda":
             sizes = sizes.pin_memory()  # from elsewhere the copy would be waited for
-        (sizes,) = self.coordinates.total(sizes.to(self.device, non_blocking=True))
+        (sizes,) = self.partition.all_reduce_sum(sizes.to(self.device, non_blocking=True))
         return sizes
 
     def split(self, rows: Tensor) -> list[Tensor]:
@@ -62,12 +62,12 @@ class Layout:
 
     def gram(self, x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None) -> Tensor:
         """:func:`grokcurv.ops.gram` by segment."""
-        (gram,) = self.coordinates.total(ops.gram(x, y, origin=origin, segments=self.spans))
+        (gram,) = self.partition.all_reduce_sum(ops.gram(x, y, origin=origin, segments=self.spans))
         return gram
 
     def finite(self, rows: Tensor) -> Tensor:
         """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
-        return self.coordinates.everywhere(_finite(rows))
+        return self.partition.all_reduce_and(_finite(rows))
 
 
 class Spectrum(NamedTuple):
@@ -153,19 +153,19 @@ def orthonormal_(rows: Tensor, layout: Layout) -> Tensor:
     magnitude of each row becomes positive, as in scikit-learn.
     """
     gram = layout.gram(rows)
-    turn = torch.zeros_like(gram)
+    rotation = torch.zeros_like(gram)
     for j in range(len(rows)):
-        row = torch.zeros_like(turn[:, j])
+        row = torch.zeros_like(rotation[:, j])
         row[:, j] = 1.0
         for i in range(j):
-            row -= (turn[:, i] * gram[:, j]).sum(1, keepdim=True) * turn[:, i]
+            row -= (rotation[:, i] * gram[:, j]).sum(1, keepdim=True) * rotation[:, i]
         norm2 = (row[:, :, None] * gram * row[:, None, :]).sum((1, 2))
-        turn[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
-    ops.rotate_(rows, turn, segments=layout.spans)
+        rotation[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
+    ops.rotate_(rows, rotation, segments=layout.spans)
     parts = [part for row in rows for part in layout.split(row)]
     ends = [torch.stack(torch.aminmax(part)) if len(part) else part.new_zeros(2) for part in parts]
     low, high = torch.stack(ends).unbind(1)
-    down, up = layout.coordinates.greatest(torch.stack([-low, high]))
+    down, up = layout.partition.all_reduce_max(torch.stack([-low, high]))
     for part, sign in zip(parts, torch.where(down > up, -1.0, 1.0), strict=True):
         part *= sign
     return rows

@@ -47,7 +47,7 @@ class Fold(NamedTuple):
 
     values: Tensor
     """(S, r + 1) leading eigenvalues of the scatter, descending."""
-    turn: Tensor
+    rotation: Tensor
     """(S, r + 1, m): row j makes the eigenvector j, times the root of its eigenvalue, from the m rows."""
     trace: Tensor
     """(S,) of what the eigenvalues belong to."""
@@ -154,8 +154,8 @@ class Incremental:
     def components(self) -> Tensor:
         values = self.spectrum().values
         scale = torch.where(values == 0, 0.0, values.rsqrt())
-        turn = fold_rows(self.fold.turn, self.n_components) * scale[:, :, None]
-        return orthonormal_(ops.rotate(self._used, turn, segments=self.layout.spans), self.layout)
+        rotation = fold_rows(self.fold.rotation, self.n_components) * scale[:, :, None]
+        return orthonormal_(ops.rotate(self._used, rotation, segments=self.layout.spans), self.layout)
 
     def mean(self) -> Tensor:
         total = self.sum.clone()
@@ -304,10 +304,10 @@ class Incremental:
         gram[:, :, basis].zero_()
 
         values, vectors = ops.eigh(gram, min(basis + 1, len(rows)))
-        turn = vectors.transpose(1, 2)
-        share = (turn * among).sum(2, keepdim=True)
-        turn = turn - alpha * share * among
-        turn[:, :, basis].copy_((alpha * added - 1) * share[:, :, 0] if centred else torch.zeros_like(alpha))
+        rotation = vectors.transpose(1, 2)
+        share = (rotation * among).sum(2, keepdim=True)
+        rotation = rotation - alpha * share * among
+        rotation[:, :, basis].copy_((alpha * added - 1) * share[:, :, 0] if centred else torch.zeros_like(alpha))
 
         grown = (gram.diagonal(dim1=1, dim2=2) * among).sum(1)
         unit = torch.finfo(self.dtype).eps / 2
@@ -319,21 +319,21 @@ class Incremental:
         error = error + 2 * (sizes + 4) * EPSILON * raw + EIGH_TOLERANCE * raw
         # Of directions that hold nothing: sums err like random walks, rows of the basis by a unit each.
         floor = 4 * (EPSILON * sizes.sqrt().clamp_min(len(rows)) + (self.folds + 1) * unit**2) * raw
-        return Fold(values, turn, trace(gram), self.total + grown, self.rounding + error, floor)
+        return Fold(values, rotation, trace(gram), self.total + grown, self.rounding + error, floor)
 
     def _replace_basis(self, fold: Fold, valid: Tensor) -> Tensor:
         """Write the leading part of a fold over the basis, and add the rows of the buffer to the sum; its values."""
         used = self._used_of(len(valid))
         values = padded(fold.values, self.rank + 1)
-        turn = fold_rows(fold.turn, self.rank)
+        rotation = fold_rows(fold.rotation, self.rank)
         kept, cut = values[:, : self.rank], values[:, self.rank].clamp_min(0)
         if self.shrinkage:
             lowered = (kept - cut[:, None]).clamp_min(0)
-            turn = turn * torch.where(lowered > 0, lowered / kept, 0.0).sqrt()[:, :, None]
+            rotation = rotation * torch.where(lowered > 0, lowered / kept, 0.0).sqrt()[:, :, None]
             kept = lowered
         self.lost += torch.stack([cut, (fold.trace - kept.sum(1)).clamp_min(0)])
         weights = torch.nn.functional.pad(valid, (self.rank + 1, 0))
-        ops.rotate_(used, turn.contiguous(), segments=self.layout.spans, mean=self.sum, weights=weights)
+        ops.rotate_(used, rotation.contiguous(), segments=self.layout.spans, mean=self.sum, weights=weights)
         self.folds += 1
         self.begun = True
         return kept
@@ -374,6 +374,6 @@ class Incremental:
         self._mark(self.fold.values)
 
 
-def fold_rows(turn: Tensor, count: int) -> Tensor:
+def fold_rows(rotation: Tensor, count: int) -> Tensor:
     """The first ``count`` rows of (S, q, m), with zeros where there are fewer."""
-    return torch.nn.functional.pad(turn[:, :count], (0, 0, 0, max(0, count - turn.shape[1]))).contiguous()
+    return torch.nn.functional.pad(rotation[:, :count], (0, 0, 0, max(0, count - rotation.shape[1]))).contiguous()

@@ -51,7 +51,7 @@ class Sketch:
         return self.short.n_samples_seen
 
     def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
-        self.short.append(self._shorten(rows), valid)
+        self.short.append(self._sketch_rows(rows), valid)
 
     def drop_masked(self) -> None:
         self.short.drop_masked()
@@ -90,7 +90,7 @@ class Sketch:
     mean = components
 
     def scores(self, rows: Tensor) -> Tensor:
-        return self.short.scores(self._shorten(rows))
+        return self.short.scores(self._sketch_rows(rows))
 
     @property
     def history(self) -> Tensor:
@@ -102,7 +102,7 @@ class Sketch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.short.load_state_dict(state)
 
-    def _shorten(self, rows: Tensor) -> Tensor:
+    def _sketch_rows(self, rows: Tensor) -> Tensor:
         intervals, parts = self.layout.intervals(), self.layout.split(rows)
         sketches = [
             ops.sketch(part.contiguous(), self.size, self.seed, start=start)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grokcurv.flat import ALL_HERE, Coordinates, Segment
+from grokcurv.device_buffer import capturing, is_asynchronous
+from grokcurv.flat import Segment
+from grokcurv.partition import WHOLE, Partition
 from grokcurv.pca.common import Layout, Method, Spectrum
 from grokcurv.pca.gram import Gram
 from grokcurv.pca.incremental import Incremental
 from grokcurv.pca.sketch import FAILURE, Sketch
-from grokcurv.records import capturing, must_wait
 from grokcurv.reference import compute_type
 
 METHODS = ("auto", "gram", "incremental", "sketch")
@@ -69,7 +70,7 @@ class StreamingPCA:
         ValueError: an unknown method, an option out of its range, an empty or impossible list of segments.
     """
 
-    coordinates: Coordinates = ALL_HERE
+    partition: Partition = WHOLE
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class StreamingPCA:
         self.method_: str | None = None
         self.reason_ = "no rows yet"
         self._method: Method | None = None
-        self._layout = Layout((), torch.device("cpu"), self.coordinates)
+        self._layout = Layout((), torch.device("cpu"), self.partition)
         self._dtype = torch.float32
         self._features = 0
         self._rows_taken = 0  # masked ones too, without those of replays
@@ -135,7 +136,7 @@ class StreamingPCA:
         """
         rows = self._pack(x)
         valid = self._layout.finite(rows)
-        masks = must_wait(rows.device)
+        masks = is_asynchronous(rows.device)
         if not masks and not valid.all():
             number = int(valid.logical_not().nonzero()[0])
             raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
@@ -158,7 +159,7 @@ class StreamingPCA:
         """
         if self._method is None:
             self._fitted()
-        if not must_wait(self._layout.device):
+        if not is_asynchronous(self._layout.device):
             values = self._spectrum.values
             kept = (values[:, :k] > 0).sum(1).tolist()
         else:
@@ -193,7 +194,7 @@ class StreamingPCA:
                 self._features, self._dtype, self._layout = other._features, other._dtype, other._layout
                 self._begin(other.method_, f"as the PCA merged into this one: {other.reason_}")
             if isinstance(self._method, Gram) and not isinstance(theirs, Gram):
-                self._go_over(other.method_, f"as the PCA merged into this one: {other.reason_}")
+                self._switch_method(other.method_, f"as the PCA merged into this one: {other.reason_}")
             mine = self._method_for(other._taken(), self._features, torch.empty(0, dtype=self._dtype))
             if isinstance(theirs, Gram) and not isinstance(mine, Gram):
                 _feed(mine, theirs)
@@ -400,7 +401,7 @@ class StreamingPCA:
             rows = self._rows_taken + count
             need = self._gram_bytes(rows) + self._incremental_bytes()  # both, while it goes over
             if need > self.memory_limit:
-                self._go_over(
+                self._switch_method(
                     "incremental", f"{rows} rows would take {_gib(need)} with what follows them, {self._limit()}"
                 )
         assert self._method is not None
@@ -413,7 +414,7 @@ class StreamingPCA:
         log.info("StreamingPCA works by %s: %s", name, reason)
         return self._method
 
-    def _go_over(self, name: str | None, reason: str) -> None:
+    def _switch_method(self, name: str | None, reason: str) -> None:
         """From ``gram`` to a method that does not keep the rows."""
         gram = self._method
         assert isinstance(gram, Gram)
@@ -440,8 +441,8 @@ class StreamingPCA:
 
     def _new_layout(self, features: int, device: torch.device) -> Layout:
         if self.segments is None:
-            return Layout((features,), device, self.coordinates)
-        return Layout(tuple(segment.length for segment in self.segments), device, self.coordinates)
+            return Layout((features,), device, self.partition)
+        return Layout(tuple(segment.length for segment in self.segments), device, self.partition)
 
     def _gram_bytes(self, rows: int) -> int:
         stored = 0 if self.scratch is not None else (self.store_dtype or self._dtype).itemsize

@@ -27,7 +27,7 @@ from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute, execute_t
 READY = Event("", "progress")
 """What a worker says when it has loaded everything."""
 
-DEATHS_AT_BIRTH = 3
+MAX_STARTUP_FAILURES = 3
 """Workers in a row that may die before they are ready."""
 
 Events = queue.Queue[tuple["_Worker | None", Event | None]]
@@ -95,7 +95,7 @@ class LocalEngine:
         if worker is None:
             return [event] if event else []
         if event is None:
-            return self._bury(worker)
+            return self._reap(worker)
         if event == READY:
             worker.ready, self._deaths_at_birth = True, 0
         elif event.kind != "progress":
@@ -103,7 +103,7 @@ class LocalEngine:
         self._assign()
         return [] if event == READY else [event]
 
-    def _bury(self, worker: _Worker) -> list[Event]:
+    def _reap(self, worker: _Worker) -> list[Event]:
         self._crew.remove(worker)
         code = worker.process.wait()
         left = worker.left
@@ -111,7 +111,7 @@ class LocalEngine:
         tasks, worker.tasks = worker.tasks, []
         if not worker.ready and not left:
             self._deaths_at_birth += 1
-            if self._deaths_at_birth >= DEATHS_AT_BIRTH:
+            if self._deaths_at_birth >= MAX_STARTUP_FAILURES:
                 raise RunError(f"worker processes do not start (exit status {code}): {self.log} says more")
         self._assign()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
@@ -193,7 +193,7 @@ def _open_log(path: Path) -> BinaryIO:
 def serve() -> None:
     """A worker process from beginning to end."""
     # Events alone go to the standard output: what anything else prints there goes where errors go.
-    speech = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    event_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import grokcurv.modular
     import grokcurv.monitor  # noqa: F401
@@ -209,8 +209,8 @@ def serve() -> None:
 
     def report(event: Event) -> None:
         with contextlib.suppress(BrokenPipeError):  # the driver is dead: listen finds out too
-            speech.write(json.dumps(asdict(event)) + "\n")
-            speech.flush()
+            event_stream.write(json.dumps(asdict(event)) + "\n")
+            event_stream.flush()
 
     threading.Thread(target=listen, daemon=True).start()
     report(READY)

@@ -22,12 +22,12 @@ GROKCURV_INLINE constexpr Index eigh_stride(Index size) {
 }
 
 // In doubles, for each matrix: the matrix, its eigenvectors, and vectors beside them.
-GROKCURV_INLINE constexpr Index eigh_room(Index size) {
+GROKCURV_INLINE constexpr Index eigh_workspace_per_matrix(Index size) {
   return (2 * size + 12) * eigh_stride(size);
 }
 
 GROKCURV_INLINE Index eigh_workspace(const Eigh& task, int) {
-  return task.matrices * eigh_room(task.size);
+  return task.matrices * eigh_workspace_per_matrix(task.size);
 }
 void eigh(const Eigh& task, int threads);
 }  // namespace cpu

@@ -29,13 +29,13 @@ constexpr Index gram_slab = 2048;
 
 // In doubles, for each thread: one block of all rows, or one slab of few and of the origin; and the sums over a range.
 // Both have room for the rows of zeros that fill a register tile.
-GROKCURV_INLINE constexpr Index gram_room(Index x_rows, Index y_rows) {
+GROKCURV_INLINE constexpr Index gram_workspace_per_thread(Index x_rows, Index y_rows) {
   const Index x = x_rows + gram_few, y = y_rows + gram_few;
   return (x + y) * gram_block + (gram_few + 1) * gram_slab + (x * y + 7) / 8 * 8;
 }
 
 GROKCURV_INLINE Index gram_workspace(const Gram& task, int threads) {
-  return threads * gram_room(task.x_rows, task.y_rows);
+  return threads * gram_workspace_per_thread(task.x_rows, task.y_rows);
 }
 void gram(const Gram& task, int threads);
 }  // namespace cpu

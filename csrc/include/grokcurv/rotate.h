@@ -23,12 +23,12 @@ namespace cpu {
 // A thread works on this many coordinates of all rows at a time: as doubles they stay in the first cache.
 constexpr Index rotate_block = 16;
 
-GROKCURV_INLINE constexpr Index rotate_room(Index inputs) {
+GROKCURV_INLINE constexpr Index rotate_workspace_per_thread(Index inputs) {
   return inputs * rotate_block;
 }
 
 GROKCURV_INLINE Index rotate_workspace(const Rotate& task, int threads) {
-  return threads * rotate_room(task.inputs);
+  return threads * rotate_workspace_per_thread(task.inputs);
 }
 void rotate(const Rotate& task, int threads);
 }  // namespace cpu

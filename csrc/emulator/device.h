@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "block/block.h"
-#include "host/kernels.h"
+#include "emulator/kernels.h"
 
-namespace grokcurv::host {
+namespace grokcurv::emulator {
 
 class Block {
  public:
@@ -71,4 +71,4 @@ class Device {
   bool runs_ = false;
 };
 
-}  // namespace grokcurv::host
+}  // namespace grokcurv::emulator

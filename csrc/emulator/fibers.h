@@ -11,7 +11,7 @@
 
 #include "grokcurv/vectors.h"
 
-namespace grokcurv::host {
+namespace grokcurv::emulator {
 
 // How the threads of all blocks take turns, until it is set anew.
 struct Order {
@@ -64,4 +64,4 @@ class Fibers {
   std::unique_ptr<Switch> home_;
 };
 
-}  // namespace grokcurv::host
+}  // namespace grokcurv::emulator

@@ -1,6 +1,6 @@
 #pragma once
 
-// The kernels as the host executor runs them.
+// The kernels as the emulator runs them.
 
 #include "grokcurv/commutator.h"
 #include "grokcurv/eigh.h"
@@ -9,9 +9,9 @@
 #include "grokcurv/rotate.h"
 #include "grokcurv/sketch.h"
 #include "grokcurv/subspace.h"
-#include "host/fibers.h"
+#include "emulator/fibers.h"
 
-namespace grokcurv::host {
+namespace grokcurv::emulator {
 
 using Where = Index;
 
@@ -31,4 +31,4 @@ GROKCURV_DECLARE(Rotate, rotate)
 GROKCURV_DECLARE(Sketch, sketch)
 #undef GROKCURV_DECLARE
 
-}  // namespace grokcurv::host
+}  // namespace grokcurv::emulator

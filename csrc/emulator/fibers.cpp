@@ -1,4 +1,4 @@
-#include "host/fibers.h"
+#include "emulator/fibers.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -16,7 +16,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-namespace grokcurv::host {
+namespace grokcurv::emulator {
 
 namespace {
 
@@ -204,4 +204,4 @@ double Fibers::warp_max(double x) {
   return x;
 }
 
-}  // namespace grokcurv::host
+}  // namespace grokcurv::emulator

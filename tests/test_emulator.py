@@ -30,7 +30,9 @@ from torch import Generator, Tensor
 from grokcurv import _cpu, ops, reference
 from grokcurv.ops import _dispatch
 
-_host = pytest.importorskip("grokcurv._host", reason="grokcurv._host is built with GROKCURV_HOST=ON, as make does")
+_emulator = pytest.importorskip(
+    "grokcurv._emulator", reason="grokcurv._emulator is built with GROKCURV_EMULATOR=ON, as make does"
+)
 
 FLOAT64 = torch.float64
 MANY_CHUNKS = 1025 * 4096 - 3
@@ -60,18 +62,18 @@ test_bits_do_not_depend_on_the_batch = test_ops.test_bits_do_not_depend_on_the_b
 
 
 @pytest.fixture(autouse=True)
-def host(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulator(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on the CPU go the way of those on a GPU; of what nobody wrote to, torch makes NaN.
 
     Threads of torch would wait, busily, beside the executor, which has one.
     """
-    monkeypatch.setattr(_dispatch, "core_of", lambda device: _dispatch.Core(_host, 0, nullcontext()))
+    monkeypatch.setattr(_dispatch, "core_of", lambda device: _dispatch.Core(_emulator, 0, nullcontext()))
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    _host.set_order(seed=int(torch.randint(1, 2**62, (), generator=generator)))
+    _emulator.set_order(seed=int(torch.randint(1, 2**62, (), generator=generator)))
     yield
-    _host.set_order()
+    _emulator.set_order()
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
 
@@ -114,7 +116,7 @@ def test_a_filter_has_the_bits_of_the_cpu(dtype: torch.dtype, generator: Generat
         core.subspace_filter(lambda _: workspace.data_ptr(), 1, _dispatch.TYPES[dtype], *g.shape, *pointers, 0.75)
         return out
 
-    assert bits((filtered(_host),)) == bits((filtered(_cpu),))
+    assert bits((filtered(_emulator),)) == bits((filtered(_cpu),))
 
 
 # ------------------------------------------------------------------------------ sizes at which a block works otherwise
@@ -285,7 +287,7 @@ def test_bits_do_not_depend_on_alignment(op: str, dtype: torch.dtype, generator:
 
 @pytest.mark.parametrize("threads", [64, 96])
 def test_fewer_threads(threads: int, generator: Generator) -> None:
-    _host.set_order(seed=5, threads=threads)
+    _emulator.set_order(seed=5, threads=threads)
     for inputs in islice(cases.sample_inputs("perturb", generator), 0, None, 2):
         assert bits(cases.run("perturb", inputs)) == bits(on_cpu("perturb", inputs))
     for inputs in islice(cases.sample_inputs("commutator", generator), 0, None, 2):
@@ -322,10 +324,10 @@ def test_bits_do_not_depend_on_the_order_of_threads(generator: Generator) -> Non
         (op, x) for op in cases.OPS if op != "eigh" for x in islice(cases.sample_inputs(op, generator), 0, None, 4)
     ]
     for op, inputs in samples + barrier_inputs(generator):
-        _host.set_order()
+        _emulator.set_order()
         in_turn = bits(cases.run(op, inputs))
         for seed in torch.randint(1, 2**31, (2,), generator=generator).tolist():
-            _host.set_order(seed=seed)
+            _emulator.set_order(seed=seed)
             assert bits(cases.run(op, inputs)) == in_turn, (op, seed)
 
 
@@ -334,13 +336,13 @@ def test_every_barrier_is_needed(generator: Generator) -> None:
     """Without any one of them, a result differs or threads wait for each other. So an order finds a missing one."""
     needed, met = set(), set()
     for op, inputs in barrier_inputs(generator):
-        _host.set_order(seed=1)
+        _emulator.set_order(seed=1)
         right = bits(cases.run(op, inputs))
-        barriers = _host.barriers()
+        barriers = _emulator.barriers()
         met |= set(barriers)
         for barrier in barriers:
             for seed in range(1, 4):
-                _host.set_order(seed=seed, skipped=barrier)
+                _emulator.set_order(seed=seed, skipped=barrier)
                 try:
                     differs = bits(cases.run(op, inputs)) != right
                 except RuntimeError as error:
@@ -359,9 +361,9 @@ def test_every_barrier_is_needed(generator: Generator) -> None:
 
 def test_a_barrier_that_some_threads_miss_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="block of 64 threads: 40 wait at a barrier, 0 for their warp, and 24 have"):
-        _host.barrier_for_some()
+        _emulator.barrier_for_some()
 
 
 def test_a_block_is_made_of_warps() -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
-        _host.set_order(threads=50)
+        _emulator.set_order(threads=50)

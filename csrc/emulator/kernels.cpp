@@ -1,4 +1,4 @@
-#include "host/kernels.h"
+#include "emulator/kernels.h"
 
 #include "block/commutator.h"
 #include "block/eigh.h"
@@ -7,9 +7,9 @@
 #include "block/rotate.h"
 #include "block/sketch.h"
 #include "block/subspace.h"
-#include "host/device.h"
+#include "emulator/device.h"
 
-namespace grokcurv::host {
+namespace grokcurv::emulator {
 
 namespace {
 
@@ -48,4 +48,4 @@ GROKCURV_DEFINE(Rotate, rotate)
 GROKCURV_DEFINE(Sketch, sketch)
 #undef GROKCURV_DEFINE
 
-}  // namespace grokcurv::host
+}  // namespace grokcurv::emulator

@@ -14,7 +14,7 @@ DRAIN = 1 << 10
 """After so many rows they are sent to the host, which goes on meanwhile."""
 
 
-def must_wait(device: torch.device) -> bool:
+def is_asynchronous(device: torch.device) -> bool:
     """Whether to look at a number there would mean to wait for the device."""
     return device.type != "cpu"
 
@@ -24,7 +24,7 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def later(t: Tensor) -> Callable[[], Tensor]:
+def copy_to_host_async(t: Tensor) -> Callable[[], Tensor]:
     """A copy of ``t`` as it is now, on its way to pinned memory of the host; call what is returned to wait for it."""
     if t.device.type != "cuda":
         copied = t.detach().clone()
@@ -41,7 +41,7 @@ def later(t: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-class Records:
+class DeviceBuffer:
     """Rows of ``width`` float64 numbers.
 
     On an accelerator they go to a ring of :data:`CAPACITY` rows at a place that the device counts, so that each replay
@@ -52,17 +52,17 @@ class Records:
         self.width, self.device = width, device
         self._read: list[Tensor] = []
         self._appended = 0
-        if must_wait(device):
-            self._ring = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
+        if is_asynchronous(device):
+            self._rows = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
             self._filled = torch.zeros(1, dtype=torch.int64, device=device)
             self._sent: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []
 
     def append(self, row: Tensor) -> None:
         """Add a row (width,), float64 on the device."""
-        if not must_wait(self.device):
+        if not is_asynchronous(self.device):
             self._read.append(row[None])
             return
-        self._ring.index_copy_(0, self._filled % CAPACITY, row[None])
+        self._rows.index_copy_(0, self._filled % CAPACITY, row[None])
         self._filled += 1
         self._appended += 1
         if self._appended % DRAIN == 0 and not capturing(self.device):
@@ -90,7 +90,7 @@ class Records:
         return next((rows[-1] for rows in reversed(self._read) if len(rows)), None)
 
     def _receive(self) -> None:
-        if not must_wait(self.device):
+        if not is_asynchronous(self.device):
             return
         self._send()
         sent, self._sent = self._sent, []
@@ -106,5 +106,5 @@ class Records:
             )
 
     def _send(self) -> None:
-        self._sent.append((later(self._ring), later(self._filled)))
+        self._sent.append((copy_to_host_async(self._rows), copy_to_host_async(self._filled)))
         self._filled.zero_()
