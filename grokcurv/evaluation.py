@@ -37,6 +37,12 @@ LOCK = threading.RLock()
 """Held while a model is not what it looks like: another thread that measures waits."""
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` has wrapped, if it has."""
+    module: nn.Module = getattr(model, "_orig_mod", model)
+    return module
+
+
 class Evaluator:
     """Evaluates a loss at parameters that are put in the place of the model's own.
 

@@ -32,7 +32,7 @@ from grokcurv.admission import (
     relative_distance,
 )
 from grokcurv.device_buffer import capturing
-from grokcurv.evaluation import LOCK, Evaluator, LossFn
+from grokcurv.evaluation import LOCK, Evaluator, LossFn, unwrapped
 from grokcurv.flat import Segment, flatten
 from grokcurv.intercept import NARROW, Widened, unseen
 from grokcurv.partition import WHOLE, Partition
@@ -92,7 +92,7 @@ class GradientEngine:
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         with LOCK:  # another thread may be evaluating it
-            self._set(getattr(model, "_orig_mod", model), loss_fn, strategy)
+            self._set(unwrapped(model), loss_fn, strategy)
 
     def _set(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy) -> None:
         self.model = model

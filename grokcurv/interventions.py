@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, Pair, Sampler
 from grokcurv.device_buffer import is_asynchronous
+from grokcurv.evaluation import unwrapped
 from grokcurv.flat import flatten, flatten_grad, unflatten, unflatten_grad
 from grokcurv.subspace import Subspace
 
@@ -79,7 +80,7 @@ class Intervention:
         for name, value, least in (("start", start, 0), ("every", every, 1), ("times", times, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.model = unwrapped(model)
         self.strength, self.start, self.every, self.times = strength, start, every, times
         self.generator = generator
         theta = flatten(self.model)  # refuses several dtypes or devices

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from grokcurv import ops
-from grokcurv.analysis.random_subspace import RandomBaseline as RandomBaseline
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.partition import WHOLE, Partition
+from grokcurv.random_subspace import RandomBaseline as RandomBaseline
 from grokcurv.reference import compute_type
 
 if TYPE_CHECKING:

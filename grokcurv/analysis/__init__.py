@@ -6,7 +6,6 @@ when a run's metrics and measurements are joined on ``step`` (:meth:`grokcurv.ru
 steps. docs/analysis.md has one line on each function.
 """
 
-from grokcurv.analysis.random_subspace import RandomBaseline, alignment_p_value
 from grokcurv.analysis.random_walk import RandomWalkNull, random_walk_pc1
 from grokcurv.analysis.spectrum import Eigenspectrum, eigenspectrum
 from grokcurv.analysis.statistics import (
@@ -29,6 +28,7 @@ from grokcurv.analysis.timing import (
     onset_step,
     phases,
 )
+from grokcurv.random_subspace import RandomBaseline, alignment_p_value
 
 __all__ = [
     "PHASES",

@@ -1,0 +1,400 @@
+"""fully_shard: each rank has a shard of the coordinates, and what is summed over them is completed over the ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_map_only
+
+from grokcurv.admission import Traits
+from grokcurv.evaluation import Evaluator, LossFn, unwrapped
+from grokcurv.flat import Segment, segments_of
+from grokcurv.gradients import GradientEngine, Strategy, deliver_whole
+from grokcurv.integrations.ddp import seed_of_rank
+from grokcurv.partition import Partition
+from grokcurv.pca import StreamingPCA
+from grokcurv.pca.common import Layout
+from grokcurv.state import Snapshot
+
+
+@dataclass(frozen=True)
+class Sharding(Partition):
+    """Which coordinates of a model under ``fully_shard`` a rank has, and sums over all of them.
+
+    Its vectors (P_r,) are the local parts of the trainable parameters, in order. A local part is the interval of rows
+    that ``torch.chunk`` gives the rank, so that a rank's coordinates are in the order of the flat vector (P,).
+
+    What the ranks found is gathered and put together in their order, so that no rank can see other bits than the next
+    and decide otherwise.
+
+    Attributes:
+        group: the ranks over which the parameters are sharded.
+        pieces: start in R^P, and shape, of each local part.
+    """
+
+    group: dist.ProcessGroup
+    pieces: tuple[tuple[int, torch.Size], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sharding:
+        """How the trainable parameters are sharded.
+
+        Raises:
+            ValueError: not at all, along another dimension than 0, or not all over the same mesh and of one dtype.
+        """
+        parameters: list[DTensor] = []
+        held, segments = _parameters(model), segments_of(model)
+        for segment, parameter in zip(segments, held, strict=True):
+            if not isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"model: parameter {segment.name!r} is not sharded, so that its gradient is not averaged; call "
+                    "fully_shard(model) on the whole model, without ignored_params"
+                )
+            split = [placement for placement in parameter.placements if not placement.is_replicate()]
+            if len(split) != 1 or type(split[0]) is not Shard or split[0].dim != 0:
+                raise ValueError(
+                    f"model: parameter {segment.name!r} must be sharded along its dimension 0 and over one dimension "
+                    f"of the mesh, got placements {parameter.placements}"
+                )
+            parameters.append(parameter)
+            kind, other = ((p.dtype, p.device_mesh, p.placements) for p in (parameter, parameters[0]))
+            if kind != other:
+                raise ValueError(
+                    f"model: trainable parameters must be of one dtype and sharded alike, but {segment.name!r} is "
+                    f"{kind} and {segments[0].name!r} {other}"
+                )
+        mesh, placements = parameters[0].device_mesh, parameters[0].placements
+        dim = [placement.is_replicate() for placement in placements].index(False)
+        rank, world = mesh.get_local_rank(dim), mesh.size(dim)
+        pieces = []
+        for segment, sharded in zip(segments, parameters, strict=True):
+            rows = segment.shape[0]
+            start = min(rows, rank * -(-rows // world))
+            pieces.append((segment.start + start * (segment.length // max(1, rows)), _local(sharded).shape))
+        return cls(mesh.get_group(dim), tuple(pieces))
+
+    @property
+    def size(self) -> int:
+        """P_r."""
+        return sum(shape.numel() for _, shape in self.pieces)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector (P_r,), shaped as the local parts of the parameters."""
+        parts = vector.split([shape.numel() for _, shape in self.pieces])
+        return [part.view(shape) for part, (_, shape) in zip(parts, self.pieces, strict=True)]
+
+    def local_part(self, segment: Segment) -> Segment:
+        start, stop = self._below(segment.start), self._below(segment.stop)
+        return Segment(segment.name, start, stop - start, (stop - start,))
+
+    def all_reduce_sum(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        first, *others = self._gather(torch.cat([s.reshape(-1) for s in sums]))
+        for other in others:
+            first = first + other
+        parts = first.split([s.numel() for s in sums])
+        return tuple(part.view(s.shape) for part, s in zip(parts, sums, strict=True))
+
+    def norm(self, *parts: Tensor) -> Tensor:
+        squares = [torch.linalg.vector_norm(_local(part), dtype=torch.float64).square() for part in parts]
+        return self.all_reduce_sum(torch.stack(squares).sum())[0].sqrt()
+
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        return self._gather(values).amax(0)
+
+    def all_reduce_and(self, flags: Tensor) -> Tensor:
+        return self._gather(flags.to(torch.uint8)).bool().all(0)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """(ranks, ...): the values of each."""
+        found = [torch.empty_like(values) for _ in range(self.group.size())]
+        dist.all_gather(found, values.contiguous(), group=self.group)
+        return torch.stack(found)
+
+    def _below(self, coordinate: int) -> int:
+        """How many of the coordinates here come before this one of R^P."""
+        return sum(min(max(coordinate - start, 0), shape.numel()) for start, shape in self.pieces)
+
+
+class ShardedEngine(GradientEngine):
+    """Gradients under ``fully_shard``, through the module's own passes; vectors are (P_r,).
+
+    There are no Hessian-vector products: a gradient that FSDP has scattered cannot be differentiated again. There is
+    one strategy, ``loop``.
+    """
+
+    brackets = certifies = False
+    partition: Sharding
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, exact: nn.Module | None = None) -> None:
+        if strategy not in ("auto", "loop"):
+            raise ValueError(f"strategy must be 'auto' or 'loop' for a model under fully_shard, got {strategy!r}")
+        self.partition = Sharding.of(model)
+        super().__init__(model, loss_fn, strategy="loop")
+        self.checked = exact is not None
+        self._exact = None if exact is None else self._twin(exact)
+
+    def _evaluator(self, loss_fn: LossFn) -> Evaluator:
+        return ShardedEvaluator(self.model, loss_fn, self.partition)
+
+    def flatten_grad(self, out: Tensor | None = None) -> Tensor:
+        """(P_r,)"""
+        parameters = _parameters(self.model)
+        grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
+        return torch.cat([grad.flatten() for grad in grads], out=out)
+
+    def flatten(self, out: Tensor | None = None) -> Tensor:
+        """(P_r,)"""
+        parameters = [_local(parameter).flatten() for parameter in _parameters(self.model)]
+        if out is None:
+            return torch.cat(parameters)
+        for view, part in zip(out.split([part.numel() for part in parameters]), parameters, strict=True):
+            view.copy_(part)
+        return out
+
+    def product(self, *_: Any, **__: Any) -> None:
+        """Raises ValueError: there are none."""
+        raise ValueError(
+            "method 'bracket' needs second derivatives, which a model under fully_shard has not; "
+            "eta='auto' estimates the bracket from gradients"
+        )
+
+    def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+        return Traits(nonsmooth=self.anywhere(self._has_kinks(batch, seed_of_rank(seed))), brackets=False)
+
+    def anywhere(self, flag: bool) -> bool:
+        unset = torch.tensor([not flag], device=self.device)
+        return not bool(self.partition.all_reduce_and(unset))
+
+    def gradient(
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        *,
+        seed: int = 0,
+        found: Tensor | None = None,
+        keep: bool = False,
+        shake: torch.Generator | None = None,
+    ) -> Tensor:
+        """As there. A sample of the rounding error is that of the other precision, scaled by the ratio of roundoffs."""
+        if shake is not None:
+            theta = theta.to(_other(theta.dtype))
+        whole = out if out.dtype == theta.dtype and found is None else torch.empty_like(theta)
+        self._gradient(theta, batch, whole, seed)
+        if whole is not out:
+            deliver_whole(whole, out, found, self.partition, keep=keep)
+        if shake is not None and found is not None:
+            eps = torch.finfo(theta.dtype).eps
+            found[0] *= min(1.0, torch.finfo(torch.float64).eps / eps)
+        return out
+
+    def _gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> None:
+        if theta.dtype != self.dtype:
+            if self._exact is None or theta.dtype != self._exact.dtype:
+                raise ValueError(f"theta is {theta.dtype}, but the model {self.dtype}, and no exact model is of that")
+            self._follow(self._exact.model)
+            cast = tree_map_only(Tensor, lambda x: x.to(theta.dtype) if x.is_floating_point() else x, batch)
+            self._exact._gradient(theta, cast, out, seed)
+            return
+        self._refuse_bystanders(_parameters(self.model))
+
+        def use(loss: Tensor, _: list[Any]) -> None:
+            loss.backward()
+            self.flatten_grad(out)
+
+        self.evaluator.evaluate(self.evaluator.leaves(theta), batch, use, seed=seed_of_rank(seed))
+
+    def observe(self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = False) -> frozenset[str]:
+        return self.evaluator.observe(self.evaluator.leaves(theta), batch, lambda *_: None, seed=seed)
+
+    def _reject_distributed_model(self) -> None:
+        """A sharded model is what this is for."""
+
+    def _refuse_mixtures(self) -> None:
+        """Sharding.of has looked at dtypes and devices."""
+
+    def _refuse_bystanders(self, parameters: list[nn.Parameter]) -> None:
+        for segment, parameter in zip(self.segments, parameters, strict=True):
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise ValueError(
+                    f"model: parameter {segment.name!r} has a hook that runs when its gradient is there (an optimiser "
+                    "in the backward pass?), and would run for measured gradients too; remove it"
+                )
+        if any(map(_holds_gradients, _groups(self.model))):
+            raise ValueError(
+                "model is between passes whose gradients add up unreduced: measure after one under "
+                "set_requires_gradient_sync(True)"
+            )
+
+    def _twin(self, exact: nn.Module) -> ShardedEngine:
+        """The engine of the exact model, once it is known to be built alike."""
+        if not isinstance(exact, FSDPModule):
+            raise ValueError(f"exact must have had fully_shard(exact), got {type(exact).__name__}")
+        engine, wanted = ShardedEngine(exact, self.evaluator.loss_fn, "loop"), _other(self.dtype)
+        if engine.dtype != wanted or engine.device != self.device:
+            raise ValueError(f"exact must be {wanted} on {self.device}, got {engine.dtype} on {engine.device}")
+        if _structure(exact) != _structure(self.model) or engine.partition.pieces != self.partition.pieces:
+            raise ValueError("exact has other modules, parameters, buffers or shards than model: build it alike")
+        return engine
+
+    @torch.no_grad()
+    def _follow(self, exact: nn.Module) -> None:
+        """Give the exact model what a gradient depends on besides the trainable parameters."""
+        for its, mine in zip(exact.buffers(), self.model.buffers(), strict=True):
+            its.copy_(mine)
+        for twin, module in zip(exact.modules(), self.model.modules(), strict=True):
+            twin.training = module.training
+        for parameter, given in zip(exact.parameters(), self.model.parameters(), strict=True):
+            if not given.requires_grad:
+                _local(parameter).copy_(_local(given))
+
+
+class ShardedEvaluator(Evaluator):
+    """Evaluates a model under ``fully_shard`` through its own passes: the shards take other values, in place.
+
+    FSDP keeps state of its own on the modules, which is left to it: of the model's, parameters, ``.grad`` and buffers
+    are put back.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, partition: Sharding) -> None:
+        self._partition = partition
+        super().__init__(model, loss_fn)
+
+    def parameters(self) -> list[nn.Parameter]:
+        _parameters(self.model)
+        return super().parameters()
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        return self._partition.views(vector)
+
+    def leaves(self, theta: Tensor) -> list[Tensor]:
+        return self.views(theta)
+
+    def _look(self) -> Snapshot:
+        return Snapshot([list(self.model.buffers())])
+
+    def _place(self, leaves: Sequence[Tensor], stack: ExitStack) -> None:
+        parameters = _parameters(self.model)
+        values, grads = [_local(p).clone() for p in parameters], [p.grad for p in parameters]
+
+        def put_back(kind: Any, *_: Any) -> None:
+            if kind is not None and hasattr(self.model, "reset_iter_state"):  # torch >= 2.13: of passes broken off
+                self.model.reset_iter_state()  # type: ignore[operator]
+            _write(_parameters(self.model), values, grads)
+
+        stack.push(put_back)
+        _write(parameters, leaves, [None] * len(grads))
+
+
+def _other(dtype: torch.dtype) -> torch.dtype:
+    """The precision that an exact model has."""
+    return torch.float32 if dtype == torch.float64 else torch.float64
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters, sharded, as the optimiser has them; what FSDP has gathered is freed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The memory itself of the local part, without a history."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def _write(parameters: list[nn.Parameter], values: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for parameter, value, grad in zip(parameters, values, grads, strict=True):
+        _local(parameter).copy_(value)
+        parameter.grad = grad
+
+
+def _structure(model: nn.Module) -> Any:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = [name for name, _ in model.named_modules()]
+    return names, [(name, tensor.shape, tensor.requires_grad) for name, tensor in tensors]
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """What FSDP keeps of the parameters that it gathers together. torch has no public way to read it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group])
+
+
+def _holds_gradients(group: Any) -> bool:
+    """Whether a backward pass would add to gradients that wait to be reduced, or let its own wait."""
+    waiting = [p.unsharded_accumulated_grad for p in group.fsdp_params]
+    waiting += [p._unsharded_param.grad for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+    waiting.append(group._partial_reduce_output)
+    return not (group.reduce_grads and group.all_reduce_grads) or any(grad is not None for grad in waiting)
+
+
+class ShardedPCA(StreamingPCA):
+    """:class:`grokcurv.StreamingPCA` of rows of which each rank has its shard (P_r,); ``method="gram"`` alone.
+
+    Each rank keeps its shard of the rows. The Gram matrix, and all that follows from it, is the same on each; the
+    components and the mean are sharded as the rows are. ``partial_fit``, ``components_``, ``transform`` and
+    ``load_state_dict`` exchange numbers: call them on all ranks. A row that is not finite on one rank is refused on
+    all. Each rank saves and loads its own ``state_dict``.
+
+    Args:
+        model: after ``fully_shard(model)``.
+        n_components, store_dtype, scratch: as for :class:`grokcurv.StreamingPCA`.
+        segments: intervals of all P coordinates, in their order.
+
+    Raises:
+        ValueError: as for :class:`grokcurv.StreamingPCA`, and as :func:`distributed`.
+    """
+
+    partition: Sharding
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_components: int = 8,
+        segments: Sequence[Segment | tuple[int, int]] | None = None,
+        *,
+        store_dtype: torch.dtype | None = None,
+        scratch: str | os.PathLike[str] | None = None,
+    ) -> None:
+        module = unwrapped(model)
+        if not isinstance(module, FSDPModule):
+            raise ValueError(
+                f"model must have had fully_shard(model), got {type(module).__name__}; where each rank has all "
+                "coordinates, a StreamingPCA on each does"
+            )
+        self.partition = Sharding.of(module)
+        super().__init__(n_components, "gram", segments, store_dtype=store_dtype, scratch=scratch)
+        if self.segments is None:
+            return
+        size, stop = sum(p.numel() for p in _parameters(module)), 0
+        for segment in self.segments:
+            if not stop <= segment.start <= segment.stop <= size:  # empty parts would lose their order otherwise
+                raise ValueError(f"segments must ascend, disjoint, up to P = {size}; {segment.name!r} does not")
+            stop = segment.stop
+        self.segments = tuple(map(self.partition.local_part, self.segments))
+
+    def _pack(self, x: Tensor) -> Tensor:
+        rows = super()._pack(x)
+        if x.shape[-1] != self.partition.size:
+            raise ValueError(f"x must hold this rank's {self.partition.size} coordinates, got {x.shape[-1]}")
+        return rows
+
+    def _new_layout(self, features: int, device: torch.device) -> Layout:
+        layout = super()._new_layout(features, device)
+        layout.sizes  # noqa: B018 (exchanged here, so that variances can be read on one rank alone)
+        return layout
