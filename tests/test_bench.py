@@ -21,8 +21,9 @@ from grokcurv.bench import kernels, measurements, naive, pca, run_bench, timing
 from grokcurv.bench.contest import OURS, PEERS, Case, Contender, Contest, relative, worst
 from grokcurv.bench.judge import Result, judge, peers
 from grokcurv.bench.plan import Plan, curve, everything, make_plan
-from grokcurv.bench.table import clock, lines, markdown, seconds
+from grokcurv.bench.table import clock, lines, markdown
 from grokcurv.bench.timing import Times, interleaved
+from grokcurv.report.format import seconds
 from grokcurv.runs import RunError
 
 NO_PEERS = dict.fromkeys(PEERS, "not asked for")

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 
 from grokcurv.report import figures, write_report
 from grokcurv.report.figures import DARK, LIGHT
-from grokcurv.report.summary import Summary, duration, number
+from grokcurv.report.format import duration, number
+from grokcurv.report.summary import Summary
 from grokcurv.runs import Run, RunError, RunWriter, open_run
 
 PNG = b"\x89PNG\r\n\x1a\n"

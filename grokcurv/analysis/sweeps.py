@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grokcurv.analysis.statistics import wilson
+from grokcurv.analysis.timing import EARLY, has_risen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,9 +36,8 @@ def sweep_results(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
     accuracy, defect = _measured(metrics, "test_acc"), _measured(curvature, "defect_median")
-    early = defect.groupby("run").head(3).groupby("run")["defect_median"].median().clip(lower=0.1)
-    level = defect["defect_median"]
-    risen = (level > 10 * early.reindex(defect["run"]).to_numpy()) & (level > 20)
+    early = defect.groupby("run").head(EARLY).groupby("run")["defect_median"].median()
+    risen = has_risen(defect["defect_median"].to_numpy(float), early.reindex(defect["run"]).to_numpy(float))
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
     found = {
         "grok_step": _first(accuracy[accuracy["test_acc"] >= threshold]),

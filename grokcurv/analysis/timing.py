@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from grokcurv.analysis.records import columns, measured, reliable
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from grokcurv.analysis.records import Records
+
+EARLY = 3
+"""Measurements of whose median a rise of the defect is told."""
 
 PHASES = ("early", "memorisation", "pre-grok", "post-grok")
 
@@ -71,8 +74,13 @@ def onset_step(records: Records) -> int | None:
     steps, defect = measured(records, "defect_median")
     if not defect.size:
         return None
-    early = max(float(np.median(defect[:3])), 0.1)
-    return _first(steps, (defect > 10 * early) & (defect > 20))
+    return _first(steps, has_risen(defect, np.median(defect[:EARLY])))
+
+
+def has_risen(defect: NDArray[np.float64], early: ArrayLike) -> NDArray[np.bool_]:
+    """Where a defect is past its onset, given the median of its first :data:`EARLY` measurements."""
+    risen: NDArray[np.bool_] = (defect > 10 * np.maximum(early, 0.1)) & (defect > 20)
+    return risen
 
 
 def changepoint_step(records: Records, false_alarm: float = 0.01, since: int = 0) -> int | None:

@@ -13,7 +13,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from grokcurv.bench.contest import OURS
 from grokcurv.bench.judge import Result
 from grokcurv.bench.plan import Curve
-from grokcurv.bench.table import seconds
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
 
 LABELS = {"P": "parameters P", "K": "pairs of batches K", "T": "rows of the trajectory T"}
@@ -58,14 +57,9 @@ def costs(axis: str, curves: Sequence[tuple[Curve, Points]], theme: Theme) -> Fi
         axes.set_xlabel(LABELS[axis])
         axes.set_xticks([size for size, _ in points])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _short(size)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: compact(size)))
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value).replace(".00", "")))
         axes.tick_params(length=3)
         axes.tick_params(which="minor", length=0)
     return figure
-
-
-def _short(size: float) -> str:
-    """1e5 and beyond by their exponent."""
-    return f"{size:,.0f}" if size < 1e5 else f"{size:.0e}".replace("e+0", "e")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from grokcurv.bench.figures import LABELS, costs
 from grokcurv.bench.judge import Result
 from grokcurv.bench.table import COLUMNS, Line, clock, lines
+from grokcurv.report.format import duration
 from grokcurv.report.page import Drawing, draw_twice, write_page
-from grokcurv.report.summary import duration
 
 if TYPE_CHECKING:
     from grokcurv.bench.driver import Bench

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from grokcurv.bench.judge import Floor, Result, Row
 from grokcurv.bench.timing import Times
+from grokcurv.report.format import seconds, significant
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,33 +72,18 @@ def clock(times: Times | None) -> str:
     return f"{seconds(times.median)} ± {50 * (high - low) / times.median:.0f} %"
 
 
-def seconds(value: float) -> str:
-    """12.3 us, 4.56 ms, 7.89 s."""
-    unit, scale = next((u, s) for u, s in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)) if value < 999.5 * s or u == "s")
-    return f"{_three(value / scale)} {unit}"
-
-
 def factor(ratio: Times | None) -> str:
-    return "" if ratio is None else f"{_three(ratio.median)}x"
+    return "" if ratio is None else f"{significant(ratio.median)}x"
 
 
 def must(floor: Floor | None) -> str:
     """What must be done, and the time that takes."""
     if floor is None:
         return ""
-    known = [f"{_three(floor.moved / 1e6)} MB"] * (floor.moved > 0)
-    known += [f"{_three(floor.flops / 1e9)} Gflop"] * (floor.flops > 0)
-    known += [f"{_three(floor.flops64 / 1e9)} Gflop64"] * (floor.flops64 > 0)
+    known = [f"{significant(floor.moved / 1e6)} MB"] * (floor.moved > 0)
+    known += [f"{significant(floor.flops / 1e9)} Gflop"] * (floor.flops > 0)
+    known += [f"{significant(floor.flops64 / 1e9)} Gflop64"] * (floor.flops64 > 0)
     return f"{', '.join(known)}: {seconds(floor.seconds)}"
-
-
-def _three(value: float) -> str:
-    """Three significant digits, or all of an integer's, without an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    value = float(f"{value:.2e}")  # 0.9999 is 1.00
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(min(digits, 4), 0)}f}"
 
 
 def markdown(rows: Sequence[Line]) -> str:

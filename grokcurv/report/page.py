@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grokcurv.report import figures, sweep_figures
-from grokcurv.report.summary import GROKKED, Summary, number
+from grokcurv.report.format import number
+from grokcurv.report.summary import GROKKED, Summary
 from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import Run, open_run
 from grokcurv.storage import RunError, write_atomically

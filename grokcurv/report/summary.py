@@ -10,6 +10,7 @@ import pandas as pd
 
 from grokcurv.analysis import grok_step, onset_step
 from grokcurv.report.figures import matrix_label
+from grokcurv.report.format import duration, number
 from grokcurv.storage import RunError
 
 if TYPE_CHECKING:
@@ -205,27 +206,6 @@ class Summary:
             share = f" ({total / seconds:.0%} of the run)" if 0 <= total < seconds else ""
             said["all measurements"] = duration(total) + share
         return said
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands separated: 0.00123, 4.56, 1,230."""
-    if not math.isfinite(value):
-        return "none"
-    if 0 < abs(value) < 1e-4 or abs(value) >= 1e7:
-        return f"{value:.2e}"
-    value = float(f"{value:.2e}")
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(digits, 0)}f}"
-
-
-def duration(seconds: float) -> str:
-    """12.3 s, 4 min 05 s or 3 h 25 min; none if it is not finite."""
-    if not math.isfinite(seconds):
-        return "none"
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _step(step: int | None) -> str:

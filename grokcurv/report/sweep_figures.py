@@ -24,6 +24,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from grokcurv.report.figures import LIGHT, WIDTH, Theme, axes_at, blank, log_scale
+from grokcurv.report.format import plain, short
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class Quantity:
 QUANTITIES = (
     Quantity("grok_fraction", "grok fraction", "green", lambda row: f"{row['grokked']:.0f}/{row['finished']:.0f}"),
     Quantity("grok_step", "grok step", "green", lambda row: f"{row['grok_step']:,.0f}"),
-    Quantity("max_defect", "highest reliable defect", "blue", lambda row: _short(row["max_defect"]), log=True),
+    Quantity("max_defect", "highest reliable defect", "blue", lambda row: short(row["max_defect"]), log=True),
     Quantity("lead_time", "lead, steps", "purple", lambda row: f"{row['lead_time']:,.0f}"),
 )
 
@@ -59,18 +60,6 @@ def arrange(runs: pd.DataFrame, fields: Sequence[str]) -> dict[str, list[Any]]:
     values = {field: list(pd.unique(runs[field])) for field in fields}
     words = {field: there for field, there in values.items() if not _numeric(there)}
     return words | {field: sorted(values[field]) for field in fields if field not in words}
-
-
-def plain(value: Any) -> str:
-    """A setting in words: 0.0003 rather than 3e-04, 1,000,000; other values as they are."""
-    if not _numeric([value]):
-        return str(value)
-    number = float(value)
-    if number and not 1e-6 <= abs(number) < 1e15:
-        return f"{number:g}"
-    text = np.format_float_positional(number, trim="-")
-    whole, point, rest = text.partition(".")
-    return f"{int(whole):,}{point}{rest}" if abs(number) >= 10_000 else text
 
 
 def phase(settings: pd.DataFrame, results: pd.DataFrame, fields: dict[str, list[Any]], theme: Theme) -> Figure:
@@ -238,7 +227,7 @@ def _heading(
     box, (_, total) = axes.get_position(), figure.get_size_inches()
     left, right, y = box.x0 * WIDTH, box.x1 * WIDTH, box.y1 * total + 0.09
     figure.text(left / WIDTH, (y + 0.19 * stacked) / total, quantity.title, va="bottom", fontweight="bold")
-    said = "{:.0%}".format if quantity.column == "grok_fraction" else _short
+    said = "{:.0%}".format if quantity.column == "grok_fraction" else short
     low, high = said(norm.vmin), said(norm.vmax)  # type: ignore[arg-type]
     length, gap = 0.45 if stacked else 0.6, 0.06
 
@@ -304,7 +293,7 @@ def _dots(
             axes.plot(
                 finished[field].map(places), finished[quantity.column], ".", color=colour, alpha=0.6, markersize=4
             )
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             for x in at[np.isnan(middle) & (settings["finished"] > 0).to_numpy()]:
                 text = _says(quantity, settings.iloc[int(np.flatnonzero(at == x)[0])])
                 axes.text(
@@ -454,14 +443,6 @@ def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(which="minor", visible=False)
-
-
-def _short(value: float) -> str:
-    """A number in few characters: 0.043, 1.6, 87, 1,240, 3e+06."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.0e}"
-    digits = max(0, 1 - math.floor(math.log10(abs(value)))) if 0 < abs(value) < 10 else 0
-    return f"{value:,.{digits}f}"
 
 
 def _contrast(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:

@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from grokcurv.analysis import sweep_results, sweep_settings
 from grokcurv.analysis.sweeps import UNFINISHED
-from grokcurv.report.summary import GROKKED, check_table, number
+from grokcurv.report.format import are, count, number
+from grokcurv.report.summary import GROKKED, check_table
 from grokcurv.report.sweep_figures import arrange, plain
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class SweepSummary:
     def subtitle(self) -> list[str]:
         """How many values of which settings, and how many runs in all."""
         values = [f"{name} ({self.results[name].nunique(dropna=False):,})" for name in self.varied]
-        return [", ".join(values) or "one setting", _count(self.total["runs"], "run")]
+        return [", ".join(values) or "one setting", count(self.total["runs"], "run")]
 
     @property
     def missing(self) -> list[str]:
@@ -70,12 +71,12 @@ class SweepSummary:
         said, total = [], self.total
         if total["unfinished"]:
             said.append(
-                f"{_count(total['unfinished'], 'run')} of {total['runs']:,} {_are(total['unfinished'])} not finished "
+                f"{count(total['unfinished'], 'run')} of {total['runs']:,} {are(total['unfinished'])} not finished "
                 f"({self._statuses(*UNFINISHED)}) and count{'s' * (total['unfinished'] == 1)} neither for grokking nor "
                 "against it. Until then the fractions may be too high, as runs that grok end sooner."
             )
         if total["failed"]:
-            said.append(f"{_count(total['failed'], 'run')} failed and count{'s' * (total['failed'] == 1)} neither way.")
+            said.append(f"{count(total['failed'], 'run')} failed and count{'s' * (total['failed'] == 1)} neither way.")
         if self.classed:
             said.append(
                 f"The many values of {' and '.join(self.classed)} are in {CLASSES} classes of about as many runs, each "
@@ -188,11 +189,3 @@ def _defect(value: float) -> str:
 
 def _interval(row: Mapping[Any, Any]) -> str:
     return f"{100 * row['grok_low']:.0f} to {row['grok_high']:.0%}"
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"

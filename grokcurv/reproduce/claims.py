@@ -22,8 +22,8 @@ from grokcurv.analysis import (
     sign_test,
 )
 from grokcurv.modular import TrainConfig
-from grokcurv.report.summary import number as short
-from grokcurv.report.sweep_figures import plain
+from grokcurv.report.format import number as short
+from grokcurv.report.format import plain
 from grokcurv.reproduce import figures, published
 from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
 from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grokcurv.report.format import duration
 from grokcurv.report.page import Drawing, draw_twice, write_page
-from grokcurv.report.summary import duration
 from grokcurv.reproduce.claims import Answer, say
 from grokcurv.reproduce.published import SOURCE
 
