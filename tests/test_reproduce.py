@@ -22,8 +22,9 @@ from grokcurv.flat import flatten
 from grokcurv.modular import TrainConfig, load_model, split, train
 from grokcurv.report.figures import LIGHT
 from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
-from grokcurv.reproduce.claims import JUDGES, Answer, answer, say
+from grokcurv.reproduce.claims import JUDGES, answer
 from grokcurv.reproduce.evidence import Evidence, Trial, compare_walks, paper_checkpoints, take_snapshot
+from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.plan import NEEDS, QUICK, WATCHED, expected_seconds, make_plan
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict

@@ -5,6 +5,7 @@
 :mod:`~grokcurv.bench.judge` runs one, :mod:`~grokcurv.bench.driver` all of them.
 """
 
-from grokcurv.bench.driver import Bench, run_bench
+from grokcurv.bench.driver import run_bench
+from grokcurv.bench.result import Bench
 
 __all__ = ["Bench", "run_bench"]

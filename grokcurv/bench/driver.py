@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,72 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grokcurv.bench.contest import PEERS, Case
-from grokcurv.bench.judge import Floor, Result, available_memory, judge, peers
-from grokcurv.bench.plan import Curve, Plan, make_plan
-from grokcurv.bench.table import lines, markdown, rich_table
-from grokcurv.bench.timing import Times
+from grokcurv.bench.judge import Result, available_memory, judge, peers
+from grokcurv.bench.plan import Plan, make_plan
+from grokcurv.bench.result import Bench, plain
+from grokcurv.bench.table import lines, markdown
 from grokcurv.runs import describe_environment
 from grokcurv.storage import RunError, write_atomically
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-SCHEMA = 1
-"""Version of ``bench.json``."""
+    pass
 
 Progress = Callable[[dict[str, Any]], object]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What was measured.
-
-    Attributes:
-        path: the folder.
-        page: ``report.html`` in it.
-        environment: versions of grokcurv and its peers, machine, threads, memory that was free.
-        results: of the cases of the table, in order.
-        curves: each with the results of its points, by size.
-        peers: by package, its version, or why it did not take part.
-        seconds: that it all took.
-    """
-
-    path: Path
-    page: Path
-    environment: Mapping[str, Any]
-    results: tuple[Result, ...]
-    curves: tuple[tuple[Curve, tuple[tuple[int, Result], ...]], ...]
-    peers: Mapping[str, str]
-    seconds: float
-
-    def table(self) -> Table:
-        """The table, for a terminal."""
-        return rich_table(lines(self.results))
-
-    @property
-    def wrong(self) -> list[str]:
-        """What is wrong with grokcurv's own answers, a sentence each."""
-        return [f"{r.case.title}: {r.problem}" for r in self.everything() if r.wrong]
-
-    @property
-    def left_out(self) -> list[str]:
-        """What was not measured, and why, a sentence each."""
-        cases = [f"{r.case.title}: {r.problem}" for r in self.everything() if r.problem and not r.rows]
-        missing = [f"{package}: {said}" for package, said in self.peers.items() if not said[:1].isdigit()]
-        failed = [
-            f"{r.case.title}, {row.name}: {row.problem}"
-            for r in self.everything()
-            for row in r.rows
-            if row.problem.startswith("failed")
-        ]
-        return missing + cases + failed
-
-    def everything(self) -> list[Result]:
-        """All results, those of curves too, each once."""
-        found = {r.case.title: r for r in self.results}
-        for _, points in self.curves:
-            found |= {r.case.title: r for _, r in points}
-        return list(found.values())
 
 
 def run_bench(
@@ -144,7 +87,7 @@ def run_bench(
             budget = plan.budget if title in in_table else plan.budget / 2
             found[title] = judge(case, torch.Generator().manual_seed(seed), budget, problems)
 
-    from grokcurv.bench.page import write
+    from grokcurv.bench.page import write  # and matplotlib with it
 
     results = tuple(found[case.title] for case in plan.table if case.title in found)
     curves = tuple(
@@ -156,7 +99,7 @@ def run_bench(
     bench = Bench(
         path, path / "report.html", environment, results, curves, taking_part, round(time.monotonic() - began, 1)
     )
-    write_atomically(path / "bench.json", json.dumps(_plain(bench), indent=1, allow_nan=False).encode())
+    write_atomically(path / "bench.json", json.dumps(plain(bench), indent=1, allow_nan=False).encode())
     write_atomically(path / "table.md", markdown(lines(results)).encode())
     write(bench)
     return bench
@@ -187,66 +130,3 @@ def _threads(count: int) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
-
-
-def _plain(bench: Bench) -> dict[str, Any]:
-    """As JSON has it; NaN is null."""
-    return {
-        "schema": SCHEMA,
-        "environment": dict(bench.environment),
-        "peers": dict(bench.peers),
-        "seconds": bench.seconds,
-        "table": [result.case.title for result in bench.results],
-        "curves": [
-            {"axis": one.axis, "title": one.title, "points": [[size, r.case.title] for size, r in points]}
-            for one, points in bench.curves
-        ],
-        "cases": [_plain_result(result) for result in bench.everything()],
-    }
-
-
-def _plain_result(result: Result) -> dict[str, Any]:
-    return {
-        "case": result.case.name,
-        "title": result.case.title,
-        "problem": result.problem,
-        "wrong": result.wrong,
-        "floor": _plain_floor(result.floor),
-        "contenders": [
-            {
-                "name": row.name,
-                "note": row.note,
-                "problem": row.problem,
-                "seconds": _plain_times(row.times),
-                "ratio": _plain_times(row.ratio),
-                "errors": {name: _number(value) for name, value in row.errors.items()},
-            }
-            for row in result.rows
-        ],
-    }
-
-
-def _plain_floor(floor: Floor | None) -> dict[str, Any] | None:
-    if floor is None:
-        return None
-    return {
-        "bytes": floor.moved,
-        "flops_float32": floor.flops,
-        "flops_float64": floor.flops64,
-        "bytes_per_second": _number(floor.read_rate),
-        "flops_float32_per_second": _number(floor.rate),
-        "flops_float64_per_second": _number(floor.rate64),
-        "seconds": floor.seconds,
-        "grokcurv_over_floor": _plain_times(floor.ratio),
-    }
-
-
-def _plain_times(times: Times | None) -> dict[str, Any] | None:
-    if times is None:
-        return None
-    low, high = times.spread
-    return {"median": times.median, "low": low, "high": high, "rounds": len(times.samples), "calls": times.calls}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -14,6 +14,7 @@ from grokcurv.bench.contest import OURS
 from grokcurv.bench.judge import Result
 from grokcurv.bench.plan import Curve
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
+from grokcurv.report.format import compact, seconds
 
 LABELS = {"P": "parameters P", "K": "pairs of batches K", "T": "rows of the trajectory T"}
 HEIGHT, BOTTOM, TOP = 2.9, 0.5, 0.35  # inches

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grokcurv.bench.figures import LABELS, costs
 from grokcurv.bench.judge import Result
+from grokcurv.bench.result import Bench
 from grokcurv.bench.table import COLUMNS, Line, clock, lines
 from grokcurv.report.format import duration
 from grokcurv.report.page import Drawing, draw_twice, write_page
-
-if TYPE_CHECKING:
-    from grokcurv.bench.driver import Bench
 
 
 class Summary:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,11 +22,11 @@ from grokcurv.analysis import (
     sign_test,
 )
 from grokcurv.modular import TrainConfig
-from grokcurv.report.format import number as short
 from grokcurv.report.format import plain
 from grokcurv.reproduce import figures, published
 from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
 from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel
+from grokcurv.reproduce.findings import Answer, Finding, Here, Judgement, say
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import (
@@ -36,9 +36,7 @@ from grokcurv.reproduce.rules import (
     NOT_RUN,
     PC1_TOLERANCE,
     RHO,
-    RULES,
     SAME_STEP,
-    SENTENCES,
     SIGNIFICANT,
     SPIKE,
     UNDECIDED,
@@ -49,75 +47,11 @@ from grokcurv.reproduce.rules import (
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    from grokcurv.report.figures import Theme
     from grokcurv.subspace import Subspace
 
 DIRECTIONS = 3
 """Singular directions of each matrix in the paper's control."""
-
-
-class Here(NamedTuple):
-    """A number of ours, twice."""
-
-    arithmetic: Number
-    """What the published arithmetic gives."""
-    trustworthy: Number
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A number in three ways; where no commutator enters, both of ours are one."""
-
-    quantity: str
-    published: Number
-    here: Here
-    decimals: int | None = None
-    """In print; three significant digits if None."""
-
-    @property
-    def numbers(self) -> tuple[Number, Number, Number]:
-        """Published, published arithmetic, trustworthy."""
-        return self.published, *self.here
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a claim's function comes to."""
-
-    holds: tuple[bool | None, bool | None]
-    """What the rule says in the published arithmetic, and in trustworthy arithmetic; None if it cannot tell."""
-    findings: tuple[Finding, ...]
-    draw: Callable[[Theme], Figure] | None
-    alt: str
-    caption: str
-    remarks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What became of a claim."""
-
-    claim: str
-    verdict: str
-    settings: Mapping[str, str]
-    """By set, its runs in words."""
-    remarks: tuple[str, ...]
-    """What else a reader has to know, a sentence each."""
-    findings: tuple[Finding, ...] = ()
-    """The first is what the rule speaks of."""
-    draw: Callable[[Theme], Figure] | None = None
-    alt: str = ""
-    caption: str = ""
-
-    @property
-    def sentence(self) -> str:
-        return SENTENCES[self.claim]
-
-    @property
-    def rule(self) -> str:
-        return RULES[self.claim]
 
 
 def answer(claim: str, evidence: Evidence) -> Answer:
@@ -148,18 +82,6 @@ def answer(claim: str, evidence: Evidence) -> Answer:
         judged.alt,
         judged.caption,
     )
-
-
-def say(number: Number, decimals: int | None = None) -> str:
-    """A number in words: 71.2 (68.1 to 75.0); the range alone where there is no middle; 'none'."""
-
-    def one(value: float) -> str:
-        return short(value) if decimals is None else f"{value:,.{decimals}f}"
-
-    interval = f"{one(number.low)} to {one(number.high)}" if math.isfinite(number.low + number.high) else ""
-    if not math.isfinite(number.value):
-        return interval or "none"
-    return one(number.value) + (f" ({interval})" if interval and number.low < number.high else "")
 
 
 def pc1(evidence: Evidence) -> Judgement:

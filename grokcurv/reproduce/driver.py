@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grokcurv.modular import PRESETS, train
-from grokcurv.reproduce.claims import Answer, answer, say
+from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import Evidence, Trial
+from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP, Number

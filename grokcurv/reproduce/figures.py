@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,10 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
 from grokcurv.reproduce.evidence import Arithmetic
+from grokcurv.reproduce.findings import Finding
 from grokcurv.reproduce.published import Number
-
-if TYPE_CHECKING:
-    from grokcurv.reproduce.claims import Finding
 
 CYCLE = ("blue", "orange", "green", "purple")
 STYLES = ("-", "--", ":", "-.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from grokcurv.report.format import duration
 from grokcurv.report.page import Drawing, draw_twice, write_page
-from grokcurv.reproduce.claims import Answer, say
+from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.published import SOURCE
 
 
