@@ -12,13 +12,12 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from grokcurv.gradients import GradientEngine
+from grokcurv.intercept import Widened
 
 KINKS = re.compile(
     r"\w*relu\w*|threshold|elu|hard\w+|softshrink|\w*max_pool\w*|multi\w*_margin_loss\w*|abs|sgn|sign|clamp\w*|"
@@ -87,6 +86,29 @@ class Traits:
     brackets: bool | None = None
 
 
+class Engine(Protocol):
+    """What is asked of a :class:`grokcurv.gradients.GradientEngine`, whose methods say what they do."""
+
+    brackets: bool
+    traits: Traits
+
+    def flatten(self, out: Tensor | None = None) -> Tensor: ...
+    def observe(
+        self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = ...
+    ) -> frozenset[str]: ...
+    def own_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> None: ...
+    def gradient(
+        self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = ..., found: Tensor | None = ..., keep: bool = ...
+    ) -> Tensor: ...
+    def exact_gradient(
+        self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, found: Tensor | None = ..., keep: bool = ...
+    ) -> Widened: ...
+    def product(
+        self, theta: Tensor, batch: Any, direction: Tensor, gradient: Tensor | None, product: Tensor, seed: int
+    ) -> None: ...
+    def sample_rounding(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> float: ...
+
+
 class Admission:
     """The findings about one model, and the traits of each of its structures."""
 
@@ -104,7 +126,7 @@ class Admission:
         if not passed and news:
             warnings.warn(str(finding), AdmissionWarning, stacklevel=2)
 
-    def admit(self, engine: GradientEngine, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+    def admit(self, engine: Engine, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
         """Evaluate the model on ``batch`` at its own parameters, some five gradients, to find its traits.
 
         Where ``brackets`` will be looked at next, the gradient in float64 serves both.
@@ -132,7 +154,7 @@ class Admission:
 
     def _gradient(
         self,
-        engine: GradientEngine,
+        engine: Engine,
         traits: Traits,
         theta: Tensor,
         batch: Any,
@@ -170,9 +192,7 @@ class Admission:
             "no row is reliable; hold generators and state as attributes of the model",
         )
 
-    def _float64(
-        self, engine: GradientEngine, traits: Traits, theta: Tensor, batch: Any, out: Tensor, seed: int
-    ) -> None:
+    def _float64(self, engine: Engine, traits: Traits, theta: Tensor, batch: Any, out: Tensor, seed: int) -> None:
         """The evaluation in float64 that everything is held against."""
         try:
             mode = engine.exact_gradient(theta, batch, out, seed)
@@ -196,7 +216,7 @@ class Admission:
             self.find("float64", True, "float64 throughout")
 
     def second_derivatives(
-        self, engine: GradientEngine, traits: Traits, batch: Any, seed: int, direction: Tensor | None = None
+        self, engine: Engine, traits: Traits, batch: Any, seed: int, direction: Tensor | None = None
     ) -> bool:
         """Whether a Hessian-vector product equals a difference of gradients in float64.
 
@@ -245,7 +265,7 @@ class Admission:
         return traits.brackets
 
     def _curvature(
-        self, engine: GradientEngine, theta: Tensor, batch: Any, seed: int, direction: Tensor
+        self, engine: Engine, theta: Tensor, batch: Any, seed: int, direction: Tensor
     ) -> tuple[bool, float, float]:
         """Whether a product equals a central difference, all in float64; the product's length, and how far it is off.
 
