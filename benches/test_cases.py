@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 import torch
 
-from grokcurv.bench.contest import Case
-from grokcurv.bench.judge import judge, peers
+from grokcurv.bench.check import check, peers
+from grokcurv.bench.comparison import Case
 from grokcurv.bench.plan import everything
 from grokcurv.bench.table import clock, errors, factor, must, quantities
 
@@ -51,7 +51,7 @@ def test_case(
     case: Case, benchmark: Callable[..., None], note: Callable[[str], None], problems: Mapping[str, str]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    result = judge(case, generator, BUDGET, problems)
+    result = check(case, generator, BUDGET, problems)
     if not result.rows:
         pytest.skip(result.problem)  # it needs more memory than is free
     assert not result.problem
@@ -71,5 +71,5 @@ def test_case(
         assert ours.errors[first] <= closer.errors[first]
     assert result.floor is None or result.floor.ratio.median <= OVER_FLOOR.get(case.name, sys.float_info.max)
     benchmark.pedantic(
-        case.build(generator).contenders[0].run, rounds=5 if ours.times.median < 1 else 1, warmup_rounds=1
+        case.build(generator).implementations[0].run, rounds=5 if ours.times.median < 1 else 1, warmup_rounds=1
     )

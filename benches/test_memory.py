@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from grokcurv.bench.judge import available_memory
+from grokcurv.bench.check import available_memory
 
 Note = Callable[[str], None]
 

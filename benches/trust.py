@@ -448,7 +448,7 @@ def probe_rows(stage: Stage, seed: int, sizes: tuple[int, ...], singles: int, gr
                     found = measured(probe, pairs)
                 for index, (pair, values) in enumerate(zip(pairs, found, strict=True)):
                     row = head(stage, size, "probe", asked, places[index]) | {"index": index}
-                    rows.append(row | judged(truth, theta, pair, values))
+                    rows.append(row | checked(truth, theta, pair, values))
     return rows
 
 
@@ -506,7 +506,7 @@ def monitor_rows(stage: Stage, seed: int, size: int, steps: int, successive: boo
             "why": record.get("why", ""),
         }
         row = head(stage, size, kind, kind, step) | {"index": 0}
-        rows.append(row | judged(truth, theta, pair, values))
+        rows.append(row | checked(truth, theta, pair, values))
     return rows
 
 
@@ -535,7 +535,7 @@ def head(stage: Stage, size: int, kind: str, asked: str, place: int) -> Row:
     return names | {"size": size, "kind": kind, "asked": asked, "place": place}
 
 
-def judged(truth: Truth, theta: Tensor, pair: Pair, values: Row) -> Row:
+def checked(truth: Truth, theta: Tensor, pair: Pair, values: Row) -> Row:
     """What was measured beside the truth at the step that was taken; a pair that failed is not reliable."""
     nothing = float("nan")
     row = {"method": "", "eta": nothing, "defect": nothing, "noise_floor": nothing, "reliable": False, "why": ""}

@@ -1,4 +1,4 @@
-"""bench: cases small enough to judge in seconds, what a wrong answer and a missing peer do, and the folder."""
+"""bench: cases small enough to check in seconds, what a wrong answer and a missing peer do, and the folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from grokcurv import cli, ops
-from grokcurv.bench import judge as judging
+from grokcurv.bench import check as checking
 from grokcurv.bench import kernels, measurements, naive, pca, run_bench, timing
-from grokcurv.bench.contest import OURS, PEERS, Case, Contender, Contest, relative, worst
-from grokcurv.bench.judge import Result, judge, peers
+from grokcurv.bench.check import Result, check, peers
+from grokcurv.bench.comparison import OURS, PEERS, Case, Comparison, Implementation, relative, worst
 from grokcurv.bench.plan import Plan, curve, everything, make_plan
 from grokcurv.bench.table import clock, lines, markdown
 from grokcurv.bench.timing import Times, interleaved
@@ -56,8 +56,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SAMPLE", 1e-4)
 
 
-def judged(case: Case, generator: torch.Generator, problems: dict[str, str] = NO_PEERS) -> Result:
-    return judge(case, generator, 0.0, problems)
+def checked(case: Case, generator: torch.Generator, problems: dict[str, str] = NO_PEERS) -> Result:
+    return check(case, generator, 0.0, problems)
 
 
 def check_timed(result: Result) -> None:
@@ -80,7 +80,7 @@ def check_timed(result: Result) -> None:
 
 @pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
 def test_cases(case: Case, generator: torch.Generator, small: None) -> None:
-    check_timed(judged(case, generator))
+    check_timed(checked(case, generator))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_cases(case: Case, generator: torch.Generator, small: None) -> None:
     ids=lambda case: case.name,
 )
 def test_measurements(case: Case, generator: torch.Generator, small: None) -> None:
-    result = judged(case, generator)
+    result = checked(case, generator)
     check_timed(result)
     if case.name == "step":
         assert {row.errors["weights, distance from the plain loop's"] for row in result.rows} == {0.0}
@@ -123,7 +123,7 @@ def test_measurements(case: Case, generator: torch.Generator, small: None) -> No
 def test_peers(needed: str, name: str, case: Case, generator: torch.Generator, small: None) -> None:
     """They run as they are called here, and answer the same question."""
     pytest.importorskip(needed, reason=f"{PEERS[needed]} is not installed")
-    row = next(row for row in judged(case, generator, dict.fromkeys(PEERS, "")).rows if row.name == name)
+    row = next(row for row in checked(case, generator, dict.fromkeys(PEERS, "")).rows if row.name == name)
     assert not row.problem
     assert row.times is not None
     assert next(iter(row.errors.values())) < 0.1
@@ -219,19 +219,22 @@ def test_spread() -> None:
 # ---------------------------------------------------------------------------------------------------- what may go wrong
 
 
-def contest(ours: float = 1.0, peer: Callable[[], Any] = lambda: 1.5, needs: tuple[str, ...] = ()) -> Case:
+def comparison(ours: float = 1.0, peer: Callable[[], Any] = lambda: 1.5, needs: tuple[str, ...] = ()) -> Case:
     """Truth is one, and one thousandth off is allowed."""
 
-    def build(_: torch.Generator) -> Contest:
-        contenders = (Contender(OURS, lambda: ours), Contender("peer", peer, note="approximate", needs=needs))
-        return Contest(contenders, {"number, error": lambda got: abs(got - 1.0)}, tolerance=1e-3, moved=4000)
+    def build(_: torch.Generator) -> Comparison:
+        implementations = (
+            Implementation(OURS, lambda: ours),
+            Implementation("peer", peer, note="approximate", needs=needs),
+        )
+        return Comparison(implementations, {"number, error": lambda got: abs(got - 1.0)}, tolerance=1e-3, moved=4000)
 
-    return Case("contest", "a contest", 0, build)
+    return Case("comparison", "a comparison", 0, build)
 
 
 @pytest.mark.parametrize("ours", [1.01, math.nan])
 def test_a_wrong_answer_is_not_timed(ours: float, generator: torch.Generator) -> None:
-    result = judged(contest(ours), generator)
+    result = checked(comparison(ours), generator)
     assert result.wrong
     assert result.rows[0].times is None
     assert "number, error of grokcurv is" in result.problem
@@ -242,16 +245,16 @@ def test_a_wrong_answer_is_not_timed(ours: float, generator: torch.Generator) ->
 def test_a_kernel_that_is_wrong_is_found(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.gram
     monkeypatch.setattr(ops, "gram", lambda *args, **options: right(*args, **options) * (1 + 1e-9))
-    assert judged(kernels.gram_matrix(7, 3000), generator).wrong
+    assert checked(kernels.gram_matrix(7, 3000), generator).wrong
 
 
 def test_a_peer_that_fails_or_is_missing_is_said_to(generator: torch.Generator) -> None:
     def fail() -> None:
         raise RuntimeError("no such kernel\nand more")
 
-    result = judged(contest(peer=fail), generator)
+    result = checked(comparison(peer=fail), generator)
     assert result.rows[1].problem == "failed: RuntimeError: no such kernel"
-    missing = judged(contest(needs=("torchdr",)), generator, {**NO_PEERS, "torchdr": "not installed"})
+    missing = checked(comparison(needs=("torchdr",)), generator, {**NO_PEERS, "torchdr": "not installed"})
     assert missing.rows[1].problem == "not installed"
     (line,) = lines([missing])
     assert line.cells[2:4] == ("peer (approximate)", "not installed")
@@ -259,12 +262,12 @@ def test_a_peer_that_fails_or_is_missing_is_said_to(generator: torch.Generator) 
 
 
 def test_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "PEERS", {"json": "a-package", "no_such_module": "no-such-package"})
+    monkeypatch.setattr(checking, "PEERS", {"json": "a-package", "no_such_module": "no-such-package"})
     assert peers() == {"json": "", "no_such_module": "not installed: pip install no-such-package"}
 
 
 def test_a_case_without_room_is_left_out(generator: torch.Generator) -> None:
-    result = judged(Case("large", "a large contest", 1 << 60, contest().build), generator)
+    result = checked(Case("large", "a large comparison", 1 << 60, comparison().build), generator)
     assert not result.rows
     assert result.problem.startswith("needs 1073741824.0 GiB of memory")
 
@@ -274,10 +277,14 @@ def test_a_case_without_room_is_left_out(generator: torch.Generator) -> None:
 
 def plan() -> Plan:
     return Plan(
-        (kernels.defect(3000), contest(needs=("torchdr",)), Case("large", "a large contest", 1 << 60, contest().build)),
+        (
+            kernels.defect(3000),
+            comparison(needs=("torchdr",)),
+            Case("large", "a large comparison", 1 << 60, comparison().build),
+        ),
         (
             curve("P", "defect arithmetic", (3000, 6000), kernels.defect),
-            curve("K", "brackets", (1,), lambda k: contest(needs=("torchdr",))),
+            curve("K", "brackets", (1,), lambda k: comparison(needs=("torchdr",))),
             curve("T", "rows", (10, 20), lambda n: kernels.gram_matrix(n, 2000)),
         ),
         budget=0.0,
@@ -294,7 +301,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not bench.wrong
     assert [said["case"] for said in news] == [r.case.title for r in bench.everything()]
     assert any(said.startswith("torchdr: not installed") for said in bench.left_out)
-    assert any(said.startswith("a large contest: needs") for said in bench.left_out)
+    assert any(said.startswith("a large comparison: needs") for said in bench.left_out)
 
     saved = json.loads((tmp_path / "bench/bench.json").read_text())
     assert saved["environment"]["threads"] == 1
@@ -360,6 +367,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert cli.main(["bench", "--cases", "no-such-case"]) == 2
     assert asked == [True, False]
     assert "cases must be among" in capsys.readouterr().err
-    monkeypatch.setattr("grokcurv.bench.driver.make_plan", lambda quick: Plan((contest(2.0),), (), 0.0))
+    monkeypatch.setattr("grokcurv.bench.driver.make_plan", lambda quick: Plan((comparison(2.0),), (), 0.0))
     assert cli.main(["bench", "--out", str(tmp_path)]) == 1
-    assert "WRONG: a contest" in capsys.readouterr().out
+    assert "WRONG: a comparison" in capsys.readouterr().out

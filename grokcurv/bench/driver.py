@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grokcurv.bench.contest import PEERS, Case
-from grokcurv.bench.judge import Result, available_memory, judge, peers
+from grokcurv.bench.check import Result, available_memory, check, peers
+from grokcurv.bench.comparison import PEERS, Case
 from grokcurv.bench.plan import Plan, make_plan
 from grokcurv.bench.result import Bench, plain
 from grokcurv.bench.table import lines, markdown
@@ -39,8 +39,8 @@ def run_bench(
 ) -> Bench:
     """Measure what grokcurv costs beside what there is today, and write a folder about it.
 
-    Every contender's answer is compared with float64 truth before anything is timed; one of grokcurv's that is wrong is
-    not timed. Then the contenders take turns. Peers that are not installed are named as such.
+    Every implementation's answer is compared with float64 truth before anything is timed; one of grokcurv's that is
+    wrong is not timed. Then the implementations take turns. Peers that are not installed are named as such.
 
     Args:
         quick: smaller sizes, ten minutes at most on one core.
@@ -85,7 +85,7 @@ def run_bench(
                 seconds = time.monotonic() - began
                 on_progress({"case": title, "done": len(found), "cases": len(wanted), "seconds": seconds})
             budget = plan.budget if title in in_table else plan.budget / 2
-            found[title] = judge(case, torch.Generator().manual_seed(seed), budget, problems)
+            found[title] = check(case, torch.Generator().manual_seed(seed), budget, problems)
 
     from grokcurv.bench.page import write  # and matplotlib with it
 

@@ -1,4 +1,4 @@
-"""Cost against size, on logarithmic axes: two panels side by side, a line a contender, the floor in grey.
+"""Cost against size, on logarithmic axes: two panels side by side, a line a implementation, the floor in grey.
 
 As in :mod:`grokcurv.report.figures`, call it, and ``png``, inside ``with style(theme)``.
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from grokcurv.bench.contest import OURS
-from grokcurv.bench.judge import Result
+from grokcurv.bench.check import Result
+from grokcurv.bench.comparison import OURS
 from grokcurv.bench.plan import Curve
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
 from grokcurv.report.format import compact, seconds

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from grokcurv import ops, reference
-from grokcurv.bench.contest import OURS, Case, Contender, Contest, relative, worst
+from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, relative, worst
 
 ETA = 1e-3
 DEFECT = 50.0
@@ -26,14 +26,14 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 def perturb(size: int) -> Case:
     """``theta - eta d``."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         theta, direction = normal(generator, size), normal(generator, 1, size)
         eta, out = step(), torch.empty(1, size)
         truth = theta.double() - ETA * direction[0].double()
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ops.perturb(theta, direction, eta, out=out)),
-                Contender(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out)),
+                Implementation(OURS, lambda: ops.perturb(theta, direction, eta, out=out)),
+                Implementation(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out)),
             ),
             {"vector, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
@@ -46,7 +46,7 @@ def perturb(size: int) -> Case:
 def defect(size: int) -> Case:
     """D from four gradients, as the definition has it: two end points, subtracted."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         theta, (g_a, g_b, a2, b2) = gradients(generator, size)
         eta = step()
 
@@ -63,8 +63,8 @@ def defect(size: int) -> Case:
             return value
 
         truth = defect64(g_a[0], g_b[0], a2[0], b2[0])
-        return Contest(
-            (Contender(OURS, ours), Contender(f"{PLAIN}, the float32 formula", plain)),
+        return Comparison(
+            (Implementation(OURS, ours), Implementation(f"{PLAIN}, the float32 formula", plain)),
             {"defect, relative error": lambda got: abs(float(got) / truth - 1)},
             tolerance=1e-5,
             moved=4 * g_a.nbytes,
@@ -76,7 +76,7 @@ def defect(size: int) -> Case:
 def rounding_terms(size: int) -> Case:
     """The sums behind defect and noise floor, with what rounding did to the direct formula."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         theta, vectors = gradients(generator, size)
         g_a, g_b, a2, b2 = vectors
         eta = step()
@@ -91,10 +91,10 @@ def rounding_terms(size: int) -> Case:
             return torch.stack([*sums[:2], (g_a.double() * g_b.double()).sum(), *sums[2:]])
 
         truth = reference.commutator(*vectors, eta, theta=theta).sums[0]
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ops.commutator(*vectors, eta, theta=theta).sums[0]),
-                Contender(f"{PLAIN}, float64", plain),
+                Implementation(OURS, lambda: ops.commutator(*vectors, eta, theta=theta).sums[0]),
+                Implementation(f"{PLAIN}, float64", plain),
             ),
             {"ten sums, largest relative error": lambda got: worst(got, truth)},
             tolerance=1e-5,
@@ -107,7 +107,7 @@ def rounding_terms(size: int) -> Case:
 def defect_on_basis(size: int) -> Case:
     """The defect's length, and its coefficients on 16 directions that live on matrices, as the demo's basis."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         _, vectors = gradients(generator, size)
         values, rows, dense = block_basis(generator, size)
         g_a, g_b, a2, b2 = (x[0] for x in vectors)
@@ -123,8 +123,8 @@ def defect_on_basis(size: int) -> Case:
 
         exact = reference.commutator(*vectors, eta, values=values, rows=rows)
         truth = (exact.sums[0, 3].sqrt(), exact.coefficients[0])
-        return Contest(
-            (Contender(OURS, ours), Contender(f"{PLAIN}, a dense basis", plain)),
+        return Comparison(
+            (Implementation(OURS, ours), Implementation(f"{PLAIN}, a dense basis", plain)),
             {"length and coefficients, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
             moved=4 * 4 * size + values.nbytes,
@@ -136,7 +136,7 @@ def defect_on_basis(size: int) -> Case:
 def split(size: int) -> Case:
     """A vector's length, and its coefficients on four directions of an eighth of its coordinates each."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         v, length = normal(generator, 1, size), size // 8
         values = normal(generator, 4 * length)
         rows = torch.tensor([[j * length, length, j * length] for j in range(4)])
@@ -149,10 +149,10 @@ def split(size: int) -> Case:
             chunked(lambda x: x.square().sum(), v[0]),
             torch.stack([chunked(lambda x, y: x @ y, v[0, s : s + n], values[o : o + n]) for s, n, o in rows.tolist()]),
         )
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ops.subspace_split(v, values, rows)),
-                Contender(f"{PLAIN}, float64", plain),
+                Implementation(OURS, lambda: ops.subspace_split(v, values, rows)),
+                Implementation(f"{PLAIN}, float64", plain),
             ),
             {"length and coefficients, relative error": lambda got: relative(got, truth)},
             tolerance=1e-12,
@@ -166,7 +166,7 @@ def filter_(size: int) -> Case:
     """Most of a vector outside 16 directions kept, in place: reads it twice, writes it once."""
     strength = 1e-3  # what is repeated for the clock must not wear the vector away
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         g = normal(generator, 1, size)
         values, rows, dense = block_basis(generator, size)
         wide = dense.double()
@@ -181,10 +181,10 @@ def filter_(size: int) -> Case:
             ops.subspace_filter_(g, values=values, rows=rows, strength=strength)
             return g
 
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ours(g), lambda: ours(fresh.clone())),
-                Contender(f"{PLAIN}, a dense basis", lambda: plain(g), lambda: plain(fresh.clone())),
+                Implementation(OURS, lambda: ours(g), lambda: ours(fresh.clone())),
+                Implementation(f"{PLAIN}, a dense basis", lambda: plain(g), lambda: plain(fresh.clone())),
             ),
             {"vector, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
@@ -197,7 +197,7 @@ def filter_(size: int) -> Case:
 def gram_row(n: int, size: int) -> Case:
     """One more row against those there are, as a streaming PCA adds it."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         rows, origin = normal(generator, n, size), normal(generator, size)
         new = rows[-1:]
 
@@ -205,10 +205,10 @@ def gram_row(n: int, size: int) -> Case:
             return (new.double() - origin.double()) @ (rows.double() - origin.double()).T
 
         truth = chunked(lambda x, y, o: (x - o) @ (y - o).T, new, rows, origin)
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ops.gram(new, rows, origin=origin)),
-                Contender(f"{PLAIN}, float64", plain),
+                Implementation(OURS, lambda: ops.gram(new, rows, origin=origin)),
+                Implementation(f"{PLAIN}, float64", plain),
             ),
             {"inner products, relative error": lambda got: relative(got, truth)},
             tolerance=1e-12,
@@ -220,7 +220,7 @@ def gram_row(n: int, size: int) -> Case:
 
 
 def gram_matrix(n: int, size: int) -> Case:
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         rows, origin = normal(generator, n, size), normal(generator, size)
 
         def plain() -> Tensor:
@@ -228,8 +228,8 @@ def gram_matrix(n: int, size: int) -> Case:
             return x @ x.T
 
         truth = chunked(lambda x, o: (x - o) @ (x - o).T, rows, origin)
-        return Contest(
-            (Contender(OURS, lambda: ops.gram(rows, origin=origin)), Contender(f"{PLAIN}, float64", plain)),
+        return Comparison(
+            (Implementation(OURS, lambda: ops.gram(rows, origin=origin)), Implementation(f"{PLAIN}, float64", plain)),
             {"inner products, relative error": lambda got: relative(got, truth)},
             tolerance=1e-12,
             moved=rows.nbytes,
@@ -242,13 +242,13 @@ def gram_matrix(n: int, size: int) -> Case:
 def eigh(n: int, k: int) -> Case:
     """Leading pairs of eight matrices, beside LAPACK, which finds all of them."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         x = normal(generator, 8, n, n).double() / torch.arange(1, n + 1, dtype=torch.float64)
         a = x @ x.mT
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ops.eigh(a, k)),
-                Contender("torch.linalg.eigh", lambda: torch.linalg.eigh(a), note="all pairs" if k < n else ""),
+                Implementation(OURS, lambda: ops.eigh(a, k)),
+                Implementation("torch.linalg.eigh", lambda: torch.linalg.eigh(a), note="all pairs" if k < n else ""),
             ),
             {"residual, relative": lambda got: residual(a, *got)},
             tolerance=1e-9,
@@ -261,15 +261,15 @@ def eigh(n: int, k: int) -> Case:
 def eigh_prefixes(n: int) -> Case:
     """The leading pair of the first 2, 3, ... n rows, as the history of the first component asks for it."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         x = normal(generator, n, 1000).double().cumsum(0)
         x -= x.mean(0)
         gram = x @ x.T
         prefixes = [gram[:m, :m].contiguous()[None] for m in range(2, n + 1)]
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: [ops.eigh(a, 1) for a in prefixes]),
-                Contender("torch.linalg.eigh", lambda: [torch.linalg.eigh(a) for a in prefixes], note="all pairs"),
+                Implementation(OURS, lambda: [ops.eigh(a, 1) for a in prefixes]),
+                Implementation("torch.linalg.eigh", lambda: [torch.linalg.eigh(a) for a in prefixes], note="all pairs"),
             ),
             {
                 "residual, relative, worst": lambda got: max(
@@ -286,21 +286,21 @@ def eigh_prefixes(n: int) -> Case:
 def rotate(m: int, q: int, size: int) -> Case:
     """In place, beside a float64 product of rows that are float64 already, which needs a second buffer."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         rows = normal(generator, m, size)
         square = normal(generator, m, m).double()
         coefficients = torch.linalg.qr(square).Q[None, :q].contiguous()
         wide, out = rows.double(), torch.empty(q, size, dtype=torch.float64)
         truth = torch.cat([coefficients[0] @ part.double() for part in rows.split(CHUNK, 1)], 1)
         work = rows.clone()
-        return Contest(
+        return Comparison(
             (
-                Contender(
+                Implementation(
                     OURS,
                     lambda: ops.rotate_(work, coefficients),
                     lambda: ops.rotate_(rows.clone(), coefficients)[:q],
                 ),
-                Contender(
+                Implementation(
                     f"{PLAIN}, float64",
                     lambda: torch.matmul(coefficients[0], wide, out=out),
                     note="rows widened before, result in a second buffer",
@@ -318,15 +318,15 @@ def rotate(m: int, q: int, size: int) -> Case:
 def sketch(n: int, size: int, length: int) -> Case:
     """Beside an ``index_add_`` with places and signs stored, 12 bytes a coordinate."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         x = normal(generator, n, length)
         places = torch.randint(0, size, (length,), generator=generator)
         signs = torch.randint(0, 2, (length,), generator=generator).float() * 2 - 1
         truth = torch.stack([chunked(lambda r: r.square().sum(), row) for row in x])
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: ops.sketch(x, size, 1)),
-                Contender(
+                Implementation(OURS, lambda: ops.sketch(x, size, 1)),
+                Implementation(
                     f"{PLAIN}, index_add_",
                     lambda: torch.zeros(n, size).index_add_(1, places, signs * x),
                     note="stores 12 bytes a coordinate",

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grokcurv.admission import Finding
 from grokcurv.bench import naive
-from grokcurv.bench.contest import OURS, Case, Contender, Contest, relative, worst
+from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, relative, worst
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.modular import Transformer, fast
@@ -52,16 +52,18 @@ SHORTER: Forward = fast.logits
 def pair() -> Case:
     """One pair of batches."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         model, batches, _ = demo(generator, 1)
         loss_fn = loss(MODULE)
         without, probe = (CommutatorProbe(model, loss_fn, noise_floor=floor) for floor in (False, True))
         truth = defects64(model, batches)
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: without.measure(batches).defect),
-                Contender(f"{OURS}, with its noise floor", lambda: probe.measure(batches).defect, note="does more"),
-                Contender("naive", lambda: naive.commutator(model, loss_fn, batches[0], ETA)[0][None]),
+                Implementation(OURS, lambda: without.measure(batches).defect),
+                Implementation(
+                    f"{OURS}, with its noise floor", lambda: probe.measure(batches).defect, note="does more"
+                ),
+                Implementation("naive", lambda: naive.commutator(model, loss_fn, batches[0], ETA)[0][None]),
                 _bare(model, batches),
             ),
             {"defect, relative error": lambda got: math.nan if got is None else worst(got, truth)},
@@ -75,7 +77,7 @@ def pair() -> Case:
 def admission() -> Case:
     """What a model costs when it is first met, beside as many gradients as that may take."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         model, (pair,), _ = demo(generator, 1)
         loss_fn, one = loss(MODULE), pair[0]
         gradient = gradient_flops(model, one)
@@ -89,11 +91,11 @@ def admission() -> Case:
             model.zero_grad()
             loss_fn(model, one).backward()
 
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, lambda: admit(True)),
-                Contender(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
-                Contender(f"{ADMITTED} bare gradients", bare, note="measures nothing", times=ADMITTED),
+                Implementation(OURS, lambda: admit(True)),
+                Implementation(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
+                Implementation(f"{ADMITTED} bare gradients", bare, note="measures nothing", times=ADMITTED),
             ),
             {"checks that failed": lambda found: math.nan if found is None else sum(not f.passed for f in found)},
             tolerance=0.0,
@@ -107,7 +109,7 @@ def admission() -> Case:
 def whole(pairs: int, forward: Forward = MODULE) -> Case:
     """Pairs projected on the execution basis, with both random controls and the noise floor."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         model, batches, basis = demo(generator, pairs)
         probe = CommutatorProbe(model, loss(forward), basis=basis)
         dense = basis.to_dense().T.contiguous()
@@ -128,10 +130,10 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
         def error(index: int) -> Callable[[Any], float]:
             return lambda got: math.nan if got is None else worst(got[index], truth[index])
 
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, ours),
-                Contender("naive", plain, note="no noise floor"),
+                Implementation(OURS, ours),
+                Implementation("naive", plain, note="no noise floor"),
                 _bare(model, batches),
             ),
             {"defect, relative error of the worst": error(0), "share inside the basis, the same": error(1)},
@@ -151,7 +153,7 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
 def bracket(pairs: int) -> Case:
     """``H_B g_A - H_A g_B``, the vector."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         model, batches, _ = demo(generator, pairs)
         loss_fn = loss(MODULE)
         probe = CommutatorProbe(model, loss_fn, method="bracket", noise_floor=False)
@@ -165,10 +167,10 @@ def bracket(pairs: int) -> Case:
         def error(got: Tensor) -> float:
             return max(relative(x, y) for x, y in zip(got, truth, strict=True))
 
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, ours),
-                Contender(
+                Implementation(OURS, ours),
+                Implementation(
                     "curvlinops",
                     lambda: torch.stack([curvlinops_bracket(model, pair) for pair in batches]),
                     needs=("curvlinops",),
@@ -185,7 +187,7 @@ def bracket(pairs: int) -> Case:
 def training(forward: Forward = MODULE) -> Case:
     """Training steps with a certified defect at every one, beside the plain loop; one check of the noise floor."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         seed = int(torch.randint(2**31, (), generator=generator))
         kinds: dict[str, dict[str, Any]] = {
             OURS: {"forward": forward, "monitored": True},
@@ -196,7 +198,7 @@ def training(forward: Forward = MODULE) -> Case:
         truth, bare = torch.tensor(exact.defects, dtype=torch.float64), Training(seed).run(COMPARED)
         notes = dict(zip(kinds, ("", "no noise floor", "measures nothing"), strict=True))
 
-        def judged(options: dict[str, Any]) -> Callable[[], Training]:
+        def checked(options: dict[str, Any]) -> Callable[[], Training]:
             return lambda: Training(seed, **options).run(COMPARED)
 
         def run(options: dict[str, Any]) -> Callable[[], object]:
@@ -211,9 +213,9 @@ def training(forward: Forward = MODULE) -> Case:
         if forward is MODULE:  # another forward pass rounds otherwise
             errors["weights, distance from the plain loop's"] = lambda got: float((got.theta() - bare.theta()).norm())
         flops = gradient_flops(bare.model, bare.draw(), forward)
-        return Contest(
+        return Comparison(
             tuple(
-                Contender(name, run(options), judged(options), note=notes[name], times=1 / CHECK_EVERY)
+                Implementation(name, run(options), checked(options), note=notes[name], times=1 / CHECK_EVERY)
                 for name, options in kinds.items()
             ),
             errors,
@@ -314,7 +316,7 @@ def demo(generator: Generator, pairs: int) -> tuple[Transformer, list[tuple[Any,
     return model, drawn, Subspace.from_pca(pca, size=flatten(model).numel())
 
 
-def _bare(model: nn.Module, pairs: list[tuple[Any, Any]]) -> Contender:
+def _bare(model: nn.Module, pairs: list[tuple[Any, Any]]) -> Implementation:
     loss_fn = loss(MODULE)
 
     def run() -> None:
@@ -323,7 +325,7 @@ def _bare(model: nn.Module, pairs: list[tuple[Any, Any]]) -> Contender:
                 model.zero_grad()
                 loss_fn(model, one).backward()
 
-    return Contender(f"{4 * len(pairs)} bare gradients", run, note="measures nothing")
+    return Implementation(f"{4 * len(pairs)} bare gradients", run, note="measures nothing")
 
 
 def _pairs(count: int) -> str:

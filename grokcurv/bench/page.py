@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grokcurv.bench.check import Result
 from grokcurv.bench.figures import LABELS, costs
-from grokcurv.bench.judge import Result
 from grokcurv.bench.result import Bench
 from grokcurv.bench.table import COLUMNS, Line, clock, lines
 from grokcurv.report.format import duration
@@ -78,6 +78,6 @@ def _drawable(points: tuple[tuple[int, Result], ...]) -> bool:
 
 
 def _ends(points: tuple[tuple[int, Result], ...]) -> list[str]:
-    """The contenders' times at the largest size that was timed."""
+    """The implementations' times at the largest size that was timed."""
     size, result = next((s, r) for s, r in reversed(points) if any(row.times for row in r.rows))
     return [f"{row.name} {clock(row.times)} at {size:,}" for row in result.rows if row.times]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from grokcurv.bench.contest import OURS, Case, Contender, Contest
+from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation
 from grokcurv.bench.kernels import CHUNK, normal
 from grokcurv.pca import StreamingPCA
 
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 def whole(n: int, size: int, k: int = 2) -> Case:
     """Variances and components of rows that are all there."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         x = walk(generator, n, size)
         rows = x.numpy()
 
@@ -52,13 +52,15 @@ def whole(n: int, size: int, k: int = 2) -> Case:
             scores = pca.fit_transform(x)
             return answer(scores.square().sum(0) / (n - 1), pca.components_)
 
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, ours),
-                Contender("NumPy SVD", svd, needs=("threadpoolctl",)),
-                Contender("scikit-learn PCA", sklearn, note="its solver by size", needs=("sklearn", "threadpoolctl")),
-                Contender("TorchDR PCA", torchdr, needs=("torchdr",)),
-                Contender("torch.pca_lowrank", lambda: lowrank(x, k), note="approximate: random projections"),
+                Implementation(OURS, ours),
+                Implementation("NumPy SVD", svd, needs=("threadpoolctl",)),
+                Implementation(
+                    "scikit-learn PCA", sklearn, note="its solver by size", needs=("sklearn", "threadpoolctl")
+                ),
+                Implementation("TorchDR PCA", torchdr, needs=("torchdr",)),
+                Implementation("torch.pca_lowrank", lambda: lowrank(x, k), note="approximate: random projections"),
             ),
             errors_against(x, k),
             tolerance=1e-5,
@@ -75,7 +77,7 @@ def history(n: int, size: int) -> Case:
         max(2, round(n * (i + 0.5) / SAMPLES)) for i in range(SAMPLES)
     ]  # the midpoint rule: too little, if anything
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         x = walk(generator, n, size)
         rows = x.numpy()
 
@@ -94,10 +96,10 @@ def history(n: int, size: int) -> Case:
             return [rows[:m] for m in prefixes]
 
         truth = torch.stack([spectrum(part)[0][0] / spectrum(part)[0].sum() for part in parts(x)])
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
-                Contender(
+                Implementation(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
+                Implementation(
                     "NumPy SVD of each",
                     svds,
                     note=f"{SAMPLES} timed, scaled to all",
@@ -117,7 +119,7 @@ def history(n: int, size: int) -> Case:
 def incremental(n: int, size: int, k: int = 8) -> Case:
     """Rows that come one by one and are not kept."""
 
-    def build(generator: Generator) -> Contest:
+    def build(generator: Generator) -> Comparison:
         x = walk(generator, n, size)
         batches = list(x.split(3 * k))
         if len(batches[-1]) < k:  # peers refuse it
@@ -151,22 +153,22 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
         # matrix; both read, the basis and the sum written for the rotation.
         rows = rank + 1 + block
         vectors, folds = 3 * block + rows + rows + rank + 4, n / block
-        return Contest(
+        return Comparison(
             (
-                Contender(OURS, ours),
-                Contender(
+                Implementation(OURS, ours),
+                Implementation(
                     "scikit-learn IncrementalPCA",
                     sklearn,
                     note=f"approximate, in batches of {3 * k}",
                     needs=("sklearn", "threadpoolctl"),
                 ),
-                Contender(
+                Implementation(
                     "TorchDR IncrementalPCA",
                     torchdr,
                     note=f"approximate, in batches of {3 * k}",
                     needs=("torchdr",),
                 ),
-                Contender(
+                Implementation(
                     "torch.pca_lowrank",
                     lambda: lowrank(x, k),
                     note="approximate: random projections; all rows at once",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from grokcurv.bench import kernels, measurements, pca
-from grokcurv.bench.contest import Case
+from grokcurv.bench.comparison import Case
 
 DEMO = 290_401
 """Parameters of the demo's model."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grokcurv.bench.judge import Floor, Result
+from grokcurv.bench.check import Floor, Result
 from grokcurv.bench.plan import Curve
 from grokcurv.bench.table import lines, rich_table
 from grokcurv.bench.timing import Times

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grokcurv.bench.judge import Floor, Result, Row
+from grokcurv.bench.check import Floor, Result, Row
 from grokcurv.bench.timing import Times
 from grokcurv.report.format import seconds, significant
 

@@ -1,4 +1,4 @@
-"""What is compared: cases, and in each the contenders that answer the same question about the same input."""
+"""What is compared: cases, and in each the implementations that answer the same question about the same input."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PEERS = {
     "threadpoolctl": "threadpoolctl",
     "torchdr": "torchdr",
 }
-"""What contenders import that grokcurv does not need, and the package that brings it."""
+"""What implementations import that grokcurv does not need, and the package that brings it."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One way to the answer.
 
     Attributes:
         name: as the tables have it.
         run: one call, which is timed.
-        result: what is judged, if not what ``run`` returns.
+        result: what is checked, if not what ``run`` returns.
         note: in what it differs: it approximates, does less, or does more.
         needs: keys of :data:`PEERS`; imported by ``run`` itself.
         times: how often the time of a call counts, where a call does a part, or a multiple, of the work.
@@ -42,18 +42,18 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """A case with its input drawn.
 
     Attributes:
-        contenders: grokcurv first.
+        implementations: grokcurv first.
         errors: by name of the quantity, how far a result is from float64 truth; NaN for one that has no answer.
         tolerance: of grokcurv's error in the first quantity; beyond it the case is wrong, and is not timed.
         moved: bytes that must be read or written.
         flops, flops64: operations that must be done, in float32 and in float64; a fused multiply-add is two.
     """
 
-    contenders: tuple[Contender, ...]
+    implementations: tuple[Implementation, ...]
     errors: Mapping[str, Callable[[Any], float]]
     tolerance: float
     moved: int = 0
@@ -68,14 +68,14 @@ class Case:
     Attributes:
         name: short, the same at every size.
         title: with the size, in words.
-        memory: bytes that the input and the hungriest contender take, about.
+        memory: bytes that the input and the hungriest implementation take, about.
         build: draws the input from a generator, and works out the truth.
     """
 
     name: str
     title: str
     memory: int
-    build: Callable[[torch.Generator], Contest]
+    build: Callable[[torch.Generator], Comparison]
 
 
 def relative(got: Tensor | Iterable[Tensor], truth: Tensor | Iterable[Tensor]) -> float:

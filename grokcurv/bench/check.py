@@ -1,4 +1,4 @@
-"""One case: every contender's answer is judged first, and then all are timed beside their floor, in turns."""
+"""One case: every implementation's answer is checked first, and then all are timed beside their floor, in turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grokcurv.bench.contest import PEERS, Case, Contender, Contest
+from grokcurv.bench.comparison import PEERS, Case, Comparison, Implementation
 from grokcurv.bench.timing import Times, interleaved
 
 LARGEST_READ = 512 << 20
@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 @dataclass
 class Row:
-    """One contender.
+    """One implementation.
 
     Attributes:
         errors: by quantity, against float64 truth; NaN where it has no answer.
@@ -46,7 +46,7 @@ class Floor:
     """What the case must do, and how long that takes at the rates measured between its rounds.
 
     Attributes:
-        moved, flops, flops64: as of the :class:`grokcurv.bench.contest.Contest`.
+        moved, flops, flops64: as of the :class:`grokcurv.bench.comparison.Comparison`.
         read_rate: bytes a second of ``torch.dot`` over as many bytes; NaN without any, as the others.
         rate, rate64: operations a second of a matrix product in float32 and float64.
         seconds: the longer of the times that the bytes and the operations take.
@@ -68,7 +68,7 @@ class Result:
     """What became of a case.
 
     Attributes:
-        rows: the contenders, grokcurv first; empty if the case was left out.
+        rows: the implementations, grokcurv first; empty if the case was left out.
         problem: why it was left out, or what is wrong with grokcurv's answer.
         wrong: whether it is.
     """
@@ -107,8 +107,8 @@ def available_memory() -> int:
         return free
 
 
-def judge(case: Case, generator: torch.Generator, budget: float, problems: Mapping[str, str]) -> Result:
-    """Draw the input, judge, and time what was judged right.
+def check(case: Case, generator: torch.Generator, budget: float, problems: Mapping[str, str]) -> Result:
+    """Draw the input, check, and time what was checked right.
 
     Args:
         case: what to do.
@@ -120,37 +120,37 @@ def judge(case: Case, generator: torch.Generator, budget: float, problems: Mappi
     if case.memory > free:
         return Result(case, problem=f"needs {case.memory / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
     try:
-        contest = case.build(generator)
-        rows = [_answer(one, contest, problems) for one in contest.contenders]
+        comparison = case.build(generator)
+        rows = [_answer(one, comparison, problems) for one in comparison.implementations]
         ours = rows[0]
         if ours.problem:
             return Result(case, rows, problem=ours.problem, wrong=True)
         quantity, error = next(iter(ours.errors.items()))
-        if not error <= contest.tolerance:
-            said = f"{quantity} of grokcurv is {error:.2g}, beyond {contest.tolerance:.2g}: not timed"
+        if not error <= comparison.tolerance:
+            said = f"{quantity} of grokcurv is {error:.2g}, beyond {comparison.tolerance:.2g}: not timed"
             return Result(case, rows, problem=said, wrong=True)
-        floor = _time(contest, rows, budget)
+        floor = _time(comparison, rows, budget)
         return Result(case, rows, floor)
     finally:
         gc.collect()
 
 
-def _answer(one: Contender, contest: Contest, problems: Mapping[str, str]) -> Row:
+def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, str]) -> Row:
     row = Row(one.name, one.note)
     row.problem = next((problems[name] for name in one.needs if problems[name]), "")
     if not row.problem:
         try:
             got = (one.result or one.run)()
-            row.errors = {name: error(got) for name, error in contest.errors.items()}
+            row.errors = {name: error(got) for name, error in comparison.errors.items()}
         except Exception as error:
             row.problem = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return row
 
 
-def _time(contest: Contest, rows: list[Row], budget: float) -> Floor | None:
+def _time(comparison: Comparison, rows: list[Row], budget: float) -> Floor | None:
     """Fill in times and ratios; the floor, if one is known."""
-    fit = [(one, row) for one, row in zip(contest.contenders, rows, strict=True) if not row.problem]
-    yardsticks = _yardsticks(contest)
+    fit = [(one, row) for one, row in zip(comparison.implementations, rows, strict=True) if not row.problem]
+    yardsticks = _yardsticks(comparison)
     times = interleaved([one.run for one, _ in fit] + list(yardsticks.values()), budget)
     for (one, row), samples in zip(fit, times, strict=False):
         row.times = samples.scaled(one.times)
@@ -161,16 +161,16 @@ def _time(contest: Contest, rows: list[Row], budget: float) -> Floor | None:
     found = dict(zip(yardsticks, times[len(fit) :], strict=True))
     # What a call of each did; then the seconds of what must be done, by part and round.
     product = 2 * SQUARE**3
-    measured = {"moved": _read_bytes(contest), "flops": product, "flops64": product}
-    parts = {name: samples.scaled(getattr(contest, name) / measured[name]) for name, samples in found.items()}
+    measured = {"moved": _read_bytes(comparison), "flops": product, "flops64": product}
+    parts = {name: samples.scaled(getattr(comparison, name) / measured[name]) for name, samples in found.items()}
     by_round = [max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)]
     floor = Times(tuple(by_round), 1)
     assert rows[0].times is not None
-    rates = {name: getattr(contest, name) / part.median for name, part in parts.items()}
+    rates = {name: getattr(comparison, name) / part.median for name, part in parts.items()}
     return Floor(
-        moved=contest.moved,
-        flops=contest.flops,
-        flops64=contest.flops64,
+        moved=comparison.moved,
+        flops=comparison.flops,
+        flops64=comparison.flops64,
         read_rate=rates.get("moved", float("nan")),
         rate=rates.get("flops", float("nan")),
         rate64=rates.get("flops64", float("nan")),
@@ -179,21 +179,21 @@ def _time(contest: Contest, rows: list[Row], budget: float) -> Floor | None:
     )
 
 
-def _read_bytes(contest: Contest) -> int:
+def _read_bytes(comparison: Comparison) -> int:
     """What ``torch.dot`` reads in place of ``moved``: two vectors of whole cache lines; beside one that begins within
     a line it takes ten times as long."""
-    return max(1, min(contest.moved, LARGEST_READ) // (2 * CACHE_LINE)) * 2 * CACHE_LINE
+    return max(1, min(comparison.moved, LARGEST_READ) // (2 * CACHE_LINE)) * 2 * CACHE_LINE
 
 
-def _yardsticks(contest: Contest) -> dict[str, Callable[[], object]]:
+def _yardsticks(comparison: Comparison) -> dict[str, Callable[[], object]]:
     """A call that measures each rate the floor needs."""
     calls: dict[str, Callable[[], object]] = {}
-    if contest.moved:
-        half = _read_bytes(contest) // 8
+    if comparison.moved:
+        half = _read_bytes(comparison) // 8
         x = torch.ones(2 * half)
         calls["moved"] = lambda: torch.dot(x[:half], x[half:])
     for name, dtype in (("flops", torch.float32), ("flops64", torch.float64)):
-        if getattr(contest, name):
+        if getattr(comparison, name):
             a, out = torch.ones(2, SQUARE, SQUARE, dtype=dtype)
             calls[name] = partial(torch.mm, a, a, out=out)
     return calls
