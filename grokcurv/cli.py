@@ -102,6 +102,7 @@ def _train(arguments: list[str]) -> int:
         that the other settings describe; without any it is an error."""
 
     try:
+        arguments = _renamed(arguments)
         defaults, described = _defaults(arguments)
         options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(defaults))
     except RunError as error:
@@ -124,6 +125,22 @@ def _train(arguments: list[str]) -> int:
     print(f"{out}: {last['step']:,.0f} steps, test accuracy {last['test_acc']:.1%}")
     print(f"to see it: grokcurv report {out}")
     return 0
+
+
+def _renamed(arguments: list[str]) -> list[str]:
+    """With the values that settings had in older versions by the names that they have now."""
+    from grokcurv.commutator import RENAMED
+
+    said = list(arguments)
+    for index, argument in enumerate(said):
+        name, equals, value = argument.partition("=")
+        if name == "--method" and value in RENAMED:
+            said[index] = name + equals + RENAMED[value]
+        elif index and said[index - 1] == "--method" and argument in RENAMED:
+            said[index] = RENAMED[argument]
+    if said != list(arguments):
+        print("--method reference is called --method published now", file=sys.stderr)
+    return said
 
 
 def _defaults(arguments: list[str]) -> tuple["TrainConfig", bool]:

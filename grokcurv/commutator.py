@@ -14,6 +14,7 @@ the same :math:`\delta` is a difference of gradients, which is what is computed 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
@@ -32,8 +33,11 @@ from grokcurv.reference import compute_type
 from grokcurv.state import Snapshot
 from grokcurv.subspace import Subspace
 
-Method = Literal["difference", "bracket", "reference"]
-METHODS: tuple[Method, ...] = ("difference", "bracket", "reference")
+Method = Literal["difference", "bracket", "published"]
+METHODS: tuple[Method, ...] = ("difference", "bracket", "published")
+
+RENAMED: dict[str, Method] = {"reference": "published"}
+"""Methods by the names that they had."""
 
 Design = Literal["independent", "chain"]
 DESIGNS: tuple[Design, ...] = ("independent", "chain")
@@ -97,7 +101,7 @@ class CommutatorStats:
     """What was measured, one entry per pair of batches. Tensors are float64 and live on the model's device.
 
     Attributes:
-        method: ``"difference"``, ``"bracket"`` or ``"reference"``: what ``defect`` is.
+        method: ``"difference"``, ``"bracket"`` or ``"published"``: what ``defect`` is.
         eta: (N,) step length of each pair.
         defect: (N,) ``D = |delta| / (|eta g_A| |eta g_B|)``, in units of one over the loss.
         grad_norm_a, grad_norm_b: (N,) ``|g_A|``, ``|g_B|``.
@@ -154,6 +158,21 @@ class CommutatorStats:
         return len(self.defect)
 
 
+def current_method(method: str) -> Method:
+    """A method by its name, or, with a warning, by the one that it had in an older version.
+
+    Raises:
+        ValueError: none has this name.
+    """
+    if method in RENAMED:
+        warnings.warn(f"method {method!r} is called {RENAMED[method]!r} now", FutureWarning, stacklevel=3)
+        method = RENAMED[method]
+    for known in METHODS:
+        if method == known:
+            return known
+    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
 class CommutatorProbe:
     """Measures commutator defects of ``model`` without touching it.
 
@@ -164,9 +183,10 @@ class CommutatorProbe:
     greatest absolute and relative error of the two gradients at theta, and of the two other vectors; and
     ``errors["given"]`` how far a gradient that was given was from that in float64.
 
-    A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.kinked`) is evaluated in float64
-    throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a unit,
-    which changes one gradient of the four by a jump that no check of others shows. A ``first_gradient`` is not used.
+    A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.is_nonsmooth`) is evaluated in
+    float64 throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a
+    unit, which changes one gradient of the four by a jump that no check of others shows. A ``first_gradient`` is not
+    used.
 
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps; of one that is trained on
@@ -176,7 +196,7 @@ class CommutatorProbe:
         eta: step length, or ``"auto"``: each pair takes the step whose length is 3e-6 of ``|theta|`` (float32; scaled
             with the square root of the unit roundoff for other dtypes), which estimates the bracket.
         method: ``"difference"`` (four gradients a pair), ``"bracket"`` (two gradients and two Hessian-vector
-            products; exact, has no eta), or ``"reference"`` (the published float32 formula).
+            products; exact, has no eta), or ``"published"`` (the float32 formula of the paper).
         basis: an optional subspace on which every ``delta`` is projected.
         segments: optional segments of the parameter vector whose share of ``delta`` is wanted.
         noise_floor: ``False`` saves the float64 evaluations; nothing is then called reliable, as where the model cannot
@@ -200,8 +220,6 @@ class CommutatorProbe:
         noise_floor: bool = True,
         strategy: Strategy = "auto",
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if eta != "auto" and not (isinstance(eta, int | float) and math.isfinite(eta) and eta > 0):
             raise ValueError(f"eta must be a positive number or 'auto', got {eta!r}")
         if isinstance(model, Distributed):
@@ -209,7 +227,7 @@ class CommutatorProbe:
         else:
             self.gradients = GradientEngine(model, loss_fn, strategy=strategy)
         self.eta = eta
-        self.method: Method = method
+        self.method = current_method(method)
         self.noise_floor = noise_floor and self.gradients.checked
         self.errors: dict[str, Tensor] = {}
         # Where they were found: gradients' lengths and some coordinates of theta; magnitudes of what is in the batches.
@@ -299,10 +317,9 @@ class CommutatorProbe:
         seed: int = 0,
     ) -> Asking[CommutatorStats]:
         """:meth:`measure`, stopping where it needs gradients, so that several probes' can be computed at once."""
-        method = method or self.method
-        for name, value, known_values in (("method", method, METHODS), ("design", design, DESIGNS)):
-            if value not in known_values:
-                raise ValueError(f"{name} must be one of {', '.join(known_values)}, got {value!r}")
+        method = current_method(method) if method else self.method
+        if design not in DESIGNS:
+            raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {design!r}")
         engine = self.gradients
         if first_gradient is not None and first_gradient.shape != (engine.size,):
             raise ValueError(f"first_gradient must have shape ({engine.size},), got {tuple(first_gradient.shape)}")
@@ -396,7 +413,7 @@ class CommutatorProbe:
             eta = self._step(*shared.work[:2])
         else:
             kept = known if exactly and not shared.given else None
-            keep = (method == "reference" or not engine.certifies) and not exactly
+            keep = (method == "published" or not engine.certifies) and not exactly
             eta = yield from evaluate(shared, pair, seeds, known=kept, exact=_Exact(found, keep))
             if shared.given and shared.form == "difference" and not exactly:
                 self._compare_given(found)
@@ -407,7 +424,7 @@ class CommutatorProbe:
             stats = self._stats(shared, eta, errors, method, keep_delta)
         stats = replace(stats, exact=torch.ones_like(stats.exact))
         # The published formula is one of the model's own precision throughout.
-        return stats if published is None or method == "reference" else replace(stats, reference=published)
+        return stats if published is None or method == "published" else replace(stats, reference=published)
 
     def _differences(
         self,
@@ -512,7 +529,7 @@ class CommutatorProbe:
             noise = yield from self._sampled(shared, pair, seeds, lost)
             own = noise
         # The published formula is reported in the model's own precision, and so is what only a twin can check.
-        kept = (method == "reference" or not engine.certifies) and not exactly
+        kept = (method == "published" or not engine.certifies) and not exactly
         errors = distance if kept else torch.maximum(lost, own)
         if exactly or (wide and noise is not None):
             distance = torch.maximum(distance, errors) if wide else errors
@@ -575,7 +592,7 @@ class CommutatorProbe:
 
     def _doubtful(self, shared: _Shared, pair: Pair, stats: CommutatorStats) -> bool:
         """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
-        if is_asynchronous(self.gradients.device) or stats.method == "reference":
+        if is_asynchronous(self.gradients.device) or stats.method == "published":
             return False
         if not bool(stats.defect.isfinite().all() & (stats.grad_norm_a * stats.grad_norm_b > 0).all()):
             return False
@@ -643,7 +660,7 @@ class CommutatorProbe:
         if not bracket:
             rounded, distance = sums[:, 6:8].sqrt().unbind(1)
             reference = rounded / (eta.square() * area + REFERENCE_GUARD)
-            if method == "reference":
+            if method == "published":
                 defect, floor = reference, floor + distance / (eta.square() * area)
         stats = CommutatorStats(
             method=method,

@@ -7,9 +7,11 @@ not at all.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from typing import NoReturn
 
 import torch
@@ -324,3 +326,13 @@ def _prefix(module_name: str) -> str:
 def _same_memory(tensor: Tensor, view: Tensor) -> bool:
     same_kind = (tensor.layout, tensor.device, tensor.dtype) == (view.layout, view.device, view.dtype)
     return same_kind and tensor.is_set_to(view)
+
+
+def __getattr__(name: str) -> object:
+    """What has moved to :mod:`grokcurv.partition`, by the names that it had."""
+    moved = {"Coordinates": "Partition", "ALL_HERE": "WHOLE"}
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"grokcurv.flat.{name} is grokcurv.partition.{moved[name]} now", FutureWarning, stacklevel=2)
+    found: object = getattr(import_module("grokcurv.partition"), moved[name])
+    return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -217,13 +218,18 @@ class GradientEngine:
         if not passed:
             self.strategy = "loop"
 
-    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
+    def is_nonsmooth(self, batch: Any, *, seed: int = 0) -> bool:
         """Whether the gradient may jump: at a rectifier, a maximum, an absolute value, a decision.
 
         Told by the operators of :data:`grokcurv.admission.KINKS`, in one evaluation of each structure of model and
         batch. What a kernel of the user's own does inside is not seen.
         """
         return self.admit(batch, seed=seed).nonsmooth
+
+    def kinked(self, batch: Any, *, seed: int = 0) -> bool:
+        """The old name of :meth:`is_nonsmooth`."""
+        warnings.warn("GradientEngine.kinked is called is_nonsmooth now", FutureWarning, stacklevel=2)
+        return self.is_nonsmooth(batch, seed=seed)
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         """Whether second derivatives are what they should be; looked at when it is first asked."""

@@ -19,6 +19,7 @@ from grokcurv.commutator import (
     DESIGNS,
     GIVEN,
     METHODS,
+    RENAMED,
     CommutatorProbe,
     CommutatorStats,
     Design,
@@ -426,7 +427,7 @@ class CurvatureMonitor:
         self._pca_steps = [torch.tensor(step) for step in state["pca_steps"]]
         columns = (
             state["row_steps"],
-            map(METHODS.index, state["row_methods"]),
+            (METHODS.index(RENAMED.get(method, method)) for method in state["row_methods"]),
             state["row_seconds"],
             state["row_gradients"],
         )

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from grokcurv.commutator import RENAMED
 from grokcurv.storage import (
     SCHEMA,
     RunError,
@@ -173,7 +174,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise RunError(f"{folder} holds no run: there is no config.json in it")
-    config = read_json(folder / "config.json", "config", dict)
+    config = current_settings(read_json(folder / "config.json", "config", dict))
     return Run(folder, config, read_json(folder / "environment.json", "environment", dict))
 
 
@@ -263,7 +264,7 @@ class RunWriter:
 
     def _claim(self) -> None:
         if (self.path / "config.json").exists():
-            there = read_json(self.path / "config.json", "config", dict)
+            there = current_settings(read_json(self.path / "config.json", "config", dict))
             differing = [
                 f"{name} ({there.get(name, 'missing')!r} there, {self.config.get(name, 'missing')!r} here)"
                 for name in sorted(there.keys() | self.config.keys())
@@ -281,6 +282,11 @@ class RunWriter:
 
     def _write_json(self, name: str, value: Any) -> None:
         write_json(self.path / f"{name}.json", name, value)
+
+
+def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are called now, of a folder that an older version may have written."""
+    return {name: RENAMED.get(value, value) if name == "method" else value for name, value in config.items()}
 
 
 def describe_environment() -> dict[str, Any]:

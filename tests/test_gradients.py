@@ -162,7 +162,7 @@ def test_unknown_strategy() -> None:
 def test_kinks_of_modules(layer: nn.Module, kinked: bool, generator: torch.Generator) -> None:
     batch = torch.randn(4, 8, generator=generator)
     engine = GradientEngine(nn.Sequential(nn.Linear(8, 8), layer), lambda model, x: model(x).square().sum())
-    assert engine.kinked(batch) is kinked
+    assert engine.is_nonsmooth(batch) is kinked
 
 
 @pytest.mark.parametrize(
@@ -172,12 +172,12 @@ def test_kinks_of_modules(layer: nn.Module, kinked: bool, generator: torch.Gener
 def test_kinks_of_losses(loss: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
     batch = torch.randn(4, 8, generator=generator)
     engine = GradientEngine(nn.Linear(8, 2), lambda model, x: loss(model(x)))
-    assert engine.kinked(batch)
+    assert engine.is_nonsmooth(batch)
 
 
 def test_looking_for_kinks_leaves_everything_alone(generator: torch.Generator) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout())
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    assert not GradientEngine(model, lambda m, x: m(x).sum()).kinked(torch.randn(4, 8, generator=generator))
+    assert not GradientEngine(model, lambda m, x: m(x).sum()).is_nonsmooth(torch.randn(4, 8, generator=generator))
     torch.testing.assert_close(before, model.state_dict(), rtol=0, atol=0)
     assert torch.equal(state, torch.get_rng_state())

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from grokcurv.commutator import METHODS, RENAMED, Method, current_method
 from grokcurv.interventions import Direction
 from grokcurv.modular.model import SEQUENCES, Activation, Sequence
 from grokcurv.modular.tasks import check_operation, train_size
@@ -79,7 +80,7 @@ class TrainConfig:
     """torch: a generator each for split, weights, batches and measurements, so that measuring changes nothing.
     paper: the draws of the paper's code in its order; measurements share the stream of the training batches, and
     the network runs as the module itself, to meet published digits; otherwise a transformer runs by a shorter way."""
-    method: Literal["difference", "bracket", "reference"] = "difference"
+    method: Method = "difference"
     """How the commutator is computed."""
     eta: float = 1e-3
     """Step length of the commutator."""
@@ -134,13 +135,15 @@ class TrainConfig:
         Raises:
             ValueError: naming the setting, what it was and what it can be.
         """
+        if self.method in RENAMED:
+            object.__setattr__(self, "method", current_method(self.method))
         for name, allowed in {
             "preset": PRESET_NAMES,
             "architecture": get_args(Architecture),
             "activation": get_args(Activation),
             "sequence": tuple(SEQUENCES),
             "rng": get_args(Rng),
-            "method": ("difference", "bracket", "reference"),
+            "method": METHODS,
             "design": ("independent", "chain"),
             "intervention": get_args(InterventionKind),
             "direction": get_args(Direction),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grokcurv.modular.config import TrainConfig
-from grokcurv.runs import TABLES, Run, open_run
+from grokcurv.runs import TABLES, Run, current_settings, open_run
 from grokcurv.storage import RunError, read_json, read_parquet, write_json
 from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
 
@@ -156,7 +156,7 @@ def _run_id(run: str) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> TrainConfig:
-    return TrainConfig(**{name: checked("plan:", name, value) for name, value in settings.items()})
+    return TrainConfig(**{name: checked("plan:", name, value) for name, value in current_settings(settings).items()})
 
 
 def claim(path: Path, config: SweepConfig) -> Sweep:
