@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from grokcurv.modular import MLP, OPERATIONS, TrainConfig, Transformer, load_model, table, train
 from grokcurv.modular.fourier import GROUPS, FourierShares, elements, embedding_of, energies, random_share
-from grokcurv.modular.trainer import forward_of
+from grokcurv.modular.network import forward_of
 
 F64 = torch.float64
 
@@ -214,7 +214,7 @@ TINY = TrainConfig(
 )
 def test_a_run_records_them(values: dict, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row is that of the whole table's logits at once, though the evaluation takes them in pieces."""
-    monkeypatch.setattr("grokcurv.modular.trainer.EVALUATION_ROWS", 10)
+    monkeypatch.setattr("grokcurv.modular.evaluation.EVALUATION_ROWS", 10)
     config = dataclasses.replace(TINY, **values)
     run = train(config, out=tmp_path)
     model = load_model(run)

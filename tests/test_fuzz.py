@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from grokcurv import runs
 from grokcurv.modular import TrainConfig, train
-from grokcurv.modular.trainer import load_model
+from grokcurv.modular.network import load_model
 from grokcurv.report import page
 from grokcurv.report.page import Drawing, draw, write_report
 from grokcurv.report.summary import Summary

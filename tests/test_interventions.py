@@ -24,7 +24,7 @@ from grokcurv import CommutatorProbe, FlatParameters, Subspace
 from grokcurv.flat import flatten, flatten_grad
 from grokcurv.interventions import Intervention, Kick, Noise, Projection
 from grokcurv.modular import TrainConfig, load_model, train, train_ensemble
-from grokcurv.modular.trainer import _PaperDraws, _TorchDraws
+from grokcurv.modular.draws import PaperDraws, TorchDraws
 from grokcurv.report import write_report
 from grokcurv.runs import Run, open_run
 
@@ -666,11 +666,11 @@ def test_settings_that_cannot_be(values: dict[str, Any], message: str) -> None:
 
 def test_the_streams_there_were_stay_what_they_were() -> None:
     seeds = torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(42)).tolist()
-    draws = _TorchDraws(42, torch.device("cpu"))
+    draws = TorchDraws(42, torch.device("cpu"))
     assert draws.weights_seed == seeds[1]
     for drawn, seed in ((draws.training, seeds[2]), (draws.measuring, seeds[3])):
         assert drawn(1000, 9).equal(torch.randint(1000, (9,), generator=torch.Generator().manual_seed(seed)))
-    fresh = {draws.intervening_seed, _PaperDraws(42, torch.device("cpu")).intervening_seed}
+    fresh = {draws.intervening_seed, PaperDraws(42, torch.device("cpu")).intervening_seed}
     assert len({*seeds[1:], *fresh, 42}) == 6
 
 

@@ -3,8 +3,9 @@
 from grokcurv.modular.config import PRESETS, TrainConfig
 from grokcurv.modular.ensemble import train_ensemble
 from grokcurv.modular.model import MLP, Transformer
+from grokcurv.modular.network import build_model, load_model
 from grokcurv.modular.tasks import OPERATIONS, Dataset, Operation, split, table
-from grokcurv.modular.trainer import TrainingError, build_model, load_model, train
+from grokcurv.modular.trainer import TrainingError, train
 
 __all__ = [
     "MLP",

@@ -20,7 +20,8 @@ from torch import Tensor
 from grokcurv.flat import flatten
 from grokcurv.gradients import GradientEngine, Strategy, carry_out
 from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.trainer import Training, ctrl_c, threads_of
+from grokcurv.modular.process import ctrl_c, threads_of
+from grokcurv.modular.trainer import Training
 from grokcurv.runs import Run
 from grokcurv.storage import RunError
 

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from os import PathLike
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.gradients import Asking, carry_out
 from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
-from grokcurv.losses import cross_entropy64
-from grokcurv.modular import fast
 from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.fourier import FourierShares, embedding_of
-from grokcurv.modular.model import MLP, Transformer
+from grokcurv.modular.draws import draws_of
+from grokcurv.modular.evaluation import evaluate
+from grokcurv.modular.network import Batch, build_model, training_loss
+from grokcurv.modular.process import ctrl_c, describe_device, threads_of
 from grokcurv.modular.tasks import split
 from grokcurv.runs import Run, RunWriter, describe_environment, open_run
 from grokcurv.storage import RunError
@@ -37,14 +31,9 @@ if TYPE_CHECKING:
 
     from grokcurv.monitor import CurvatureMonitor
 
-Batch = tuple[Tensor, Tensor]
 Sampler = Callable[[], tuple[Batch, Batch]]
 MonitorFactory = Callable[[nn.Module, Sampler], "CurvatureMonitor"]
 Progress = Callable[[dict[str, Any]], object]
-Forward = Callable[[Any, Tensor], Tensor]
-
-EVALUATION_ROWS = 16_384
-"""Rows of one forward pass of an evaluation; bounds its memory for large p."""
 
 PROGRESS_EVERY = 10
 """Steps between calls of ``on_progress``."""
@@ -116,129 +105,18 @@ def train(
     return run
 
 
-def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
-    """The network of ``config`` on the CPU, its weights drawn from ``torch.manual_seed(seed)`` (default: the config's).
-
-    The global generator is left as it was.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(config.seed if seed is None else seed)
-    try:
-        if config.architecture == "mlp":
-            return MLP(config.p, layers=config.layers, width=config.d_model)
-        return Transformer(
-            config.p,
-            layers=config.layers,
-            d_model=config.d_model,
-            heads=config.heads,
-            d_ff=config.d_ff,
-            activation=config.activation,
-            layer_norm=config.layer_norm,
-            sequence=config.sequence,
-        )
-    finally:
-        torch.set_rng_state(state)
-
-
-def load_model(run: Run, step: int | None = None) -> nn.Module:
-    """The network of a run folder, on the CPU: at its latest checkpoint, or at a step among its snapshots.
-
-    Raises:
-        RunError: there is no such checkpoint or snapshot, it is damaged, or the settings are not those of its network.
-    """
-    weights = run.checkpoint() if step is None else {"model": run.snapshot(step)}
-    try:
-        model = build_model(TrainConfig(**run.config))
-        model.load_state_dict(weights["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(f"{run.path}: its settings and its weights are not those of one network: {error}") from error
-    return model
-
-
-def forward_of(config: TrainConfig) -> Forward:
-    """``forward(model, pairs)`` -> logits: a transformer by the shorter way, unless published digits are to be met."""
-    if config.architecture == "transformer" and config.rng == "torch":
-        return fast.logits
-    return lambda model, pairs: model(pairs)
-
-
-def training_loss(config: TrainConfig) -> Callable[[nn.Module, Batch], Tensor]:
-    """``loss(model, (pairs, answers))``: the mean cross-entropy of ``config``'s run."""
-    forward = forward_of(config)
-    cross_entropy = cross_entropy64 if config.float64_logits else functional.cross_entropy
-    return lambda model, batch: cross_entropy(forward(model, batch[0]), batch[1])
-
-
-class _TorchDraws:
-    """Independent generators for the split, the weights, the batches, the measurements and the interventions."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        root = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**62, (4,), generator=root).tolist()
-        self.order = torch.Generator().manual_seed(seeds[0])
-        self.weights_seed: int = seeds[1]
-        self._training = torch.Generator(device).manual_seed(seeds[2])
-        self._measuring = torch.Generator(device).manual_seed(seeds[3])
-        self.intervening_seed = int(
-            torch.randint(2**62, (), generator=root)
-        )  # after the others, which it must not move
-
-    def training(self, n: int, rows: int) -> Tensor:
-        return torch.randint(n, (rows,), generator=self._training, device=self._training.device)
-
-    def measuring(self, n: int, rows: int) -> Tensor:
-        return torch.randint(n, (rows,), generator=self._measuring, device=self._measuring.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"training": self._training.get_state(), "measuring": self._measuring.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._training.set_state(state["training"])
-        self._measuring.set_state(state["measuring"])
-
-
-class _PaperDraws:
-    """The draws of the paper's code: after the split, weights and batches from streams seeded alike.
-
-    ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too,
-    and faithful kicks; other interventions draw from a generator that the paper does not have.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.order = random.Random(seed)
-        self.weights_seed = seed
-        self.intervening_seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
-        self._stream = np.random.RandomState(seed)
-        self._device = device
-
-    def training(self, n: int, rows: int) -> Tensor:
-        return torch.from_numpy(self._stream.randint(0, n, rows)).to(self._device)
-
-    measuring = training
-
-    def state_dict(self) -> dict[str, Any]:
-        state = self._stream.get_state(legacy=False)["state"]
-        return {"key": torch.from_numpy(state["key"].astype(np.int64)), "pos": int(state["pos"])}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        twister = {"key": state["key"].numpy().astype(np.uint32), "pos": state["pos"]}
-        self._stream.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": 0, "gauss": 0.0})
-
-
 class Training:
     """A run in progress: all that a checkpoint holds, and how to take one step."""
 
     def __init__(self, config: TrainConfig, monitor: MonitorFactory | None) -> None:
         self.config = config
-        self.environment = {"device": _describe_device(config.device), "threads": torch.get_num_threads()}
+        self.environment = {"device": describe_device(config.device), "threads": torch.get_num_threads()}
         self.writer: RunWriter | None = None
         device = torch.device(config.device)
-        self.draws: _PaperDraws | _TorchDraws = (
-            _PaperDraws(config.seed, device) if config.rng == "paper" else _TorchDraws(config.seed, device)
-        )
+        self.draws = draws_of(config.rng, config.seed, device)
         self.data = split(config.op, config.p, config.train_fraction, self.draws.order).to(device)
         self.model = build_model(config, self.draws.weights_seed).to(device)
-        self.forward, self.loss = forward_of(config), training_loss(config)
+        self.loss = training_loss(config)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
@@ -393,49 +271,16 @@ class Training:
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every == 0 or self.step == self.last_step
 
-    @torch.no_grad()
     def _evaluate(self) -> None:
-        data = self.data
-        norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in self.model.parameters()]
-        shares = FourierShares(self.config.op, self.config.p, embedding_of(self.model))
-        values = [
-            self._score(data.train_pairs, data.train_answers, shares),
-            self._score(data.test_pairs, data.test_answers, shares),
-            torch.stack(norms).norm()[None],
-            shares.read(),
-            *([self.intervention.norm[None]] if self.intervention is not None else ()),
-        ]
-        train_loss, train_acc, test_loss, test_acc, weight_norm, *rest = torch.cat(values).tolist()
-        fourier_embedding, fourier_logits, *intervention_norm = rest
-        self.rows.append(
-            {
-                "step": self.step,
-                "train_loss": train_loss,
-                "train_acc": train_acc,
-                "test_loss": test_loss,
-                "test_acc": test_acc,
-                "weight_norm": weight_norm,
-                "fourier_embedding": fourier_embedding,
-                "fourier_logits": fourier_logits,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - self.started,
-            }
-        )
-        if self.intervention is not None:
-            self.rows[-1] |= {"interventions": self.intervention.acted, "intervention_norm": intervention_norm[0]}
-        self.streak = self.streak + 1 if test_acc >= self.config.grok_threshold else 0
+        beside = {} if self.intervention is None else {"intervention_norm": self.intervention.norm}
+        found = evaluate(self.config, self.model, self.data, beside)
+        done = {} if self.intervention is None else {"interventions": self.intervention.acted}
+        moved = {name: found.pop(name) for name in beside}
+        rate, seconds = self.optimizer.param_groups[0]["lr"], time.perf_counter() - self.started
+        self.rows.append({"step": self.step, **found, "learning_rate": rate, "seconds": seconds, **done, **moved})
+        self.streak = self.streak + 1 if found["test_acc"] >= self.config.grok_threshold else 0
         if self.grok_step is None and self.streak == self.config.grok_patience:
             self.grok_step = self.step
-
-    def _score(self, pairs: Tensor, answers: Tensor, shares: FourierShares) -> Tensor:
-        """Mean loss and accuracy over a whole set, (2,) float64 on the device; its logits are added to ``shares``."""
-        total = torch.zeros(2, dtype=torch.float64, device=answers.device)
-        for x, y in zip(pairs.split(EVALUATION_ROWS), answers.split(EVALUATION_ROWS), strict=True):
-            logits = self.forward(self.model, x)
-            loss = functional.cross_entropy(logits, y, reduction="sum")
-            total += torch.stack([loss, (logits.argmax(1) == y).sum()])
-            shares.add(logits, y)
-        return total / len(answers)
 
     def update(self) -> bool:
         """Take one step; False, and no step, if the monitor meets weights that are not finite."""
@@ -602,44 +447,3 @@ def _basis_from(config: TrainConfig, model: nn.Module, generator: torch.Generato
     if config.basis == "random":
         return Subspace.random(oracle.dim, oracle.size, generator)
     return oracle.random_like(generator) if config.basis == "matched" else oracle
-
-
-def _describe_device(name: str) -> str:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        torch.Generator(device)  # "meta" has none
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device must be one that torch has here; got {name!r} ({error})") from error
-    return f"{name} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else name
-
-
-@contextlib.contextmanager
-def threads_of(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if number:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one acts as ever. Only the main thread hears signals."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

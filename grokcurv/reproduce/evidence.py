@@ -18,7 +18,9 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import GradientEngine
 from grokcurv.modular import TrainConfig, build_model, load_model
-from grokcurv.modular.trainer import Training, threads_of, training_loss
+from grokcurv.modular.network import training_loss
+from grokcurv.modular.process import threads_of
+from grokcurv.modular.trainer import Training
 from grokcurv.monitor import BASIS_COMPONENTS
 from grokcurv.pca import StreamingPCA
 from grokcurv.reproduce.plan import NEEDS

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from grokcurv.modular.trainer import ctrl_c
+from grokcurv.modular.process import ctrl_c
 from grokcurv.storage import RunError, hold
 from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import Engine, Event, Task
