@@ -8,9 +8,10 @@ first; then each row's prediction stands beside its time. Wants an idle machine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from clock import fastest
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,21 +53,21 @@ def counted(run: Callable[[], object]) -> tuple[int, float, float]:
     return launches.calls, flops.get_total_flops() / 1e9, launches.bytes / 1e6
 
 
-def constants() -> tuple[float, float, float]:
+def constants(rounds: int) -> tuple[float, float, float]:
     """Seconds per Gflop, per MB and per launch: products, copies and the smallest calls of the model's sizes."""
     x, y, small = torch.randn(2 * ROWS, 128), torch.randn(128, 256), torch.randn(4, requires_grad=True)
-    flop = fastest(lambda: x @ y, 300) / (2e-9 * x.numel() * y.shape[1])
+    flop = fastest(lambda: x @ y, 10 * rounds) / (2e-9 * x.numel() * y.shape[1])
     out = torch.empty_like(x)
-    byte = fastest(lambda: torch.mul(x, 2.0, out=out), 300) / (2e-6 * x.numel() * x.element_size())
+    byte = fastest(lambda: torch.mul(x, 2.0, out=out), 10 * rounds) / (2e-6 * x.numel() * x.element_size())
     # A launch of a forward pass and the one of its backward pass.
-    call = fastest(lambda: (small * 2.0).backward(torch.ones(4)), 3000) / 3
+    call = fastest(lambda: (small * 2.0).backward(torch.ones(4)), 100 * rounds) / 3
     return flop, byte, call
 
 
-def main() -> None:
+def main(rounds: Annotated[int, tyro.conf.arg(help="of each row; one shows that everything works")] = 30) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    flop, byte, call = constants()
+    flop, byte, call = constants(rounds)
     print(f"{1 / flop:.0f} Gflop/s, {1e-3 / byte:.0f} GB/s, {1e6 * call:.1f} us a launch")
     model = Transformer()
     batch, other = ((torch.randint(97, (ROWS, 2)), torch.randint(97, (ROWS,))) for _ in range(2))
@@ -101,10 +102,10 @@ def main() -> None:
     for name, run in rows.items():
         calls, flops, megabytes = counted(run)
         predicted = calls * call + flops * flop + megabytes * byte
-        measured = fastest(run, 30)
+        measured = fastest(run, rounds)
         times = f"{1e3 * predicted:.0f} ms | {1e3 * measured:.0f} ms | {measured / predicted:.2f}"
         print(f"| {name} | {calls:,} | {flops:.2f} | {megabytes:,.0f} | {times} |")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

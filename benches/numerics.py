@@ -53,12 +53,16 @@ def cross_entropy64(model: nn.Module, batch: Batch) -> Tensor:
 LOSSES = {"float32 logits": cross_entropy, "float64 logits": cross_entropy64}
 
 
-def checkpoints(op: str, weight_decay: float, kept: Path | None) -> Iterator[tuple[int, nn.Module, Dataset]]:
+def checkpoints(op: str, weight_decay: float, last: int, kept: Path | None) -> Iterator[tuple[int, nn.Module, Dataset]]:
     """The paper's recipe, its random numbers too; yields at each checkpoint, or reads those in the folder ``kept``."""
     data = split(op, 97, 0.5, random.Random(SEED))
     torch.manual_seed(SEED)
     model = Transformer()
-    files = {step: kept and kept / f"{op}_{weight_decay:g}_{step}.safetensors" for step in CHECKPOINTS[weight_decay]}
+    files = {
+        step: kept and kept / f"{op}_{weight_decay:g}_{step}.safetensors"
+        for step in CHECKPOINTS[weight_decay]
+        if step <= last
+    }
     if all(file and file.exists() for file in files.values()):
         for step, file in files.items():
             load_model(model, file)
@@ -132,11 +136,11 @@ def _assess(
     return frame.assign(monitor_method=row["method"], monitor_median=row["defect_median"])
 
 
-def run(ops: tuple[str, ...], pairs: int, kept: Path | None) -> pd.DataFrame:
+def run(ops: tuple[str, ...], pairs: int, last: int, kept: Path | None) -> pd.DataFrame:
     frames = []
     for op in ops:
         for weight_decay in CHECKPOINTS:
-            for step, model, data in checkpoints(op, weight_decay, kept):
+            for step, model, data in checkpoints(op, weight_decay, last, kept):
                 numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
                 drawn = [(draw(data, numbers), draw(data, numbers)) for _ in range(pairs)]
                 frame = assess(model, drawn)
@@ -244,6 +248,8 @@ class Options:
     out: Path = RECORD
     checkpoints: Path | None = None
     """A folder to keep the networks in, and to take them from if they are there."""
+    last: int = 10_000
+    """No network is trained beyond this step; a few show that everything works."""
     tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the tables from the file at --out, without measuring."""
 
@@ -255,6 +261,7 @@ if __name__ == "__main__":
         for folder in (options.out.parent, options.checkpoints):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
-        run(options.ops, options.pairs, options.checkpoints).to_csv(options.out, index=False, float_format="%.6g")
+        measured = run(options.ops, options.pairs, options.last, options.checkpoints)
+        measured.to_csv(options.out, index=False, float_format="%.6g")
     record = pd.read_csv(options.out)
     print(published_table(record), checkpoint_table(record), summary(record), sep="\n\n")

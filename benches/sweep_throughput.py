@@ -9,10 +9,11 @@ machine.
 
 from __future__ import annotations
 
-import sys
 import time
+from pathlib import Path
 
 import torch
+import tyro
 from torch import nn
 from torch.nn import functional
 
@@ -58,9 +59,14 @@ def plain(config: TrainConfig, steps: int) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    """Time both and print the ratio."""
-    file, out = sys.argv[1:]
+def main(file: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], part: int = PART) -> None:
+    """Time both and print the ratio.
+
+    Args:
+        file: of the sweep.
+        out: its folder.
+        part: steps in plain PyTorch; a few show that everything works.
+    """
     config = SweepConfig.from_toml(file)
     began = time.perf_counter()
     sweep = run_sweep(config, out, workers=2)
@@ -73,11 +79,11 @@ def main() -> None:
     torch.set_num_threads(2)
     first = next(iter(sweep.plan.values()))
     plain(first, 20)
-    part = plain(first, PART)
-    theirs = part / PART * steps
-    print(f"plain PyTorch, two threads: {1e3 * part / PART:.1f} ms a step, {theirs / 60:.1f} min for all")
+    step = plain(first, part) / part
+    theirs = step * steps
+    print(f"plain PyTorch, two threads: {1e3 * step:.1f} ms a step, {theirs / 60:.1f} min for all")
     print(f"ratio of runs an hour: {theirs / ours:.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -9,6 +9,7 @@ steps. Then every method sees these rows, and is compared with an SVD in float64
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import grokcurv as gc
 from grokcurv.flat import Segment, attention_segments, flatten
-from grokcurv.modular import TrainConfig, train
+from grokcurv.modular import TrainConfig, load_model, train
 
 ROW_EVERY = 10
 COMPONENTS = 2
@@ -34,34 +35,20 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class Recorder(gc.CurvatureMonitor):
-    """Keeps rows of the trajectory, and measures nothing."""
-
-    def __init__(self, model: torch.nn.Module, segments: tuple[Segment, ...]) -> None:
-        super().__init__(model, lambda network, batch: torch.zeros(()), sampler=lambda: None)
-        self.segments, self.rows = segments, []
-
-    def step(self, batch: Any = None, next_batch: Any = None) -> None:
-        if self.steps % ROW_EVERY == 0:
-            vector = flatten(self.probe.gradients.model)
-            self.rows.append(torch.cat([vector[s.start : s.stop] for s in self.segments]))
-        self.steps += 1
-
-
-def trajectory() -> tuple[Tensor, list[Segment]]:
+def trajectory(steps: int) -> tuple[Tensor, list[Segment]]:
     """Rows (n, L) of the demo's attention matrices, and where each lies in a row."""
-    recorders: list[Recorder] = []
-
-    def watch(model: torch.nn.Module, sampler: Any) -> gc.CurvatureMonitor:
-        recorders.append(Recorder(model, tuple(attention_segments(model))))
-        return recorders[0]
-
-    train(TrainConfig(op="add", weight_decay=1.0, seed=42), watch)
-    packed, start = [], 0
-    for segment in recorders[0].segments:
+    settings: dict[str, Any] = {"measure_every": 0, "snapshot_every": ROW_EVERY, "steps": steps}
+    rows, packed, start = [], [], 0
+    with TemporaryDirectory() as folder:
+        run = train(TrainConfig(op="add", weight_decay=1.0, seed=42, **settings), out=folder)
+        for step in run.snapshots:
+            model = load_model(run, step)
+            vector, segments = flatten(model), attention_segments(model)
+            rows.append(torch.cat([vector[s.start : s.stop] for s in segments]))
+    for segment in segments:
         packed.append(Segment(segment.name, start, segment.length, segment.shape))
         start += segment.length
-    return torch.stack(recorders[0].rows), packed
+    return torch.stack(rows), packed
 
 
 def truth(rows: Tensor, segments: list[Segment]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -149,17 +136,14 @@ def draw(table: pd.DataFrame, file: Path) -> None:
         file.write_bytes(png(figure, LIGHT))
 
 
-def main(rows: Annotated[Path | None, tyro.conf.arg(help="keep the trajectory here, or read it")] = None) -> None:
-    if rows is not None and rows.exists():
-        saved = torch.load(rows, weights_only=True)
-        matrices, segments = saved["rows"], [Segment(*segment) for segment in saved["segments"]]
-    else:
-        matrices, segments = trajectory()
-        if rows is not None:
-            torch.save({"rows": matrices, "segments": [(s.name, s.start, s.length, s.shape) for s in segments]}, rows)
+def main(
+    docs: Annotated[Path, tyro.conf.arg(help="where measurements/pca.csv and images/pca.png go")] = DOCS,
+    steps: Annotated[int, tyro.conf.arg(help="of training at most; a few show that everything works")] = 20_000,
+) -> None:
+    matrices, segments = trajectory(steps)
     table = compare(matrices, segments)
-    table.to_csv(DOCS / "measurements/pca.csv", index=False, float_format="%.4g")
-    draw(table, DOCS / "images/pca.png")
+    table.to_csv(docs / "measurements/pca.csv", index=False, float_format="%.4g")
+    draw(table, docs / "images/pca.png")
     default = table[table["option"] == "oversampling=8"].set_index("method").loc["incremental"]
     assert default["pc1_error_points"] < 0.1
     assert default["top2_angle_degrees"] < 1

@@ -1,0 +1,60 @@
+"""What regenerates tables and figures, each script at small size: none can rot unseen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+BENCHES = Path(__file__).parent.parent / "benches"
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """What it printed, with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(BENCHES / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_trajectory(tmp_path: Path) -> None:
+    for folder in ("measurements", "images"):
+        (tmp_path / folder).mkdir()
+    run("trajectory.py", "--docs", tmp_path, "--steps", "30")
+    table = pd.read_csv(tmp_path / "measurements/pca.csv")
+    assert set(table["method"]) == {"gram", "gram, bfloat16", "incremental", "incremental, shrinkage", "sketch"}
+    assert (table["pc1_error_points"] <= table["bound_points"] + 1e-3).all()
+    assert (tmp_path / "images/pca.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numerics(tmp_path: Path) -> None:
+    printed = run("numerics.py", "--ops", "add", "--pairs", "2", "--last", "0", "--out", tmp_path / "numerics.csv")
+    record = pd.read_csv(tmp_path / "numerics.csv")
+    assert len(record) == 8  # two pairs, losses and weight decays
+    assert ((record["difference"] / record["difference_exact"] - 1).abs() < 0.1).all()
+    assert "| errors below the floor, `bracket` | 100.0% | 100.0% |" in printed
+
+
+def test_cost_model() -> None:
+    printed = run("cost_model.py", "--rounds", "1")
+    assert printed.count("|") == 6 * 8  # of its table
+
+
+def test_sweep_throughput(tmp_path: Path) -> None:
+    settings = {"p": 7, "d_model": 8, "d_ff": 8, "heads": 2, "batch_size": 8, "steps": 10, "measure_every": 5}
+    text = "\n".join(f"{name} = {value}" for name, value in settings.items())
+    (tmp_path / "small.toml").write_text(f"[run]\n{text}\n[grid]\nseed = [0, 1]\n")
+    printed = run("sweep_throughput.py", tmp_path / "small.toml", tmp_path / "sweep", "--part", "5")
+    assert "sweep: 2 runs, 20 steps" in printed
+    assert "ratio of runs an hour" in printed
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in BENCHES.glob("*.py")))
+def test_every_script_is_in_a_test(script: str) -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert script in ("clock.py", "conftest.py") or script.startswith("test_") or script in tests
