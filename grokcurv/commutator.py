@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
 from typing import Any, Literal
@@ -232,12 +232,31 @@ class CommutatorProbe:
         self.errors: dict[str, Tensor] = {}
         # Where they were found: gradients' lengths and some coordinates of theta; magnitudes of what is in the batches.
         self.origins: dict[str, tuple[Tensor, list[float]]] = {}
+        self._basis: Subspace | None = None
         self.basis = basis
+        self.segments = segments or ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The intervals whose energy is reported, as far as they are in the vectors here; given as of all of R^P."""
+        return self._segments
+
+    @segments.setter
+    def segments(self, segments: Sequence[Segment]) -> None:
         size = self.gradients.segments[-1].stop
-        for segment in segments or ():
+        for segment in segments:
             if segment.stop > size:
                 raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {size}")
-        self.segments = tuple(map(self.gradients.partition.local_part, segments or ()))
+        self._segments = tuple(map(self.gradients.partition.local_part, segments))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the latest checks have found, and where."""
+        return {"errors": dict(self.errors), "origins": dict(self.origins)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.errors = {form: found.to(self.gradients.device) for form, found in state["errors"].items()}
+        self.origins = dict(state["origins"])
 
     @property
     def basis(self) -> Subspace | None:
@@ -250,6 +269,10 @@ class CommutatorProbe:
             if basis.size != self.gradients.size:
                 raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
             basis = basis.to(self.gradients.device, compute_type(self.gradients.dtype))
+            there = self._basis
+            if is_asynchronous(self.gradients.device) and there is not None and torch.equal(there.rows, basis.rows):
+                there.values.copy_(basis.values)  # where a captured measurement looks for them
+                return
         self._basis = basis
 
     def measure(

@@ -90,8 +90,6 @@ class GradientEngine:
     brackets = checked = certifies = True
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
-        if strategy not in get_args(Strategy):
-            raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         with LOCK:  # another thread may be evaluating it
             self._set(unwrapped(model), loss_fn, strategy)
 
@@ -108,16 +106,26 @@ class GradientEngine:
         self.size = len(self.flatten())
         self.traits = Traits()
         self._admission = Admission()
+        self.use(strategy)
+        self._graphs: dict[Any, _Graph] = {}
+        self._met: set[Any] = set()
+        self._uncapturable: set[Any] = set()
+        self._pool: Any = None  # of memory, that all graphs share
+
+    def use(self, strategy: Strategy) -> None:
+        """Compute gradients by this strategy from now on.
+
+        Raises:
+            ValueError: there is no such strategy, or not for a model that is where this one is.
+        """
         on_gpu = self.device.type == "cuda"
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         if strategy == "graph" and not on_gpu:
             raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.device}")
         if strategy == "auto":
             strategy = "graph" if on_gpu and self.size <= SMALL else "loop"
         self.strategy: Strategy = strategy
-        self._graphs: dict[Any, _Graph] = {}
-        self._met: set[Any] = set()
-        self._uncapturable: set[Any] = set()
-        self._pool: Any = None  # of memory, that all graphs share
 
     def _evaluator(self, loss_fn: LossFn) -> Evaluator:
         return Evaluator(self.model, loss_fn)

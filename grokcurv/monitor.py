@@ -201,7 +201,7 @@ class CurvatureMonitor:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
         self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, noise_floor=noise_floor, strategy=strategy)
         engine = self.probe.gradients
-        self.probe.segments = tuple(map(engine.partition.local_part, _attention(engine.model)))
+        self.probe.segments = _attention(engine.model)
         if noise_floor and not engine.checked:
             raise ValueError(
                 "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact), "
@@ -396,10 +396,9 @@ class CurvatureMonitor:
             "confirmations": self._confirmations,
             "distrusted": self._distrusted,
             "unlogged": len(self._unlogged),
-            "origins": dict(self.probe.origins),
             "rows": rows[:, len(HEAD) :].contiguous(),
             "checked": dict(self._checked),
-            "errors": dict(self.probe.errors),
+            **self.probe.state_dict(),
             "before": self._before.clone() if self._before is not None else None,
             "pca": self.pca.state_dict() if self.pca is not None else None,
         }
@@ -437,8 +436,7 @@ class CurvatureMonitor:
         self._records.extend(rows)
         self._checked = dict(state["checked"])
         self._before = state["before"].to(device, copy=True) if state["before"] is not None else None
-        self.probe.errors = {form: error.to(device) for form, error in state["errors"].items()}
-        self.probe.origins = dict(state["origins"])
+        self.probe.load_state_dict(state)
         self._confirmations, self._distrusted = state["confirmations"], state["distrusted"]
         self._unlogged = list(rows[len(rows) - state["unlogged"] :])
         self._gradient_verdicts.clear()
@@ -468,13 +466,11 @@ class CurvatureMonitor:
         if seen <= BASIS_COMPONENTS or pca.method_ == "sketch":
             return
         basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=self.probe.gradients.size)
-        if on_cpu or self.probe.basis is None:
-            self.probe.basis = basis
+        if self._baselines is None:
             sizes = torch.tensor([basis.size, basis.support_size], dtype=torch.float64)
             full, matched = self.probe.gradients.partition.all_reduce_sum(sizes)[0].tolist()
             self._baselines = RandomBaseline(basis.dim, int(full)), RandomBaseline(basis.dim, int(matched))
-        else:
-            self.probe.basis.values.copy_(basis.values)  # where a captured measurement looks for them
+        self.probe.basis = basis
 
     def _measure(self, step: int, batch: Any, next_batch: Any) -> Asking[None]:
         start = time.perf_counter()

@@ -124,7 +124,7 @@ class Ensemble:
             raise ValueError("strategy 'vmap' needs batches of one size: full batches of these runs differ in theirs")
         for run in runs:
             if run.monitor is not None:
-                run.monitor.probe.gradients.strategy = self.engine.strategy
+                run.monitor.probe.gradients.use(self.engine.strategy)
         # What the monitors measure is the same loss, that of the first that has one.
         self.measuring = next((run.monitor.probe.gradients for run in runs if run.monitor is not None), None)
 
