@@ -2,6 +2,7 @@
 
 // The kernels as the emulator runs them.
 
+#include "emulator/fibers.h"
 #include "grokcurv/commutator.h"
 #include "grokcurv/eigh.h"
 #include "grokcurv/gram.h"
@@ -9,7 +10,6 @@
 #include "grokcurv/rotate.h"
 #include "grokcurv/sketch.h"
 #include "grokcurv/subspace.h"
-#include "emulator/fibers.h"
 
 namespace grokcurv::emulator {
 
