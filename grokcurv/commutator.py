@@ -232,7 +232,6 @@ class CommutatorProbe:
         self.errors: dict[str, Tensor] = {}
         # Where they were found: gradients' lengths and some coordinates of theta; magnitudes of what is in the batches.
         self.origins: dict[str, tuple[Tensor, list[float]]] = {}
-        self._basis: Subspace | None = None
         self.basis = basis
         self.segments = segments or ()
 
@@ -269,11 +268,18 @@ class CommutatorProbe:
             if basis.size != self.gradients.size:
                 raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
             basis = basis.to(self.gradients.device, compute_type(self.gradients.dtype))
-            there = self._basis
-            if is_asynchronous(self.gradients.device) and there is not None and torch.equal(there.rows, basis.rows):
-                there.values.copy_(basis.values)  # where a captured measurement looks for them
-                return
         self._basis = basis
+
+    def update_basis(self, basis: Subspace) -> None:
+        """Go on with a later basis of the same shape; on an accelerator in the memory of the one before.
+
+        A captured measurement looks for it there. A basis that was given is not to be overwritten: use this where the
+        one before is nobody else's.
+        """
+        if is_asynchronous(self.gradients.device) and self._basis is not None:
+            self._basis.values.copy_(basis.values)
+        else:
+            self.basis = basis
 
     def measure(
         self,

@@ -470,7 +470,7 @@ class CurvatureMonitor:
             sizes = torch.tensor([basis.size, basis.support_size], dtype=torch.float64)
             full, matched = self.probe.gradients.partition.all_reduce_sum(sizes)[0].tolist()
             self._baselines = RandomBaseline(basis.dim, int(full)), RandomBaseline(basis.dim, int(matched))
-        self.probe.basis = basis
+        self.probe.update_basis(basis)
 
     def _measure(self, step: int, batch: Any, next_batch: Any) -> Asking[None]:
         start = time.perf_counter()
