@@ -93,6 +93,7 @@ def test_cases(case: Case, generator: torch.Generator, small: None) -> None:
         measurements.bracket(2),
         measurements.training(),
         measurements.training(measurements.SHORTER),
+        measurements.program(2, measured=True),
     ],
     ids=lambda case: case.name,
 )
@@ -206,6 +207,49 @@ def test_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert short.median == pytest.approx(0.006)
     assert long.over(short).median == pytest.approx(1 / 0.006)
     assert "".join(order) == "aab" + "aaaab" + "baaaa" + "aaaab" + "baaaa"
+
+
+class Stream:
+    """A GPU's: what is launched runs one after the other, while the host goes on."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def launch(self, lasts: float) -> None:
+        self.host += 1e-5
+        self.device = max(self.device, self.host) + lasts
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(elapsed_time=lambda stop: 1e3 * (stop.at - event.at))
+        event.record = lambda: setattr(event, "at", max(self.device, self.host))
+        return event
+
+
+def test_times_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short kernel takes what it takes on the device; a call that waits takes what the host sees."""
+    stream = Stream()
+    scratch = SimpleNamespace(zero_=lambda: stream.launch(1e-4))
+    cuda = SimpleNamespace(
+        synchronize=stream.synchronize, Event=stream.event, _sleep=lambda cycles: stream.launch(cycles / 2e9)
+    )
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: stream.host))
+    fake = SimpleNamespace(cuda=cuda, empty=lambda *size, **options: scratch, uint8=torch.uint8)
+    monkeypatch.setattr(timing, "torch", fake)
+
+    def waiting() -> None:
+        stream.launch(2e-3)
+        stream.synchronize()
+        stream.host += 1e-3
+
+    runs = [lambda: stream.launch(3e-6), lambda: stream.launch(4e-2), waiting]
+    kernel, long, waited = interleaved(runs, 1.0, torch.device("cuda"))
+    assert kernel.median == pytest.approx(3e-6, rel=1e-6)
+    assert kernel.calls == timing.QUEUED
+    assert long.median == pytest.approx(4e-2)
+    assert waited.median == pytest.approx(3.01e-3, rel=1e-3)
 
 
 def test_spread() -> None:

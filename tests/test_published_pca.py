@@ -11,44 +11,25 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from torch import Tensor, nn
 
 import grokcurv as gc
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.modular import TrainConfig, train
+from grokcurv.modular import TrainConfig, load_model, train
 
 PUBLISHED = pd.read_csv(Path(__file__).parent / "data" / "published_pc1.csv", comment="#")
 MATRICES = ["pc1_WQ", "pc1_WK", "pc1_WV", "pc1_WO"]
 ROW_EVERY = 100
 
 
-class Trajectory(gc.CurvatureMonitor):
-    """Feeds the PCA and measures no commutator, so that only the training batches are drawn."""
-
-    def step(self, batch: Any = None, next_batch: Any = None) -> None:
-        assert self.pca is not None
-        if self.steps % ROW_EVERY == 0:
-            self.pca.partial_fit(flatten(self.probe.gradients.model))
-        self.steps += 1
-
-
-def no_loss(model: nn.Module, batch: Any) -> Tensor:
-    raise AssertionError("nothing is measured")
-
-
 @pytest.mark.published
 @pytest.mark.parametrize("seed", [42, 137, 2024])
 @pytest.mark.parametrize("op", ["add", "mul"])
-def test_pc1_of_every_attention_matrix(op: str, seed: int) -> None:
-    monitors = []
-
-    def watch(model: nn.Module, sampler: Any) -> gc.CurvatureMonitor:
-        pca = gc.StreamingPCA(n_components=1, method="gram", segments=attention_segments(model))
-        monitors.append(Trajectory(model, no_loss, pca=pca, sampler=sampler))
-        return monitors[0]
-
-    run = train(TrainConfig(op=op, seed=seed, rng="paper", threads=1, steps_after_grok=0), watch)
-    pca = monitors[0].pca
+def test_pc1_of_every_attention_matrix(op: str, seed: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"measure_every": 0, "snapshot_every": ROW_EVERY, "steps_after_grok": 0}
+    run = train(TrainConfig(op=op, seed=seed, rng="paper", threads=1, **settings), out=tmp_path)
+    pca = gc.StreamingPCA(n_components=1, method="gram", segments=attention_segments(load_model(run, 0)))
+    for step in run.snapshots:
+        pca.partial_fit(flatten(load_model(run, step)))
     last = int(run.metrics["step"].iloc[-1])
     assert pca.n_samples_seen_ == last // ROW_EVERY + 1
 

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from on_gpu import FASTER, FLOOR
+
+from grokcurv.bench.plan import on_gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +32,9 @@ def test_gpu_tests() -> None:
 
 
 def test_gpu_benches() -> None:
+    titles = [case.title for case in on_gpu(1000)]
     printed = run("benches/on_gpu.py", "--rehearse")
-    assert "did not work" not in printed
-    assert printed.count(" ms |") > 40
+    for title in titles:
+        assert f"| {title}<br>" in printed
+    asked = FLOOR.keys() | FASTER.keys()
+    assert asked <= {case.title for case in on_gpu()}

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from grokcurv.bench.comparison import PEERS, Case, Comparison, Implementation
-from grokcurv.bench.timing import Times, interleaved
+from grokcurv.bench.timing import CPU, Times, interleaved
 
 LARGEST_READ = 512 << 20
-"""Bytes; a floor of more is scaled from that."""
-SQUARE = 512
+"""Bytes; a floor of more is scaled from that, and on a GPU any floor."""
+SQUARE = {"cpu": 512, "cuda": 8192}
 """Side of the matrices whose product says how fast arithmetic can be."""
 CACHE_LINE = 64
 GIB = 1 << 30
@@ -47,7 +47,8 @@ class Floor:
 
     Attributes:
         moved, flops, flops64: as of the :class:`grokcurv.bench.comparison.Comparison`.
-        read_rate: bytes a second of ``torch.dot`` over as many bytes; NaN without any, as the others.
+        read_rate: bytes a second of ``torch.dot`` over as many bytes, on a GPU of a large copy, read and written; NaN
+            without any, as the others.
         rate, rate64: operations a second of a matrix product in float32 and float64.
         seconds: the longer of the times that the bytes and the operations take.
         ratio: grokcurv's time over it, round by round.
@@ -95,8 +96,10 @@ def peers() -> dict[str, str]:
     return problems
 
 
-def available_memory() -> int:
-    """Bytes that are free or can be made so: of the machine, or of the control group if that has less."""
+def available_memory(device: torch.device = CPU) -> int:
+    """Bytes that are free or can be made so: of a GPU, or of the machine or the control group if that has less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")
@@ -112,11 +115,11 @@ def check(case: Case, generator: torch.Generator, budget: float, problems: Mappi
 
     Args:
         case: what to do.
-        generator: of the input.
+        generator: of the input, on whose device everything runs.
         budget: seconds that the timed rounds take, about.
         problems: of :func:`peers`.
     """
-    free = available_memory()
+    free = available_memory(generator.device)
     if case.memory > free:
         return Result(case, problem=f"needs {case.memory / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
     try:
@@ -129,10 +132,10 @@ def check(case: Case, generator: torch.Generator, budget: float, problems: Mappi
         if not error <= comparison.tolerance:
             said = f"{quantity} of grokcurv is {error:.2g}, beyond {comparison.tolerance:.2g}: not timed"
             return Result(case, rows, problem=said, wrong=True)
-        floor = _time(comparison, rows, budget)
-        return Result(case, rows, floor)
+        return Result(case, rows, _time(comparison, rows, budget, generator.device))
     finally:
         gc.collect()
+        torch.cuda.empty_cache()  # nothing, where there is no GPU
 
 
 def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, str]) -> Row:
@@ -147,11 +150,11 @@ def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, 
     return row
 
 
-def _time(comparison: Comparison, rows: list[Row], budget: float) -> Floor | None:
+def _time(comparison: Comparison, rows: list[Row], budget: float, device: torch.device) -> Floor | None:
     """Fill in times and ratios; the floor, if one is known."""
     fit = [(one, row) for one, row in zip(comparison.implementations, rows, strict=True) if not row.problem]
-    yardsticks = _yardsticks(comparison)
-    times = interleaved([one.run for one, _ in fit] + list(yardsticks.values()), budget)
+    yardsticks = _yardsticks(comparison, device)
+    times = interleaved([one.run for one, _ in fit] + list(yardsticks.values()), budget, device)
     for (one, row), samples in zip(fit, times, strict=False):
         row.times = samples.scaled(one.times)
         assert rows[0].times is not None
@@ -160,8 +163,8 @@ def _time(comparison: Comparison, rows: list[Row], budget: float) -> Floor | Non
         return None
     found = dict(zip(yardsticks, times[len(fit) :], strict=True))
     # What a call of each did; then the seconds of what must be done, by part and round.
-    product = 2 * SQUARE**3
-    measured = {"moved": _read_bytes(comparison), "flops": product, "flops64": product}
+    product = 2 * SQUARE[device.type] ** 3
+    measured = {"moved": _read_bytes(comparison, device), "flops": product, "flops64": product}
     parts = {name: samples.scaled(getattr(comparison, name) / measured[name]) for name, samples in found.items()}
     by_round = [max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)]
     floor = Times(tuple(by_round), 1)
@@ -179,21 +182,21 @@ def _time(comparison: Comparison, rows: list[Row], budget: float) -> Floor | Non
     )
 
 
-def _read_bytes(comparison: Comparison) -> int:
-    """What ``torch.dot`` reads in place of ``moved``: two vectors of whole cache lines; beside one that begins within
-    a line it takes ten times as long."""
-    return max(1, min(comparison.moved, LARGEST_READ) // (2 * CACHE_LINE)) * 2 * CACHE_LINE
+def _read_bytes(comparison: Comparison, device: torch.device) -> int:
+    """What a yardstick moves in place of ``moved``. ``torch.dot`` reads two vectors of whole cache lines: beside one
+    that begins within a line it takes ten times as long."""
+    most = LARGEST_READ if device.type == "cuda" else min(comparison.moved, LARGEST_READ)
+    return max(1, most // (2 * CACHE_LINE)) * 2 * CACHE_LINE
 
 
-def _yardsticks(comparison: Comparison) -> dict[str, Callable[[], object]]:
+def _yardsticks(comparison: Comparison, device: torch.device) -> dict[str, Callable[[], object]]:
     """A call that measures each rate the floor needs."""
     calls: dict[str, Callable[[], object]] = {}
     if comparison.moved:
-        half = _read_bytes(comparison) // 8
-        x = torch.ones(2 * half)
-        calls["moved"] = lambda: torch.dot(x[:half], x[half:])
+        x, y = torch.ones(_read_bytes(comparison, device) // 4, device=device).chunk(2)
+        calls["moved"] = partial(y.copy_, x) if device.type == "cuda" else partial(torch.dot, x, y)
     for name, dtype in (("flops", torch.float32), ("flops64", torch.float64)):
         if getattr(comparison, name):
-            a, out = torch.ones(2, SQUARE, SQUARE, dtype=dtype)
+            a, out = torch.ones(2, *[SQUARE[device.type]] * 2, dtype=dtype, device=device)
             calls[name] = partial(torch.mm, a, a, out=out)
     return calls

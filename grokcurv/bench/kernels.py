@@ -1,10 +1,12 @@
-"""The kernels beside torch arithmetic written from their definitions; truth is float64 throughout."""
+"""The kernels beside torch arithmetic written from their definitions; truth is float64 throughout.
+
+Inputs are drawn, and everything is computed, on the generator's device.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -28,7 +30,7 @@ def perturb(size: int) -> Case:
 
     def build(generator: Generator) -> Comparison:
         theta, direction = normal(generator, size), normal(generator, 1, size)
-        eta, out = step(), torch.empty(1, size)
+        eta, out = step(generator), torch.empty_like(direction)
         truth = theta.double() - ETA * direction[0].double()
         return Comparison(
             (
@@ -48,10 +50,13 @@ def defect(size: int) -> Case:
 
     def build(generator: Generator) -> Comparison:
         theta, (g_a, g_b, a2, b2) = gradients(generator, size)
-        eta = step()
+        eta = step(generator)
 
-        def ours() -> Tensor:
-            aa, bb, _, dd, _, _ = ops.commutator(g_a, g_b, a2, b2, eta).sums[0]
+        def ours() -> reference.Commutator:
+            return ops.commutator(g_a, g_b, a2, b2, eta)
+
+        def found() -> Tensor:
+            aa, bb, _, dd, _, _ = ours().sums[0]
             value: Tensor = (dd / (aa * bb)).sqrt() / ETA**2
             return value
 
@@ -64,10 +69,11 @@ def defect(size: int) -> Case:
 
         truth = defect64(g_a[0], g_b[0], a2[0], b2[0])
         return Comparison(
-            (Implementation(OURS, ours), Implementation(f"{PLAIN}, the float32 formula", plain)),
+            (Implementation(OURS, ours, found), Implementation(f"{PLAIN}, the float32 formula", plain)),
             {"defect, relative error": lambda got: abs(float(got) / truth - 1)},
             tolerance=1e-5,
             moved=4 * g_a.nbytes,
+            flops64=16 * size,
         )
 
     return Case("defect", f"defect arithmetic, P = {size:,}", 44 * size, build)
@@ -79,7 +85,7 @@ def rounding_terms(size: int) -> Case:
     def build(generator: Generator) -> Comparison:
         theta, vectors = gradients(generator, size)
         g_a, g_b, a2, b2 = vectors
-        eta = step()
+        eta = step(generator)
 
         def plain() -> Tensor:
             r = ((theta - ETA * g_a) - ETA * b2) - ((theta - ETA * g_b) - ETA * a2)
@@ -99,6 +105,7 @@ def rounding_terms(size: int) -> Case:
             {"ten sums, largest relative error": lambda got: worst(got, truth)},
             tolerance=1e-5,
             moved=5 * theta.nbytes,
+            flops64=31 * size,
         )
 
     return Case("rounding-terms", f"defect and rounding terms, P = {size:,}", 140 * size, build)
@@ -111,7 +118,7 @@ def defect_on_basis(size: int) -> Case:
         _, vectors = gradients(generator, size)
         values, rows, dense = block_basis(generator, size)
         g_a, g_b, a2, b2 = (x[0] for x in vectors)
-        eta = step()
+        eta = step(generator)
 
         def ours() -> tuple[Tensor, Tensor]:
             out = ops.commutator(*vectors, eta, values=values, rows=rows)
@@ -128,6 +135,7 @@ def defect_on_basis(size: int) -> Case:
             {"length and coefficients, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
             moved=4 * 4 * size + values.nbytes,
+            flops64=16 * size + 2 * values.numel(),
         )
 
     return Case("defect-on-basis", f"defect on 16 directions, P = {size:,}", 64 * 4 * size, build)
@@ -157,6 +165,7 @@ def split(size: int) -> Case:
             {"length and coefficients, relative error": lambda got: relative(got, truth)},
             tolerance=1e-12,
             moved=v.nbytes + values.nbytes,
+            flops64=2 * (size + values.numel()),
         )
 
     return Case("split", f"split by a subspace, P = {size:,}", 30 * size, build)
@@ -189,6 +198,7 @@ def filter_(size: int) -> Case:
             {"vector, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
             moved=3 * g.nbytes + 2 * values.nbytes,
+            flops64=3 * size + 4 * values.numel(),
         )
 
     return Case("filter", f"filtered gradient, P = {size:,}", 200 * size, build)
@@ -239,11 +249,11 @@ def gram_matrix(n: int, size: int) -> Case:
     return Case("gram-matrix", f"Gram matrix, {n} x {n} of {size:,}", 24 * n * size, build)
 
 
-def eigh(n: int, k: int) -> Case:
-    """Leading pairs of eight matrices, beside LAPACK, which finds all of them."""
+def eigh(n: int, k: int, batch: int = 8) -> Case:
+    """Leading pairs of several matrices, beside LAPACK, which finds all of them."""
 
     def build(generator: Generator) -> Comparison:
-        x = normal(generator, 8, n, n).double() / torch.arange(1, n + 1, dtype=torch.float64)
+        x = normal(generator, batch, n, n).double() / torch.arange(1, n + 1, device=generator.device)
         a = x @ x.mT
         return Comparison(
             (
@@ -255,7 +265,7 @@ def eigh(n: int, k: int) -> Case:
             moved=a.nbytes,
         )
 
-    return Case("eigh", f"eigenproblem, {k} pairs of 8 matrices of {n}", 40 * n * n * 8, build)
+    return Case("eigh", f"eigenproblem, {k} pairs of {batch} matrices of {n}", 40 * n * n * batch, build)
 
 
 def eigh_prefixes(n: int) -> Case:
@@ -320,15 +330,15 @@ def sketch(n: int, size: int, length: int) -> Case:
 
     def build(generator: Generator) -> Comparison:
         x = normal(generator, n, length)
-        places = torch.randint(0, size, (length,), generator=generator)
-        signs = torch.randint(0, 2, (length,), generator=generator).float() * 2 - 1
+        places = torch.randint(size, (length,), generator=generator, device=generator.device)
+        signs = normal(generator, length).sign()
         truth = torch.stack([chunked(lambda r: r.square().sum(), row) for row in x])
         return Comparison(
             (
                 Implementation(OURS, lambda: ops.sketch(x, size, 1)),
                 Implementation(
                     f"{PLAIN}, index_add_",
-                    lambda: torch.zeros(n, size).index_add_(1, places, signs * x),
+                    lambda: x.new_zeros(n, size).index_add_(1, places, signs * x),
                     note="stores 12 bytes a coordinate",
                 ),
             ),
@@ -338,7 +348,8 @@ def sketch(n: int, size: int, length: int) -> Case:
                 )
             },
             tolerance=6 * math.sqrt(2 / size),
-            moved=x.nbytes,
+            moved=x.nbytes + 8 * n * size,
+            flops64=n * length,
         )
 
     return Case("sketch", f"sketch of {n} x {length:,} into {size:,}", (20 + 12 * n) * length, build)
@@ -347,12 +358,12 @@ def sketch(n: int, size: int, length: int) -> Case:
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-def step() -> Tensor:
-    return torch.tensor([ETA], dtype=torch.float64)
+def step(generator: Generator) -> Tensor:
+    return torch.tensor([ETA], dtype=torch.float64, device=generator.device)
 
 
 def normal(generator: Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 def gradients(generator: Generator, size: int) -> tuple[Tensor, Four]:
@@ -368,7 +379,7 @@ def block_basis(generator: Generator, size: int, count: int = 16) -> tuple[Tenso
     starts = torch.arange(count // 2).repeat_interleave(2) * length % (size - length)
     rows = torch.stack([starts, torch.full((count,), length), torch.arange(count) * length], dim=1)
     values = normal(generator, count * length) / length**0.5
-    dense = torch.zeros(count, size)
+    dense = values.new_zeros(count, size)
     for row, (start, _, offset) in zip(dense, rows.tolist(), strict=True):
         row[start : start + length] = values[offset : offset + length]
     return values, rows, dense
@@ -379,11 +390,8 @@ def block_basis(generator: Generator, size: int, count: int = 16) -> tuple[Tenso
 
 def chunked(term: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
     """The sum over chunks of the last dimension of a function of float64 vectors, never all of them at once."""
-    total = torch.zeros((), dtype=torch.float64)
-    ends = [*range(0, vectors[0].shape[-1], CHUNK), vectors[0].shape[-1]]
-    for start, stop in pairwise(ends):
-        total = total + term(*(v[..., start:stop].double() for v in vectors))
-    return total
+    parts = zip(*(v.split(CHUNK, -1) for v in vectors), strict=True)
+    return torch.stack([term(*(part.double() for part in each)) for each in parts]).sum(0)
 
 
 def defect64(g_a: Tensor, g_b: Tensor, a2: Tensor, b2: Tensor) -> float:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from grokcurv.admission import Finding
@@ -23,7 +25,11 @@ from grokcurv.bench import naive
 from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, relative, worst
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.modular import Transformer, fast
+from grokcurv.gradients import Strategy, capture
+from grokcurv.modular import TrainConfig, Transformer, fast
+from grokcurv.modular.ensemble import Ensemble, Rows
+from grokcurv.modular.evaluation import evaluate
+from grokcurv.modular.trainer import Training
 from grokcurv.monitor import CHECK_EVERY, CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import Subspace
@@ -130,12 +136,26 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
         def error(index: int) -> Callable[[Any], float]:
             return lambda got: math.nan if got is None else worst(got[index], truth[index])
 
+        implementations = [
+            Implementation(OURS, ours),
+            Implementation("naive", plain, note="no noise floor"),
+            _bare(model, batches),
+        ]
+        if generator.device.type == "cuda":
+            held = [(batch(generator), batch(generator)) for _ in range(pairs)]
+            ours()  # what is captured must have been loaded
+            got: list[Tensor] = []
+            replay, _ = capture(lambda: got.append(probe.measure(held).defect))
+
+            def replayed() -> tuple[Tensor, ...]:
+                for memory, values in zip(tree_leaves(held), tree_leaves(batches), strict=True):
+                    memory.copy_(values)
+                replay()
+                return got[0], torch.full_like(got[0], math.nan)
+
+            implementations.insert(1, Implementation(f"{OURS}, captured and replayed", replay, replayed))
         return Comparison(
-            (
-                Implementation(OURS, ours),
-                Implementation("naive", plain, note="no noise floor"),
-                _bare(model, batches),
-            ),
+            tuple(implementations),
             {"defect, relative error of the worst": error(0), "share inside the basis, the same": error(1)},
             tolerance=1e-2,
             flops=4 * pairs * gradient_flops(model, batches[0][0], forward),
@@ -185,27 +205,27 @@ def bracket(pairs: int) -> Case:
 
 
 def training(forward: Forward = MODULE) -> Case:
-    """Training steps with a certified defect at every one, beside the plain loop; one check of the noise floor."""
+    """Loop steps with a certified defect at every one, beside the plain loop; one check of the noise floor."""
 
     def build(generator: Generator) -> Comparison:
-        seed = int(torch.randint(2**31, (), generator=generator))
+        seed, device = seed_from(generator), generator.device
         kinds: dict[str, dict[str, Any]] = {
             OURS: {"forward": forward, "monitored": True},
             "torch.optim, four gradients at every step": {"naive_defects": True},
             "torch.optim": {},
         }
-        exact = Training(seed, naive_defects=True, exact=True).run(COMPARED)
-        truth, bare = torch.tensor(exact.defects, dtype=torch.float64), Training(seed).run(COMPARED)
+        exact = Loop(seed, device, naive_defects=True, exact=True).run(COMPARED)
+        truth, bare = torch.tensor(exact.defects, dtype=torch.float64), Loop(seed, device).run(COMPARED)
         notes = dict(zip(kinds, ("", "no noise floor", "measures nothing"), strict=True))
 
-        def checked(options: dict[str, Any]) -> Callable[[], Training]:
-            return lambda: Training(seed, **options).run(COMPARED)
+        def checked(options: dict[str, Any]) -> Callable[[], Loop]:
+            return lambda: Loop(seed, device, **options).run(COMPARED)
 
         def run(options: dict[str, Any]) -> Callable[[], object]:
-            loop = Training(seed, **options)
+            loop = Loop(seed, device, **options)
             return lambda: loop.run(CHECK_EVERY)
 
-        def error(got: Training) -> float:
+        def error(got: Loop) -> float:
             defects = torch.tensor(got.measured(), dtype=torch.float64)
             return worst(defects, truth) if len(defects) else math.nan
 
@@ -232,7 +252,46 @@ def training(forward: Forward = MODULE) -> Case:
     )
 
 
-class Training:
+def program(runs: int, measured: bool) -> Case:
+    """A step of each of several runs that are one program, beside one run alone that measures nothing."""
+
+    def build(generator: Generator) -> Comparison:
+        seed, settings = seed_from(generator), {"device": str(generator.device), "successive": True, "pairs": 1}
+
+        def stepper(count: int, measured: bool, strategy: Strategy) -> tuple[Callable[[], object], Callable[[], float]]:
+            """What takes a step of so many runs, and the loss of the first of them afterwards."""
+            config = TrainConfig(batch_size=ROWS, pca_every=0, measure_every=int(measured), **settings)
+            together = Ensemble([Training(replace(config, seed=seed + i), None) for i in range(count)], strategy)
+            rows, first = Rows(together.runs), together.runs[0]
+
+            def step() -> None:
+                together.update(rows)
+                for run in together.runs:
+                    run.step += 1
+
+            def loss() -> float:
+                step()
+                return evaluate(first.config, first.model, first.data, {})["train_loss"]
+
+            return step, loss
+
+        (_, truth), alone, ours = stepper(1, True, "loop"), stepper(1, False, "loop"), stepper(runs, measured, "auto")
+        wanted, first = truth(), batch(generator)
+        return Comparison(
+            (
+                Implementation(OURS, *ours, times=1 / runs),
+                Implementation("one run alone", *alone, note="measures nothing"),
+            ),
+            {"loss after a step, relative error": lambda got: abs(got / wanted - 1)},
+            tolerance=1e-3,  # Adam's first step is the sign of a gradient, also of one that rounding decides
+            flops=(4 if measured else 1) * gradient_flops(network(seed, generator.device), first),
+        )
+
+    doing = "measured at every step" if measured else "unmeasured"
+    return Case("program", f"step of a run, {runs} as one program, {doing}", MEMORY * (1 + runs // 16), build)
+
+
+class Loop:
     """A training loop of the demo's network, its own from the seed on.
 
     Attributes:
@@ -242,14 +301,15 @@ class Training:
     def __init__(
         self,
         seed: int,
+        device: torch.device,
         *,
         forward: Forward = MODULE,
         monitored: bool = False,
         naive_defects: bool = False,
         exact: bool = False,
     ) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.model = network(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.model = network(seed, device)
         self.loss = loss(forward)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1.0)
         # What stands in .grad is the gradient of this very loss.
@@ -261,7 +321,7 @@ class Training:
     def draw(self) -> tuple[Tensor, Tensor]:
         return batch(self.generator)
 
-    def run(self, steps: int) -> Training:
+    def run(self, steps: int) -> Loop:
         for _ in range(steps):
             now, self.following = self.following, self.draw()
             if self.naive_defects:
@@ -286,24 +346,29 @@ class Training:
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
+def seed_from(generator: Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
+
+
 def loss(forward: Forward) -> Callable[[nn.Module, Any], Tensor]:
     return lambda model, batch: functional.cross_entropy(forward(model, batch[0]), batch[1])
 
 
-def network(seed: int) -> Transformer:
+def network(seed: int, device: torch.device) -> Transformer:
     """The demo's, without a trace in the caller's random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Transformer()
+        return Transformer().to(device)
 
 
 def batch(generator: Generator) -> tuple[Tensor, Tensor]:
-    return torch.randint(97, (ROWS, 2), generator=generator), torch.randint(97, (ROWS,), generator=generator)
+    x, y = (torch.randint(97, n, generator=generator, device=generator.device) for n in ((ROWS, 2), (ROWS,)))
+    return x, y
 
 
 def demo(generator: Generator, pairs: int) -> tuple[Transformer, list[tuple[Any, Any]], Subspace]:
     """The demo's network after eight steps, pairs of batches, and the execution basis of its way there."""
-    model = network(int(torch.randint(2**31, (), generator=generator)))
+    model = network(seed_from(generator), generator.device)
     pca = StreamingPCA(n_components=2, segments=attention_segments(model))
     optimizer, loss_fn = torch.optim.AdamW(model.parameters(), lr=1e-3), loss(MODULE)
     for _ in range(8):

@@ -89,6 +89,39 @@ def curve(axis: str, title: str, sizes: Sequence[int], case: Callable[[int], Cas
     return Curve(axis, title, tuple((size, case(size)) for size in sizes))
 
 
+def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
+    """The kernels at the sizes that fill a GPU and at that of the demo's model, and the whole of a measurement.
+
+    Args:
+        shrink: by how much all of it is smaller, for a rehearsal.
+    """
+    large, wide, demo = 100_000_000 // shrink, 30_000_000 // shrink, DEMO // shrink
+    by_size = (
+        kernels.defect,
+        kernels.rounding_terms,
+        kernels.defect_on_basis,
+        kernels.perturb,
+        kernels.split,
+        kernels.filter_,
+    )
+    rehearsed = shrink > 1
+    return (
+        *(case(size) for size in (large, demo) for case in by_size),
+        kernels.gram_matrix(32, wide),
+        kernels.gram_row(64, wide),
+        kernels.gram_matrix(48, demo),
+        kernels.rotate(32, 32, wide),
+        kernels.rotate(32, 16, wide),
+        kernels.rotate(48, 16, demo),
+        kernels.eigh(48, 48),
+        kernels.eigh(128, 128, batch=1 if rehearsed else 64),
+        kernels.eigh(150 if rehearsed else 450, 8, batch=1),
+        kernels.sketch(1, 1 << 16, large),
+        measurements.whole(1 if rehearsed else 9),
+        *(measurements.program(n, m) for n in ((2,) if rehearsed else (1, 16, 64, 256)) for m in (False, True)),
+    )
+
+
 def everything() -> tuple[Case, ...]:
     """The whole table, and its kernels at more sizes: what ``make bench`` times."""
     return (
@@ -96,5 +129,6 @@ def everything() -> tuple[Case, ...]:
         *(kernels.gram_matrix(n, size) for n, size in ((300, MATRIX), (48, DEMO))),
         *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
         kernels.rotate(48, 16, DEMO),
+        measurements.program(4, measured=True),
         *(kernels.sketch(n, size, 30_000_000 // n) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
     )

@@ -1,4 +1,9 @@
-"""How long calls take, side by side: every round times each of them once, so that a machine that drifts is fair."""
+"""How long calls take, side by side: every round times each of them once, so that a machine that drifts is fair.
+
+On a GPU a call that returns before it has run is timed by the device: calls are queued while a kernel keeps it busy, so
+that it never waits for Python, and each finds a cache that holds nothing of it. A call that keeps the host takes what
+the wall clock says, its waits included.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+CPU = torch.device("cpu")
 
 SAMPLE = 0.02
 """Seconds that a sample takes at least; short calls are repeated."""
 
 ROUNDS = (3, 25)
 """Fewest and most."""
+
+QUEUED = 20
+"""Calls that are queued on a GPU at most."""
+
+BUSY = 40_000_000
+"""Clock cycles of a GPU, 20 ms or so: longer than it takes to queue as many calls that keep the host for SHORT."""
+
+SHORT = 5e-4
+"""Seconds."""
+
+CACHE = 256 << 20
+"""Bytes after whose writing a GPU's cache holds nothing else."""
+
+Clock = Callable[[Callable[[], object], int], float]
+"""Seconds of a call, by so many of them."""
 
 
 @dataclass(frozen=True)
@@ -44,35 +67,65 @@ class Times:
         return Times(tuple(factor * x for x in self.samples), self.calls)
 
 
-def interleaved(runs: Sequence[Callable[[], object]], budget: float) -> list[Times]:
+def interleaved(runs: Sequence[Callable[[], object]], budget: float, device: torch.device = CPU) -> list[Times]:
     """Time calls in rounds that take ``budget`` seconds or so together, forwards and backwards in turn.
 
-    A call before, which warms up and counts for nothing, says how often to repeat it. The garbage collector rests.
+    Calls before, which warm up and count for nothing, say how often to repeat each. The garbage collector rests.
     """
     samples: list[list[float]] = [[] for _ in runs]
     with _no_garbage():
-        first = [_first(run) for run in runs]
+        clocks, first = zip(*(_first(run, device) for run in runs), strict=True)
         calls = [max(1, math.ceil(SAMPLE / max(seconds, 1e-7))) for seconds in first]
+        calls = [min(n, QUEUED) if clock is not _wall else n for n, clock in zip(calls, clocks, strict=True)]
         a_round = sum(n * seconds for n, seconds in zip(calls, first, strict=True))
         rounds = min(max(int(budget / a_round), ROUNDS[0]), ROUNDS[1])
         for turn in range(rounds):
             order = range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs)))
             for i in order:
-                samples[i].append(_seconds(runs[i], calls[i]))
+                samples[i].append(clocks[i](runs[i], calls[i]))
     return [Times(tuple(times), n) for times, n in zip(samples, calls, strict=True)]
 
 
-def _first(run: Callable[[], object]) -> float:
-    """Seconds of a call, of the second where that does not take long: the first may load and allocate."""
-    seconds = _seconds(run, 1)
-    return seconds if seconds > 25 * SAMPLE else _seconds(run, 1)
+def _first(run: Callable[[], object], device: torch.device) -> tuple[Clock, float]:
+    """What times the call, and its seconds, of the second where that does not take long: the first may load."""
+    if device.type == "cuda":
+        _on_wall(run, 1)
+        start = time.perf_counter()
+        run()
+        clock = _on_device if time.perf_counter() - start < SHORT else _on_wall
+        return clock, clock(run, 1)
+    seconds = _wall(run, 1)
+    return _wall, seconds if seconds > 25 * SAMPLE else _wall(run, 1)
 
 
-def _seconds(run: Callable[[], object], calls: int) -> float:
+def _wall(run: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         run()
     return (time.perf_counter() - start) / calls
+
+
+def _on_wall(run: Callable[[], object], calls: int) -> float:
+    """Of calls to the GPU, until it has done what they asked for."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    _wall(run, calls)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _on_device(run: Callable[[], object], calls: int) -> float:
+    """By the GPU's own clock, each call alone."""
+    scratch = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda._sleep(BUSY)
+    for start, stop in events:
+        scratch.zero_()
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(stop) for start, stop in events) / 1e3 / calls
 
 
 @contextmanager
