@@ -9,6 +9,16 @@ import pytest
 _notes: list[tuple[str, str]] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    said = "by how much P is smaller: then answers must be right, and nothing is asked of times and memory"
+    parser.addoption("--shrink", type=int, default=1, help=said)
+
+
+@pytest.fixture
+def shrink(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--shrink"))
+
+
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Keeps one line for the table at the end."""

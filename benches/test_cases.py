@@ -46,12 +46,21 @@ def one_thread(problems: Mapping[str, str]) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", everything(), ids=lambda case: case.title)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = everything(metafunc.config.getoption("--shrink"))
+        metafunc.parametrize("case", cases, ids=lambda case: case.title)
+
+
 def test_case(
-    case: Case, benchmark: Callable[..., None], note: Callable[[str], None], problems: Mapping[str, str]
+    case: Case,
+    benchmark: Callable[..., None],
+    note: Callable[[str], None],
+    problems: Mapping[str, str],
+    shrink: int,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    result = check(case, generator, BUDGET, problems)
+    result = check(case, generator, BUDGET / shrink, problems)
     if not result.rows:
         pytest.skip(result.problem)  # it needs more memory than is free
     assert not result.problem
@@ -61,6 +70,8 @@ def test_case(
         note(f"{quantities(ours)}: {errors(ours)}, {errors(row)}")
     if result.floor is not None:
         note(f"{factor(result.floor.ratio)} its floor, {must(result.floor)}")
+    if shrink > 1:
+        return
     by_name = {row.name: row for row in others if row.ratio is not None}
     name, least = FASTER.get(case.name, ("", 0.0))
     if name in by_name:

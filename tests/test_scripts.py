@@ -54,6 +54,14 @@ def test_sweep_throughput(tmp_path: Path) -> None:
     assert "ratio of runs an hour" in printed
 
 
+def test_bench() -> None:
+    """`make bench` but for the whole measurements, which test_bench.py has at small size."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("threadpoolctl")
+    printed = run("", "--shrink", "1000", "-q", "-k", "not model and not trainer and not prefix and not program and not 100000000")
+    assert "ratios" in printed
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in BENCHES.glob("*.py")))
 def test_every_script_is_in_a_test(script: str) -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))

@@ -44,31 +44,7 @@ class Plan:
 
 def make_plan(quick: bool) -> Plan:
     """The plan; ``quick`` ends within ten minutes on one core, without it P goes up to 1e8 and T to 1000."""
-    large = 10_000_000 if quick else 30_000_000
-    table = (
-        measurements.admission(),
-        measurements.pair(),
-        measurements.bracket(1),
-        measurements.whole(9),
-        measurements.whole(9, measurements.SHORTER),
-        measurements.training(),
-        measurements.training(measurements.SHORTER),
-        pca.whole(300, MATRIX),
-        pca.history(300, MATRIX),
-        pca.incremental(96 if quick else 400, DEMO),
-        kernels.defect(large),
-        kernels.perturb(large),
-        kernels.rounding_terms(DEMO),
-        kernels.defect_on_basis(DEMO),
-        kernels.split(large),
-        kernels.filter_(DEMO),
-        kernels.gram_row(60, 8 * MATRIX),
-        kernels.gram_matrix(60, 8 * MATRIX),
-        kernels.eigh(60, 8),
-        kernels.eigh_prefixes(300),
-        kernels.rotate(24, 12, DEMO),
-        kernels.sketch(1, 1 << 16, large),
-    )
+    table = of_table(10_000_000, streamed=96) if quick else of_table(30_000_000, streamed=400)
     parameters = (100_000, 1_000_000, 10_000_000) + (() if quick else (100_000_000,))
     # Peers take a minute a round for 24 rows of 1e7.
     streamed = (100_000, 300_000, 1_000_000) if quick else parameters
@@ -83,6 +59,41 @@ def make_plan(quick: bool) -> Plan:
         curve("T", "PC1 % of every prefix", rows, lambda n: pca.history(n, MATRIX)),
     )
     return Plan(table, curves, budget=4.0 if quick else 15.0)
+
+
+def of_table(large: int, streamed: int, shrink: int = 1) -> tuple[Case, ...]:
+    """The cases of the table.
+
+    Args:
+        large: P of the kernels whose vectors fit no cache.
+        streamed: rows of the incremental PCA.
+        shrink: by how much P is smaller in all of it.
+    """
+    large, demo, matrix = large // shrink, DEMO // shrink, MATRIX // shrink
+    return (
+        measurements.admission(),
+        measurements.pair(),
+        measurements.bracket(1),
+        measurements.whole(9),
+        measurements.whole(9, measurements.SHORTER),
+        measurements.training(),
+        measurements.training(measurements.SHORTER),
+        pca.whole(300, matrix),
+        pca.history(300, matrix),
+        pca.incremental(streamed, demo),
+        kernels.defect(large),
+        kernels.perturb(large),
+        kernels.rounding_terms(demo),
+        kernels.defect_on_basis(demo),
+        kernels.split(large),
+        kernels.filter_(demo),
+        kernels.gram_row(60, 8 * matrix),
+        kernels.gram_matrix(60, 8 * matrix),
+        kernels.eigh(60, 8),
+        kernels.eigh_prefixes(300),
+        kernels.rotate(24, 12, demo),
+        kernels.sketch(1, 1 << 16, large),
+    )
 
 
 def curve(axis: str, title: str, sizes: Sequence[int], case: Callable[[int], Case]) -> Curve:
@@ -122,13 +133,14 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
     )
 
 
-def everything() -> tuple[Case, ...]:
+def everything(shrink: int = 1) -> tuple[Case, ...]:
     """The whole table, and its kernels at more sizes: what ``make bench`` times."""
+    matrix, demo = MATRIX // shrink, DEMO // shrink
     return (
-        *make_plan(quick=False).table,
-        *(kernels.gram_matrix(n, size) for n, size in ((300, MATRIX), (48, DEMO))),
-        *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
-        kernels.rotate(48, 16, DEMO),
+        *of_table(30_000_000, 400, shrink),
         measurements.program(4, measured=True),
-        *(kernels.sketch(n, size, 30_000_000 // n) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
+        *(kernels.gram_matrix(n, size) for n, size in ((300, matrix), (48, demo))),
+        *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
+        kernels.rotate(48, 16, demo),
+        *(kernels.sketch(n, size, 30_000_000 // n // shrink) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
     )
