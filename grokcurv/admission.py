@@ -131,12 +131,16 @@ class Admission:
 
         Where ``brackets`` will be looked at next, the gradient in float64 serves both.
         """
+        # One observed evaluation tells which operators lead to the loss, of which generators it draws, and gives the
+        # gradient that the others are held against.
         theta = engine.flatten()
         first, again = torch.empty_like(theta), torch.empty_like(theta)
         traits = engine.traits = Traits(exact=exact)
         try:
             operators = engine.observe(theta, batch, first, seed)
         except RuntimeError as error:
+            # Re-entrant checkpointing raises where backward is told where to stop: its inner graph has leaves of its
+            # own.
             if "Checkpoint" not in str(error) and "checkpoint" not in str(error):
                 raise
             traits.plain = True
@@ -164,6 +168,8 @@ class Admission:
     ) -> None:
         """The gradient as it was asked for, beside that of a plain backward pass, and beside itself."""
         engine.own_gradient(theta, batch, again, seed, plain=True)
+        # Two gradients that differ have one of two reasons: a part of the graph that only a plain pass reaches, or an
+        # evaluation that does not repeat itself. A second plain pass tells them apart.
         distance = relative_distance(first, again)
         if distance > GRADIENT_TOLERANCE and not traits.plain:
             engine.own_gradient(theta, batch, first, seed, plain=True)
@@ -200,6 +206,7 @@ class Admission:
             traits.exact = False
             self.find("float64", False, f"cannot be evaluated: {first_line(error)}", "no row is reliable")
             return
+        # widened: true where a cast was lifted; every evaluation in float64 then runs under the mode that lifts it.
         traits.widened = bool(mode.lifted)
         if mode.remained:
             traits.exact = False
@@ -240,6 +247,7 @@ class Admission:
             self.find("second derivative", False, f"there is none: {first_line(error)}", consequence)
             return False
         traits.brackets = True
+        # At a kink a difference of gradients meets the jump and the product does not: neither is wrong.
         if traits.nonsmooth:
             self.find("second derivative", True, "not compared with differences: at a kink it is one-sided")
             return True

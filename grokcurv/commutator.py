@@ -352,6 +352,8 @@ class CommutatorProbe:
         engine = self.gradients
         if first_gradient is not None and first_gradient.shape != (engine.size,):
             raise ValueError(f"first_gradient must have shape ({engine.size},), got {tuple(first_gradient.shape)}")
+        # The first use of a given gradient is always held against float64, whatever check_every says: an error there is
+        # one of what the user passes (another loss, a clipped gradient), which no rounding explains.
         form = "bracket" if method == "bracket" else "difference"
         uncompared = first_gradient is not None and form == "difference" and GIVEN not in self.errors
         check = self.noise_floor and (check or form not in self.errors or uncompared)
@@ -364,8 +366,12 @@ class CommutatorProbe:
                     f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}"
                 )
             end = pair[1]
+            # Seeds belong to batches, not to pairs: in a chain the batch that ends one pair begins the next one, and
+            # must meet the same masks in both.
             first = 2 * seed + index if chained else 2 * (seed + index)
             known = first_gradient if index == 0 else None
+            # The gradient at theta on the batch in the middle of a chain is the second of the pair before: this is the
+            # one gradient in four that a chain saves.
             if chained and shared is not None and form == "difference":
                 known = shared.work[1]
             with engine.evaluator.session():  # nobody else changes the model until the pair is done
@@ -390,6 +396,8 @@ class CommutatorProbe:
 
     def _admit(self, form: str, batch: Any, seed: int) -> Traits:
         """How the structure of model and batch is evaluated; brackets are looked at if they are to be vouched for."""
+        # brackets: true for bracket rows that are to be vouched for; others need no second derivatives, or are called
+        # unreliable anyway.
         brackets = form == "bracket" and self.noise_floor
         return self.gradients.admit(batch, seed=seed, exact=self.noise_floor, brackets=brackets)
 
@@ -422,10 +430,17 @@ class CommutatorProbe:
             shared.work.fill_(math.nan)
             return self._stats(shared, self._step(*shared.work[:2]), shared.unknown(math.inf), method, keep_delta)
         evaluate = self._brackets if shared.form == "bracket" else self._differences
+        # floored: true where float64 can be evaluated, all of it, and the model repeats itself; only then has a row a
+        # floor. wide: true for float64 models, whose own evaluation is the exact one. exactly: true for losses with
+        # kinks, all of whose rows are evaluated in float64, since one unit that rounding switches moves a gradient by a
+        # jump.
         floored = self.noise_floor and traits.exact and traits.trusted
         wide = engine.dtype == torch.float64
         exactly = floored and traits.nonsmooth and not wide
         published = None
+        # First the four vectors in the model's own precision, as the user's training has them, with errors as the
+        # latest check found them. That is all, unless a check is due or something in the row says that the latest one
+        # does not speak of it.
         if not exactly:
             eta = yield from evaluate(shared, pair, seeds, known=known)
             stats = self._stats(shared, eta, self._expected(shared, floored), method, keep_delta)
@@ -433,8 +448,12 @@ class CommutatorProbe:
                 return stats
             published = stats.reference
             del stats  # and its delta
+        # Then the same four in float64, along the float32 directions, each held part by part against what is there and
+        # written over it: the row that comes out is the better one, and its error is known, not predicted.
         found = shared.unknown(0.0, 3)
         if wide and not traits.widened:
+            # A float64 model has nothing better to be held against: only a gradient that was given is computed again,
+            # and may differ in its last bits.
             if shared.given:
                 yield [Wanted(engine.flatten(shared.theta), pair[0], shared.work[0], seeds[0], found[0])]
                 found[1, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, 1]
@@ -446,6 +465,7 @@ class CommutatorProbe:
             eta = yield from evaluate(shared, pair, seeds, known=kept, exact=_Exact(found, keep))
             if shared.given and shared.form == "difference" and not exactly:
                 self._compare_given(found)
+        # What was found becomes the errors of this pair, and the expectation for those that are not checked.
         errors = yield from self._learn(shared, pair, seeds, found, check, exactly, method)
         stats = self._stats(shared, eta, errors, method, keep_delta)
         if exactly and not check and self._doubtful(shared, pair, stats):
@@ -481,7 +501,9 @@ class CommutatorProbe:
             if exact is not None:  # the end of the pair before, found as this one's was
                 exact.found[0] = exact.found[1]
         eta = self._step(g_a, g_b)
+        # H_A g_B comes from the gradient on A past a step along g_B, and the other way round: the two steps cross.
         past = ((2, g_b), (3, g_a))
+        # Points past a step need a vector each when both gradients are one program; one after the other they share one.
         if engine.strategy == "vmap":
             yield [wanted(index, self._stepped(shared, direction, eta, exact)) for index, direction in past]
         else:  # one at a time, in memory for one
@@ -542,8 +564,13 @@ class CommutatorProbe:
         engine = self.gradients
         distance, length, lost = found.unbind(1)
         wide = engine.dtype == torch.float64
+        # float64 errs less than float32 by the ratio of the roundoffs, provided that both lose digits alike. Where
+        # float32 has lost most of them (saturated logits), or gradients are so small that both may have underflowed
+        # alike, the ratio says nothing, and float64's own rounding is sampled instead.
         relative = distance / length
         own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
+        # On an accelerator nobody looks at the numbers to decide: where a sample would be needed the error counts as
+        # large as the vector, and the row is NaN.
         if is_asynchronous(engine.device):
             own = torch.where((relative > SATURATED) | (length < FAINT), length, own)
             sample = exactly and check
@@ -582,6 +609,8 @@ class CommutatorProbe:
         else:
             for index, (batch, gradient, seed) in enumerate(zip(pair, (g_a, g_b), seeds, strict=True)):
                 yield [Wanted(theta, batch, gradient, seed, moved[index], keep=True, shake=shake)]
+        # The evaluations were held against vectors that have lost something in rounding; that much of the distance is
+        # not of the evaluation.
         noise = (moved[:, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
         if shared.form == "difference":
             noise[2:] = noise[:2]
@@ -593,6 +622,8 @@ class CommutatorProbe:
             return shared.unknown(math.nan)
         if not floored or shared.form not in self.errors:
             return shared.unknown(math.inf)
+        # Late in training gradients shrink and absolute errors with them; early they grow, and errors in proportion.
+        # The larger of the two predictions covers both ways, and the margin what lies between two checks.
         absolute, relative = self.errors[shared.form].repeat_interleave(2, 0).unbind(1)
         return STALE_MARGIN * torch.maximum(absolute, relative * _lengths(self.gradients, shared.work))
 
@@ -623,6 +654,8 @@ class CommutatorProbe:
         """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
         if is_asynchronous(self.gradients.device) or stats.method == "published":
             return False
+        # From the cheapest question to the dearest; the first that is answered with doubt ends it. A row that is not a
+        # number, or without gradients, is not made better by float64.
         if not bool(stats.defect.isfinite().all() & (stats.grad_norm_a * stats.grad_norm_b > 0).all()):
             return False
         if not bool(stats.reliable.all()):
@@ -631,6 +664,8 @@ class CommutatorProbe:
             return True
         if shared.form not in self.origins:
             return True
+        # A check speaks of where it was made: of gradients of that length, of parameters near those, of batches of that
+        # magnitude. Ranks must decide alike, or one of them would wait for the others' evaluation for ever.
         (origin, before), now = self.origins[shared.form], self._whereabouts(shared)
         if bool((now[:2] / origin[:2]).log().abs().max() > math.log(CHANGED)):
             return True

@@ -29,6 +29,8 @@ def copy_to_host_async(t: Tensor) -> Callable[[], Tensor]:
     if t.device.type != "cuda":
         copied = t.detach().clone()
         return lambda: copied
+    # Only to pinned memory does the copy run beside what is launched next; the event says when it has arrived, and only
+    # who calls the result waits for it.
     copied = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
     copied.copy_(t.detach(), non_blocking=True)
     arrived = torch.cuda.Event()
@@ -62,9 +64,13 @@ class DeviceBuffer:
         if not is_asynchronous(self.device):
             self._read.append(row[None])
             return
+        # The place is counted on the device: a captured append is replayed without the host, and a count of the host's
+        # would write every replay to the same row.
         self._rows.index_copy_(0, self._filled % CAPACITY, row[None])
         self._filled += 1
         self._appended += 1
+        # Sent long before the ring is full, so that reading later finds most rows on the host. Not in a capture, whose
+        # graph would send the same rows again at every replay.
         if self._appended % DRAIN == 0 and not capturing(self.device):
             self._send()
 
@@ -95,6 +101,8 @@ class DeviceBuffer:
         self._send()
         sent, self._sent = self._sent, []
         lost = 0
+        # Where more rows came than the ring holds, the oldest were overwritten and the place of the next one is where
+        # the oldest that is left begins.
         for ring, filled in sent:
             count = int(filled())
             lost += max(0, count - CAPACITY)

@@ -173,6 +173,9 @@ class Evaluator:
         """
         once = functools.partial(self._once, leaves, batch, use, seed=seed)
         with self.session():
+            # The first evaluation trusts that nothing draws but what is known to. If a visible generator stands
+            # elsewhere afterwards, either the model has drawn, or another thread has: an observed repetition tells
+            # which, and what the model drew is put back, from now on for good.
             used, moved = once(mode=mode)
             if moved:
                 observation = Observation()
@@ -214,6 +217,8 @@ class Evaluator:
         """An evaluation, and where the generators were before that moved although nothing was known to be drawn."""
         moved: dict[str, Any] = {}
         with self.session():
+            # A forward pass may write to its parameters (Embedding(max_norm=...), momentum encoders). Versions tell,
+            # and from then on every evaluation gets a copy of the vector.
             written = [leaf._version for leaf in leaves]
             with self.around(leaves[0].dtype, batch, seed=seed, moved=moved, everything=everything) as stack:
                 self._place(leaves, stack)
@@ -238,6 +243,8 @@ class Evaluator:
         """All of an evaluation in ``dtype`` but the parameters, which are put in their place in the stack it gives."""
         with self.session() as snapshot:
             cast = dtype if dtype != self.dtype else None
+            # Tensors of the model that may change get stand-ins, copies that are written to in their place; large ones
+            # that were never seen to change are watched instead, which costs nothing. The batch always gets stand-ins.
             given = Snapshot([batch])
             copied, watched = self._choose(snapshot, cast, everything)
             originals, copies = [*copied, *given.tensors], [*stand_ins(copied, cast), *stand_ins(given.tensors, cast)]
@@ -245,6 +252,8 @@ class Evaluator:
             made = [copy._version for copy in copies]
             places = [copy.data_ptr() if copy.layout == torch.strided else 0 for copy in copies]
             with ExitStack() as stack:
+                # The order matters: what is entered last is left first, so tensors are themselves again before
+                # attributes are compared and put back, and generators are restored when nothing can draw any more.
                 stack.enter_context(self._plain_surroundings())
                 stack.enter_context(self._generators(snapshot, seed, batch, {} if moved is None else moved))
                 stack.callback(self._restore, given)
@@ -283,6 +292,9 @@ class Evaluator:
         for index, tensor in enumerate(snapshot.tensors):
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_inference():
                 continue
+            # cast: true for the model's own narrow floats in a float64 evaluation. A tensor of the loss alone, or of an
+            # attribute that both share, keeps its dtype, as it does when the user calls the loss. small: true for what
+            # is cheaper to copy than to think about, and for what is known to change.
             cast = dtype is not None and tensor.dtype in NARROW and index < snapshot.held
             small = tensor.numel() <= LARGE or tensor.requires_grad or id(tensor) in self.volatile
             (copied if cast or small or everything else watched).append(tensor)
@@ -358,6 +370,8 @@ class Evaluator:
                 raise RuntimeError("measure once before the capture: what the model draws at random shows only then")
             yield
             return
+        # Only generators that the model draws from are seeded: to set one that another thread uses would change what
+        # that thread draws, and a training run with it.
         known = [stream for stream in streams(self.device) if stream.name in self.draws]
         others = [stream for stream in streams(self.device) if stream.name not in self.draws | self._not_ours]
         before = {stream: stream.read() for stream in (*known, *others)}
@@ -366,6 +380,7 @@ class Evaluator:
             stream.seed(seed)
         try:
             yield
+            # With one thread nobody can have drawn in between, and the end need not be remembered.
             if known and threading.active_count() > 1:
                 self._watch_ends(known, seed, batch)
         finally:

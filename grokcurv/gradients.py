@@ -86,6 +86,8 @@ class GradientEngine:
         traits: how the structure of model and batch admitted last is evaluated.
     """
 
+    # All true for a model that this process has whole. An engine of shards differentiates once only, and evaluates in
+    # float64 a copy that it was given, if it was given one.
     partition: Partition = WHOLE
     brackets = checked = certifies = True
 
@@ -107,6 +109,8 @@ class GradientEngine:
         self.traits = Traits()
         self._admission = Admission()
         self.use(strategy)
+        # What of capturing is remembered, by what a capture depends on: the graphs there are, what was met once and is
+        # captured when it comes again, and what a capture has refused for good.
         self._graphs: dict[Any, _Graph] = {}
         self._met: set[Any] = set()
         self._uncapturable: set[Any] = set()
@@ -187,13 +191,18 @@ class GradientEngine:
         """
         tensors = Snapshot([batch]).tensors
         modes = tuple(module.training for module in self.model.modules())
+        # Sizes are left out: a last, smaller batch would be admitted anew, and nothing that is looked for depends on
+        # how many rows there are.
         key = (exact, modes, type(batch), tuple((t.dtype, t.dim()) for t in tensors))
         known = self._admission.traits
+        # A capture holds no numbers to look at: it takes the traits of the admission before it, whatever its batch is.
         if key not in known and capturing(self.device) and known:
             return self.traits
         if key not in known:
             with self.evaluator.session():
                 known[key] = self._admitted(batch, seed, exact, brackets)
+            # Whoever has computed something of this pair before the model was admitted must not mix it with what comes
+            # now.
             self.evaluator.generation += 1
         self.traits = known[key]
         if brackets:
@@ -315,6 +324,9 @@ class GradientEngine:
             ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
         """
         streamed = found is not None or out.dtype != theta.dtype
+        # A graph writes its whole vector to one memory. What is streamed goes elsewhere, or is compared on the way;
+        # what draws at random would draw the same again in every replay; and a capture cannot replay a graph inside
+        # itself without keeping all of its memory.
         if self.strategy == "graph" and not streamed and not self.stochastic and not capturing(self.device):
             return self._graphed(theta, batch, out, seed)
         if streamed:
@@ -349,6 +361,8 @@ class GradientEngine:
 
     def _survives(self, evaluate: Callable[[], None], theta: Tensor) -> bool:
         """Whether an evaluation, in float64 for the check's sake, can be made; that it cannot ends no training."""
+        # In the model's own precision an error is the user's, and is raised. Only what the float64 check adds must
+        # never end a training that runs well without it.
         if theta.dtype == self.dtype:
             evaluate()
             return True
@@ -388,6 +402,8 @@ class GradientEngine:
                     delivery.take_from(index, parameter)
             delivery.end()
 
+        # A plain pass also reaches leaves that stand for others, so that a parameter's gradient may arrive in several
+        # parts: it is read when all are there, at the cost of having all of it at once.
         if not plain:
             delivery.attach(leaves)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
@@ -426,6 +442,9 @@ class GradientEngine:
 
     def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
         """The gradient from a captured graph, where there is one or the same was asked for before."""
+        # What a capture keeps besides the numbers in theta and the batch is in the key: modes of modules, loss weights
+        # and other numbers that the model or loss holds, and the addresses of buffers and frozen parameters (the
+        # snapshot's signature). When one of them changes, so does the key, and a new graph is captured.
         signature = _signature(batch)
         if signature is None:
             return self._one(theta, batch, out, seed)
@@ -450,6 +469,8 @@ class GradientEngine:
         try:
             graph = _Graph(self._one, theta, batch, self._pool)
         except RuntimeError as error:
+            # Some models synchronise or allocate outside torch's pool; what has failed once would fail at every call,
+            # and each failure costs a capture.
             self._uncapturable.add(key)
             self._admission.find(
                 "graph",
@@ -458,6 +479,7 @@ class GradientEngine:
                 "it is launched operator by operator",
             )
             return None
+        # One pool for all graphs: they are replayed one after another, and their memories may overlap.
         self._pool = self._pool or graph.pool
         return graph
 
@@ -693,6 +715,7 @@ def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> lis
             except StopIteration as end:
                 results[index] = end.value
                 del waiting[index]
+        # Works in float32 and works whose check is due may wait at the same time; one program is of one precision.
         for dtype in {w.theta.dtype for w in wanted}:
             assert engine is not None
             _serve(engine, [w for w in wanted if w.theta.dtype == dtype])
@@ -700,6 +723,7 @@ def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> lis
 
 
 def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
+    # A comparison that keeps what is there streams through one gradient's memory, which a batch of rows would not.
     batched = engine.strategy == "vmap" and len(wanted) > 1 and not any(w.keep for w in wanted)
     if not batched:
         for w in wanted:
@@ -776,6 +800,8 @@ def _accumulate(placed: list[Tensor], views: list[Tensor], roots: Tensor, *, pla
     A plain pass is not told where to stop. Re-entrant checkpoints want it so; other leaves of the graph then get
     gradients too, of which those that the model and the loss hold are stand-ins.
     """
+    # Autograd adds in place to a gradient that is there already, so the flat buffer, zeroed, is filled without a copy
+    # of any part.
     for parameter, view in zip(placed, views, strict=True):
         parameter.grad = view
     torch.autograd.backward(roots, inputs=None if plain else placed)
@@ -802,6 +828,8 @@ class _InnerProduct:
 
     def of_gradient(self, loss: Tensor, placed: list[Tensor]) -> Tensor | None:
         """Of the loss's gradient, differentiable; None where that is constant."""
+        # The first pass builds the gradient's graph, and each part meets the direction as it arrives; its own value is
+        # not wanted, and what is returned in its place is a zero that takes no memory.
         self._terms, self._open = [], True
         torch.autograd.grad(loss, placed, create_graph=True, allow_unused=True)
         self._open = False

@@ -263,6 +263,8 @@ class CurvatureMonitor:
 
     def stepping(self, batch: Any = None, next_batch: Any = None) -> Asking[None]:
         """:meth:`step`, stopping where it needs gradients, so that several monitors' can be computed at once."""
+        # A captured step is recorded once and replayed many times: it measures whatever the counters of the host say,
+        # leaves the PCA alone (which folds rows at times that depend on their number) and counts on the device.
         step, captured = self._steps, capturing(self.probe.gradients.device)
         if captured and self.alignment:
             raise RuntimeError(
@@ -278,6 +280,8 @@ class CurvatureMonitor:
                 batch, next_batch = self._pair(batch, next_batch)
             if self.sampler is not None or next_batch is not None:
                 yield from self._measure(step, batch, next_batch)
+        # The last update is the difference of two calls' parameters, so the call before one that measures keeps its
+        # own.
         if self.alignment:
             wanted = (step + 1) % self.every == 0
             self._before = self.probe.gradients.flatten(self._before) if wanted else None
@@ -286,6 +290,9 @@ class CurvatureMonitor:
 
     def _pair(self, batch: Any, next_batch: Any) -> Pair:
         """The batches as training's forward passes meet them; None for the next one if that is not known."""
+        # A loss may normalise its batch in place, and a loader may refill the tensors of the one before: what step() is
+        # given may no longer be what training saw. Versions of tensors, and copies that lookahead keeps, tell; where
+        # neither can, the pair is not measured.
         if next_batch is None or capturing(self.probe.gradients.device):
             return batch, None if isinstance(next_batch, Later) else next_batch
         given = batch
@@ -455,6 +462,8 @@ class CurvatureMonitor:
     def _update_basis(self, pca: StreamingPCA) -> None:
         """The execution basis so far. Two rows span one direction: the basis waits until every block is full."""
         on_cpu = not is_asynchronous(self.probe.gradients.device)
+        # On an accelerator the count of rows is there, and reading it would wait; how often the PCA was fed is known
+        # here.
         seen = pca.n_samples_seen_ if on_cpu else len(self._pca_steps)
         if pca.method_ == "sketch":
             self.probe.gradients.note(
@@ -477,12 +486,17 @@ class CurvatureMonitor:
         probe, device = self.probe, self.probe.gradients.device
         on_cpu, captured = not is_asynchronous(device), capturing(device)
         source = [(batch, next_batch)] if self.sampler is None else self._draw(self.sampler, step)
+        # What is wanted of this step: the form, whether a check is due, and whether .grad may stand for the first
+        # gradient.
         method = probe.method if captured else self._next_method()
         check = self._check_due(method, step)
         known = self._training_gradient(method, check)
         measure = partial(probe.measuring, source, design=self.design, seed=step, keep_delta=self.alignment)
         stats = yield from measure(method=method, first_gradient=known, check=check)
         reference = stats.reference
+        # drowned: true on a CPU where the difference form, asked for, has lost its digits; the bracket of the same
+        # pairs then takes the row, if the model has second derivatives. On an accelerator the host learns of it later
+        # (_next_method).
         gradient = self._judge_gradient(known, stats, check)
         drowned = on_cpu and self._falls_back and not bool(stats.reliable.all())
         if drowned and probe.gradients.has_true_brackets(source[0][0], seed=2 * step):
@@ -504,6 +518,8 @@ class CurvatureMonitor:
         assert row is not None
         self._unlogged.append(row)
         gradients = [int(row[HEAD.index("gradient")]) for row in self._unlogged]
+        # A logger cannot take back what it was given, so rows that rest on a .grad which nobody has confirmed stay
+        # here.
         if USED in gradients and gradients[-1] not in (CONFIRMED, REFUTED):
             return
         rows, self._unlogged = settled(torch.stack(self._unlogged)), []
@@ -525,6 +541,7 @@ class CurvatureMonitor:
     def _check_due(self, method: Method, step: int) -> bool:
         """Whether the errors of the latest check are too old for this step; if so, it is taken to be made."""
         age = step - self._checked.get(method, -self.check_every)
+        # Every replay of a captured step checks: whether a check is due is not something that a graph can decide.
         due = age >= self.check_every or capturing(self.probe.gradients.device)
         if due:
             self._checked[method] = step
@@ -535,6 +552,8 @@ class CurvatureMonitor:
         method = self.probe.method
         if not self._falls_back or not is_asynchronous(self.probe.gradients.device):
             return method
+        # The verdict on a row arrives while later ones are launched; reading it a fixed number of measurements later
+        # makes a resumed run decide at the same step as an undisturbed one.
         while len(self._verdicts) >= VERDICT_LAG:
             self._gave_up = self._gave_up or not bool(self._verdicts.popleft()())
         return "bracket" if self._gave_up else method
@@ -586,6 +605,10 @@ class CurvatureMonitor:
             aligned, aligned_bounds = self._aligned(stats.delta, self._before, row["share_error"])
             row |= aligned
             bounds |= aligned_bounds
+        # A row is a number or NaN: what rests on a delta that drowned is not shown. What is kept is true whatever
+        # became of delta: the floor itself, the angle of the gradients, which has an error of its own, and the
+        # published formula, which is reported with its faults. Columns that have a bound are NaN alone where that is
+        # too wide.
         if self._floored:
             kept = ("noise_floor", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
             row = {name: x if name in kept else torch.where(reliable, x, math.nan) for name, x in row.items()}
@@ -641,6 +664,8 @@ class CurvatureMonitor:
             self._take_verdict(bool(self._gradient_verdicts.popleft()()))
         if self.sampler is not None or method == "bracket" or self.gradient == "own" or self._distrusted:
             return None
+        # At a check .grad is always looked at. Between checks it stands in for a gradient only where the trainer
+        # vouches for it, or where checks have found it right so often that a chance agreement is out of the question.
         if engine.stochastic or not (self.gradient == "trusted" or check or self._confirmations >= CONFIRMATIONS):
             return None
         gradient = engine.flatten_grad()
@@ -657,6 +682,8 @@ class CurvatureMonitor:
         if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[0])):
             return own if self.gradient == "trusted" else own + USED
         distance, error, length = self.probe.errors[GIVEN]
+        # The yardstick is the probe's own rounding at the same parameters: a .grad further off than that is of another
+        # loss, batch or mask.
         right = (distance <= GRADIENT_MARGIN * error) | ~distance.isfinite()
         if self._gradient_ratio is None:  # late in training rounding alone may make a gradient longer or shorter
             self._gradient_ratio = torch.where(right, 1.0, engine.partition.norm(known) / length)
@@ -704,6 +731,7 @@ def settled(rows: Tensor) -> Tensor:
     gradients = rows[:, HEAD.index("gradient")]
     if not bool((gradients == USED).any()):
         return rows
+    # Backwards: each row takes the verdict of the first check after it.
     rows, verdict = rows.clone(), USED
     reliable = len(HEAD) + FIELDS.index("reliable")
     measured = [len(HEAD) + i for i, name in enumerate((*FIELDS, *ALIGNMENT_FIELDS)) if name not in REFERENCE_FIELDS]
