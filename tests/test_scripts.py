@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-BENCHES = Path(__file__).parent.parent / "benches"
+ROOT = Path(__file__).parents[1]
+BENCHES = ROOT / "benches"
 
 
 def run(script: str, *arguments: str | Path) -> str:
@@ -65,6 +67,34 @@ def test_bench() -> None:
     chosen = " and ".join(f"not {word}" for word in slow)
     printed = execute("-m", "pytest", "-q", str(BENCHES), "--shrink", "1000", "-k", chosen)
     assert "ratios" in printed
+
+
+def make(*arguments: str) -> str:
+    done = subprocess.run(["make", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"make {target}")
+def test_what_make_runs_is_there(target: str) -> None:
+    """Every file of ours that a command names."""
+    named = re.findall(r"(?<![\w/.-])(?:benches|tests|csrc)/[\w/.-]*\w", make("--dry-run", "--always-make", target))
+    assert all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.long
+def test_make_sanitize() -> None:
+    """The sanitized build, and the tests of its smallest kernel."""
+    assert " passed" in make("sanitize", "KERNEL_TESTS=tests/test_perturb.py")
+
+
+def test_make_check() -> None:
+    for module in ("ruff", "mypy", "clang_format"):
+        pytest.importorskip(module, reason=f"no {module} here; pip install 'grokcurv[dev]'")
+    make("check", f"BIN={Path(sys.executable).parent}", "--assume-old=.venv/ready")
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in BENCHES.glob("*.py")))

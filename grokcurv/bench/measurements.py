@@ -256,12 +256,13 @@ def program(runs: int, measured: bool) -> Case:
     """A step of each of several runs that are one program, beside one run alone that measures nothing."""
 
     def build(generator: Generator) -> Comparison:
-        seed, settings = seed_from(generator), {"device": str(generator.device), "successive": True, "pairs": 1}
+        seed = seed_from(generator)
+        base = TrainConfig(device=str(generator.device), batch_size=ROWS, successive=True, pairs=1, pca_every=0)
 
         def stepper(count: int, measured: bool, strategy: Strategy) -> tuple[Callable[[], object], Callable[[], float]]:
             """What takes a step of so many runs, and the loss of the first of them afterwards."""
-            config = TrainConfig(batch_size=ROWS, pca_every=0, measure_every=int(measured), **settings)
-            together = Ensemble([Training(replace(config, seed=seed + i), None) for i in range(count)], strategy)
+            configs = [replace(base, seed=seed + i, measure_every=int(measured)) for i in range(count)]
+            together = Ensemble([Training(config, None) for config in configs], strategy)
             rows, first = Rows(together.runs), together.runs[0]
 
             def step() -> None:

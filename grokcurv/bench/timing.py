@@ -125,7 +125,8 @@ def _on_device(run: Callable[[], object], calls: int) -> float:
         run()
         stop.record()
     torch.cuda.synchronize()
-    return sum(start.elapsed_time(stop) for start, stop in events) / 1e3 / calls
+    milliseconds = float(sum(start.elapsed_time(stop) for start, stop in events))
+    return milliseconds / 1e3 / calls
 
 
 @contextmanager
