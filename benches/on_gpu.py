@@ -44,7 +44,7 @@ def asked(result: Result) -> list[str]:
         said.append((share >= FLOOR[title], f"{share:.0%} of the floor; asked for: {FLOOR[title]:.0%}"))
     if title in FASTER:
         peer, wanted = FASTER[title]
-        times = {row.name: row.times.median for row in result.rows if row.times is not None}
+        times = {outcome.name: outcome.times.median for outcome in result.outcomes if outcome.times is not None}
         ours = min(time for name, time in times.items() if name.startswith("grokcurv"))
         said.append(
             (times[peer] >= wanted * ours, f"{times[peer] / ours:.1f}x beside {peer}; asked for: {wanted:.0f}x")
@@ -60,7 +60,7 @@ def main(rehearsal: bool) -> int:
         table = markdown(lines(results[-1:])).splitlines()
         print(*table[2 if len(results) > 1 else 0 :], sep="\n", flush=True)
     print("", *(line for result in results for line in asked(result)), sep="\n")
-    return int(any(result.problem or any(row.problem for row in result.rows) for result in results))
+    return int(any(result.problem or any(outcome.problem for outcome in result.outcomes) for result in results))
 
 
 if __name__ == "__main__":

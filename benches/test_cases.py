@@ -61,18 +61,18 @@ def test_case(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     result = check(case, generator, BUDGET / shrink, problems)
-    if not result.rows:
+    if not result.outcomes:
         pytest.skip(result.problem)  # it needs more memory than is free
     assert not result.problem
-    ours, *others = result.rows
-    for row in others:
-        note(f"{clock(ours.times)}, {row.name} {clock(row.times) or row.problem} {factor(row.ratio)}")
-        note(f"{quantities(ours)}: {errors(ours)}, {errors(row)}")
+    ours, *others = result.outcomes
+    for outcome in others:
+        note(f"{clock(ours.times)}, {outcome.name} {clock(outcome.times) or outcome.problem} {factor(outcome.ratio)}")
+        note(f"{quantities(ours)}: {errors(ours)}, {errors(outcome)}")
     if result.floor is not None:
         note(f"{factor(result.floor.ratio)} its floor, {must(result.floor)}")
     if shrink > 1:
         return
-    by_name = {row.name: row for row in others if row.ratio is not None}
+    by_name = {outcome.name: outcome for outcome in others if outcome.ratio is not None}
     name, least = FASTER.get(case.name, ("", 0.0))
     if name in by_name:
         assert by_name[name].ratio.median >= least

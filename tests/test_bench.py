@@ -63,13 +63,13 @@ def checked(case: Case, generator: torch.Generator, problems: dict[str, str] = N
 def check_timed(result: Result) -> None:
     """Grokcurv and everyone without a problem was timed, and the ratios are those of the rounds."""
     assert not result.problem
-    assert result.rows[0].name == OURS
-    for row in result.rows:
+    assert result.outcomes[0].name == OURS
+    for row in result.outcomes:
         if row.problem:
             continue
         assert len(row.times.samples) == timing.ROUNDS[0]
         np.testing.assert_allclose(
-            row.ratio.samples, np.array(row.times.samples) / np.array(result.rows[0].times.samples)
+            row.ratio.samples, np.array(row.times.samples) / np.array(result.outcomes[0].times.samples)
         )
     floor = result.floor
     work = {"read_rate": floor.moved, "rate": floor.flops, "rate64": floor.flops64}
@@ -101,8 +101,8 @@ def test_measurements(case: Case, generator: torch.Generator, small: None) -> No
     result = checked(case, generator)
     check_timed(result)
     if case.name == "step":
-        assert {row.errors["weights, distance from the plain loop's"] for row in result.rows} == {0.0}
-    for row in result.rows[1:]:
+        assert {row.errors["weights, distance from the plain loop's"] for row in result.outcomes} == {0.0}
+    for row in result.outcomes[1:]:
         if "naive" in row.name or "four gradients" in row.name:  # its error is a number, and not a small one
             assert 1e-7 < next(iter(row.errors.values())) < 1
         elif "bare" in row.name or row.name == "torch.optim":
@@ -124,7 +124,7 @@ def test_measurements(case: Case, generator: torch.Generator, small: None) -> No
 def test_peers(needed: str, name: str, case: Case, generator: torch.Generator, small: None) -> None:
     """They run as they are called here, and answer the same question."""
     pytest.importorskip(needed, reason=f"{PEERS[needed]} is not installed")
-    row = next(row for row in checked(case, generator, dict.fromkeys(PEERS, "")).rows if row.name == name)
+    row = next(row for row in checked(case, generator, dict.fromkeys(PEERS, "")).outcomes if row.name == name)
     assert not row.problem
     assert row.times is not None
     assert next(iter(row.errors.values())) < 0.1
@@ -280,7 +280,7 @@ def comparison(ours: float = 1.0, peer: Callable[[], Any] = lambda: 1.5, needs: 
 def test_a_wrong_answer_is_not_timed(ours: float, generator: torch.Generator) -> None:
     result = checked(comparison(ours), generator)
     assert result.wrong
-    assert result.rows[0].times is None
+    assert result.outcomes[0].times is None
     assert "number, error of grokcurv is" in result.problem
     (line,) = lines([result])
     assert "not timed" in line.cells[1]
@@ -297,12 +297,12 @@ def test_a_peer_that_fails_or_is_missing_is_said_to(generator: torch.Generator) 
         raise RuntimeError("no such kernel\nand more")
 
     result = checked(comparison(peer=fail), generator)
-    assert result.rows[1].problem == "failed: RuntimeError: no such kernel"
+    assert result.outcomes[1].problem == "failed: RuntimeError: no such kernel"
     missing = checked(comparison(needs=("torchdr",)), generator, {**NO_PEERS, "torchdr": "not installed"})
-    assert missing.rows[1].problem == "not installed"
+    assert missing.outcomes[1].problem == "not installed"
     (line,) = lines([missing])
     assert line.cells[2:4] == ("peer (approximate)", "not installed")
-    assert line.cells[1] == clock(missing.rows[0].times)
+    assert line.cells[1] == clock(missing.outcomes[0].times)
 
 
 def test_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_case_without_room_is_left_out(generator: torch.Generator) -> None:
     result = checked(Case("large", "a large comparison", 1 << 60, comparison().build), generator)
-    assert not result.rows
+    assert not result.outcomes
     assert result.problem.startswith("needs 1073741824.0 GiB of memory")
 
 

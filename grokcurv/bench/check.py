@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 
 @dataclass
-class Row:
+class Outcome:
     """One implementation.
 
     Attributes:
@@ -69,13 +69,13 @@ class Result:
     """What became of a case.
 
     Attributes:
-        rows: the implementations, grokcurv first; empty if the case was left out.
+        outcomes: the implementations, grokcurv first; empty if the case was left out.
         problem: why it was left out, or what is wrong with grokcurv's answer.
         wrong: whether it is.
     """
 
     case: Case
-    rows: list[Row] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     floor: Floor | None = None
     problem: str = ""
     wrong: bool = False
@@ -124,41 +124,43 @@ def check(case: Case, generator: torch.Generator, budget: float, problems: Mappi
         return Result(case, problem=f"needs {case.memory / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free")
     try:
         comparison = case.build(generator)
-        rows = [_answer(one, comparison, problems) for one in comparison.implementations]
-        ours = rows[0]
+        outcomes = [_answer(one, comparison, problems) for one in comparison.implementations]
+        ours = outcomes[0]
         if ours.problem:
-            return Result(case, rows, problem=ours.problem, wrong=True)
+            return Result(case, outcomes, problem=ours.problem, wrong=True)
         quantity, error = next(iter(ours.errors.items()))
         if not error <= comparison.tolerance:
             said = f"{quantity} of grokcurv is {error:.2g}, beyond {comparison.tolerance:.2g}: not timed"
-            return Result(case, rows, problem=said, wrong=True)
-        return Result(case, rows, _time(comparison, rows, budget, generator.device))
+            return Result(case, outcomes, problem=said, wrong=True)
+        return Result(case, outcomes, _time(comparison, outcomes, budget, generator.device))
     finally:
         gc.collect()
         torch.cuda.empty_cache()  # nothing, where there is no GPU
 
 
-def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, str]) -> Row:
-    row = Row(one.name, one.note)
-    row.problem = next((problems[name] for name in one.needs if problems[name]), "")
-    if not row.problem:
+def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, str]) -> Outcome:
+    outcome = Outcome(one.name, one.note)
+    outcome.problem = next((problems[name] for name in one.needs if problems[name]), "")
+    if not outcome.problem:
         try:
             got = (one.result or one.run)()
-            row.errors = {name: error(got) for name, error in comparison.errors.items()}
+            outcome.errors = {name: error(got) for name, error in comparison.errors.items()}
         except Exception as error:
-            row.problem = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return row
+            outcome.problem = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return outcome
 
 
-def _time(comparison: Comparison, rows: list[Row], budget: float, device: torch.device) -> Floor | None:
+def _time(comparison: Comparison, outcomes: list[Outcome], budget: float, device: torch.device) -> Floor | None:
     """Fill in times and ratios; the floor, if one is known."""
-    fit = [(one, row) for one, row in zip(comparison.implementations, rows, strict=True) if not row.problem]
+    fit = [
+        (one, outcome) for one, outcome in zip(comparison.implementations, outcomes, strict=True) if not outcome.problem
+    ]
     yardsticks = _yardsticks(comparison, device)
     times = interleaved([one.run for one, _ in fit] + list(yardsticks.values()), budget, device)
-    for (one, row), samples in zip(fit, times, strict=False):
-        row.times = samples.scaled(one.times)
-        assert rows[0].times is not None
-        row.ratio = row.times.over(rows[0].times)
+    for (one, outcome), samples in zip(fit, times, strict=False):
+        outcome.times = samples.scaled(one.times)
+        assert outcomes[0].times is not None
+        outcome.ratio = outcome.times.over(outcomes[0].times)
     if not yardsticks:
         return None
     found = dict(zip(yardsticks, times[len(fit) :], strict=True))
@@ -168,7 +170,7 @@ def _time(comparison: Comparison, rows: list[Row], budget: float, device: torch.
     parts = {name: samples.scaled(getattr(comparison, name) / measured[name]) for name, samples in found.items()}
     by_round = [max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)]
     floor = Times(tuple(by_round), 1)
-    assert rows[0].times is not None
+    assert outcomes[0].times is not None
     rates = {name: getattr(comparison, name) / part.median for name, part in parts.items()}
     return Floor(
         moved=comparison.moved,
@@ -178,7 +180,7 @@ def _time(comparison: Comparison, rows: list[Row], budget: float, device: torch.
         rate=rates.get("flops", float("nan")),
         rate64=rates.get("flops64", float("nan")),
         seconds=floor.median,
-        ratio=rows[0].times.over(floor),
+        ratio=outcomes[0].times.over(floor),
     )
 
 

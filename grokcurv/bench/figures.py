@@ -30,14 +30,14 @@ def costs(axis: str, curves: Sequence[tuple[Curve, Points]], theme: Theme) -> Fi
         axes = axes_at(figure, (LEFT + index * (width + BETWEEN), BOTTOM, width, HEIGHT))
         log_scale(axes)
         axes.set_xscale("log")
-        names = dict.fromkeys(row.name for _, result in points for row in result.rows)
+        names = dict.fromkeys(outcome.name for _, result in points for outcome in result.outcomes)
         colours = iter((theme.orange, theme.green, theme.purple, theme.muted, theme.ink))
         for name in names:
             known = [
-                (size, row.times)
+                (size, outcome.times)
                 for size, result in points
-                for row in result.rows
-                if row.name == name and row.times is not None
+                for outcome in result.outcomes
+                if outcome.name == name and outcome.times is not None
             ]
             if not known:
                 continue

@@ -27,7 +27,7 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import Strategy, capture
 from grokcurv.modular import TrainConfig, Transformer, fast
-from grokcurv.modular.ensemble import Ensemble, Rows
+from grokcurv.modular.ensemble import Buffers, Ensemble
 from grokcurv.modular.evaluation import evaluate
 from grokcurv.modular.trainer import Training
 from grokcurv.monitor import CHECK_EVERY, CurvatureMonitor
@@ -263,10 +263,10 @@ def program(runs: int, measured: bool) -> Case:
             """What takes a step of so many runs, and the loss of the first of them afterwards."""
             configs = [replace(base, seed=seed + i, measure_every=int(measured)) for i in range(count)]
             together = Ensemble([Training(config, None) for config in configs], strategy)
-            rows, first = Rows(together.runs), together.runs[0]
+            buffers, first = Buffers(together.runs), together.runs[0]
 
             def step() -> None:
-                together.update(rows)
+                together.update(buffers)
                 for run in together.runs:
                     run.step += 1
 

@@ -14,7 +14,7 @@ from grokcurv.report.format import duration
 from grokcurv.report.page import Drawing, draw_twice, write_page
 
 
-class Summary:
+class BenchSummary:
     """The words and numbers of the page."""
 
     columns = COLUMNS
@@ -62,7 +62,7 @@ class Summary:
 
 def write(bench: Bench) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into the folder; the page's path."""
-    return write_page(bench.path, "bench.html", Summary(bench), list(_drawings(bench)))
+    return write_page(bench.path, "bench.html", BenchSummary(bench), list(_drawings(bench)))
 
 
 def _drawings(bench: Bench) -> Iterator[Drawing]:
@@ -74,10 +74,10 @@ def _drawings(bench: Bench) -> Iterator[Drawing]:
 
 
 def _drawable(points: tuple[tuple[int, Result], ...]) -> bool:
-    return any(row.times for _, result in points for row in result.rows)
+    return any(outcome.times for _, result in points for outcome in result.outcomes)
 
 
 def _ends(points: tuple[tuple[int, Result], ...]) -> list[str]:
     """The implementations' times at the largest size that was timed."""
-    size, result = next((s, r) for s, r in reversed(points) if any(row.times for row in r.rows))
-    return [f"{row.name} {clock(row.times)} at {size:,}" for row in result.rows if row.times]
+    size, result = next((s, r) for s, r in reversed(points) if any(outcome.times for outcome in r.outcomes))
+    return [f"{outcome.name} {clock(outcome.times)} at {size:,}" for outcome in result.outcomes if outcome.times]

@@ -54,13 +54,13 @@ class Bench:
     @property
     def left_out(self) -> list[str]:
         """What was not measured, and why, a sentence each."""
-        cases = [f"{r.case.title}: {r.problem}" for r in self.everything() if r.problem and not r.rows]
+        cases = [f"{r.case.title}: {r.problem}" for r in self.everything() if r.problem and not r.outcomes]
         missing = [f"{package}: {said}" for package, said in self.peers.items() if not said[:1].isdigit()]
         failed = [
-            f"{r.case.title}, {row.name}: {row.problem}"
+            f"{r.case.title}, {outcome.name}: {outcome.problem}"
             for r in self.everything()
-            for row in r.rows
-            if row.problem.startswith("failed")
+            for outcome in r.outcomes
+            if outcome.problem.startswith("failed")
         ]
         return missing + cases + failed
 
@@ -97,14 +97,14 @@ def _plain_result(result: Result) -> dict[str, Any]:
         "floor": _plain_floor(result.floor),
         "contenders": [
             {
-                "name": row.name,
-                "note": row.note,
-                "problem": row.problem,
-                "seconds": _plain_times(row.times),
-                "ratio": _plain_times(row.ratio),
-                "errors": {name: _number(value) for name, value in row.errors.items()},
+                "name": outcome.name,
+                "note": outcome.note,
+                "problem": outcome.problem,
+                "seconds": _plain_times(outcome.times),
+                "ratio": _plain_times(outcome.ratio),
+                "errors": {name: _number(value) for name, value in outcome.errors.items()},
             }
-            for row in result.rows
+            for outcome in result.outcomes
         ],
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grokcurv.bench.check import Floor, Result, Row
+from grokcurv.bench.check import Floor, Outcome, Result
 from grokcurv.bench.timing import Times
 from grokcurv.report.format import seconds, significant
 
@@ -33,35 +33,37 @@ def lines(results: Sequence[Result]) -> list[Line]:
 
 
 def _of(result: Result) -> Iterator[Line]:
-    if not result.rows or result.wrong:
+    if not result.outcomes or result.wrong:
         yield Line((result.case.title, result.problem, *[""] * 5), first=True)
         return
-    ours, *others = result.rows
-    for index, row in enumerate(others):
+    ours, *others = result.outcomes
+    for index, outcome in enumerate(others):
         first = index == 0
-        name = row.name + (f" ({row.note})" if row.note else "")
+        name = outcome.name + (f" ({outcome.note})" if outcome.note else "")
         yield Line(
             (
                 result.case.title if first else "",
                 clock(ours.times) if first else "",
                 name,
-                clock(row.times) if row.times else row.problem,
-                factor(row.ratio),
+                clock(outcome.times) if outcome.times else outcome.problem,
+                factor(outcome.ratio),
                 must(result.floor) if first else "",
                 factor(result.floor.ratio) if first and result.floor else "",
             ),
             first=first,
         )
-        if not row.problem:
-            yield Line((quantities(ours), errors(ours), "", errors(row), "", "", ""), accuracy=True)
+        if not outcome.problem:
+            yield Line((quantities(ours), errors(ours), "", errors(outcome), "", "", ""), accuracy=True)
 
 
-def quantities(row: Row) -> str:
-    return "; ".join(row.errors)
+def quantities(outcome: Outcome) -> str:
+    return "; ".join(outcome.errors)
 
 
-def errors(row: Row) -> str:
-    return "; ".join("none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in row.errors.values())
+def errors(outcome: Outcome) -> str:
+    return "; ".join(
+        "none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in outcome.errors.values()
+    )
 
 
 def clock(times: Times | None) -> str:

@@ -149,7 +149,7 @@ class Ensemble:
             new = [run for run in self.runs if not run.rows]
             bad = self._unhealthy(new, [run.observing() for run in new])
             active = list(self.runs)
-            rows: Rows | None = None
+            buffers: Buffers | None = None
             while True:
                 for run in list(active):
                     try:
@@ -163,9 +163,9 @@ class Ensemble:
                     self._interrupt(active)
                 if not active:
                     return statuses
-                if rows is None or rows.runs != active:
-                    rows = Rows(active)
-                bad = self.update(rows)
+                if buffers is None or buffers.runs != active:
+                    buffers = Buffers(active)
+                bad = self.update(buffers)
                 well = [run for run in active if run not in bad]
                 for run in well:
                     run.step += 1
@@ -174,19 +174,19 @@ class Ensemble:
                     if run.progress_due and on_progress:
                         on_progress(place[run], run.progress((run.step - starts[run]) / (time.perf_counter() - began)))
 
-    def update(self, rows: Rows) -> set[Training]:
+    def update(self, buffers: Buffers) -> set[Training]:
         """Take one step of every run; those that a measurement has found not finite stay, and are returned."""
-        batches = [run.training_batch() for run in rows.runs]
-        self.engine.gradients(rows.theta, batches, rows.gradient, seeds=range(len(batches)))
+        batches = [run.training_batch() for run in buffers.runs]
+        self.engine.gradients(buffers.theta, batches, buffers.gradient, seeds=range(len(batches)))
         bad = self._unhealthy(
-            rows.runs, [run.looking_ahead(batch) for run, batch in zip(rows.runs, batches, strict=True)]
+            buffers.runs, [run.looking_ahead(batch) for run, batch in zip(buffers.runs, batches, strict=True)]
         )
-        rows.clip()
+        buffers.clip()
         with contextlib.ExitStack() as around:
-            for run in rows.runs:
+            for run in buffers.runs:
                 if run not in bad:
                     around.enter_context(run.intervening())
-            rows.step()
+            buffers.step()
         return bad
 
     def _unhealthy(self, runs: Sequence[Training], works: Sequence[Any]) -> set[Training]:
@@ -200,7 +200,7 @@ class Ensemble:
         raise KeyboardInterrupt
 
 
-class Rows:
+class Buffers:
     """Parameters, gradients and AdamW's moments of several runs, a row each of four buffers (R, P).
 
     Each run's parameters, ``.grad`` and optimiser state are views of its rows, so that evaluations, measurements and
