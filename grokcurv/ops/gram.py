@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -18,10 +16,8 @@ def gram(x: Array, y: Array | None = None, *, origin: Array | None = None, segme
     origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
     is read once (on a GPU once for every 32 rows of the other side).
     """
-    result = _gram(
-        as_tensor("x", x), as_optional("y", y), as_optional("origin", origin), as_optional("segments", segments)
-    )
-    return cast(Tensor, result)
+    optional = [as_optional(name, t) for name, t in (("y", y), ("origin", origin), ("segments", segments))]
+    return _gram(as_tensor("x", x), *optional)
 
 
 def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -48,8 +44,4 @@ def _gram_run(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tens
     return out
 
 
-_gram = define(
-    "gram(Tensor x, Tensor? y, Tensor? origin, Tensor? segments) -> Tensor",
-    _gram_run,
-    _gram_fake,
-)
+_gram = define("gram", _gram_run, _gram_fake)
