@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import FLOATS, Array, as_optional, as_tensor, check, check_spans, check_table
+from grokcurv.ops._arguments import FLOATS, Array, as_optional, as_tensor, check, check_table, spans_within
 from grokcurv.ops._dispatch import TYPES, call, define
 
 
@@ -36,10 +36,7 @@ def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Ten
 def _gram_run(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
     out = _gram_fake(x, y, origin, segments)
     n, p = x.shape
-    if segments is None:
-        segments = torch.tensor([[0, p]])
-    else:
-        check_spans("segments", segments, p)
+    segments = spans_within(segments, p)
     call("gram", x, TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)
     return out
 

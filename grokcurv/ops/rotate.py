@@ -16,8 +16,8 @@ from grokcurv.ops._arguments import (
     as_writable,
     check,
     check_apart,
-    check_spans,
     check_table,
+    spans_within,
 )
 from grokcurv.ops._dispatch import TYPES, bump_version, call, define
 from grokcurv.reference import compute_type
@@ -121,9 +121,7 @@ def _call_rotate(
 
 def _disjoint(segments: Tensor | None, size: int) -> Tensor:
     """The segments, or the one of all coordinates; raises if one leaves them or two share one."""
-    if segments is None:
-        return torch.tensor([[0, size]])
-    check_spans("segments", segments, size)
+    segments = spans_within(segments, size)
     spans = sorted((start, start + length, j) for j, (start, length) in enumerate(segments.tolist()) if length)
     for (_, stop, i), (start, _, j) in pairwise(spans):
         if start < stop:
