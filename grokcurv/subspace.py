@@ -222,7 +222,7 @@ class Subspace:
             if check:
                 _check_orthonormal(rows)
             stop = start + rows.shape[1]
-            for _ in range(rows.shape[0]):
+            for _ in range(len(rows)):
                 table.append((start, rows.shape[1], offset))
                 offset += rows.shape[1]
         self.values = torch.cat([rows.view(-1) for _, rows in blocks]) if len(blocks) > 1 else first.view(-1)
@@ -329,8 +329,7 @@ def _check_orthonormal(rows: Tensor) -> None:
         raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")
     tolerance = ORTHONORMAL_TOLERANCE * torch.finfo(rows.dtype).eps
     gram = ops.gram(rows)[0]
-    error = (
-        (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().amax().item() if len(rows) else 0.0
-    )
+    # Of no rows there is no maximum; a NaN is beyond any tolerance.
+    error = (gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().amax().item() if k else 0.0
     if not error <= tolerance:
         raise ValueError(f"rows must be orthonormal: inner products are off by {error:.2g}, beyond {tolerance:.2g}")
