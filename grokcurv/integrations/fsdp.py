@@ -150,9 +150,9 @@ class ShardedEngine(GradientEngine):
     one strategy, ``loop``.
     """
 
-    # `brackets` is false on every rank of every model here: there are no second derivatives. `certifies` is false too:
-    # the float64 evaluation, where there is one, is of another model, and its gradients may be compared with this one's
-    # but not take their place.
+    # `brackets` is false on every rank for every model here: there are no second derivatives. `certifies` is false too:
+    # the float64 evaluation, where there is one, is of another model. Its gradients are compared with this one's, and
+    # take their place only at kinks.
     brackets = certifies = False
     partition: Sharding
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,10 +38,7 @@ class Layout:
 
     def intervals(self) -> Iterator[tuple[int, int]]:
         """Start and length of each segment."""
-        start = 0
-        for length in self.lengths:
-            yield start, length
-            start += length
+        return zip(accumulate(self.lengths, initial=0), self.lengths, strict=False)
 
     @cached_property
     def spans(self) -> Tensor:

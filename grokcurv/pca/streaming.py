@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,6 +106,7 @@ class StreamingPCA:
         self.method_: str | None = None
         self.reason_ = "no rows yet"
         self._method: Method | None = None
+        self._results: dict[str, Any] = {}
         self._layout = Layout((), torch.device("cpu"), self.partition)
         self._dtype = torch.float32
         self._features = 0
@@ -157,15 +157,12 @@ class StreamingPCA:
         On the CPU those without variance are left out. On an accelerator to look would mean to wait: there they are
         rows of zeros, and masked rows are not reported.
         """
-        if self._method is None:
-            self._fitted()
-        if not is_asynchronous(self._layout.device):
-            values = self._spectrum.values
-            kept = (values[:, :k] > 0).sum(1).tolist()
-        else:
+        method = self._method or self._fitted()
+        if is_asynchronous(self._layout.device):
             kept = [k] * len(self._layout.lengths)
-        assert self._method is not None
-        components = self._layout.split(self._method.components())
+        else:
+            kept = (self._spectrum.values[:, :k] > 0).sum(1).tolist()
+        components = self._layout.split(method.components())
         starts = [0] if self.segments is None else [s.start for s in self.segments]
         return [(start, rows[:n]) for start, rows, n in zip(starts, components, kept, strict=True)]
 
@@ -274,7 +271,7 @@ class StreamingPCA:
         Raises:
             ValueError: ``sketch`` has none; or no rows seen yet.
         """
-        return self._by_segment(self._components)
+        return self._by_segment(self._result("components"))
 
     @property
     def mean_(self) -> Any:
@@ -283,7 +280,7 @@ class StreamingPCA:
         Raises:
             ValueError: as for the components.
         """
-        return self._by_segment(self._mean)
+        return self._by_segment(self._result("mean"))
 
     @property
     def pc1_history_(self) -> Tensor:
@@ -532,26 +529,20 @@ class StreamingPCA:
             raise ValueError(f"{name} needs method='gram', this PCA works by {self.method_!r}")
         return method
 
-    @cached_property
-    def _spectrum_cache(self) -> Spectrum:
-        return self._fitted().spectrum()
+    def _result(self, name: str) -> Any:
+        """What the method says under this name; kept until rows are added, or may have been by a replay."""
+        method = self._fitted()
+        if name not in self._results:
+            self._results[name] = getattr(method, name)()
+        return self._results[name]
 
     @property
     def _spectrum(self) -> Spectrum:
-        self._fitted()
-        return self._spectrum_cache
-
-    @cached_property
-    def _components(self) -> Tensor:
-        return self._fitted().components()
-
-    @cached_property
-    def _mean(self) -> Tensor:
-        return self._fitted().mean()
+        spectrum: Spectrum = self._result("spectrum")
+        return spectrum
 
     def _forget(self) -> None:
-        for name in ("_spectrum_cache", "_components", "_mean"):
-            self.__dict__.pop(name, None)
+        self._results = {}
         if self._replays and self._method is not None:
             self._method.forget()
 
