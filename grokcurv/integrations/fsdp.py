@@ -245,7 +245,7 @@ class ShardedEngine(GradientEngine):
             cast = tree_map_only(Tensor, lambda x: x.to(theta.dtype) if x.is_floating_point() else x, batch)
             self._exact._gradient(theta, cast, out, seed)
             return
-        # Looked at before every pass, for either can come and go between two measurements. All ranks find the same, if
+        # Before every pass: hooks and waiting gradients come and go between two measurements. All ranks find the same, if
         # they train the same model alike, and none enters a pass that others refuse.
         self._refuse_bystanders(_parameters(self.model))
 
