@@ -245,8 +245,8 @@ class ShardedEngine(GradientEngine):
             cast = tree_map_only(Tensor, lambda x: x.to(theta.dtype) if x.is_floating_point() else x, batch)
             self._exact._gradient(theta, cast, out, seed)
             return
-        # Before every pass: hooks and waiting gradients come and go between two measurements. All ranks find the same, if
-        # they train the same model alike, and none enters a pass that others refuse.
+        # Before every pass: hooks and waiting gradients come and go between two measurements. All ranks find the same,
+        # if they train the same model alike, and none enters a pass that others refuse.
         self._refuse_bystanders(_parameters(self.model))
 
         def use(loss: Tensor, _: list[Any]) -> None:
