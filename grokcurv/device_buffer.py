@@ -52,7 +52,7 @@ class DeviceBuffer:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width, self.device = width, device
-        self._read: list[Tensor] = []
+        self._read = [torch.empty(0, width, dtype=torch.float64)]
         self._appended = 0
         if is_asynchronous(device):
             self._rows = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
@@ -87,8 +87,8 @@ class DeviceBuffer:
                 were overwritten. The next reading gives those that are left.
         """
         self._receive()
-        self._read = [torch.cat(self._read)] if self._read else []
-        return self._read[0] if self._read else torch.empty(0, self.width, dtype=torch.float64)
+        self._read = [torch.cat(self._read)]
+        return self._read[0]
 
     def last(self) -> Tensor | None:
         """The latest row, or None; waits, and raises, as :meth:`read` does."""

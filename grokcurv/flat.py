@@ -96,8 +96,7 @@ def flatten(model: nn.Module, out: Tensor | None = None) -> Tensor:
     """
     parameters = _trainable(model)
     dtype, device = _common_kind(parameters)
-    segments = segments_of(model)
-    size = segments[-1].stop
+    size = sum(parameter.numel() for parameter in parameters.values())
     if out is None:
         out = torch.empty(size, dtype=dtype, device=device)
     elif out.shape != (size,) or out.dtype != dtype or out.device != device or not out.is_contiguous():
@@ -106,17 +105,16 @@ def flatten(model: nn.Module, out: Tensor | None = None) -> Tensor:
             f"got shape {tuple(out.shape)}, {out.dtype}, on {out.device}, strides {out.stride()}"
         )
     with torch.no_grad():
-        for segment, parameter in zip(segments, parameters.values(), strict=True):
-            out[segment.start : segment.stop].view(segment.shape).copy_(parameter)
+        for parameter, part in _with_parts(model, out):
+            part.copy_(parameter)
     return out
 
 
 def unflatten(model: nn.Module, vector: Tensor) -> None:
     """Write a vector (P,) of any floating dtype over the trainable parameters, rounded once to theirs."""
-    parameters = _trainable(model).values()
     with torch.no_grad():
-        for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-            parameter.copy_(part.view(parameter.shape))
+        for parameter, part in _with_parts(model, vector):
+            parameter.copy_(part)
 
 
 def flatten_grad(model: nn.Module) -> Tensor:
@@ -127,11 +125,10 @@ def flatten_grad(model: nn.Module) -> Tensor:
 
 def unflatten_grad(model: nn.Module, vector: Tensor) -> None:
     """Write a vector (P,) over the gradients of the trainable parameters; those without a gradient stay without."""
-    parameters = _trainable(model).values()
     with torch.no_grad():
-        for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        for parameter, part in _with_parts(model, vector):
             if parameter.grad is not None:
-                parameter.grad.copy_(part.view(parameter.shape))
+                parameter.grad.copy_(part)
 
 
 class FlatParameters:
@@ -260,11 +257,17 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def _with_parts(model: nn.Module, vector: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each trainable parameter with its part of a vector (P,), a view of the parameter's shape."""
+    parameters = _trainable(model).values()
+    parts = vector.split([parameter.numel() for parameter in parameters])
+    return [(parameter, part.view(parameter.shape)) for parameter, part in zip(parameters, parts, strict=True)]
+
+
 def _common_kind(parameters: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
-    first, *others = parameters
+    first = next(iter(parameters))
     dtype, device = parameters[first].dtype, parameters[first].device
-    for name in others:
-        parameter = parameters[name]
+    for name, parameter in parameters.items():
         if (parameter.dtype, parameter.device) != (dtype, device):
             raise ValueError(
                 "model: trainable parameters must have one dtype and one device, but "

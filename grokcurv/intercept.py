@@ -55,7 +55,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves((args, kwargs))):
+        if any(x.is_floating_point() for x in _tensors((args, kwargs))):
             self.names.add(func.name().rpartition("::")[2].partition(".")[0].rstrip("_"))
         self.draws = self.draws or (_is_random(func) and kwargs.get("generator") is None)
         return func(*args, **kwargs)
@@ -74,7 +74,7 @@ class PrivateDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if _is_random(func) and kwargs.get("generator") is None:
-            there = [x.device for x in tree_leaves(args) if isinstance(x, Tensor)]
+            there = [x.device for x in _tensors(args)]
             device = torch.device(kwargs.get("device") or next(iter(there), "cpu"))
             if device not in self._generators:
                 self._generators[device] = torch.Generator(device).manual_seed(self._seed)
@@ -116,7 +116,7 @@ class Widened(TorchDispatchMode):
         if getattr(_paused, "now", False):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors((args, kwargs))
         wide = any(x.dtype == torch.float64 for x in tensors)
         if _is_random(func):
             self.lifted.add(name)
@@ -135,7 +135,7 @@ class Widened(TorchDispatchMode):
         shaking = _COMPOSED.get(name) if self._shake is not None else None
         out = func(*args, **kwargs) if shaking is None else shaking(self._noisy, *args)
         if name == "lift_fresh" or not _returns_alias(func):
-            narrow = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype in NARROW]
+            narrow = any(x.dtype in NARROW for x in _tensors(out))
             if narrow and wide:
                 self.remained.add(name)
             elif narrow:
@@ -152,8 +152,8 @@ class Widened(TorchDispatchMode):
             _returns_alias(func) and not func._schema.is_mutable
         ):
             return
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.dtype == torch.float64:
+        for x in _tensors(out):
+            if x.dtype == torch.float64:
                 self._noisy(x)
 
     def _noisy(self, x: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class Widened(TorchDispatchMode):
                 return func(*args, **kwargs)
             rest, kwargs = tree_map_only(Tensor, self._narrowed, (rest, kwargs))
             return target.copy_(func(torch.empty_like(target, dtype=self._narrow), *rest, **kwargs))
-        if _takes_tensors_of(func, args):
+        if _tensors(args):  # the draws depend on them: on their values, or for `*_like` on their type
             args, kwargs = tree_map_only(Tensor, self._narrowed, (args, kwargs))
         kwargs = {name: self._narrow if x == torch.float64 else x for name, x in kwargs.items()}
         return tree_map_only(Tensor, _widened, func(*args, **kwargs))
@@ -199,6 +199,10 @@ _COMPOSED: dict[str, Callable[..., Tensor]] = {
 """Kernels that subtract nearly equal numbers inside, where a change of the result shows nothing, in several steps."""
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.float64) if x.dtype in NARROW else x
 
@@ -213,7 +217,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         return []
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [x for name in names for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+    return _tensors([given.get(name) for name in names])
 
 
 @functools.cache
@@ -230,8 +234,3 @@ def _takes_generator(func: Any) -> bool:
 def _returns_alias(func: Any) -> bool:
     """Whether what comes back is, or may be, a view of an argument or the argument itself."""
     return any(value.alias_info is not None for value in func._schema.returns)
-
-
-def _takes_tensors_of(func: Any, args: Any) -> bool:
-    """Whether the draws depend on a tensor given: its values, or for ``*_like`` its type."""
-    return any(isinstance(x, Tensor) for x in tree_leaves(args))

@@ -45,9 +45,9 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dense_basis(values: Tensor, rows: Tensor, size: int) -> Tensor:
-    """The block-sparse basis as a float64 matrix (K, size)."""
-    basis = values.new_zeros((len(rows), size), dtype=torch.float64)
+def dense_basis(values: Tensor, rows: Tensor, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The block-sparse basis as a matrix (K, size) of ``dtype``."""
+    basis = values.new_zeros((len(rows), size), dtype=dtype)
     for row, (start, length, offset) in zip(basis, rows.tolist(), strict=True):
         row[start : start + length] = values[offset : offset + length]
     return basis

@@ -17,10 +17,10 @@ import itertools
 import operator
 import random
 import types
-from collections import ChainMap, OrderedDict, UserDict, UserList, deque
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,7 +81,8 @@ class Snapshot:
         self._walk(list(held))
         self.held = len(self.tensors)
         self._walk(list(reached))
-        self._states = [_state_of(generator) for generator in self.generators]
+        self._controls = list(map(_controls_of, self.generators))
+        self._states = [controls.read() for controls in self._controls]
 
     def _walk(self, stack: list[Any]) -> None:
         """Note everything on the stack and what hangs on it; an object that was met is not entered again."""
@@ -137,9 +138,7 @@ class Snapshot:
         kind: Any = type(value)
         for name in _slots(kind):
             if hasattr(value, name):
-                self._note_place(
-                    functools.partial(getattr, value, name), functools.partial(_set_slot, value, name), stack
-                )
+                self._note_attribute(value, name, stack)
 
     def _note_function(self, function: types.FunctionType, stack: list[Any]) -> None:
         """What a function of the user's holds: cells of its closure, and the global names it reads or assigns."""
@@ -148,11 +147,7 @@ class Snapshot:
             return
         for cell in function.__closure__ or ():
             try:
-                self._note_place(
-                    functools.partial(getattr, cell, "cell_contents"),
-                    functools.partial(setattr, cell, "cell_contents"),
-                    stack,
-                )
+                self._note_attribute(cell, "cell_contents", stack)
             except ValueError:  # it is still empty
                 continue
         there = function.__globals__
@@ -160,6 +155,11 @@ class Snapshot:
         stack.extend(x for x in (there.get(name) for name in read) if isinstance(x, ENTERED))
         for name in assigned & there.keys():
             self._note_place(functools.partial(there.get, name), functools.partial(there.__setitem__, name), stack)
+
+    def _note_attribute(self, owner: Any, name: str, stack: list[Any]) -> None:
+        """One that is in no ``__dict__``; written past a class that forbids it."""
+        write = functools.partial(object.__setattr__, owner, name)
+        self._note_place(functools.partial(getattr, owner, name), write, stack)
 
     def _note_place(self, read: Callable[[], Any], write: Callable[[Any], None], stack: list[Any]) -> None:
         value = read()
@@ -213,28 +213,18 @@ class Snapshot:
 
     def restore_generators(self) -> None:
         """Put back every generator that was found."""
-        for generator, state in zip(self.generators, self._states, strict=True):
-            _set_state(generator, state)
+        for controls, state in zip(self._controls, self._states, strict=True):
+            controls.write(state)
 
     def seed_generators(self, seed: int) -> None:
         """Start every generator that was found anew."""
-        for generator in self.generators:
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-            elif isinstance(generator, random.Random):
-                generator.seed(seed)
-            elif isinstance(generator, np.random.RandomState):
-                generator.seed(seed % 2**32)
-            else:
-                generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        for controls in self._controls:
+            controls.seed(seed)
 
 
 def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Copies of the tensors, floating ones in ``dtype`` if given; those that share memory share it again."""
-    storages: dict[int, int] = {}
-    for tensor in tensors:
-        if tensor.layout == torch.strided:
-            storages[_storage(tensor)] = storages.get(_storage(tensor), 0) + 1
+    storages = Counter(_storage(tensor) for tensor in tensors if tensor.layout == torch.strided)
     whole: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
@@ -292,25 +282,24 @@ def _storage(tensor: Tensor) -> int:
     return pointer
 
 
-def _set_slot(value: Any, name: str, content: Any) -> None:
-    object.__setattr__(value, name, content)
+class _Controls(NamedTuple):
+    """How one of :data:`Generators` is read, put back, and started anew."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    seed: Callable[[int], object]
 
 
-def _state_of(generator: Any) -> Any:
+def _controls_of(generator: Any) -> _Controls:
     if isinstance(generator, torch.Generator):
-        return generator.get_state()
+        return _Controls(generator.get_state, generator.set_state, generator.manual_seed)
     if isinstance(generator, random.Random):
-        return generator.getstate()
-    return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
+        return _Controls(generator.getstate, generator.setstate, generator.seed)
+    if isinstance(generator, np.random.RandomState):
+        return _Controls(generator.get_state, generator.set_state, lambda seed: generator.seed(seed % 2**32))
+    bits = generator.bit_generator
+    write = functools.partial(setattr, bits, "state")
+    return _Controls(lambda: bits.state, write, lambda seed: write(type(bits)(seed).state))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from grokcurv import ops
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.partition import WHOLE, Partition
 from grokcurv.random_subspace import RandomBaseline as RandomBaseline
-from grokcurv.reference import compute_type
+from grokcurv.reference import compute_type, dense_basis
 
 if TYPE_CHECKING:
     from grokcurv.pca import StreamingPCA
@@ -222,7 +222,7 @@ class Subspace:
             if check:
                 _check_orthonormal(rows)
             stop = start + rows.shape[1]
-            for _ in range(rows.shape[0]):
+            for _ in range(len(rows)):
                 table.append((start, rows.shape[1], offset))
                 offset += rows.shape[1]
         self.values = torch.cat([rows.view(-1) for _, rows in blocks]) if len(blocks) > 1 else first.view(-1)
@@ -242,10 +242,7 @@ class Subspace:
 
     def to_dense(self) -> Tensor:
         """The basis as a matrix (K, P)."""
-        dense = self.values.new_zeros(self.dim, self.size)
-        for row, (start, length, offset) in zip(dense, self.rows.tolist(), strict=True):
-            row[start : start + length] = self.values[offset : offset + length]
-        return dense
+        return dense_basis(self.values, self.rows, self.size, self.values.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Subspace:
         """The same subspace in another floating dtype or on another device; arguments as for ``Tensor.to``."""
@@ -265,7 +262,7 @@ class Subspace:
             ValueError, TypeError: ``v`` has another length, device or dtype than the ops take.
         """
         vectors = self._vectors("v", v)
-        norm2, coefficients = ops.subspace_split(vectors, self._values_for(v), self.rows)
+        norm2, coefficients = ops.subspace_split(vectors, self.values.to(compute_type(v.dtype)), self.rows)
         parallel2 = coefficients.square().sum(1)
         split = Split(coefficients, parallel2.sqrt(), (norm2 - parallel2).clamp_min(0).sqrt())
         return Split(*(part[0] for part in split)) if v.dim() == 1 else split
@@ -279,7 +276,7 @@ class Subspace:
             ValueError, TypeError: ``g`` has another length, device or dtype than the ops take; ``strength`` is not
                 finite.
         """
-        ops.subspace_filter_(self._vectors("g", g), self._values_for(g), self.rows, strength)
+        ops.subspace_filter_(self._vectors("g", g), self.values.to(compute_type(g.dtype)), self.rows, strength)
         return g
 
     def random_baseline(self, support: Literal["full", "matched"] = "full") -> RandomBaseline:
@@ -301,10 +298,6 @@ class Subspace:
         if v.dim() not in (1, 2) or v.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape ({self.size},) or (N, {self.size}), got {tuple(v.shape)}")
         return v[None] if v.dim() == 1 else v
-
-    def _values_for(self, v: Tensor) -> Tensor:
-        """The basis in the dtype the ops want beside ``v``."""
-        return self.values.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
 
 
 def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) -> None:
@@ -329,8 +322,7 @@ def _check_orthonormal(rows: Tensor) -> None:
         raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")
     tolerance = ORTHONORMAL_TOLERANCE * torch.finfo(rows.dtype).eps
     gram = ops.gram(rows)[0]
-    error = (
-        (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().amax().item() if len(rows) else 0.0
-    )
+    # Of no rows there is no maximum; a NaN is beyond any tolerance.
+    error = (gram - torch.eye(k, dtype=gram.dtype, device=gram.device)).abs().amax().item() if k else 0.0
     if not error <= tolerance:
         raise ValueError(f"rows must be orthonormal: inner products are off by {error:.2g}, beyond {tolerance:.2g}")

@@ -279,3 +279,13 @@ def test_a_block_leaves_everything_where_it_was(generator: Generator) -> None:
     pca.partial_fit(x[7:])
     assert method.folds == 4
     assert [getattr(method, name).data_ptr() for name in names] == places
+
+
+def test_rows_of_a_replay_reach_every_result(generator: Generator) -> None:
+    pca = incremental(block=4).partial_fit(trajectory(8, 30, generator))
+    before = pca.components_, pca.mean_
+    pca._replays = True  # as a captured call sets it, whose replays go past partial_fit
+    assert pca._method is not None
+    pca._method.append(trajectory(4, 30, generator))
+    for old, new in zip(before, (pca.components_, pca.mean_), strict=True):
+        assert not torch.equal(old, new)

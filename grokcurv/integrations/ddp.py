@@ -22,10 +22,6 @@ def seed_of_rank(seed: int) -> int:
     return seed * dist.get_world_size() + dist.get_rank()
 
 
-class _ElsewhereError(RuntimeError):
-    """Another rank has failed."""
-
-
 class ReplicatedEngine(GradientEngine):
     """Gradients averaged over the ranks of a DistributedDataParallel; vectors are (P,), the same on each.
 
@@ -33,6 +29,8 @@ class ReplicatedEngine(GradientEngine):
     """
 
     def __init__(self, model: DistributedDataParallel, loss_fn: LossFn, strategy: Strategy) -> None:
+        # The wrapped module, not the wrapper, whose forward pass would make its buckets ready for a backward pass of
+        # training's. But the wrapper's group: measured gradients are averaged over the very ranks that training's are.
         super().__init__(model.module, loss_fn, strategy=strategy)
         self._group = model.process_group
 
@@ -48,10 +46,15 @@ class ReplicatedEngine(GradientEngine):
         shake: torch.Generator | None = None,
     ) -> Tensor:
         """As there; a gradient in float64 is averaged before it is rounded, in memory for all of it."""
+        # Never part by part, as a single process may: what is compared with `out`, and rounded to it, must be the mean,
+        # and that is known only when all of this rank's gradient is there. A memory of its own also keeps `out` as it
+        # was, which is wanted for the comparison, and where `keep` is set: by a caller who only compares.
         whole = torch.empty_like(theta)
         with self._together():
             mode = self._mode(theta.dtype, shake)
             self._one(theta, batch, whole, seed_of_rank(seed), mode=mode)
+        # After the all-reduce each rank holds the same bits, so what follows needs no exchange: every rank computes the
+        # same norms from them, and so decides alike.
         deliver_whole(self._average_(whole), out, found, keep=keep)
         return out
 
@@ -68,32 +71,47 @@ class ReplicatedEngine(GradientEngine):
         keep: bool = False,
         shake: torch.Generator | None = None,
     ) -> None:
+        # The mean of the products is the product of the mean loss's Hessian, because the direction is the same on all
+        # ranks. The gradient is averaged even where nobody has asked for it, so that every call is the same two
+        # collectives.
         first, second = (torch.empty_like(theta) for _ in range(2))
         with self._together():
             super().product(theta, batch, direction, first, second, seed_of_rank(seed), shake=shake)
         for index, (whole, out) in enumerate(((first, gradient), (second, product))):
             self._average_(whole)
             if out is not None:
+                # From the end, since `found` has one row alone where there is no gradient to compare.
                 deliver_whole(whole, out, None if found is None else found[index - 2], keep=keep)
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
+        # True on every rank for every model, and taken on trust: of the checks of admission, which are made for the
+        # gradients of one process, only that for kinks is made here.
         return True
 
     def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+        # Traits decide in which precision later gradients are taken, and so the dtype of their all-reduces: the ranks
+        # must have the same ones, although each looks at a batch of its own.
         with self._together():
+            # True for a rank whose own operators have a kink: a branch of the model may be taken on one rank alone.
             nonsmooth = self._has_kinks(batch, seed_of_rank(seed))
+        # True on all ranks as soon as it is on one: the mean of gradients jumps where any of them does.
         return Traits(nonsmooth=self.anywhere(nonsmooth))
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
+        # One collective for all N gradients, where the loop makes one for each.
         with self._together():
             super()._batched(thetas, batches, out)
         return self._average_(out)
 
     def _average_(self, vectors: Tensor) -> Tensor:
+        # Summed and then divided, since gloo knows no average; in the vectors' own dtype, whatever hook of training's
+        # compresses what its buckets exchange.
         dist.all_reduce(vectors, group=self._group)
         return vectors.div_(self._group.size())
 
     def anywhere(self, flag: bool) -> bool:
+        # `flag` is true for this rank alone; what is returned is true for all, if it was for any. It is read at once,
+        # which on an accelerator waits for the device.
         flags = torch.tensor([flag], dtype=torch.int32, device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
         return bool(flags)
@@ -101,14 +119,16 @@ class ReplicatedEngine(GradientEngine):
     @contextmanager
     def _together(self) -> Iterator[None]:
         """Raises on all ranks if any does here, none of which would otherwise come to where the others wait."""
+        # Collectives are matched by their order. A rank that leaves between two of them would let the others wait in
+        # the next until the process group's timeout, or pair its own next one with another of theirs.
+        if is_asynchronous(self.device):
+            yield  # To ask the others would make each evaluation wait for the device: an error stays where it arose.
+            return
         error: Exception | None = None
         try:
             yield
-        except _ElsewhereError:
-            raise
         except Exception as raised:
-            if is_asynchronous(self.device):
-                raise
             error = raised
-        if not is_asynchronous(self.device) and self.anywhere(error is not None):
-            raise error or _ElsewhereError("the model could not be evaluated on another rank, whose error says why")
+        # True on all ranks if one has failed. Asked by those that succeeded too: they cannot know of it otherwise.
+        if self.anywhere(error is not None):
+            raise error or RuntimeError("the model could not be evaluated on another rank, whose error says why")

@@ -51,6 +51,8 @@ class Sharding(Partition):
         Raises:
             ValueError: not at all, along another dimension than 0, or not all over the same mesh and of one dtype.
         """
+        # Resharded before the model is looked at: where FSDP has gathered a parameter, the module has a plain tensor of
+        # full shape in its place, and would look as if nothing were sharded.
         parameters: list[DTensor] = []
         held, segments = _parameters(model), segments_of(model)
         for segment, parameter in zip(segments, held, strict=True):
@@ -59,6 +61,9 @@ class Sharding(Partition):
                     f"model: parameter {segment.name!r} is not sharded, so that its gradient is not averaged; call "
                     "fully_shard(model) on the whole model, without ignored_params"
                 )
+            # Over a mesh of two dimensions, (replicate, shard), a parameter has a placement for each; exactly one of
+            # them may cut it. Cut along its rows, each part is an interval of the flat vector, which all that follows
+            # rests on. Of exactly that type: the rows of a strided shard need not be an interval.
             split = [placement for placement in parameter.placements if not placement.is_replicate()]
             if len(split) != 1 or type(split[0]) is not Shard or split[0].dim != 0:
                 raise ValueError(
@@ -66,17 +71,23 @@ class Sharding(Partition):
                     f"of the mesh, got placements {parameter.placements}"
                 )
             parameters.append(parameter)
+            # One mesh for all, because sums over all coordinates are completed in one group, and one dtype, because the
+            # local parts go into one vector.
             kind, other = ((p.dtype, p.device_mesh, p.placements) for p in (parameter, parameters[0]))
             if kind != other:
                 raise ValueError(
                     f"model: trainable parameters must be of one dtype and sharded alike, but {segment.name!r} is "
                     f"{kind} and {segments[0].name!r} {other}"
                 )
+        # The group of the dimension that shards, not of all ranks: replicas have the same coordinates, and a sum over
+        # both dimensions would count each as often as there are replicas.
         mesh, placements = parameters[0].device_mesh, parameters[0].placements
         dim = [placement.is_replicate() for placement in placements].index(False)
         rank, world = mesh.get_local_rank(dim), mesh.size(dim)
         pieces = []
         for segment, sharded in zip(segments, parameters, strict=True):
+            # Where the part of this rank begins, as torch.chunk cuts: each rank has ceil(rows / world) rows until there
+            # are none left. The last ranks may have fewer, or none; those begin at the end.
             rows = segment.shape[0]
             start = min(rows, rank * -(-rows // world))
             pieces.append((segment.start + start * (segment.length // max(1, rows)), _local(sharded).shape))
@@ -97,6 +108,8 @@ class Sharding(Partition):
         return Segment(segment.name, start, stop - start, (stop - start,))
 
     def all_reduce_sum(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        # All sums of a call travel in one message. They are gathered and added here, rank 0 first, so that every rank
+        # makes the same additions: the last bit of a sum can decide a comparison, and that what is called next.
         first, *others = self._gather(torch.cat([s.reshape(-1) for s in sums]))
         for other in others:
             first = first + other
@@ -104,17 +117,23 @@ class Sharding(Partition):
         return tuple(part.view(s.shape) for part, s in zip(parts, sums, strict=True))
 
     def norm(self, *parts: Tensor) -> Tensor:
+        # Squares add up over shards, lengths do not.
         squares = [torch.linalg.vector_norm(_local(part), dtype=torch.float64).square() for part in parts]
         return self.all_reduce_sum(torch.stack(squares).sum())[0].sqrt()
 
     def all_reduce_max(self, values: Tensor) -> Tensor:
+        # Gathered too, so that the NaN of any rank reaches all: torch's own maximum passes it on.
         return self._gather(values).amax(0)
 
     def all_reduce_and(self, flags: Tensor) -> Tensor:
+        # A flag is true for this rank's coordinates; what is returned is true for all of them, on every rank, if it was
+        # so on each. As bytes, which every backend can send.
         return self._gather(flags.to(torch.uint8)).bool().all(0)
 
     def _gather(self, values: Tensor) -> Tensor:
         """(ranks, ...): the values of each."""
+        # The values of all ranks must be of one shape, which none of them can check: what is gathered here is per pair,
+        # per segment or per row, and never per coordinate, of which the ranks have different numbers.
         found = [torch.empty_like(values) for _ in range(self.group.size())]
         dist.all_gather(found, values.contiguous(), group=self.group)
         return torch.stack(found)
@@ -131,14 +150,21 @@ class ShardedEngine(GradientEngine):
     one strategy, ``loop``.
     """
 
+    # `brackets` is false on every rank for every model here: there are no second derivatives. `certifies` is false too:
+    # the float64 evaluation, where there is one, is of another model. Its gradients are compared with this one's, and
+    # take their place only at kinks.
     brackets = certifies = False
     partition: Sharding
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, exact: nn.Module | None = None) -> None:
         if strategy not in ("auto", "loop"):
             raise ValueError(f"strategy must be 'auto' or 'loop' for a model under fully_shard, got {strategy!r}")
+        # The partition comes first, since the engine makes an evaluator that needs it. And the loop alone, whatever the
+        # device: FSDP gathers and reduces in the module's own passes, one at a time.
         self.partition = Sharding.of(model)
         super().__init__(model, loss_fn, strategy="loop")
+        # `checked` is true on all ranks if they were given an exact model, as all or none must be: its evaluations
+        # gather over the ranks as the model's do.
         self.checked = exact is not None
         self._exact = None if exact is None else self._twin(exact)
 
@@ -147,6 +173,8 @@ class ShardedEngine(GradientEngine):
 
     def flatten_grad(self, out: Tensor | None = None) -> Tensor:
         """(P_r,)"""
+        # A sharded parameter's .grad is sharded alike, and already reduced over the ranks by FSDP: the local part of it
+        # is the local part of the mean.
         parameters = _parameters(self.model)
         grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
         return torch.cat([grad.flatten() for grad in grads], out=out)
@@ -168,9 +196,12 @@ class ShardedEngine(GradientEngine):
         )
 
     def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+        # Traits decide whether a gradient is taken of the exact model, whose passes are collectives of their own: ranks
+        # that disagreed would wait for each other in different ones. `nonsmooth` is true for all if it is for any.
         return Traits(nonsmooth=self.anywhere(self._has_kinks(batch, seed_of_rank(seed))), brackets=False)
 
     def anywhere(self, flag: bool) -> bool:
+        # `flag` is true for this rank alone, `unset` where it is not; if it is unset on all ranks nobody has set it.
         unset = torch.tensor([not flag], device=self.device)
         return not bool(self.partition.all_reduce_and(unset))
 
@@ -186,13 +217,19 @@ class ShardedEngine(GradientEngine):
         shake: torch.Generator | None = None,
     ) -> Tensor:
         """As there. A sample of the rounding error is that of the other precision, scaled by the ratio of roundoffs."""
+        # In one process the operators of the evaluation are shaken. Here the gradient in the other precision takes the
+        # place of a shaken one: both differ from the true one by rounding alone.
         if shake is not None:
             theta = theta.to(_other(theta.dtype))
+        # A gradient comes whole from FSDP: it goes straight to `out` only where nobody wants to compare it with what is
+        # there. `found` is given on all ranks or on none, since its norms are completed over the ranks.
         whole = out if out.dtype == theta.dtype and found is None else torch.empty_like(theta)
         self._gradient(theta, batch, whole, seed)
         if whole is not out:
             deliver_whole(whole, out, found, self.partition, keep=keep)
         if shake is not None and found is not None:
+            # The distance is of the coarser precision's rounding; what is asked for is that of float64, finer by the
+            # ratio of the roundoffs.
             eps = torch.finfo(theta.dtype).eps
             found[0] *= min(1.0, torch.finfo(torch.float64).eps / eps)
         return out
@@ -201,19 +238,29 @@ class ShardedEngine(GradientEngine):
         if theta.dtype != self.dtype:
             if self._exact is None or theta.dtype != self._exact.dtype:
                 raise ValueError(f"theta is {theta.dtype}, but the model {self.dtype}, and no exact model is of that")
+            # The exact model's values are stale whenever it is asked. Its trainable parameters take those of `theta` in
+            # its own evaluation; the rest is copied over first, and the batch cast as an evaluation of the model itself
+            # in another precision would cast it.
             self._follow(self._exact.model)
             cast = tree_map_only(Tensor, lambda x: x.to(theta.dtype) if x.is_floating_point() else x, batch)
             self._exact._gradient(theta, cast, out, seed)
             return
+        # Before every pass: hooks and waiting gradients come and go between two measurements. All ranks find the same,
+        # if they train the same model alike, and none enters a pass that others refuse.
         self._refuse_bystanders(_parameters(self.model))
 
         def use(loss: Tensor, _: list[Any]) -> None:
+            # Autograd cannot be asked to deliver elsewhere: FSDP scatters and averages gradients as they arrive, and
+            # puts them into the .grad of the sharded parameters. The evaluator has set those to None, or FSDP would add
+            # to them, and puts training's back.
             loss.backward()
             self.flatten_grad(out)
 
         self.evaluator.evaluate(self.evaluator.leaves(theta), batch, use, seed=seed_of_rank(seed))
 
     def observe(self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = False) -> frozenset[str]:
+        # A forward pass alone shows the operators. What it leaves gathered, since FSDP awaits a backward pass, is freed
+        # when the parameters are put back.
         return self.evaluator.observe(self.evaluator.leaves(theta), batch, lambda *_: None, seed=seed)
 
     def _reject_distributed_model(self) -> None:
@@ -223,12 +270,17 @@ class ShardedEngine(GradientEngine):
         """Sharding.of has looked at dtypes and devices."""
 
     def _refuse_bystanders(self, parameters: list[nn.Parameter]) -> None:
+        # In one process a measurement runs on stand-ins, which no hook of training's knows. Here it runs on training's
+        # own parameters: a hook that waits for their gradients, as of an optimiser that steps in the backward pass,
+        # would take a measured one for training's.
         for segment, parameter in zip(self.segments, parameters, strict=True):
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise ValueError(
                     f"model: parameter {segment.name!r} has a hook that runs when its gradient is there (an optimiser "
                     "in the backward pass?), and would run for measured gradients too; remove it"
                 )
+        # Between accumulated passes FSDP holds unreduced gradients of full shape where no .grad shows them. A measured
+        # backward pass would reduce them together with its own, and training would lose them.
         if any(map(_holds_gradients, _groups(self.model))):
             raise ValueError(
                 "model is between passes whose gradients add up unreduced: measure after one under "
@@ -239,9 +291,11 @@ class ShardedEngine(GradientEngine):
         """The engine of the exact model, once it is known to be built alike."""
         if not isinstance(exact, FSDPModule):
             raise ValueError(f"exact must have had fully_shard(exact), got {type(exact).__name__}")
+        # Its engine has no exact model in turn, which ends the recursion.
         engine, wanted = ShardedEngine(exact, self.evaluator.loss_fn, "loop"), _other(self.dtype)
         if engine.dtype != wanted or engine.device != self.device:
             raise ValueError(f"exact must be {wanted} on {self.device}, got {engine.dtype} on {engine.device}")
+        # Buffers and frozen parameters are copied over by position, and vectors cut by the shards: both must agree.
         if _structure(exact) != _structure(self.model) or engine.partition.pieces != self.partition.pieces:
             raise ValueError("exact has other modules, parameters, buffers or shards than model: build it alike")
         return engine
@@ -249,6 +303,8 @@ class ShardedEngine(GradientEngine):
     @torch.no_grad()
     def _follow(self, exact: nn.Module) -> None:
         """Give the exact model what a gradient depends on besides the trainable parameters."""
+        # Buffers and frozen parameters, which no `theta` holds; and the modes, because a dropout that one of the two
+        # leaves out would be taken for rounding. Both are sharded alike, so that local parts go over without a gather.
         for its, mine in zip(exact.buffers(), self.model.buffers(), strict=True):
             its.copy_(mine)
         for twin, module in zip(exact.modules(), self.model.modules(), strict=True):
@@ -270,6 +326,8 @@ class ShardedEvaluator(Evaluator):
         super().__init__(model, loss_fn)
 
     def parameters(self) -> list[nn.Parameter]:
+        # Called for what it does: afterwards the module has its sharded parameters, not those FSDP has gathered, which
+        # would pass for others that have come in their place.
         _parameters(self.model)
         return super().parameters()
 
@@ -277,20 +335,30 @@ class ShardedEvaluator(Evaluator):
         return self._partition.views(vector)
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
+        # Values to be copied into the shards, no more: no gradient arrives at them, so none is required.
         return self.views(theta)
 
     def _look(self) -> Snapshot:
+        # Of the model's attributes none: FSDP's own are among them, streams, groups and buffers in flight, and to put
+        # those back would take from it what a pass has left for the next.
         return Snapshot([list(self.model.buffers())])
 
     def _place(self, leaves: Sequence[Tensor], stack: ExitStack) -> None:
+        # Stand-ins, as in one process, are no way here: FSDP keeps the memory of each shard and gathers from that,
+        # whatever tensor the module holds. So the shard itself is overwritten, and a copy of its bits put back.
         parameters = _parameters(self.model)
         values, grads = [_local(p).clone() for p in parameters], [p.grad for p in parameters]
 
         def put_back(kind: Any, *_: Any) -> None:
-            if kind is not None and hasattr(self.model, "reset_iter_state"):  # torch >= 2.13: of passes broken off
+            # `kind` is None on a rank whose evaluation came to its end. After one that was broken off FSDP still counts
+            # on the rest of the pass; from torch 2.13 on it can be told that none will come.
+            if kind is not None and hasattr(self.model, "reset_iter_state"):
                 self.model.reset_iter_state()  # type: ignore[operator]
+            # Resharded anew, since the pass may have left the module with gathered parameters, and to write to those
+            # would leave the shards as the measurement had them.
             _write(_parameters(self.model), values, grads)
 
+        # Before anything is overwritten, so that a write that fails halfway is put back too.
         stack.push(put_back)
         _write(parameters, leaves, [None] * len(grads))
 
@@ -302,6 +370,8 @@ def _other(dtype: torch.dtype) -> torch.dtype:
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters, sharded, as the optimiser has them; what FSDP has gathered is freed."""
+    # A forward pass leaves the root gathered, and every module under reshard_after_forward=False, to save the backward
+    # pass a collective. To free what is gathered takes none: a rank may do it on its own.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -310,6 +380,8 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _local(tensor: Tensor) -> Tensor:
     """The memory itself of the local part, without a history."""
+    # to_local is differentiable, so that what it returns with gradients enabled is a node of a graph: to write to it
+    # in place would be refused, or recorded.
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
@@ -331,15 +403,20 @@ def _groups(model: nn.Module) -> Iterator[Any]:
     """What FSDP keeps of the parameters that it gathers together. torch has no public way to read it."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Several groups to a module in newer releases, one or none in older ones.
             state: Any = module._get_fsdp_state()
             yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group])
 
 
 def _holds_gradients(group: Any) -> bool:
     """Whether a backward pass would add to gradients that wait to be reduced, or let its own wait."""
+    # Gradients wait in one of three places: in the dtype they will be reduced in, where that is another than the
+    # parameters'; as the .grad of a gathered parameter; or reduced over the shards and not yet over the replicas.
     waiting = [p.unsharded_accumulated_grad for p in group.fsdp_params]
     waiting += [p._unsharded_param.grad for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
     waiting.append(group._partial_reduce_output)
+    # `reduce_grads` is false for a group that was told not to reduce its next pass, `all_reduce_grads` for one that was
+    # told to reduce over the shards alone; a loop tells all ranks the same. No gradient need be waiting yet.
     return not (group.reduce_grads and group.all_reduce_grads) or any(grad is not None for grad in waiting)
 
 
@@ -377,10 +454,14 @@ class ShardedPCA(StreamingPCA):
                 f"model must have had fully_shard(model), got {type(module).__name__}; where each rank has all "
                 "coordinates, a StreamingPCA on each does"
             )
+        # Of the methods `gram` alone has its sums completed over the ranks. The partition comes first, since the
+        # constructor makes a layout with it.
         self.partition = Sharding.of(module)
         super().__init__(n_components, "gram", segments, store_dtype=store_dtype, scratch=scratch)
         if self.segments is None:
             return
+        # They are given as intervals of R^P, the same on every rank, and kept as intervals of this rank's vectors. One
+        # that is empty here stays, because the ranks exchange a number for each segment.
         size, stop = sum(p.numel() for p in _parameters(module)), 0
         for segment in self.segments:
             if not stop <= segment.start <= segment.stop <= size:  # empty parts would lose their order otherwise
@@ -396,5 +477,7 @@ class ShardedPCA(StreamingPCA):
 
     def _new_layout(self, features: int, device: torch.device) -> Layout:
         layout = super()._new_layout(features, device)
-        layout.sizes  # noqa: B018 (exchanged here, so that variances can be read on one rank alone)
+        # To read the lengths of whole segments for the first time is an exchange. It is made here, where all ranks come
+        # by, so that variances can afterwards be read on one rank alone.
+        layout.sizes  # noqa: B018
         return layout

@@ -135,19 +135,15 @@ class CurvatureCallback(Callback):
         finally:
             self.monitor.gradient = gradient
 
-    def on_fit_end(self, *_: Any) -> None:
-        self._forget_optimizer()
-
-    def on_exception(self, *_: Any) -> None:
-        self._forget_optimizer()
-
     def _expect_step(self, *_: Any) -> None:
         self._stepped = False
 
-    def _forget_optimizer(self) -> None:
+    def _forget_optimizer(self, *_: Any) -> None:
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
+
+    on_fit_end = on_exception = _forget_optimizer
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._pair = (None, None)

@@ -46,13 +46,20 @@ def distributed(model: nn.Module, exact: nn.Module | None = None) -> Distributed
         ValueError: another kind of model; when a probe is made, parameters that are not sharded as above, or an
             ``exact`` that is not.
     """
+    # The kind of model is all that is looked at here, and it is the same on every rank: none may raise while the others
+    # go on to a collective. What an engine looks at closer, when a probe is made, is the same on each as well.
     module, exact = unwrapped(model), exact and unwrapped(exact)
+    # DistributedDataParallel first, since its wrapper is told by its type: inside it each rank has a whole model, which
+    # can take float64 parameters for an evaluation, so that there is nothing for an exact model to do.
     if isinstance(module, DistributedDataParallel):
         if exact is not None:
             raise ValueError("exact is for fully_shard: a DistributedDataParallel can be evaluated in float64 as it is")
         return Distributed(lambda loss_fn, strategy: ReplicatedEngine(module, loss_fn, strategy))
+    # fully_shard leaves a module what it is and gives it a class that derives from FSDPModule as well. FSDP casts and
+    # gathers in the one precision it was set up with, and so float64 takes a model of its own.
     if isinstance(module, FSDPModule):
         return Distributed(lambda loss_fn, strategy: ShardedEngine(module, loss_fn, strategy, exact))
+    # The older wrapper is no FSDPModule: it has flattened the parameters, whose pieces need not be rows of any of them.
     if isinstance(module, FullyShardedDataParallel):
         raise ValueError("model is a FullyShardedDataParallel; use its successor torch.distributed.fsdp.fully_shard")
     raise ValueError(

@@ -142,6 +142,14 @@ def check_spans(name: str, spans: Tensor, size: int) -> None:
             raise ValueError(f"{name}[{j}] has start {start} and length {length}, which does not lie within P = {size}")
 
 
+def spans_within(segments: Tensor | None, size: int) -> Tensor:
+    """The segments, or the one of all coordinates; raises if one leaves them."""
+    if segments is None:
+        return torch.tensor([[0, size]])
+    check_spans("segments", segments, size)
+    return segments
+
+
 def check_apart(name: str, out: Tensor, **inputs: Tensor) -> None:
     """Raises if ``out`` shares memory with an input. All are contiguous, so each is one range of bytes."""
     start, stop = out.data_ptr(), out.data_ptr() + out.nbytes

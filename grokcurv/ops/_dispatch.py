@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,18 +18,23 @@ except ImportError as error:
         "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
     ) from error
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
 
 _library = torch.library.Library("grokcurv", "DEF")
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+def define(name: str, run: Callable[P, R], fake: Callable[..., R], writes: tuple[str, ...] = ()) -> Callable[P, R]:
+    """An op with the arguments of ``fake``, of which it writes to those named."""
+    schema = torch.library.infer_schema(fake, op_name=name, mutates_args=writes)
+    # Integers are part of a traced program, not symbols in it: the checks look at them.
+    _library.define(schema.replace("SymInt", "int"), tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"grokcurv::{name}", fake, lib=_library)
-    return cast(Callable[..., Any], getattr(torch.ops.grokcurv, name).default)
+    return cast(Callable[P, R], getattr(torch.ops.grokcurv, name).default)
 
 
 class Core(NamedTuple):

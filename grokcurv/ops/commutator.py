@@ -119,9 +119,4 @@ def _commutator_run(*inputs: Any) -> _CommutatorTensors:
     return outputs
 
 
-_commutator = define(
-    "commutator(Tensor g_a, Tensor g_b, Tensor a2, Tensor b2, Tensor eta, Tensor? theta, Tensor? values, Tensor? rows, "
-    "Tensor? segments, str form, bool keep_delta) -> (Tensor, Tensor, Tensor, Tensor)",
-    _commutator_run,
-    _commutator_fake,
-)
+_commutator = define("commutator", _commutator_run, _commutator_fake)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import FLOATS, Array, as_optional, as_tensor, check, check_spans, check_table
+from grokcurv.ops._arguments import FLOATS, Array, as_optional, as_tensor, check, check_table, spans_within
 from grokcurv.ops._dispatch import TYPES, call, define
 
 
@@ -18,10 +16,8 @@ def gram(x: Array, y: Array | None = None, *, origin: Array | None = None, segme
     origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
     is read once (on a GPU once for every 32 rows of the other side).
     """
-    result = _gram(
-        as_tensor("x", x), as_optional("y", y), as_optional("origin", origin), as_optional("segments", segments)
-    )
-    return cast(Tensor, result)
+    optional = [as_optional(name, t) for name, t in (("y", y), ("origin", origin), ("segments", segments))]
+    return _gram(as_tensor("x", x), *optional)
 
 
 def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -40,16 +36,9 @@ def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Ten
 def _gram_run(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
     out = _gram_fake(x, y, origin, segments)
     n, p = x.shape
-    if segments is None:
-        segments = torch.tensor([[0, p]])
-    else:
-        check_spans("segments", segments, p)
+    segments = spans_within(segments, p)
     call("gram", x, TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)
     return out
 
 
-_gram = define(
-    "gram(Tensor x, Tensor? y, Tensor? origin, Tensor? segments) -> Tensor",
-    _gram_run,
-    _gram_fake,
-)
+_gram = define("gram", _gram_run, _gram_fake)

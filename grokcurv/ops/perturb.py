@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = 
     """
     inputs = as_tensor("theta", theta), as_tensor("directions", directions), as_tensor("eta", eta)
     if out is None:
-        return cast(Tensor, _perturb(*inputs))
+        return _perturb(*inputs)
     _perturb_out(*inputs, as_writable("out", out))
     return out
 
@@ -53,13 +53,5 @@ def _perturb_out_run(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor
     bump_version(out)
 
 
-_perturb = define(
-    "perturb(Tensor theta, Tensor directions, Tensor eta) -> Tensor",
-    _perturb_run,
-    _perturb_fake,
-)
-_perturb_out = define(
-    "perturb_out(Tensor theta, Tensor directions, Tensor eta, Tensor(a!) out) -> ()",
-    _perturb_out_run,
-    _perturb_out_fake,
-)
+_perturb = define("perturb", _perturb_run, _perturb_fake)
+_perturb_out = define("perturb_out", _perturb_out_run, _perturb_out_fake, ("out",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from grokcurv.ops._arguments import (
     as_writable,
     check,
     check_apart,
-    check_spans,
     check_table,
+    spans_within,
 )
 from grokcurv.ops._dispatch import TYPES, bump_version, call, define
 from grokcurv.reference import compute_type
@@ -32,10 +31,8 @@ def rotate(rows: Array, coefficients: Array, *, segments: Array | None = None) -
     bitwise equal to :func:`grokcurv.reference.rotate`; on a GPU a product is not rounded before it is added. A NaN in
     a row reaches every output, coefficient 0 or not.
     """
-    result = _rotate(
-        as_tensor("rows", rows), as_tensor("coefficients", coefficients), as_optional("segments", segments)
-    )
-    return cast(Tensor, result)
+    inputs = as_tensor("rows", rows), as_tensor("coefficients", coefficients), as_optional("segments", segments)
+    return _rotate(*inputs)
 
 
 def rotate_(
@@ -124,9 +121,7 @@ def _call_rotate(
 
 def _disjoint(segments: Tensor | None, size: int) -> Tensor:
     """The segments, or the one of all coordinates; raises if one leaves them or two share one."""
-    if segments is None:
-        return torch.tensor([[0, size]])
-    check_spans("segments", segments, size)
+    segments = spans_within(segments, size)
     spans = sorted((start, start + length, j) for j, (start, length) in enumerate(segments.tolist()) if length)
     for (_, stop, i), (start, _, j) in pairwise(spans):
         if start < stop:
@@ -134,13 +129,5 @@ def _disjoint(segments: Tensor | None, size: int) -> Tensor:
     return segments
 
 
-_rotate = define(
-    "rotate(Tensor rows, Tensor coefficients, Tensor? segments) -> Tensor",
-    _rotate_run,
-    _rotate_fake,
-)
-_rotate_ = define(
-    "rotate_(Tensor(a!) rows, Tensor coefficients, Tensor? segments, Tensor(b!)? mean, Tensor? weights) -> ()",
-    _rotate_in_place_run,
-    _rotate_in_place_fake,
-)
+_rotate = define("rotate", _rotate_run, _rotate_fake)
+_rotate_ = define("rotate_", _rotate_in_place_run, _rotate_in_place_fake, ("rows", "mean"))

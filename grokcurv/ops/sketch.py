@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ def sketch(x: Array, size: int, seed: int, *, start: int = 0) -> Tensor:
     the first coordinate: the sketches of shards that begin where they do in the whole add up to its sketch.
     """
     scalars = as_integer("size", size), as_integer("seed", seed), as_integer("start", start)
-    return cast(Tensor, _sketch(as_tensor("x", x), *scalars))
+    return _sketch(as_tensor("x", x), *scalars)
 
 
 def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
@@ -40,8 +38,4 @@ def _sketch_run(x: Tensor, size: int, seed: int, start: int) -> Tensor:
     return out
 
 
-_sketch = define(
-    "sketch(Tensor x, int size, int seed, int start) -> Tensor",
-    _sketch_run,
-    _sketch_fake,
-)
+_sketch = define("sketch", _sketch_run, _sketch_fake)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from grokcurv.ops._dispatch import TYPES, bump_version, call, define
 
 def subspace_split(v: Array, values: Array, rows: Array) -> tuple[Tensor, Tensor]:
     """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis."""
-    result = _subspace_split(as_tensor("v", v), as_tensor("values", values), as_tensor("rows", rows))
-    return cast(tuple[Tensor, Tensor], result)
+    return _subspace_split(as_tensor("v", v), as_tensor("values", values), as_tensor("rows", rows))
 
 
 def _subspace_split_fake(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +47,8 @@ def subspace_filter_(g: A, values: Array, rows: Array, strength: float) -> A:
 
     Coefficients and the new coordinates are formed in float64 and rounded once, to the dtype of g.
     """
-    _subspace_filter_(
-        *(as_writable("g", g), as_tensor("values", values), as_tensor("rows", rows), as_number("strength", strength))
-    )
+    basis = as_tensor("values", values), as_tensor("rows", rows)
+    _subspace_filter_(as_writable("g", g), *basis, as_number("strength", strength))
     return g
 
 
@@ -70,13 +67,5 @@ def _subspace_filter_run(g: Tensor, values: Tensor, rows: Tensor, strength: floa
     bump_version(g)
 
 
-_subspace_split = define(
-    "subspace_split(Tensor v, Tensor values, Tensor rows) -> (Tensor, Tensor)",
-    _subspace_split_run,
-    _subspace_split_fake,
-)
-_subspace_filter_ = define(
-    "subspace_filter_(Tensor(a!) g, Tensor values, Tensor rows, float strength) -> ()",
-    _subspace_filter_run,
-    _subspace_filter_fake,
-)
+_subspace_split = define("subspace_split", _subspace_split_run, _subspace_split_fake)
+_subspace_filter_ = define("subspace_filter_", _subspace_filter_run, _subspace_filter_fake, ("g",))

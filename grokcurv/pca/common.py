@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,10 +38,7 @@ class Layout:
 
     def intervals(self) -> Iterator[tuple[int, int]]:
         """Start and length of each segment."""
-        start = 0
-        for length in self.lengths:
-            yield start, length
-            start += length
+        return zip(accumulate(self.lengths, initial=0), self.lengths, strict=False)
 
     @cached_property
     def spans(self) -> Tensor:
@@ -67,7 +65,13 @@ class Layout:
 
     def finite(self, rows: Tensor) -> Tensor:
         """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
-        return self.partition.all_reduce_and(_finite(rows))
+        if not rows.numel():
+            here = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        else:
+            # Row by row: torch reduces the rows of a matrix ten times slower.
+            extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in rows])
+            here = (extremes.abs() < LARGEST[rows.dtype]).all(1)
+        return self.partition.all_reduce_and(here)
 
 
 class Spectrum(NamedTuple):
@@ -83,6 +87,8 @@ class Spectrum(NamedTuple):
 
 class Method(Protocol):
     """A way to keep the PCA of packed rows (n, L). Reading changes nothing that is kept."""
+
+    layout: Layout
 
     @property
     def n_samples_seen(self) -> int: ...
@@ -113,18 +119,11 @@ class Method(Protocol):
 
     def scores(self, rows: Tensor) -> Tensor:
         """(S, n, k) float64: coordinates of packed rows along the components, about the mean."""
+        return along(rows, self.mean(), self.components(), self.layout)
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-def _finite(rows: Tensor) -> Tensor:
-    if not rows.numel():
-        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    # Row by row: torch reduces the rows of a matrix ten times slower.
-    extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in rows])
-    return (extremes.abs() < LARGEST[rows.dtype]).all(1)
 
 
 def check_state(state: Mapping[str, Any], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

@@ -22,8 +22,8 @@ from grokcurv.pca.common import (
     EIGH_TOLERANCE,
     EPSILON,
     Layout,
+    Method,
     Spectrum,
-    along,
     check_state,
     orthonormal_,
     padded,
@@ -33,7 +33,7 @@ from grokcurv.pca.rows import Rows
 from grokcurv.reference import compute_type
 
 
-class Gram:
+class Gram(Method):
     """The PCA of rows that are kept; ``stored`` is their type in the store.
 
     Where that is narrower than the rows' own, differences from the first row are stored, not the rows themselves: they
@@ -84,13 +84,11 @@ class Gram:
             every = [torch.ones(n, dtype=torch.bool, device=rows.device) if t is None else t for t, n in parts]
             self.flags = torch.cat(every)
         shift = None if self._differences else self.origin
-        start = 0
-        for page in self.rows.pages():
+        for start, page in self.rows.pages():
             stop, first = start + len(page), max(old, start)  # pairs among the new rows once
             block = self.layout.gram(rows[first - old :], page, origin=shift)
             self.gram[:, first:new, start:stop] = block
             self.gram[:, start:stop, first:new] = block.transpose(1, 2)
-            start = stop
         self.forget()
 
     def merge(self, other: Gram) -> None:
@@ -103,11 +101,9 @@ class Gram:
 
     def given(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The rows, (n_i, L) at a time, as they were given, but for what :meth:`rounding` says; and their flags."""
-        start = 0
-        for page in list(self.rows.pages()):
+        for start, page in list(self.rows.pages()):
             flags = None if self.flags is None else self.flags[start : start + len(page)]
             yield (page.double() + self.origin).to(self.dtype) if self._differences else page, flags
-            start += len(page)
 
     def rounding(self) -> Tensor:
         """(S,): how far an eigenvalue can be off because rows were rounded when they were stored."""
@@ -171,9 +167,6 @@ class Gram:
             mean += self.origin
         return mean.to(compute_type(self.dtype))
 
-    def scores(self, rows: Tensor) -> Tensor:
-        return along(rows, self.mean(), self.components(), self.layout)
-
     @property
     def history(self) -> Tensor:
         """(n, S); the first is NaN, since one row has no variance. Every prefix is solved once, when first read."""
@@ -194,7 +187,7 @@ class Gram:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "rows": list(self.rows.pages()),
+            "rows": [page for _, page in self.rows.pages()],
             "origin": self.origin,
             "gram": self.raw.contiguous(),
             "rounded": self.rounded,
@@ -256,11 +249,9 @@ class Gram:
     def _combination(self, weights: Tensor) -> Tensor:
         """(q, L) float64: the sums over t of ``weights[s, j, t] x_t``, or of the differences that are stored."""
         total = self.gram.new_zeros(weights.shape[1], self.layout.size)
-        start = 0
-        for page in self.rows.pages():
+        for start, page in self.rows.pages():
             part = weights[:, :, start : start + len(page)].contiguous()
             total += ops.rotate(page.double(), part, segments=self.layout.spans)
-            start += len(page)
         return total
 
 

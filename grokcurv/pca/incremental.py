@@ -17,7 +17,7 @@ the bound is known beforehand too: at most the variance outside the leading j di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,14 +29,17 @@ from grokcurv.pca.common import (
     EIGH_TOLERANCE,
     EPSILON,
     Layout,
+    Method,
     Spectrum,
-    along,
     check_state,
     orthonormal_,
     padded,
     trace,
 )
 from grokcurv.reference import compute_type
+
+TENSORS = ("origin", "sum", "count", "valid", "total", "lost", "rounding")
+"""Of a state those that are attributes of the same name, shape and dtype."""
 
 MARKS = 1 << 14
 """Entries of :attr:`Incremental.history` that are kept, the latest; fewer for more than 63 segments."""
@@ -59,7 +62,7 @@ class Fold(NamedTuple):
     """(S,) an eigenvalue below this is rounding."""
 
 
-class Incremental:
+class Incremental(Method):
     """The PCA of any number of rows in the memory of r + b + 1 of them, the first one and a sum in float64.
 
     All that depends on the rows lives in tensors that stay where they are, the number of rows too. So a block of b rows
@@ -106,7 +109,9 @@ class Incremental:
             first = valid.any() & (self.valid[: self.pending].sum() == 0)
             row = rows.index_select(0, valid.int().argmax()[None])[0]
             self.origin.copy_(torch.where(first, row, self.origin))
-        for start, stop in self._cuts(len(rows)):
+        start = 0
+        while start < len(rows):
+            stop = min(len(rows), start + self.block - self.pending)
             places = self._buffer[self.pending : self.pending + stop - start]
             counts = self.valid[self.pending : self.pending + stop - start]
             torch.sub(rows[start:stop], self.origin, out=places)
@@ -116,13 +121,6 @@ class Incremental:
                 places.masked_fill_(valid[start:stop, None].logical_not(), 0.0)
                 counts.copy_(valid[start:stop])
             self._took(stop - start)
-
-    def _cuts(self, count: int) -> Iterator[tuple[int, int]]:
-        """Parts of ``count`` rows, each to the end of a block or of the rows."""
-        start = 0
-        while start < count:
-            stop = min(count, start + self.block - self.pending)
-            yield start, stop
             start = stop
 
     def drop_masked(self) -> None:
@@ -164,9 +162,6 @@ class Incremental:
         ops.rotate_(self._used, none, segments=self.layout.spans, mean=total, weights=weights)
         return total.div_(self.count + weights.sum()).add_(self.origin).to(self.dtype)
 
-    def scores(self, rows: Tensor) -> Tensor:
-        return along(rows, self.mean(), self.components(), self.layout)
-
     @property
     def history(self) -> Tensor:
         """(n, S): known where a block ended, NaN elsewhere."""
@@ -193,40 +188,21 @@ class Incremental:
 
     def state_dict(self) -> dict[str, Any]:
         marks, shares = self._kept_marks()
-        return {
-            "rows": self._used.clone(),
-            "origin": self.origin.clone(),
-            "sum": self.sum.clone(),
-            "count": self.count.clone(),
-            "valid": self.valid.clone(),
-            "appended": self.appended,
-            "pending": self.pending,
-            "folds": int(self.folds),
-            "total": self.total.clone(),
-            "lost": self.lost.clone(),
-            "rounding": self.rounding.clone(),
-            "marks": marks,
-            "history": shares,
-        }
+        numbers = {"appended": self.appended, "pending": self.pending, "folds": int(self.folds)}
+        tensors = {name: getattr(self, name).clone() for name in TENSORS}
+        return {"rows": self._used.clone(), **tensors, **numbers, "marks": marks, "history": shares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numbers = {name: state.get(name) for name in ("appended", "pending", "folds")}
         if any(type(value) is not int or value < 0 for value in numbers.values()):
             raise ValueError(f"state is damaged: {numbers}")
-        pending, count, size = state["pending"], len(self.layout.lengths), self.layout.size
+        pending = state["pending"]
         marks = state["marks"].shape[0] if isinstance(state.get("marks"), Tensor) and state["marks"].dim() else 0
-        float64 = torch.float64
-        wanted = {
-            "rows": ((self.rank + 1 + pending, size), self.dtype),
-            "origin": ((size,), self.dtype),
-            "sum": ((size,), float64),
-            "count": ((), float64),
-            "valid": ((self.block,), float64),
-            "total": ((count,), float64),
-            "lost": ((2, count), float64),
-            "rounding": ((count,), float64),
-            "marks": ((marks,), float64),
-            "history": ((marks, count), float64),
+        own: dict[str, Tensor] = {name: getattr(self, name) for name in TENSORS}
+        wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()} | {
+            "rows": ((self.rank + 1 + pending, self.layout.size), self.dtype),
+            "marks": ((marks,), torch.float64),
+            "history": ((marks, len(self.layout.lengths)), torch.float64),
         }
         check_state(state, wanted)
         if pending >= self.block:
@@ -234,10 +210,8 @@ class Incremental:
         if marks > len(self.marks):
             raise ValueError(f"state is damaged: {marks} marks, but {len(self.marks)} are kept")
         self._used_of(pending).copy_(state["rows"])
-        self.origin.copy_(state["origin"])
-        self.sum.copy_(state["sum"])
-        for name in ("count", "valid", "total", "lost", "rounding"):
-            getattr(self, name).copy_(state[name])
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
         self.appended, self.pending, self.begun = state["appended"], pending, state["folds"] > 0
         self.folds.fill_(state["folds"])
         self.marked.fill_(marks)

@@ -40,10 +40,10 @@ class Rows:
     def __len__(self) -> int:
         return self._count
 
-    def pages(self) -> Iterator[Tensor]:
-        """(n_i, size), in order."""
+    def pages(self) -> Iterator[tuple[int, Tensor]]:
+        """The number of the first row of each page, and the page (n_i, size), in order."""
         for start, page in zip(range(0, self._count, self.page_rows), self._pages, strict=False):
-            yield page[: self._count - start]
+            yield start, page[: self._count - start]
 
     def reserve(self, count: int) -> None:
         """Room for so many rows in all."""

@@ -15,21 +15,19 @@ than :math:`\eta \mathrm{tr}(G)`, :math:`\eta = 2 / \sqrt{\delta M}`, and then n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.pca.common import Layout, Spectrum
+from grokcurv.pca.common import Layout, Spectrum, along
 from grokcurv.pca.incremental import Incremental
 
 FAILURE = 0.01
 """Probability with which the bound may fail, over the choice of the seed."""
 
 
-class Sketch:
+class Sketch(Incremental):
     """The incremental PCA of rows that were shortened at random, M coordinates for each segment."""
 
     def __init__(
@@ -42,31 +40,15 @@ class Sketch:
         size: int,
         seed: int,
     ) -> None:
-        self.layout, self.size, self.seed = layout, size, seed
-        inner = Layout((size,) * len(layout.lengths), layout.device)
-        self.short = Incremental(n_components, rank, block, shrinkage, inner, torch.float64)
-
-    @property
-    def n_samples_seen(self) -> int:
-        return self.short.n_samples_seen
+        short = Layout((size,) * len(layout.lengths), layout.device)
+        super().__init__(n_components, rank, block, shrinkage, short, torch.float64)
+        self.packed, self.size, self.seed = layout, size, seed
 
     def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
-        self.short.append(self._sketch_rows(rows), valid)
-
-    def drop_masked(self) -> None:
-        self.short.drop_masked()
-
-    def forget(self) -> None:
-        self.short.forget()
-
-    def merge(self, other: Sketch) -> None:
-        self.short.merge(other.short)
-
-    def add_rounding(self, rounding: Tensor) -> None:
-        self.short.add_rounding(rounding)
+        super().append(self._sketch_rows(rows), valid)
 
     def spectrum(self) -> Spectrum:
-        values, total, bound = self.short.spectrum()
+        values, total, bound = super().spectrum()
         share = 2 / math.sqrt(FAILURE * self.size)
         worst = share / (1 - share) * total if share < 1 else torch.full_like(total, torch.inf)
         return Spectrum(values, total, bound + worst)
@@ -77,9 +59,9 @@ class Sketch:
         An eigenvalue is the sum of M squares, one for each coordinate of its sketched component; their scatter about
         the average measures that of the sum, as if they were independent.
         """
-        parts = torch.stack(self.short.layout.split(self.short.components()))
+        parts = torch.stack(self.layout.split(super().components()))
         fourth = parts.double().square().square().sum(2)
-        return self.short.spectrum().values * (fourth - 1 / self.size).clamp_min(0).sqrt()
+        return self.spectrum().values * (fourth - 1 / self.size).clamp_min(0).sqrt()
 
     def components(self) -> Tensor:
         raise ValueError(
@@ -90,20 +72,11 @@ class Sketch:
     mean = components
 
     def scores(self, rows: Tensor) -> Tensor:
-        return self.short.scores(self._sketch_rows(rows))
-
-    @property
-    def history(self) -> Tensor:
-        return self.short.history
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.short.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.short.load_state_dict(state)
+        return along(self._sketch_rows(rows), super().mean(), super().components(), self.layout)
 
     def _sketch_rows(self, rows: Tensor) -> Tensor:
-        intervals, parts = self.layout.intervals(), self.layout.split(rows)
+        """(n, S M) of packed rows (n, L)."""
+        intervals, parts = self.packed.intervals(), self.packed.split(rows)
         sketches = [
             ops.sketch(part.contiguous(), self.size, self.seed, start=start)
             for (start, _), part in zip(intervals, parts, strict=True)

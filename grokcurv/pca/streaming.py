@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,6 +106,7 @@ class StreamingPCA:
         self.method_: str | None = None
         self.reason_ = "no rows yet"
         self._method: Method | None = None
+        self._results: dict[str, Any] = {}
         self._layout = Layout((), torch.device("cpu"), self.partition)
         self._dtype = torch.float32
         self._features = 0
@@ -157,15 +157,12 @@ class StreamingPCA:
         On the CPU those without variance are left out. On an accelerator to look would mean to wait: there they are
         rows of zeros, and masked rows are not reported.
         """
-        if self._method is None:
-            self._fitted()
-        if not is_asynchronous(self._layout.device):
-            values = self._spectrum.values
-            kept = (values[:, :k] > 0).sum(1).tolist()
-        else:
+        method = self._method or self._fitted()
+        if is_asynchronous(self._layout.device):
             kept = [k] * len(self._layout.lengths)
-        assert self._method is not None
-        components = self._layout.split(self._method.components())
+        else:
+            kept = (self._spectrum.values[:, :k] > 0).sum(1).tolist()
+        components = self._layout.split(method.components())
         starts = [0] if self.segments is None else [s.start for s in self.segments]
         return [(start, rows[:n]) for start, rows, n in zip(starts, components, kept, strict=True)]
 
@@ -274,7 +271,7 @@ class StreamingPCA:
         Raises:
             ValueError: ``sketch`` has none; or no rows seen yet.
         """
-        return self._by_segment(self._components)
+        return self._by_segment(self._result("components"))
 
     @property
     def mean_(self) -> Any:
@@ -283,7 +280,7 @@ class StreamingPCA:
         Raises:
             ValueError: as for the components.
         """
-        return self._by_segment(self._mean)
+        return self._by_segment(self._result("mean"))
 
     @property
     def pc1_history_(self) -> Tensor:
@@ -294,10 +291,8 @@ class StreamingPCA:
         """
         self._raise_if_masked()
         if self._method is None:
-            history = torch.empty(0, len(self.segments or (None,)), dtype=torch.float64)
-        else:
-            history = self._method.history
-        return history if self.segments is not None else history[:, 0]
+            return self._shaped(torch.empty(0, len(self.segments or (None,)), dtype=torch.float64), dim=1)
+        return self._shaped(self._method.history, dim=1)
 
     @property
     def step_norms_(self) -> Tensor:
@@ -306,11 +301,7 @@ class StreamingPCA:
         Raises:
             ValueError: another method, or no rows seen yet.
         """
-        method = self._fitted()
-        if not isinstance(method, Gram):
-            raise ValueError(f"step_norms_ needs method='gram', this PCA works by {self.method_!r}")
-        norms = method.step_norms()
-        return norms if self.segments is not None else norms[:, 0]
+        return self._shaped(self._gram_for("step_norms_").step_norms(), dim=1)
 
     @property
     def rows_(self) -> Tensor:
@@ -321,10 +312,7 @@ class StreamingPCA:
         Raises:
             ValueError: another method, or no rows seen yet.
         """
-        method = self._fitted()
-        if not isinstance(method, Gram):
-            raise ValueError(f"rows_ needs method='gram', this PCA works by {self.method_!r}")
-        return torch.cat([rows for rows, _ in method.given()])
+        return torch.cat([rows for rows, _ in self._gram_for("rows_").given()])
 
     def transform(self, x: Tensor) -> Tensor:
         """Coordinates of the rows ``x`` (P,) or (n, P) along the components, about the mean.
@@ -440,9 +428,8 @@ class StreamingPCA:
         return Sketch(self.n_components, rank, self.block, self.shrinkage, layout, self.sketch_size, self.seed)
 
     def _new_layout(self, features: int, device: torch.device) -> Layout:
-        if self.segments is None:
-            return Layout((features,), device, self.partition)
-        return Layout(tuple(segment.length for segment in self.segments), device, self.partition)
+        lengths = (features,) if self.segments is None else tuple(s.length for s in self.segments)
+        return Layout(lengths, device, self.partition)
 
     def _gram_bytes(self, rows: int) -> int:
         stored = 0 if self.scratch is not None else (self.store_dtype or self._dtype).itemsize
@@ -512,16 +499,16 @@ class StreamingPCA:
 
     def _check_capture(self, count: int) -> None:
         """Raises unless a call with ``count`` rows does the same to the same memory whenever it is replayed."""
-        inner = self._method.short if isinstance(self._method, Sketch) else self._method
-        if not isinstance(inner, Incremental):
+        method = self._method
+        if not isinstance(method, Incremental):
             raise RuntimeError(
                 "a captured partial_fit needs method='incremental' or 'sketch', and rows before the capture; "
                 f"this PCA works by {self.method_!r}"
             )
-        if not inner.begun or inner.pending or count % self.block:
+        if not method.begun or method.pending or count % self.block:
             raise RuntimeError(
                 f"a captured partial_fit takes whole blocks of {self.block} rows after a first block, none pending; "
-                f"got {count} rows with {inner.pending} pending after {inner.appended}"
+                f"got {count} rows with {method.pending} pending after {method.appended}"
             )
         self._replays = True
 
@@ -535,31 +522,33 @@ class StreamingPCA:
             raise ValueError("this StreamingPCA has seen no rows yet: call partial_fit first")
         return self._method
 
-    @cached_property
-    def _spectrum_cache(self) -> Spectrum:
-        return self._fitted().spectrum()
+    def _gram_for(self, name: str) -> Gram:
+        """The method, for the attribute of this name, which only the rows themselves can tell."""
+        method = self._fitted()
+        if not isinstance(method, Gram):
+            raise ValueError(f"{name} needs method='gram', this PCA works by {self.method_!r}")
+        return method
+
+    def _result(self, name: str) -> Any:
+        """What the method says under this name; kept until rows are added, or may have been by a replay."""
+        method = self._fitted()
+        if name not in self._results:
+            self._results[name] = getattr(method, name)()
+        return self._results[name]
 
     @property
     def _spectrum(self) -> Spectrum:
-        self._fitted()
-        return self._spectrum_cache
-
-    @cached_property
-    def _components(self) -> Tensor:
-        return self._fitted().components()
-
-    @cached_property
-    def _mean(self) -> Tensor:
-        return self._fitted().mean()
+        spectrum: Spectrum = self._result("spectrum")
+        return spectrum
 
     def _forget(self) -> None:
-        for name in ("_spectrum_cache", "_components", "_mean"):
-            self.__dict__.pop(name, None)
+        self._results = {}
         if self._replays and self._method is not None:
             self._method.forget()
 
-    def _shaped(self, per_segment: Tensor) -> Tensor:
-        return per_segment if self.segments is not None else per_segment[0]
+    def _shaped(self, per_segment: Tensor, dim: int = 0) -> Tensor:
+        """The numbers of all segments, which ``dim`` counts; without segments those of the one there is."""
+        return per_segment if self.segments is not None else per_segment.select(dim, 0)
 
     def _by_segment(self, rows: Tensor) -> Any:
         return self._layout.split(rows) if self.segments is not None else rows
@@ -569,15 +558,15 @@ class StreamingPCA:
     def _settings(self) -> dict[str, Any]:
         """What makes results, as plain values."""
         names = ("n_components", "method", "oversampling", "block", "shrinkage", "sketch_size", "seed")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
-        settings["segments"] = None if self.segments is None else [[s.start, s.length] for s in self.segments]
-        settings["store_dtype"] = None if self.store_dtype is None else str(self.store_dtype)
-        return settings
+        return {name: getattr(self, name) for name in names} | {
+            "segments": None if self.segments is None else [[s.start, s.length] for s in self.segments],
+            "store_dtype": None if self.store_dtype is None else str(self.store_dtype),
+        }
 
 
 def _feed(method: Method, gram: Gram) -> None:
     """Give the rows of ``gram`` to a method that keeps none, and what rounding has done to them."""
-    assert isinstance(method, Incremental | Sketch)
+    assert isinstance(method, Incremental)
     for rows, valid in gram.given():
         method.append(rows, valid)
     method.add_rounding(gram.rounding())
