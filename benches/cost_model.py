@@ -7,22 +7,19 @@ first; then each row's prediction stands beside its time. Wants an idle machine.
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import tyro
-from clock import fastest
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import grokcurv as gc
-from grokcurv.modular import Transformer, fast
-
-ROWS = 512
+from grokcurv.bench.measurements import MODULE, ROWS, SHORTER, batch, loss, network
 
 
 class Launches(TorchDispatchMode):
@@ -53,6 +50,12 @@ def counted(run: Callable[[], object]) -> tuple[int, float, float]:
     return launches.calls, flops.get_total_flops() / 1e9, launches.bytes / 1e6
 
 
+def fastest(run: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest of some calls, after one to warm up."""
+    run()
+    return min(timeit.repeat(run, number=1, repeat=rounds))
+
+
 def constants(rounds: int) -> tuple[float, float, float]:
     """Seconds per Gflop, per MB and per launch: products, copies and the smallest calls of the model's sizes."""
     x, y, small = torch.randn(2 * ROWS, 128), torch.randn(128, 256), torch.randn(4, requires_grad=True)
@@ -69,35 +72,27 @@ def main(rounds: Annotated[int, tyro.conf.arg(help="of each row; one shows that 
     torch.set_num_threads(1)
     flop, byte, call = constants(rounds)
     print(f"{1 / flop:.0f} Gflop/s, {1e-3 / byte:.0f} GB/s, {1e6 * call:.1f} us a launch")
-    model = Transformer()
-    batch, other = ((torch.randint(97, (ROWS, 2)), torch.randint(97, (ROWS,))) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    model, now, following = network(0), batch(generator), batch(generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
 
-    def loss(forward: Any) -> Any:
-        return lambda model, batch: functional.cross_entropy(forward(model, batch[0]), batch[1])
+    def step(monitor: gc.CurvatureMonitor | None = None) -> None:
+        optimizer.zero_grad()
+        loss(SHORTER)(model, now).backward()
+        if monitor is not None:
+            monitor.step(now, following)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
 
-    def training(forward: Any, monitor: gc.CurvatureMonitor | None = None) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            loss(forward)(model, batch).backward()
-            if monitor is not None:
-                monitor.step(batch, other)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-            optimizer.step()
-
-        return step
-
-    probe = gc.CommutatorProbe(model, loss(fast.logits), noise_floor=False)
+    probe = gc.CommutatorProbe(model, loss(SHORTER), noise_floor=False)
+    monitor = gc.CurvatureMonitor(model, loss(SHORTER), check_every=10**9)
     rows = {
-        "gradient, the module": lambda: loss(Transformer.__call__)(model, batch).backward(),
-        "gradient, the shorter way": lambda: loss(fast.logits)(model, batch).backward(),
-        "training step, the shorter way": training(fast.logits),
-        "... with successive steps measured": training(
-            fast.logits, gc.CurvatureMonitor(model, loss(fast.logits), check_every=10**9)
-        ),
-        "one pair": lambda: probe.measure([(batch, other)]),
-        "nine pairs": lambda: probe.measure([(batch, other)] * 9),
+        "gradient, the module": lambda: loss(MODULE)(model, now).backward(),
+        "gradient, the shorter way": lambda: loss(SHORTER)(model, now).backward(),
+        "training step, the shorter way": step,
+        "... with successive steps measured": lambda: step(monitor),
+        "one pair": lambda: probe.measure([(now, following)]),
+        "nine pairs": lambda: probe.measure([(now, following)] * 9),
     }
     for name, run in rows.items():
         calls, flops, megabytes = counted(run)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import tyro
+from study import Batch, cross_entropy, take
 from torch import nn
-from torch.nn import functional
 
 from grokcurv.bench.naive import commutator
 from grokcurv.modular import TrainConfig, build_model, split
@@ -33,27 +33,22 @@ def plain(config: TrainConfig, steps: int) -> float:
     betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
 
-    def loss_fn(model: nn.Module, batch) -> torch.Tensor:
-        return functional.cross_entropy(model(batch[0]), batch[1])
+    train, test = (data.train_pairs, data.train_answers), (data.test_pairs, data.test_answers)
 
-    def draw():
-        index = torch.randint(len(data.train_pairs), (config.batch_size,))
-        return data.train_pairs[index], data.train_answers[index]
+    def draw() -> Batch:
+        return take(train, torch.randint(len(data.train_pairs), (config.batch_size,)))
 
     began = time.perf_counter()
     for step in range(steps):
         if step % config.eval_every == 0:
             with torch.no_grad():
-                for pairs, answers in (
-                    (data.train_pairs, data.train_answers),
-                    (data.test_pairs, data.test_answers),
-                ):
+                for pairs, answers in (train, test):
                     (model(pairs).argmax(1) == answers).float().mean().item()
         if step % config.measure_every == 0:
             for _ in range(config.pairs):
-                commutator(model, loss_fn, (draw(), draw()), config.eta)
+                commutator(model, cross_entropy, (draw(), draw()), config.eta)
         optimizer.zero_grad()
-        loss_fn(model, draw()).backward()
+        cross_entropy(model, draw()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
     return time.perf_counter() - began

@@ -10,8 +10,6 @@ import pytest
 
 from grokcurv.bench.check import available_memory
 
-Note = Callable[[str], None]
-
 PEAK = """
 import sys, torch, grokcurv as gc
 torch.set_num_threads(1)
@@ -33,7 +31,7 @@ print(peak() - before, row.nbytes, 2 * (k + pca.oversampling) + pca.block + 2)
 
 
 @pytest.mark.parametrize(("size", "k"), [(4_000_000, 8), (4_000_000, 32), (100_000_000, 4)])
-def test_peak_memory(note: Note, size: int, k: int, shrink: int) -> None:
+def test_peak_memory(note: Callable[[str], None], size: int, k: int, shrink: int) -> None:
     """In vectors of P, beyond the row itself: a block and three rows, then everything read."""
     size //= shrink
     if 50 * 4 * size > available_memory():  # the largest case would be killed for memory, or measure the swap

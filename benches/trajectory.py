@@ -8,6 +8,7 @@ steps. Then every method sees these rows, and is compared with an SVD in float64
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -16,15 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from study import DOCS
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import grokcurv as gc
-from grokcurv.flat import Segment, attention_segments, flatten
+from grokcurv.flat import attention_segments, flatten
 from grokcurv.modular import TrainConfig, load_model, train
 
 ROW_EVERY = 10
 COMPONENTS = 2
-DOCS = Path(__file__).parents[1] / "docs"
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "gram": [{}],
@@ -35,27 +37,24 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def trajectory(steps: int) -> tuple[Tensor, list[Segment]]:
-    """Rows (n, L) of the demo's attention matrices, and where each lies in a row."""
+def trajectory(steps: int) -> tuple[Tensor, list[int]]:
+    """Rows (n, L) of the demo's attention matrices, one behind the other, and the length of each."""
     settings: dict[str, Any] = {"measure_every": 0, "snapshot_every": ROW_EVERY, "steps": steps}
-    rows, packed, start = [], [], 0
+    rows = []
     with TemporaryDirectory() as folder:
         run = train(TrainConfig(op="add", weight_decay=1.0, seed=42, **settings), out=folder)
         for step in run.snapshots:
             model = load_model(run, step)
             vector, segments = flatten(model), attention_segments(model)
             rows.append(torch.cat([vector[s.start : s.stop] for s in segments]))
-    for segment in segments:
-        packed.append(Segment(segment.name, start, segment.length, segment.shape))
-        start += segment.length
-    return torch.stack(rows), packed
+    return torch.stack(rows), [segment.length for segment in segments]
 
 
-def truth(rows: Tensor, segments: list[Segment]) -> tuple[np.ndarray, list[np.ndarray]]:
+def truth(rows: Tensor, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
     """PC1 share and top-2 basis of each matrix, by an SVD in float64."""
     shares, bases = [], []
-    for segment in segments:
-        x = rows[:, segment.start : segment.stop].double().numpy()
+    for matrix in rows.split(lengths, dim=1):
+        x = matrix.double().numpy()
         _, values, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
         shares.append(values[0] ** 2 / (values**2).sum())
         bases.append(basis[:COMPONENTS])
@@ -70,23 +69,16 @@ def angle(a: np.ndarray, b: np.ndarray) -> float:
 
 def kept_bytes(pca: gc.StreamingPCA) -> int:
     """What the PCA keeps: the tensors of its state, and room in its buffer."""
-
-    def size(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.nbytes
-        if isinstance(value, dict | list):
-            return sum(map(size, value.values() if isinstance(value, dict) else value))
-        return 0
-
     state = pca.state_dict()
-    if pca.method_ == "gram":
-        return size(state)
-    kept = state["state"]["rows"]
-    return size(state) + (pca.block - state["state"]["pending"]) * kept[0].nbytes  # the buffer's free places
+    size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    if pca.method_ != "gram":  # the buffer's free places
+        size += (pca.block - state["state"]["pending"]) * state["state"]["rows"][0].nbytes
+    return size
 
 
-def compare(rows: Tensor, segments: list[Segment]) -> pd.DataFrame:
-    shares, bases = truth(rows, segments)
+def compare(rows: Tensor, lengths: list[int]) -> pd.DataFrame:
+    shares, bases = truth(rows, lengths)
+    segments = list(zip(accumulate(lengths, initial=0), lengths, strict=False))
     results = []
     for name, settings in SETTINGS.items():
         for options in settings:
@@ -94,7 +86,6 @@ def compare(rows: Tensor, segments: list[Segment]) -> pd.DataFrame:
             for row in rows:
                 pca.partial_fit(row)
             ours = pca.explained_variance_ratio_[:, 0].numpy()
-            bound = (pca.error_bound_ / pca.total_variance_).max().item()
             components = [] if pca.method_ == "sketch" else pca.components_
             angles = [angle(b, c.double().numpy()) for b, c in zip(bases, components, strict=False)]
             results.append(
@@ -103,7 +94,7 @@ def compare(rows: Tensor, segments: list[Segment]) -> pd.DataFrame:
                     "option": ", ".join(f"{key}={value}" for key, value in options.items()),
                     "vectors": kept_bytes(pca) / rows[0].nbytes,
                     "pc1_error_points": 100 * np.abs(ours - shares).max(),
-                    "bound_points": 100 * bound,
+                    "bound_points": 100 * (pca.error_bound_ / pca.total_variance_).max().item(),
                     "top2_angle_degrees": max(angles, default=np.nan),
                 }
             )
@@ -121,12 +112,11 @@ def draw(table: pd.DataFrame, file: Path) -> None:
         errors, angles = figure.subplots(1, 2, sharex=True)
         colours = dict(zip(SETTINGS, (LIGHT.ink, LIGHT.muted, LIGHT.blue, LIGHT.green, LIGHT.orange), strict=True))
         for name, part in table.groupby("method", sort=False):
-            look = {"color": colours[name], "marker": "o", "markersize": 4, "label": name}
+            color = colours[name]
+            look = {"color": color, "marker": "o", "markersize": 4, "label": name}
             errors.plot(part["vectors"], part["pc1_error_points"].clip(lower=1e-7), **look)
             if name != "gram":
-                errors.plot(
-                    part["vectors"], part["bound_points"], color=colours[name], linestyle=":", marker=".", markersize=4
-                )
+                errors.plot(part["vectors"], part["bound_points"], color=color, linestyle=":", marker=".", markersize=4)
             angles.plot(part["vectors"], part["top2_angle_degrees"].clip(lower=1e-7), **look)
         errors.set(title="PC1 %: error, and its bound (dotted)", ylabel="percentage points")
         angles.set(title="top-2 subspace: angle", ylabel="degrees")
@@ -140,8 +130,7 @@ def main(
     docs: Annotated[Path, tyro.conf.arg(help="where measurements/pca.csv and images/pca.png go")] = DOCS,
     steps: Annotated[int, tyro.conf.arg(help="of training at most; a few show that everything works")] = 20_000,
 ) -> None:
-    matrices, segments = trajectory(steps)
-    table = compare(matrices, segments)
+    table = compare(*trajectory(steps))
     table.to_csv(docs / "measurements/pca.csv", index=False, float_format="%.4g")
     draw(table, docs / "images/pca.png")
     default = table[table["option"] == "oversampling=8"].set_index("method").loc["incremental"]

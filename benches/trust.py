@@ -20,17 +20,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, starmap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import tyro
+from study import DOCS, Batch, Flag, Pair, cross_entropy, shares, stable_cross_entropy, table, take
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._pytree import tree_map
 
 import grokcurv as gc
 
@@ -59,38 +63,32 @@ STEP_DIGITS = 1e-4
 SMALLEST = 1e-290
 """Gradients shorter than this have lost digits to underflow, or are about to."""
 
-RECORD = Path(__file__).parents[1] / "docs/measurements/trust.csv.gz"
+RECORD = DOCS / "measurements/trust.csv.gz"
+NUMBERS = ("eta", "defect", "noise_floor")
+MEASURED = {"method": "difference", **dict.fromkeys(NUMBERS, np.nan), "reliable": False, "why": ""}
+"""What a row says of a measurement, and what where it failed."""
+
 PLACE = ["model", "phase", "size", "kind", "asked", "place"]
 """What names a pair of the study, whatever commit measures it."""
 
-Batch = tuple[Tensor, Tensor]
-Pair = tuple[Batch, Batch]
 Row = dict[str, Any]
 
 
 # The models, as people write them.
 
 
-def perceptron(activation: type[nn.Module]) -> nn.Module:
-    return nn.Sequential(nn.Linear(16, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 10))
+def perceptron(activation: type[nn.Module], middle: type[nn.Module] = nn.Linear) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 64), activation(), middle(64, 64), activation(), nn.Linear(64, 10))
 
 
-class HalfPrecision(nn.Module):
-    """A perceptron whose middle layer is evaluated in bfloat16 by casts in ``forward``."""
+class NarrowLinear(nn.Linear):
+    """A layer that casts to bfloat16 in ``forward``, and back."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.middle, self.last = nn.Linear(16, 64), nn.Linear(64, 64), nn.Linear(64, 10)
-        self.lifted = False
+    narrow = torch.bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
-        h = functional.gelu(self.first(x))
-        if self.lifted:
-            h = self.middle(h)
-        else:
-            low = torch.bfloat16
-            h = functional.linear(h.to(low), self.middle.weight.to(low), self.middle.bias.to(low)).to(h.dtype)
-        return self.last(functional.gelu(h))
+        x_low, weight, bias = (tensor.to(self.narrow) for tensor in (x, self.weight, self.bias))
+        return functional.linear(x_low, weight, bias).to(x.dtype)
 
 
 class Encoder(nn.Module):
@@ -144,10 +142,6 @@ def gpt2() -> nn.Module:
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tokens = {"vocab_size": 32, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, **tokens, **none)).train()
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def language_model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -225,7 +219,7 @@ PROBLEMS = {
     "mlp gelu": Problem(lambda: perceptron(nn.GELU), teacher, learning_rate=5e-3),
     "mlp tanh": Problem(lambda: perceptron(nn.Tanh), teacher, learning_rate=5e-3),
     "mlp relu": Problem(lambda: perceptron(nn.ReLU), teacher, learning_rate=5e-3, smooth=False),
-    "mlp bfloat16": Problem(HalfPrecision, teacher, learning_rate=5e-3),
+    "mlp bfloat16": Problem(lambda: perceptron(nn.GELU, NarrowLinear), teacher, learning_rate=5e-3),
     "transformer": Problem(Encoder, addition, largest=(8, 1)),
     "conv batch norm": Problem(convolutional, patterns, learning_rate=1e-3, largest=(8, 1)),
     "lstm": Problem(Recurrent, first_token, learning_rate=5e-3, largest=(8, 1)),
@@ -234,21 +228,6 @@ PROBLEMS = {
 
 
 # Truth.
-
-
-def stable_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy, every derivative of which has its digits however confident the model is.
-
-    With t the largest logit of a sample, the loss is ``log1p(sum over j != t of exp(z_j - z_t)) + z_t - z_y``: nothing
-    is subtracted from one, neither here nor in what autograd makes of it. Where y is t, the last two terms are told to
-    have no derivative: 1 - 1 would take the digits of the sum along.
-    """
-    top = logits.detach().argmax(1, keepdim=True)
-    behind = logits - logits.gather(1, top)
-    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, top, False)
-    tail = behind[others].unflatten(0, (len(logits), -1)).exp().sum(1).log1p()
-    wrong = labels[:, None] != top
-    return (tail - (behind.gather(1, labels[:, None]) * wrong)[:, 0]).mean()
 
 
 @contextmanager
@@ -273,10 +252,10 @@ class Truth:
     """Defects by their definition and by double backward, in float64, by a copy of the model."""
 
     def __init__(self, problem: Problem, model: nn.Module) -> None:
-        self.problem = problem
-        self.model = copy.deepcopy(model).double()
-        if isinstance(self.model, HalfPrecision):
-            self.model.lifted = True
+        self.problem, self.model = problem, copy.deepcopy(model).double()
+        for module in self.model.modules():
+            if isinstance(module, NarrowLinear):
+                module.narrow = torch.float64
         self.parameters = list(self.model.parameters())
 
     def __call__(self, theta: Tensor, pair: Pair, method: str, eta: float) -> tuple[float, str]:
@@ -287,7 +266,7 @@ class Truth:
         way, by two points of Gauss and Legendre. A loss with kinks has no such integral.
         """
         theta = theta.double()
-        first, second = (tuple(_double(x) for x in batch) for batch in pair)
+        first, second = tree_map(_double, pair)
         signs = torch.randint(2, theta.shape, generator=seeded("signs")) * 2 - 1
         thetas = theta, theta * (1 + signs * torch.finfo(torch.float64).eps)
         ways = {"bracket": (self.bracket,), "difference": (self.definition, self.integral)}[method]
@@ -301,10 +280,7 @@ class Truth:
 
     def definition(self, theta: Tensor, a: Batch, b: Batch, eta: float) -> Tensor:
         """``delta / (|eta g_A| |eta g_B|)``, a vector, as are the others."""
-        g_a, g_b = self.gradient(theta, a), self.gradient(theta, b)
-        size_a, size_b = length(g_a), length(g_b)
-        if min(size_a, size_b) < SMALLEST:
-            return torch.full_like(theta, torch.nan)
+        g_a, size_a, g_b, size_b = self._gradients(theta, a, b)
         past_a, past_b = theta - eta * g_a, theta - eta * g_b
         for past, g in ((past_a, g_a), (past_b, g_b)):
             if length(theta - past - eta * g) > STEP_DIGITS * eta * length(g):
@@ -321,30 +297,28 @@ class Truth:
 
     def _products(self, theta: Tensor, a: Batch, b: Batch, eta: float, points: tuple[float, ...]) -> Tensor:
         """``(mean H_B g_A - mean H_A g_B) / (|g_A| |g_B|)`` over points of the way, by unit vectors."""
-        g_a, g_b = self.gradient(theta, a), self.gradient(theta, b)
-        size_a, size_b = length(g_a), length(g_b)
-        if min(size_a, size_b) < SMALLEST:
-            return torch.full_like(theta, torch.nan)
+        g_a, size_a, g_b, size_b = self._gradients(theta, a, b)
         total = torch.zeros_like(theta)
         for t in points:
-            total += self.hessian_vector(theta - t * eta * g_a, b, g_a / size_a) / size_b
-            total -= self.hessian_vector(theta - t * eta * g_b, a, g_b / size_b) / size_a
+            total += self.gradient(theta - t * eta * g_a, b, g_a / size_a) / size_b
+            total -= self.gradient(theta - t * eta * g_b, a, g_b / size_b) / size_a
         return total / len(points)
 
-    def gradient(self, theta: Tensor, batch: Batch) -> Tensor:
-        return self._differentiate(theta, batch, None)
+    def _gradients(self, theta: Tensor, a: Batch, b: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``g_A``, its length, ``g_B`` and its length; a length below :data:`SMALLEST` is NaN, and so is the truth."""
+        g_a, g_b = self.gradient(theta, a), self.gradient(theta, b)
+        size_a, size_b = (size if size >= SMALLEST else size * torch.nan for size in (length(g_a), length(g_b)))
+        return g_a, size_a, g_b, size_b
 
-    def hessian_vector(self, theta: Tensor, batch: Batch, direction: Tensor) -> Tensor:
-        return self._differentiate(theta, batch, direction)
-
-    def _differentiate(self, theta: Tensor, batch: Batch, direction: Tensor | None) -> Tensor:
+    def gradient(self, theta: Tensor, batch: Batch, along: Tensor | None = None) -> Tensor:
+        """The gradient, or its derivative along a direction: the Hessian's product with it."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         vector_to_parameters(theta, self.parameters)
         loss = stable_cross_entropy(*self.problem.logits(self.model, batch))
-        parts = torch.autograd.grad(loss, self.parameters, create_graph=direction is not None, materialize_grads=True)
+        parts = torch.autograd.grad(loss, self.parameters, create_graph=along is not None, materialize_grads=True)
         flat = torch.cat([part.flatten() for part in parts])
-        if direction is not None:
-            parts = torch.autograd.grad(flat, self.parameters, direction, materialize_grads=True)
+        if along is not None:
+            parts = torch.autograd.grad(flat, self.parameters, along, materialize_grads=True)
             flat = torch.cat([part.flatten() for part in parts])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
@@ -370,29 +344,29 @@ def draw(data: Batch, size: int, generator: torch.Generator) -> Pair:
     else:
         index = torch.randint(count, (2 * size,), generator=generator)
     first, second = index.split(size)
-    return (data[0][first], data[1][first]), (data[0][second], data[1][second])
+    return take(data, first), take(data, second)
 
 
 @dataclass
 class Stage:
     """A model on its way: what a measurement or a stretch of training starts from."""
 
+    seed: int
     name: str
     phase: str
     problem: Problem
     model: nn.Module
-    optimizer: dict[str, Any]
+    optimizer: torch.optim.Optimizer
     data: Batch
     loss: float
     step: int
 
-    def fresh(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model and its optimiser, to be trained further without a trace here, at a lower rate."""
-        model = copy.deepcopy(self.model)
-        optimizer = torch.optim.Adam(model.parameters())
-        optimizer.load_state_dict(copy.deepcopy(self.optimizer))
-        optimizer.param_groups[0]["lr"] = STRETCH_RATE * self.problem.learning_rate
-        return model, optimizer
+    @cached_property
+    def truth(self) -> Truth:
+        return Truth(self.problem, self.model)
+
+    def seeded(self, *place: object) -> torch.Generator:
+        return seeded(self.seed, self.name, self.phase, *place)
 
 
 def stages(name: str, seed: int, phases: tuple[str, ...]) -> Iterator[Stage]:
@@ -400,7 +374,7 @@ def stages(name: str, seed: int, phases: tuple[str, ...]) -> Iterator[Stage]:
     problem = PROBLEMS[name]
     data = problem.data(seeded(seed, name, "data"))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(repr((seed, name)).encode()))
+        torch.manual_seed(seeded(seed, name).initial_seed())
         model = problem.build()
     optimizer = torch.optim.Adam(model.parameters(), lr=problem.learning_rate)
     generator, wanted, start = seeded(seed, name, "training"), list(phases), None
@@ -411,8 +385,8 @@ def stages(name: str, seed: int, phases: tuple[str, ...]) -> Iterator[Stage]:
             start = start or loss
             reached = {"early": step >= EARLY_STEPS, "middle": loss <= MIDDLE_SHARE * start, "late": loss <= LATE_LOSS}
             while wanted and reached[wanted[0]]:
-                state = copy.deepcopy(optimizer.state_dict())
-                yield Stage(name, wanted.pop(0), problem, copy.deepcopy(model), state, data, loss, step)
+                trained = copy.deepcopy((model, optimizer))
+                yield Stage(seed, name, wanted.pop(0), problem, *trained, data, loss, step)
             if not wanted:
                 return
         batch, _ = draw(data, TRAINING_SIZE, generator)
@@ -425,123 +399,95 @@ def stages(name: str, seed: int, phases: tuple[str, ...]) -> Iterator[Stage]:
 # Measurements.
 
 
-def probe_rows(stage: Stage, seed: int, sizes: tuple[int, ...], singles: int, groups: int) -> list[Row]:
+def probe_rows(stage: Stage, options: Options) -> Iterator[Row]:
     """Pairs one a call and :data:`GROUP` a call, by a fresh probe for each method."""
-    truth, theta = Truth(stage.problem, stage.model), parameters_to_vector(stage.model.parameters()).detach()
-    rows = []
+    theta = parameters_to_vector(stage.model.parameters()).detach()
     for asked, arguments in ASKED.items():
-        probe, failure = None, ""
-        try:
-            probe = gc.CommutatorProbe(copy.deepcopy(stage.model), stage.problem.loss_fn, **arguments)
-        except Exception as error:  # another commit may refuse what this one takes; the study goes on
-            failure = type(error).__name__
-        for size in sizes:
-            place = 0
+        probe, failure = attempt(gc.CommutatorProbe, copy.deepcopy(stage.model), stage.problem.loss_fn, **arguments)
+        for size in options.sizes:
             few = stage.problem.largest if size == SIZES[-1] else None
-            one, several = few or (singles, groups)
-            for count in [1] * one + [GROUP] * several:
-                places = range(place, place + count)
+            singles, groups = few or (options.singles, options.groups)
+            place = 0
+            for count in [1] * singles + [GROUP] * groups:
+                pairs = [draw(stage.data, size, stage.seeded(size, asked, place + i)) for i in range(count)]
+                found, why = (None, failure) if failure else attempt(measured, probe, pairs)
+                failed = {"why": why, "method": arguments["method"]}
+                for index, pair in enumerate(pairs):
+                    at = {"size": size, "kind": "probe", "asked": asked, "place": place + index, "index": index}
+                    yield checked(stage, theta, pair, at, found[index] if found else failed)
                 place += count
-                pairs = [draw(stage.data, size, seeded(seed, stage.name, stage.phase, size, asked, i)) for i in places]
-                found: list[Row] = [{"why": failure, "method": arguments["method"]}] * count
-                if probe is not None:
-                    found = measured(probe, pairs)
-                for index, (pair, values) in enumerate(zip(pairs, found, strict=True)):
-                    row = head(stage, size, "probe", asked, places[index]) | {"index": index}
-                    rows.append(row | checked(truth, theta, pair, values))
-    return rows
+
+
+def attempt(run: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, str]:
+    """What a call returns, and the error that it raised: another commit may refuse what this one takes.
+
+    What a model does to an older commit is what the study is about, so it goes on.
+    """
+    try:
+        return run(*arguments, **options), ""
+    except Exception as error:
+        return None, type(error).__name__
 
 
 def measured(probe: gc.CommutatorProbe, pairs: list[Pair]) -> list[Row]:
-    try:
-        stats = probe.measure(pairs)
-    except Exception as error:  # what a model does to an older commit is what the study is about
-        return [{"why": type(error).__name__, "method": probe.method}] * len(pairs)
-    columns = {name: getattr(stats, name).tolist() for name in ("eta", "defect", "noise_floor", "reliable")}
-    return [{name: column[i] for name, column in columns.items()} | {"method": stats.method} for i in range(len(pairs))]
+    stats = probe.measure(pairs)
+    columns = {name: getattr(stats, name).tolist() for name in (*NUMBERS, "reliable")}
+    return pd.DataFrame(columns | {"method": stats.method}).to_dict("records")
 
 
-def monitor_rows(stage: Stage, seed: int, size: int, steps: int, successive: bool) -> list[Row]:
+def monitor_rows(stage: Stage, size: int, steps: int, successive: bool) -> Iterator[Row]:
     """A stretch of training under a monitor with all its defaults and a sampler, or on (this batch, next batch)."""
     kind = "successive" if successive else "monitor"
-    model, optimizer = stage.fresh()
-    drawn: list[Pair] = []
+    model, optimizer = copy.deepcopy((stage.model, stage.optimizer))
+    optimizer.param_groups[0]["lr"] = STRETCH_RATE * stage.problem.learning_rate
+    loss_fn, drawn = stage.problem.loss_fn, []
 
     def sampler() -> Pair:
-        drawn.append(draw(stage.data, size, seeded(seed, stage.name, stage.phase, kind, size, step, len(drawn))))
+        drawn.append(draw(stage.data, size, stage.seeded(kind, size, len(points), len(drawn))))
         return drawn[-1]
 
-    monitor, failure = None, ""
-    try:
-        monitor = gc.CurvatureMonitor(model, stage.problem.loss_fn, sampler=None if successive else sampler)
-    except Exception as error:  # as for a probe
-        failure = type(error).__name__
-    batches = [
-        draw(stage.data, size if successive else TRAINING_SIZE, seeded(seed, stage.name, stage.phase, kind, step))[0]
-        for step in range(steps + 1)
-    ]
+    monitor, failure = attempt(gc.CurvatureMonitor, model, loss_fn, sampler=None if successive else sampler)
+    rows = size if successive else TRAINING_SIZE
+    batches = [draw(stage.data, rows, stage.seeded(kind, step))[0] for step in range(steps + 1)]
     points: list[tuple[Tensor, Pair]] = []
     found: list[Row] = []
-    for step in range(steps):
+    for following in pairwise(batches):
         optimizer.zero_grad()
-        stage.problem.loss_fn(model, batches[step]).backward()
+        loss_fn(model, following[0]).backward()
         drawn.clear()
-        if monitor is None:
-            found.append({"why": failure})
-        else:
-            found.append(watched(monitor, (batches[step], batches[step + 1]) if successive else ()))
-        pair = (batches[step], batches[step + 1]) if successive else (drawn or [sampler()])[0]
+        record, why = (None, failure) if failure else attempt(watched, monitor, following if successive else ())
+        found.append(record or {"why": why})
+        pair = following if successive else (drawn or [sampler()])[0]
         points.append((parameters_to_vector(model.parameters()).detach().clone(), pair))
         optimizer.step()
-    if successive and monitor is not None:
-        found = in_the_end(monitor, found)
-    truth, rows = Truth(stage.problem, stage.model), []
+    if successive and not failure:
+        records, why = attempt(in_the_end, monitor, found)
+        found = records or [{"why": why}] * steps
     for step, ((theta, pair), record) in enumerate(zip(points, found, strict=True)):
-        values = {
-            "eta": ETA,
-            "method": record.get("method", "difference"),
-            "defect": record.get("defect_median", float("nan")),
-            "noise_floor": record.get("noise_floor", float("nan")),
-            "reliable": bool(record.get("reliable", False)),
-            "why": record.get("why", ""),
-        }
-        row = head(stage, size, kind, kind, step) | {"index": 0}
-        rows.append(row | checked(truth, theta, pair, values))
-    return rows
+        at = {"size": size, "kind": kind, "asked": kind, "place": step, "index": 0}
+        yield checked(stage, theta, pair, at, record | {"eta": ETA, "defect": record.get("defect_median", np.nan)})
 
 
-def watched(monitor: gc.CurvatureMonitor, batches: tuple[Batch, ...]) -> Row:
-    """The record that a step with a sampler has left, as a logger sees it at once; or why it has left none."""
-    try:
-        before = None if batches else monitor.last
-        monitor.step(*batches)
-        record = {} if batches else monitor.last
-        return {"why": "no record"} if record is None or record == before else dict(record)
-    except Exception as error:  # as for a probe
-        return {"why": type(error).__name__}
+def watched(monitor: gc.CurvatureMonitor, batches: Pair | tuple[()]) -> Row:
+    """The record that a step with a sampler has left, as a logger sees it at once; of the other, that it is to come."""
+    before = None if batches else monitor.last
+    monitor.step(*batches)
+    record = {"why": ""} if batches else monitor.last
+    return {"why": "no record"} if record in (None, before) else dict(record)
 
 
 def in_the_end(monitor: gc.CurvatureMonitor, found: list[Row]) -> list[Row]:
     """What the records say when the stretch is over: a later step may have told more of an earlier one."""
-    try:
-        records = iter(monitor.records().to_dict("records"))
-        return [row if "why" in row else next(records) for row in found]
-    except Exception as error:  # as for a probe
-        return [{"why": type(error).__name__}] * len(found)
+    records = iter(monitor.records().to_dict("records"))
+    return [row if row["why"] else next(records) for row in found]
 
 
-def head(stage: Stage, size: int, kind: str, asked: str, place: int) -> Row:
-    names = {"model": stage.name, "phase": stage.phase, "loss": stage.loss, "at_step": stage.step}
-    return names | {"size": size, "kind": kind, "asked": asked, "place": place}
-
-
-def checked(truth: Truth, theta: Tensor, pair: Pair, values: Row) -> Row:
+def checked(stage: Stage, theta: Tensor, pair: Pair, at: Row, values: Row) -> Row:
     """What was measured beside the truth at the step that was taken; a pair that failed is not reliable."""
-    nothing = float("nan")
-    row = {"method": "", "eta": nothing, "defect": nothing, "noise_floor": nothing, "reliable": False, "why": ""}
-    row |= values
+    row: Row = {"model": stage.name, "phase": stage.phase, "loss": stage.loss, "at_step": stage.step} | at
+    row |= {name: values.get(name, missing) for name, missing in MEASURED.items()}
     eta = row["eta"] if np.isfinite(row["eta"]) else ETA
-    true, way = (nothing, "failed") if row["why"] else truth(theta, pair, row["method"], eta)
+    true, way = (np.nan, "failed") if row["why"] else stage.truth(theta, pair, row["method"], eta)
     error = abs(row["defect"] - true)
     return row | {"truth": true, "way": way, "error": error, "relative": error / true}
 
@@ -553,81 +499,53 @@ def run(options: Options) -> pd.DataFrame:
         if name not in options.models:
             continue
         for stage in stages(name, options.seed, ("early",) if options.small else PHASES):
-            here = probe_rows(stage, options.seed, options.sizes, options.singles, options.groups)
-            for shift, successive in ((0, False), (1, True)):
+            here = [*probe_rows(stage, options)]
+            for successive in (False, True):
                 if successive and stage.phase == "early" and not options.small:
                     continue  # for time's sake: early is where least goes wrong
-                size = STRETCH_SIZES[(place + PHASES.index(stage.phase) + shift) % len(STRETCH_SIZES)]
-                here += monitor_rows(stage, options.seed, size, options.steps, successive)
+                size = STRETCH_SIZES[(place + PHASES.index(stage.phase) + successive) % len(STRETCH_SIZES)]
+                here += monitor_rows(stage, size, options.steps, successive)
             rows += here
             told = sum(row["reliable"] for row in here)
-            print(
-                f"{time.perf_counter() - begin:5.0f} s  {name}, {stage.phase}: step {stage.step}, "
-                f"loss {stage.loss:.2g}, {len(here)} pairs, {told} reliable",
-                flush=True,
-            )
+            now = f"step {stage.step}, loss {stage.loss:.2g}, {len(here)} pairs, {told} reliable"
+            print(f"{time.perf_counter() - begin:5.0f} s  {name}, {stage.phase}: {now}", flush=True)
     return pd.DataFrame(rows)
 
 
 def write(record: pd.DataFrame, path: Path) -> None:
     """Six digits of what is compared, three of the rest."""
-    text = record.copy()
-    for name, digits in {
-        "loss": 3,
-        "eta": 6,
-        "defect": 6,
-        "truth": 6,
-        "noise_floor": 3,
-        "error": 3,
-        "relative": 3,
-    }.items():
-        text[name] = [f"{value:.{digits}g}" if np.isfinite(value) else "" for value in text[name]]
-    text["reliable"] = text["reliable"].astype(int)
+    text = record.replace([np.inf, -np.inf], np.nan).astype({"reliable": int})
+    compared, rest = ["eta", "defect", "truth"], ["loss", "noise_floor", "error", "relative"]
+    text[compared] = text[compared].map("{:.6g}".format, na_action="ignore")
+    text[rest] = text[rest].map("{:.3g}".format, na_action="ignore")
     path.parent.mkdir(parents=True, exist_ok=True)
     compression: Any = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
     text.to_csv(path, index=False, compression=compression)
 
 
 def read(path: Path) -> pd.DataFrame:
-    record = pd.read_csv(path, converters={"why": str})
-    return record.assign(reliable=record["reliable"] == 1)
+    return pd.read_csv(path, converters={"why": str}).astype({"reliable": bool})
 
 
 # Tables.
 
-TARGETS = {"within 1 %": 0.99, "within 10 %": 0.999, "below floor": 0.99}
+TARGETS = {"within 1 %": 0.99, "within 10 %": 0.999, "below floor": 0.99, "kept": 0.9}
 
 
 def tally(rows: pd.DataFrame) -> dict[str, Any]:
-    known = rows[rows["truth"].notna()]
-    reliable = known[known["reliable"]]
-    finite = np.isfinite(known["noise_floor"]) & np.isfinite(known["error"])
-    below = known["error"] <= known["noise_floor"]
-    return {
-        "pairs": len(rows),
-        "failed": int((rows["way"] == "failed").sum()),
-        "no truth": int((rows["way"] == "none").sum()),
-        "reliable": len(reliable),
-        "within 1 %": (reliable["relative"] <= 0.01).mean(),
-        "within 10 %": (reliable["relative"] <= 0.1).mean(),
-        "worst": reliable["relative"].max(),
-        "below floor": below[finite & known["reliable"]].mean(),
-        "below floor, of all": below[finite].mean(),
-    }
+    ways = rows["way"].value_counts()
+    counts = {"pairs": len(rows), "failed": int(ways.get("failed", 0)), "no truth": int(ways.get("none", 0))}
+    return counts | shares(rows[rows["truth"].notna()])
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cell(name: str, value: float) -> str:
     """In bold what misses its target."""
-    out = []
-    for name, value in row.items():
-        if isinstance(value, int):
-            out.append(str(value))
-        elif np.isnan(value):
-            out.append("-")
-        else:
-            text = f"{value:.2%}" if name != "worst" else f"{value:.2g}"
-            out.append(f"**{text}**" if value < TARGETS.get(name, -1.0) else text)
-    return out
+    if isinstance(value, int):
+        return str(value)
+    if np.isnan(value):
+        return "-"
+    text = f"{value:.2%}" if name != "worst" else f"{value:.2g}"
+    return f"**{text}**" if value < TARGETS.get(name, -1.0) else text
 
 
 def methods(record: pd.DataFrame) -> pd.Series:
@@ -636,48 +554,39 @@ def methods(record: pd.DataFrame) -> pd.Series:
     return record["asked"].where(probes, record["kind"] + ": " + record["method"]).rename("method")
 
 
-def trust_table(record: pd.DataFrame) -> str:
-    groups: dict[str, Any] = {"kind": "kind", "model": "model", "phase": "phase", "size": "size"}
-    groups |= {"method": methods(record), "index in call": record["index"].where(record["kind"] == "probe")}
-    names = list(tally(record))
-    targets = [f"(target {TARGETS[name]:.1%})" if name in TARGETS else "" for name in names]
-    lines = [
-        "| | " + " | ".join(f"{name} {target}".strip() for name, target in zip(names, targets, strict=True)) + " |",
-        "|---|" + "---|" * len(names),
-        "| all | " + " | ".join(cells(tally(record))) + " |",
-    ]
-    for title, key in groups.items():
+def parts(record: pd.DataFrame, *keys: Any) -> Iterator[tuple[str, pd.DataFrame]]:
+    """All of a record, and its groups by each key, each with what to call it."""
+    yield "all", record
+    for key in keys:
         for value, rows in record.groupby(key, sort=False):
-            label = f"{title} {value:g}" if isinstance(value, int | float) else value
-            lines.append(f"| {label} | {' | '.join(cells(tally(rows)))} |")
-    return "\n".join(lines)
+            yield value if isinstance(value, str) else ", ".join(dict.fromkeys(value)), rows
+
+
+def trust_table(record: pd.DataFrame) -> str:
+    sizes = "size " + record["size"].astype(str)
+    indices = ("index in call " + record["index"].astype(str)).where(record["kind"] == "probe")
+    titles = [f"{name} (target {TARGETS[name]:.1%})" if name in TARGETS else name for name in tally(record)]
+    groups = parts(record, "kind", "model", "phase", sizes, methods(record), indices)
+    return table(["", *titles], ([name, *starmap(cell, tally(rows).items())] for name, rows in groups))
 
 
 def bad_cells(record: pd.DataFrame) -> str:
     """Of model, phase, batch size and method those with twenty errors, more than 15 % of which are above the floor."""
-    lines = ["| model, phase, size, method | errors | below floor | reliable | within 1 % |", "|---|---|---|---|---|"]
-    known = record[record["truth"].notna() & np.isfinite(record["noise_floor"]) & np.isfinite(record["error"])]
+    known = record[np.isfinite(record["noise_floor"]) & np.isfinite(record["error"])]
+    lines = []
     for names, rows in known.groupby(["model", "phase", "size", methods(known)], sort=False):
         found = tally(rows)
         if len(rows) >= 20 and found["below floor, of all"] < 0.85:
-            values = cells(
-                {
-                    "below floor, of all": found["below floor, of all"],
-                    "reliable": found["reliable"],
-                    "within 1 %": found["within 1 %"],
-                }
-            )
-            lines.append(f"| {', '.join(map(str, names))} | {len(rows)} | {' | '.join(values)} |")
-    return "\n".join(lines)
+            values = [cell(name, found[name]) for name in ("below floor, of all", "reliable", "within 1 %")]
+            lines.append([", ".join(map(str, names)), len(rows), *values])
+    return table(["model, phase, size, method", "errors", "below floor", "reliable", "within 1 %"], lines)
 
 
 def stage_table(record: pd.DataFrame) -> str:
-    lines = ["| model | " + " | ".join(PHASES) + " |", "|---|---|---|---|"]
-    for name, rows in record.groupby("model", sort=False):
-        at = {phase: here.iloc[0] for phase, here in rows.groupby("phase", sort=False)}
-        texts = [f"step {at[p]['at_step']}, loss {float(at[p]['loss']):.2g}" if p in at else "-" for p in PHASES]
-        lines.append(f"| {name} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+    first = record.drop_duplicates(["model", "phase"])
+    texts = {(row.model, row.phase): f"step {row.at_step}, loss {row.loss:.2g}" for row in first.itertuples()}
+    names = first["model"].unique()
+    return table(["model", *PHASES], ([name, *(texts.get((name, phase), "-") for phase in PHASES)] for name in names))
 
 
 def against_table(record: pd.DataFrame, other: pd.DataFrame) -> str:
@@ -685,22 +594,19 @@ def against_table(record: pd.DataFrame, other: pd.DataFrame) -> str:
     both = other.merge(record, on=PLACE, suffixes=("_there", "_here"), validate="one_to_one")
     same = (both["method_there"] == both["method_here"]) & (both["eta_there"] == both["eta_here"])
     moved = (both["truth_there"] / both["truth_here"] - 1).abs()[same] > 1e-4
-    lines = [
-        f"{len(both)} pairs in both records, {len(other) - len(both)} in the other only; "
-        f"{int(moved.sum())} with another truth, so at other weights (there should be none).",
-        "",
-        "| | reliable there | reliable here | within 10 % there | of these reliable here (target 90 %) "
-        "| within 1 % there | of these reliable here (target 90 %) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, rows in [("all", both), *both.groupby("model", sort=False), *both.groupby(["kind", "asked"], sort=False)]:
-        texts = [str(int(rows["reliable_there"].sum())), str(int(rows["reliable_here"].sum()))]
+    lines = []
+    for name, rows in parts(both, "model", ["kind", "asked"]):
+        line = [name, rows["reliable_there"].sum(), rows["reliable_here"].sum()]
         for limit in (0.1, 0.01):
-            kept = rows[rows["reliable_there"] & (rows["relative_there"] <= limit)]["reliable_here"]
-            share = f"{kept.mean():.2%}" if len(kept) else "-"
-            texts += [str(len(kept)), f"**{share}**" if len(kept) and kept.mean() < 0.9 else share]
-        lines.append(f"| {name if isinstance(name, str) else ', '.join(dict.fromkeys(name))} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+            kept = rows["reliable_here"][rows["reliable_there"] & (rows["relative_there"] <= limit)]
+            line += [len(kept), cell("kept", kept.mean())]
+        lines.append(line)
+    of_these = "of these reliable here (target 90 %)"
+    titles = ["", "reliable there", "reliable here", "within 10 % there", of_these, "within 1 % there", of_these]
+    return (
+        f"{len(both)} pairs in both records, {len(other) - len(both)} in the other only; "
+        f"{moved.sum()} with another truth, so at other weights (there should be none).\n\n" + table(titles, lines)
+    )
 
 
 @dataclass
@@ -718,9 +624,9 @@ class Options:
     """Training steps under each monitor."""
     sizes: tuple[int, ...] = SIZES
     models: tuple[str, ...] = tuple(PROBLEMS)
-    tables: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    tables: Flag = False
     """Print the tables from the file at --out, without measuring."""
-    small: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    small: Flag = False
     """A few pairs of each model after three steps of training: shows that everything works, in a minute."""
     against: Path | None = None
     """The record of another commit, to compare with pair by pair."""

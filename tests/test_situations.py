@@ -11,11 +11,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from study import stable_cross_entropy as cross_entropy
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from truth import METHODS, Truth, check, classify, cross_entropy, of, perceptron, points, right, seed, train, twins
+from truth import METHODS, Truth, check, classify, of, perceptron, points, right, seed, train, twins
 
 import grokcurv as gc
 

@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from study import stable_cross_entropy as cross_entropy
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from truth import Truth, assert_same, check, cross_entropy, kept, right, train, twins
+from truth import Truth, assert_same, check, kept, right, train, twins
 
 import grokcurv as gc
 

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+import trust
 from torch import nn
 from torch.nn import functional
 
-FILE = Path(__file__).parent.parent / "benches/trust.py"
 SMOOTH = ("mlp gelu", "mlp tanh", "mlp bfloat16", "transformer", "conv batch norm", "lstm", "gpt2")
-
-
-@pytest.fixture
-def trust(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("trust", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def exact(weight: torch.Tensor, pair: tuple, eta: float | None) -> mpmath.mpf:
@@ -69,7 +56,7 @@ def exact(weight: torch.Tensor, pair: tuple, eta: float | None) -> mpmath.mpf:
         return size(delta) / (step * size(g_a) * size(g_b))
 
 
-def softmax_regression(trust: ModuleType, margin: float, smooth: bool = True) -> tuple:
+def softmax_regression(margin: float, smooth: bool = True) -> tuple:
     problem = trust.Problem(lambda: nn.Linear(2, 3, bias=False), trust.teacher, smooth=smooth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -84,18 +71,18 @@ def softmax_regression(trust: ModuleType, margin: float, smooth: bool = True) ->
 
 @pytest.mark.parametrize("margin", [1.0, 10.0, 40.0, 300.0, 600.0])
 @pytest.mark.parametrize("method", ["difference", "bracket"])
-def test_truth_has_its_digits_at_any_margin(trust: ModuleType, margin: float, method: str) -> None:
-    truth, weight, pair = softmax_regression(trust, margin)
+def test_truth_has_its_digits_at_any_margin(margin: float, method: str) -> None:
+    truth, weight, pair = softmax_regression(margin)
     found, way = truth(weight.flatten(), pair, method, 1e-3)
     assert way == ("bracket" if method == "bracket" else "definition" if margin < 20 else "integral")
     assert found == pytest.approx(float(exact(weight, pair, 1e-3 if method == "difference" else None)), rel=1e-6)
 
 
 @pytest.mark.parametrize("smooth", [True, False])
-def test_truth_where_the_definition_loses_its_digits(trust: ModuleType, smooth: bool) -> None:
+def test_truth_where_the_definition_loses_its_digits(smooth: bool) -> None:
     ways = []
     for margin in range(12, 36):
-        truth, weight, pair = softmax_regression(trust, margin, smooth)
+        truth, weight, pair = softmax_regression(margin, smooth)
         found, way = truth(weight.flatten(), pair, "difference", 1e-3)
         ways.append(way)
         if way != "none":
@@ -104,7 +91,7 @@ def test_truth_where_the_definition_loses_its_digits(trust: ModuleType, smooth: 
     assert ways[-1] == ("integral" if smooth else "none")
 
 
-def test_no_truth_where_gradients_underflow(trust: ModuleType) -> None:
+def test_no_truth_where_gradients_underflow() -> None:
     problem = trust.Problem(lambda: nn.Linear(1, 2, bias=False), trust.teacher)
     batch = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
     theta = torch.tensor([690.0, 0.0])
@@ -112,14 +99,14 @@ def test_no_truth_where_gradients_underflow(trust: ModuleType) -> None:
         assert trust.Truth(problem, problem.build())(theta, (batch, batch), method, 1e-3)[1] == "none"
 
 
-def test_stable_cross_entropy_is_the_cross_entropy(trust: ModuleType, generator: torch.Generator) -> None:
+def test_stable_cross_entropy_is_the_cross_entropy(generator: torch.Generator) -> None:
     logits = 5 * torch.randn(50, 7, generator=generator, dtype=torch.float64)
     labels = torch.randint(7, (50,), generator=generator)
     torch.testing.assert_close(trust.stable_cross_entropy(logits, labels), functional.cross_entropy(logits, labels))
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-def test_nothing_of_a_models_truth_is_float32(trust: ModuleType, name: str) -> None:
+def test_nothing_of_a_models_truth_is_float32(name: str) -> None:
     """Differences of gradients and integrals of Hessian-vector products agree to far more digits than float32 has."""
     if name == "gpt2":
         pytest.importorskip("transformers")
@@ -143,14 +130,14 @@ def test_nothing_of_a_models_truth_is_float32(trust: ModuleType, name: str) -> N
 @pytest.mark.parametrize(
     "models", [("mlp tanh",), pytest.param((*SMOOTH, "mlp relu"), marks=pytest.mark.long)], ids=len
 )
-def test_the_study_on_a_few_pairs(trust: ModuleType, models: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_study_on_a_few_pairs(models: tuple[str, ...], tmp_path: Path) -> None:
     if "gpt2" in models:
         pytest.importorskip("transformers")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     out = tmp_path / "trust.csv.gz"
     printed = []
     for arguments in (["--small", "--models", *models], ["--tables", "--against", str(out)]):
-        command = [sys.executable, str(FILE), "--out", str(out), *arguments]
+        command = [sys.executable, trust.__file__, "--out", str(out), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         printed.append(done.stdout)

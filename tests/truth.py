@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from study import cross_entropy as classify
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import grokcurv as gc
@@ -46,15 +46,6 @@ def widened(value: Any) -> Any:
     for name, held in getattr(value, "__dict__", {}).items():
         object.__setattr__(copied, name, widened(held))  # some are frozen
     return copied
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """A sum over the classes behind the first: nothing is subtracted from one, in no derivative."""
-    first = logits.detach().argmax(1, keepdim=True)
-    behind = logits - logits.gather(1, first)
-    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, first, False)
-    rest = behind[others].unflatten(0, (len(logits), -1)).exp().sum(1).log1p()
-    return (rest - (behind.gather(1, y[:, None]) * (y[:, None] != first))[:, 0]).mean()
 
 
 @contextmanager
@@ -163,10 +154,6 @@ def points(generator: torch.Generator, batches: int, size: int = 8, width: int =
 
 def perceptron(activation=nn.Tanh, width: int = 6, hidden: int = 10, classes: int = 4) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), activation(), nn.Linear(hidden, classes))
-
-
-def classify(model: nn.Module, batch) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def of(make: Callable[[], nn.Module], generator: torch.Generator) -> nn.Module:
