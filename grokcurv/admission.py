@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from grokcurv.evaluation import Check
 from grokcurv.intercept import Widened
 
 KINKS = re.compile(
@@ -98,10 +99,10 @@ class Engine(Protocol):
     ) -> frozenset[str]: ...
     def own_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> None: ...
     def gradient(
-        self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = ..., found: Tensor | None = ..., keep: bool = ...
+        self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = ..., check: Check | None = ...
     ) -> Tensor: ...
     def exact_gradient(
-        self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, found: Tensor | None = ..., keep: bool = ...
+        self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None = ...
     ) -> Widened: ...
     def product(
         self, theta: Tensor, batch: Any, direction: Tensor, gradient: Tensor | None, product: Tensor, seed: int
@@ -236,11 +237,11 @@ class Admission:
             return False
         consequence = "there are no brackets: a row whose difference form drowns is NaN"
         theta = engine.flatten().to(torch.float64)
-        own, found = torch.empty_like(engine.flatten()), theta.new_zeros(3)
+        own, check = torch.empty_like(engine.flatten()), Check(theta.new_zeros(3))
         try:
             if direction is None:
                 direction = torch.empty_like(theta)
-                engine.gradient(theta, batch, direction, seed=seed, found=found)
+                engine.gradient(theta, batch, direction, seed=seed, check=check)
             engine.product(engine.flatten(), batch, direction, None, own, seed)
         except Exception as error:
             traits.brackets = False
@@ -257,8 +258,9 @@ class Admission:
         # The product in the model's own precision and one more gradient are enough for most models.
         step = min(DISPLACEMENTS) * max(scale, 1.0) / length
         expected = own.to(torch.float64).mul_(step).add_(direction)
-        engine.gradient(theta.add_(direction, alpha=step), batch, expected, seed=seed, found=found, keep=True)
-        apart = float(found[0]) / step
+        check = replace(check, keep=True)
+        engine.gradient(theta.add_(direction, alpha=step), batch, expected, seed=seed, check=check)
+        apart = check.distance / step
         traits.brackets = apart <= CURVATURE_TOLERANCE * size
         del own, expected
         if not traits.brackets:
@@ -281,15 +283,15 @@ class Admission:
         """
         product, expected = torch.empty_like(theta), torch.empty_like(theta)
         engine.product(theta, batch, direction, None, product, seed)
-        size, apart, found = float(product.norm()), math.inf, theta.new_zeros(3)
+        size, apart, check = float(product.norm()), math.inf, Check(theta.new_zeros(3), keep=True)
         for displacement in DISPLACEMENTS:
             step = displacement * max(float(theta.norm()), 1.0) / float(direction.norm())
             engine.exact_gradient(theta.add_(direction, alpha=step), batch, expected, seed)
             expected.sub_(product, alpha=2.0 * step)
             theta.sub_(direction, alpha=2.0 * step)
-            engine.exact_gradient(theta, batch, expected, seed, found=found, keep=True)
+            engine.exact_gradient(theta, batch, expected, seed, check)
             engine.flatten(theta)
-            apart = min(apart, float(found[0]) / (2.0 * step))
+            apart = min(apart, check.distance / (2.0 * step))
             if apart <= CURVATURE_TOLERANCE * size:
                 return True, size, apart
         # In a confident model the difference of two nearly equal gradients may be all rounding: then it says nothing,

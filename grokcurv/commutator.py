@@ -26,7 +26,7 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.admission import Traits
 from grokcurv.device_buffer import capturing, is_asynchronous
-from grokcurv.evaluation import LossFn
+from grokcurv.evaluation import Check, LossFn
 from grokcurv.flat import Segment
 from grokcurv.gradients import Asking, Distributed, GradientEngine, Model, Strategy, Wanted, carry_out
 from grokcurv.reference import compute_type
@@ -455,14 +455,14 @@ class CommutatorProbe:
             # A float64 model has nothing better to be held against: only a gradient that was given is computed again,
             # and may differ in its last bits.
             if shared.given:
-                yield [Wanted(engine.flatten(shared.theta), pair[0], shared.work[0], seeds[0], found[0])]
+                yield [Wanted(engine.flatten(shared.theta), pair[0], shared.work[0], seeds[0], Check(found[0]))]
                 found[1, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, 1]
                 self._compare_given(found)
             eta = self._step(*shared.work[:2])
         else:
             kept = known if exactly and not shared.given else None
             keep = (method == "published" or not engine.certifies) and not exactly
-            eta = yield from evaluate(shared, pair, seeds, known=kept, exact=_Exact(found, keep))
+            eta = yield from evaluate(shared, pair, seeds, known=kept, exact=Check(found, keep))
             if shared.given and shared.form == "difference" and not exactly:
                 self._compare_given(found)
         # What was found becomes the errors of this pair, and the expectation for those that are not checked.
@@ -482,15 +482,14 @@ class CommutatorProbe:
         seeds: tuple[int, int],
         *,
         known: Tensor | None = None,
-        exact: _Exact | None = None,
+        exact: Check | None = None,
     ) -> Asking[Tensor]:
         """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A; the step's length is returned."""
         engine, (g_a, g_b, _, _) = self.gradients, shared.work
         batches, seeds_of = (*pair, *pair), (*seeds, *seeds)
 
         def wanted(index: int, point: Tensor) -> Wanted:
-            options = exact.options(index) if exact else {}
-            return Wanted(point, batches[index], shared.work[index], seeds_of[index], **options)
+            return Wanted(point, batches[index], shared.work[index], seeds_of[index], exact and exact.of(index))
 
         theta = engine.flatten(shared.theta if exact is None else shared.point)
         if known is None:
@@ -512,7 +511,7 @@ class CommutatorProbe:
         return eta
 
     def _stepped(
-        self, shared: _Shared, direction: Tensor, eta: Tensor, exact: _Exact | None, out: Tensor | None = None
+        self, shared: _Shared, direction: Tensor, eta: Tensor, exact: Check | None, out: Tensor | None = None
     ) -> Tensor:
         """``theta - eta direction``, rounded as the model's parameters are, or in float64 and as good as not at all."""
         if exact is not None:
@@ -529,20 +528,17 @@ class CommutatorProbe:
         seeds: tuple[int, int],
         *,
         known: Tensor | None = None,
-        exact: _Exact | None = None,
+        exact: Check | None = None,
     ) -> Asking[Tensor]:
         """g_A, g_B, H_A g_B and H_B g_A at the model's own parameters; the step's length is returned."""
         engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
         theta = engine.flatten(shared.theta if exact is None else shared.point)
-        options = [exact.options(index) if exact else {} for index in range(4)]
         if known is None:
-            yield [Wanted(theta, pair[0], g_a, seeds[0], **options[0])]
+            yield [Wanted(theta, pair[0], g_a, seeds[0], exact and exact.of(0))]
         else:
             g_a.copy_(known)
-        rest = exact.options(slice(1, 4, 2)) if exact else {}
-        engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], **rest)
-        rest = exact.options(slice(2, 3)) if exact else {}
-        engine.product(theta, pair[0], g_b, None, h_a, seeds[0], **rest)
+        engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], exact and exact.of(slice(1, 4, 2)))
+        engine.product(theta, pair[0], g_b, None, h_a, seeds[0], exact and exact.of(slice(2, 3)))
         return self._step(g_a, g_b)
 
     def _learn(
@@ -602,13 +598,13 @@ class CommutatorProbe:
         engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
         moved = shared.unknown(0.0, 3)
         shake = torch.Generator(engine.device).manual_seed(seeds[0])
-        theta = engine.shake_(engine.flatten(shared.point), shake)
+        theta, check = engine.shake_(engine.flatten(shared.point), shake), Check(moved, keep=True, shake=shake)
         if shared.form == "bracket":
-            engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], found=moved[1::2], keep=True, shake=shake)
-            engine.product(theta, pair[0], g_b, g_a, h_a, seeds[0], found=moved[0::2], keep=True, shake=shake)
+            engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], check.of(slice(1, 4, 2)))
+            engine.product(theta, pair[0], g_b, g_a, h_a, seeds[0], check.of(slice(0, 4, 2)))
         else:
             for index, (batch, gradient, seed) in enumerate(zip(pair, (g_a, g_b), seeds, strict=True)):
-                yield [Wanted(theta, batch, gradient, seed, moved[index], keep=True, shake=shake)]
+                yield [Wanted(theta, batch, gradient, seed, check.of(index))]
         # The evaluations were held against vectors that have lost something in rounding; that much of the distance is
         # not of the evaluation.
         noise = (moved[:, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
@@ -801,7 +797,7 @@ class _Shared:
         """(P,) float64, in the memory of everything else in the scratch."""
         return self.scratch.view(-1).view(torch.float64)[: self.work.shape[1]]
 
-    def memory(self, exact: _Exact | None) -> Tensor:
+    def memory(self, exact: Check | None) -> Tensor:
         """(P,) where a point past a step goes."""
         return self.scratch[1, : self.work.shape[1]] if exact is None else self.point
 
@@ -809,18 +805,6 @@ class _Shared:
         """(4,) or (4, columns) float64: one row for each vector of a pair."""
         shape = (4,) if columns is None else (4, columns)
         return torch.full(shape, value, dtype=torch.float64, device=self.work.device)
-
-
-@dataclass(frozen=True)
-class _Exact:
-    """An evaluation in float64: what it finds, (4, 3), and whether what was there is kept."""
-
-    found: Tensor
-    keep: bool
-
-    def options(self, which: int | slice) -> dict[str, Any]:
-        """Of the gradient, or the product, that goes to these rows."""
-        return {"found": self.found[which], "keep": self.keep}
 
 
 def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,6 +42,31 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """What ``torch.compile`` has wrapped, if it has."""
     module: nn.Module = getattr(model, "_orig_mod", model)
     return module
+
+
+@dataclass(frozen=True)
+class Check:
+    """Holds a vector against what stands where it goes.
+
+    Attributes:
+        found: (3,) float64, overwritten: the distance of the vector from what was there before, its length, and the
+            length of what was lost in rounding it to what is there; a row for each of several.
+        keep: true for those who only compare: what is there stays.
+        shake: for those who sample rounding errors, a generator by which those of an evaluation in float64 are made
+            larger at random (:class:`grokcurv.intercept.Widened`; the engine's ``shake_`` does it to parameters).
+    """
+
+    found: Tensor
+    keep: bool = False
+    shake: torch.Generator | None = None
+
+    def of(self, which: int | slice) -> Check:
+        """The check of one of several vectors, or of some of them."""
+        return replace(self, found=self.found[which])
+
+    @property
+    def distance(self) -> float:
+        return float(self.found[0])
 
 
 class Evaluator:

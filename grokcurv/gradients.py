@@ -33,7 +33,7 @@ from grokcurv.admission import (
     relative_distance,
 )
 from grokcurv.device_buffer import capturing
-from grokcurv.evaluation import LOCK, Evaluator, LossFn, unwrapped
+from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, unwrapped
 from grokcurv.flat import Segment, flatten
 from grokcurv.intercept import NARROW, Widened, unseen
 from grokcurv.partition import WHOLE, Partition
@@ -294,17 +294,7 @@ class GradientEngine:
             self.gradient(theta, batch, row, seed=seed)
         return out
 
-    def gradient(
-        self,
-        theta: Tensor,
-        batch: Any,
-        out: Tensor,
-        *,
-        seed: int = 0,
-        found: Tensor | None = None,
-        keep: bool = False,
-        shake: torch.Generator | None = None,
-    ) -> Tensor:
+    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0, check: Check | None = None) -> Tensor:
         """Write the gradient at ``theta`` on ``batch`` into ``out``.
 
         Args:
@@ -314,16 +304,12 @@ class GradientEngine:
             out: (P,); overwritten. Of another dtype than ``theta``: the gradient goes there one parameter at a time,
                 rounded, in memory for one.
             seed: of the model's own randomness.
-            found: (3,) float64, overwritten: the distance of the gradient from what was in ``out`` before, its length,
-                and the length of what was lost in rounding it to ``out``.
-            keep: only compare: ``out`` keeps what is in it.
-            shake: a generator; the rounding errors of the evaluation, in float64, are then made larger at random
-                (:class:`grokcurv.intercept.Widened`; :meth:`shake_` does it to ``theta``).
+            check: what holds the gradient against what was in ``out`` before.
 
         Raises:
             ValueError: the loss is not a scalar tensor, or does not depend on the parameters.
         """
-        streamed = found is not None or out.dtype != theta.dtype
+        streamed = check is not None or out.dtype != theta.dtype
         # A graph writes its whole vector to one memory. What is streamed goes elsewhere, or is compared on the way;
         # what draws at random would draw the same again in every replay; and a capture cannot replay a graph inside
         # itself without keeping all of its memory.
@@ -332,8 +318,7 @@ class GradientEngine:
         if streamed:
 
             def stream() -> None:
-                mode = self._mode(theta.dtype, shake)
-                self._streamed(theta, batch, out, seed, found=found, keep=keep, mode=mode)
+                self._streamed(theta, batch, out, seed, check, self._mode(theta.dtype, check))
 
             if not self._survives(stream, theta):
                 out.fill_(math.nan)
@@ -386,12 +371,10 @@ class GradientEngine:
         batch: Any,
         out: Tensor,
         seed: int,
-        *,
-        found: Tensor | None = None,
-        keep: bool = False,
-        mode: AbstractContextManager[Any] | None = None,
-    ) -> Tensor:
-        delivery = Delivery(self._views(out), found, keep)
+        check: Check | None,
+        mode: AbstractContextManager[Any] | None,
+    ) -> None:
+        delivery = Delivery(self._views(out), check)
         leaves, plain = self._leaves(theta), self.traits.plain
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
@@ -407,10 +390,10 @@ class GradientEngine:
         if not plain:
             delivery.attach(leaves)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
-        return out
 
-    def _mode(self, dtype: torch.dtype, shake: torch.Generator | None = None) -> AbstractContextManager[Any] | None:
+    def _mode(self, dtype: torch.dtype, check: Check | None = None) -> AbstractContextManager[Any] | None:
         """What an evaluation in ``dtype`` needs around it."""
+        shake = check.shake if check else None
         if dtype != torch.float64 or (shake is None and not self._lifts):
             return None
         return Widened(self.dtype, shake)
@@ -423,22 +406,19 @@ class GradientEngine:
         """The gradient in the model's own precision, by one or the other kind of backward pass."""
         self._one(theta, batch, out, seed, plain=plain)
 
-    def exact_gradient(
-        self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, found: Tensor | None = None, keep: bool = False
-    ) -> Widened:
+    def exact_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None = None) -> Widened:
         """The gradient in float64 with all casts lifted, into ``out`` of any dtype, and what was lifted."""
         mode = Widened(self.dtype)
-        self._streamed(theta, batch, out, seed, found=found, keep=keep, mode=mode)
+        self._streamed(theta, batch, out, seed, check, mode)
         return mode
 
     def sample_rounding(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> float:
         """How far the gradient at ``theta``, in float64, is moved by rounding; it goes to ``out``, (P,) float64."""
         self.exact_gradient(theta, batch, out, seed)
-        found = torch.zeros(3, dtype=torch.float64, device=theta.device)
         shake = torch.Generator(theta.device).manual_seed(seed)
-        mode = Widened(self.dtype, shake)
-        self._streamed(self.shake_(theta.clone(), shake), batch, out, seed, found=found, keep=True, mode=mode)
-        return float(found[0])
+        check = Check(theta.new_zeros(3, dtype=torch.float64), keep=True)
+        self._streamed(self.shake_(theta.clone(), shake), batch, out, seed, check, Widened(self.dtype, shake))
+        return check.distance
 
     def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
         """The gradient from a captured graph, where there is one or the same was asked for before."""
@@ -512,10 +492,7 @@ class GradientEngine:
         gradient: Tensor | None,
         product: Tensor,
         seed: int = 0,
-        *,
-        found: Tensor | None = None,
-        keep: bool = False,
-        shake: torch.Generator | None = None,
+        check: Check | None = None,
     ) -> None:
         """Write the gradient at ``theta`` on ``batch``, and the product of the Hessian with ``direction``.
 
@@ -527,11 +504,10 @@ class GradientEngine:
             theta, batch, seed: as for :meth:`gradient`.
             direction: (P,) of any floating dtype.
             gradient, product: (P,); overwritten, as ``out`` of :meth:`gradient` is. The gradient may be None.
-            found: (2, 3) float64, as for :meth:`gradient`: of the gradient, and of the product.
-            keep, shake: as for :meth:`gradient`.
+            check: of the gradient, and of the product, (2, 3); or of the product alone, (1, 3).
         """
-        first = Delivery([] if gradient is None else self._views(gradient), None if found is None else found[0], keep)
-        second = Delivery(self._views(product), None if found is None else found[-1], keep)
+        first = Delivery([] if gradient is None else self._views(gradient), check and check.of(0))
+        second = Delivery(self._views(product), check and check.of(-1))
         # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
         inner = _InnerProduct(self._views(direction.data), first)
 
@@ -549,7 +525,7 @@ class GradientEngine:
             inner.attach(leaves)
             second.attach(leaves)
             with sdpa_kernel(SDPBackend.MATH):
-                self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, shake))
+                self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, check))
 
         if self.traits.brackets is None:  # somebody is finding out
             differentiate()
@@ -596,12 +572,11 @@ class Delivery:
 
     Args:
         views: where the parts go.
-        found: (3,) float64: the distance from what was there, the length, and what rounding has lost; or None.
-        keep: compare alone, and write nothing.
+        check: what is found in comparing.
     """
 
-    def __init__(self, views: list[Tensor], found: Tensor | None, keep: bool = False) -> None:
-        self._views, self._found, self._keep = views, found, keep
+    def __init__(self, views: list[Tensor], check: Check | None = None) -> None:
+        self._views, self._check = views, check
         self._missing: set[int] = set()
         self._squares: list[Tensor] = []
 
@@ -629,11 +604,11 @@ class Delivery:
         view, part = self._views[index], part.detach()
         self._missing.discard(index)
         norms = []
-        if self._found is not None:
+        if self._check:
             norms = [_distance(view, part), _norm(part)]
-        if not self._keep:
+        if not (self._check and self._check.keep):
             view.copy_(part)
-        if self._found is not None:
+        if self._check:
             norms.append(_distance(view, part) if view.dtype != part.dtype else torch.zeros_like(norms[0]))
             self._squares.append(torch.stack(norms).square())
 
@@ -641,8 +616,8 @@ class Delivery:
         """What has not arrived is zero."""
         for index in sorted(self._missing):
             self.take(index, torch.zeros_like(self._views[index]))
-        if self._found is not None and self._squares:
-            self._found.copy_(torch.stack(self._squares).sum(0).sqrt())
+        if self._check and self._squares:
+            self._check.found.copy_(torch.stack(self._squares).sum(0).sqrt())
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -676,9 +651,7 @@ class Wanted:
     batch: Any
     out: Tensor
     seed: int
-    found: Tensor | None = None
-    keep: bool = False
-    shake: torch.Generator | None = None
+    check: Check | None = None
 
 
 Asking = Generator[list[Wanted], None, T]
@@ -724,27 +697,24 @@ def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> lis
 
 def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
     # A comparison that keeps what is there streams through one gradient's memory, which a batch of rows would not.
-    batched = engine.strategy == "vmap" and len(wanted) > 1 and not any(w.keep for w in wanted)
+    batched = engine.strategy == "vmap" and len(wanted) > 1 and not any(w.check and w.check.keep for w in wanted)
     if not batched:
         for w in wanted:
-            engine.gradient(w.theta, w.batch, w.out, seed=w.seed, found=w.found, keep=w.keep, shake=w.shake)
+            engine.gradient(w.theta, w.batch, w.out, seed=w.seed, check=w.check)
         return
     thetas = torch.stack([w.theta for w in wanted])
     rows = engine.gradients(thetas, [w.batch for w in wanted], torch.empty_like(thetas), seeds=[w.seed for w in wanted])
     for w, row in zip(wanted, rows, strict=True):
-        deliver_whole(row, w.out, w.found)
+        deliver_whole(row, w.out, w.check)
 
 
-def deliver_whole(
-    vector: Tensor, out: Tensor, found: Tensor | None, partition: Partition = WHOLE, keep: bool = False
-) -> None:
+def deliver_whole(vector: Tensor, out: Tensor, check: Check | None, partition: Partition = WHOLE) -> None:
     """A vector into ``out``, as :class:`Delivery` does with parts of one."""
-    if found is not None:
-        found[0], found[1] = partition.norm(out - vector), partition.norm(vector)
-    if not keep:
+    norms = [partition.norm(out - vector), partition.norm(vector)] if check else []
+    if not (check and check.keep):
         out.copy_(vector)
-    if found is not None:
-        found[2] = partition.norm(out - vector)
+    if check:
+        check.found.copy_(torch.stack([*norms, partition.norm(out - vector)]))
 
 
 class _Graph:

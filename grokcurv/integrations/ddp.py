@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grokcurv.admission import Traits
 from grokcurv.device_buffer import is_asynchronous
-from grokcurv.evaluation import LossFn
+from grokcurv.evaluation import Check, LossFn
 from grokcurv.gradients import GradientEngine, Strategy, deliver_whole
 
 
@@ -34,28 +35,18 @@ class ReplicatedEngine(GradientEngine):
         super().__init__(model.module, loss_fn, strategy=strategy)
         self._group = model.process_group
 
-    def gradient(
-        self,
-        theta: Tensor,
-        batch: Any,
-        out: Tensor,
-        *,
-        seed: int = 0,
-        found: Tensor | None = None,
-        keep: bool = False,
-        shake: torch.Generator | None = None,
-    ) -> Tensor:
+    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0, check: Check | None = None) -> Tensor:
         """As there; a gradient in float64 is averaged before it is rounded, in memory for all of it."""
         # Never part by part, as a single process may: what is compared with `out`, and rounded to it, must be the mean,
         # and that is known only when all of this rank's gradient is there. A memory of its own also keeps `out` as it
-        # was, which is wanted for the comparison, and where `keep` is set: by a caller who only compares.
+        # was, which is wanted for the comparison, and where the check keeps it: that of a caller who only compares.
         whole = torch.empty_like(theta)
         with self._together():
-            mode = self._mode(theta.dtype, shake)
+            mode = self._mode(theta.dtype, check)
             self._one(theta, batch, whole, seed_of_rank(seed), mode=mode)
         # After the all-reduce each rank holds the same bits, so what follows needs no exchange: every rank computes the
         # same norms from them, and so decides alike.
-        deliver_whole(self._average_(whole), out, found, keep=keep)
+        deliver_whole(self._average_(whole), out, check)
         return out
 
     def product(
@@ -66,22 +57,20 @@ class ReplicatedEngine(GradientEngine):
         gradient: Tensor | None,
         product: Tensor,
         seed: int = 0,
-        *,
-        found: Tensor | None = None,
-        keep: bool = False,
-        shake: torch.Generator | None = None,
+        check: Check | None = None,
     ) -> None:
         # The mean of the products is the product of the mean loss's Hessian, because the direction is the same on all
         # ranks. The gradient is averaged even where nobody has asked for it, so that every call is the same two
         # collectives.
         first, second = (torch.empty_like(theta) for _ in range(2))
+        shaken = check and replace(check, found=torch.empty_like(check.found), keep=False)  # the means are compared
         with self._together():
-            super().product(theta, batch, direction, first, second, seed_of_rank(seed), shake=shake)
+            super().product(theta, batch, direction, first, second, seed_of_rank(seed), shaken)
         for index, (whole, out) in enumerate(((first, gradient), (second, product))):
             self._average_(whole)
             if out is not None:
-                # From the end, since `found` has one row alone where there is no gradient to compare.
-                deliver_whole(whole, out, None if found is None else found[index - 2], keep=keep)
+                # From the end, since the check is of one vector alone where there is no gradient to compare.
+                deliver_whole(whole, out, check and check.of(index - 2))
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         # True on every rank for every model, and taken on trust: of the checks of admission, which are made for the

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map_only
 
 from grokcurv.admission import Traits
-from grokcurv.evaluation import Evaluator, LossFn, unwrapped
+from grokcurv.evaluation import Check, Evaluator, LossFn, unwrapped
 from grokcurv.flat import Segment, segments_of
 from grokcurv.gradients import GradientEngine, Strategy, deliver_whole
 from grokcurv.integrations.ddp import seed_of_rank
@@ -205,33 +205,23 @@ class ShardedEngine(GradientEngine):
         unset = torch.tensor([not flag], device=self.device)
         return not bool(self.partition.all_reduce_and(unset))
 
-    def gradient(
-        self,
-        theta: Tensor,
-        batch: Any,
-        out: Tensor,
-        *,
-        seed: int = 0,
-        found: Tensor | None = None,
-        keep: bool = False,
-        shake: torch.Generator | None = None,
-    ) -> Tensor:
+    def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0, check: Check | None = None) -> Tensor:
         """As there. A sample of the rounding error is that of the other precision, scaled by the ratio of roundoffs."""
         # In one process the operators of the evaluation are shaken. Here the gradient in the other precision takes the
         # place of a shaken one: both differ from the true one by rounding alone.
-        if shake is not None:
+        if check and check.shake:
             theta = theta.to(_other(theta.dtype))
         # A gradient comes whole from FSDP: it goes straight to `out` only where nobody wants to compare it with what is
-        # there. `found` is given on all ranks or on none, since its norms are completed over the ranks.
-        whole = out if out.dtype == theta.dtype and found is None else torch.empty_like(theta)
+        # there. A check is given on all ranks or on none, since its norms are completed over the ranks.
+        whole = out if out.dtype == theta.dtype and check is None else torch.empty_like(theta)
         self._gradient(theta, batch, whole, seed)
         if whole is not out:
-            deliver_whole(whole, out, found, self.partition, keep=keep)
-        if shake is not None and found is not None:
+            deliver_whole(whole, out, check, self.partition)
+        if check and check.shake:
             # The distance is of the coarser precision's rounding; what is asked for is that of float64, finer by the
             # ratio of the roundoffs.
             eps = torch.finfo(theta.dtype).eps
-            found[0] *= min(1.0, torch.finfo(torch.float64).eps / eps)
+            check.found[0] *= min(1.0, torch.finfo(torch.float64).eps / eps)
         return out
 
     def _gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> None:
