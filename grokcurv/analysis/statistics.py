@@ -14,8 +14,6 @@ from grokcurv.analysis.records import measured, reliable
 if TYPE_CHECKING:
     from grokcurv.analysis.records import Records
 
-NAN = float("nan")
-
 
 class SignTest(NamedTuple):
     """Made by :func:`sign_test`."""
@@ -92,16 +90,16 @@ def power_law(x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0) -> 
         if not np.all(np.isfinite(values) & (values > 0)):
             raise ValueError(f"{name} must be finite and positive, got {values}")
     if xs.size < 2:
-        return PowerLaw(NAN, NAN, NAN, NAN)
+        return PowerLaw(math.nan, math.nan, math.nan, math.nan)
     xs, ys = np.log(xs), np.log(ys)
     exponent = float(_slope(xs, ys))
     prefactor = float(np.exp(ys.mean() - exponent * xs.mean()))
     if xs.size < 3:
-        return PowerLaw(exponent, prefactor, NAN, NAN)
+        return PowerLaw(exponent, prefactor, math.nan, math.nan)
     rows = np.random.default_rng(seed).integers(xs.size, size=(trials, xs.size))
     slopes = _slope(xs[rows], ys[rows])
     slopes = slopes[np.isfinite(slopes)]
-    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes.size else (NAN, NAN)
+    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes.size else (math.nan, math.nan)
     return PowerLaw(exponent, prefactor, float(low), float(high))
 
 
@@ -141,7 +139,7 @@ def control_ratio(run: Records, control: Records, column: str = "defect_median")
     both = (above > 0) & (below > 0)
     ratios = above[both] / below[both]
     if not ratios.size:
-        return ControlRatio(NAN, NAN, NAN, 0, steps)
+        return ControlRatio(math.nan, math.nan, math.nan, 0, steps)
     return ControlRatio(float(np.median(ratios)), float(ratios.min()), float(ratios.max()), ratios.size, steps)
 
 

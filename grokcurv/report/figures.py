@@ -197,7 +197,8 @@ def spread(middles: list[float], heights: list[float]) -> list[float]:
     gaps = [(low + high) / 2 for low, high in pairwise(heights)]
     offsets = np.cumsum([0.0, *gaps])[: len(middles)]
     # Less the offsets the places need only ascend.
-    return (isotonic_regression(np.subtract(middles, offsets)).x + offsets).tolist()
+    places: list[float] = (isotonic_regression(np.subtract(middles, offsets)).x + offsets).tolist()
+    return places
 
 
 def blank(height: float) -> Figure:
