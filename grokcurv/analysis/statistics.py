@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from grokcurv.analysis.records import measured, reliable
-
-if TYPE_CHECKING:
-    from grokcurv.analysis.records import Records
+from grokcurv.analysis.records import Records, measured, reliable
 
 
 class SignTest(NamedTuple):

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from grokcurv.analysis.records import columns, measured, reliable
+from grokcurv.analysis.records import Records, columns, measured, reliable
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from grokcurv.analysis.records import Records
 
 EARLY = 3
 """Measurements of whose median a rise of the defect is told."""

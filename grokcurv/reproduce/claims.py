@@ -11,17 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from grokcurv.analysis import (
-    by_phase,
-    changepoint_step,
-    control_ratio,
-    grok_step,
-    lead_time,
-    onset_step,
-    phases,
-    power_law,
-    sign_test,
-)
+from grokcurv import analysis
 from grokcurv.modular import TrainConfig
 from grokcurv.report.format import plain
 from grokcurv.reproduce import figures, published, rules
@@ -33,6 +23,9 @@ from grokcurv.reproduce.published import Number
 
 if TYPE_CHECKING:
     from grokcurv.subspace import Subspace
+
+Rise = Callable[[pd.DataFrame], int | None]
+"""The step from which the defect has risen."""
 
 DIRECTIONS = 3
 """Singular directions of each matrix in the paper's control."""
@@ -133,11 +126,7 @@ def rho(evidence: Evidence) -> Judgement:
 
 def exec_random(evidence: Evidence) -> Judgement:
     shots = [trial.snapshot for trial in evidence["grokking"] if trial.snapshot is not None]
-    elsewhere = [
-        f"{trial.id} has no snapshot in the phase of memorisation and does not count."
-        for trial in evidence["grokking"]
-        if trial.snapshot is None
-    ]
+    without = [trial.id for trial in evidence["grokking"] if trial.snapshot is None]
 
     def ratio(arithmetic: Arithmetic, support: Support, basis: Callable[[Snapshot], Subspace | None]) -> Number:
         found = [(shot, space) for shot in shots if (space := basis(shot)) is not None]
@@ -147,8 +136,8 @@ def exec_random(evidence: Evidence) -> Judgement:
         return ratio(arithmetic, support, lambda shot: shot.singular.get(k))
 
     def phase(name: str) -> Number:
-        column = "exec_matched_ratio"
-        return Number.over(by_phase(t.records, column)[name] for t in evidence["grokking"] if column in t.records)
+        tables = [t.records for t in evidence["grokking"] if "exec_matched_ratio" in t.records]
+        return Number.over(analysis.by_phase(records, "exec_matched_ratio")[name] for records in tables)
 
     here = Here(singular("published", "full"), singular("trustworthy", "matched"))
     memorised = published.EXEC_RANDOM["memorisation"]
@@ -178,7 +167,7 @@ def exec_random(evidence: Evidence) -> Judgement:
         "The commutator's share inside the leading singular directions of the attention matrices of the memorised "
         "network, over its mean in random subspaces of as many dimensions, median over the runs. Black: chance. Grey: "
         "published, for three directions.",
-        tuple(elsewhere),
+        tuple(f"{name} has no snapshot in the phase of memorisation and does not count." for name in without),
     )
 
 
@@ -189,9 +178,9 @@ def control(evidence: Evidence) -> Judgement:
         found = []
         for trial, other in pairs:
             ours, theirs = _defects(trial, arithmetic), _defects(other, arithmetic)
-            onset = onset_step(ours)
+            onset = analysis.onset_step(ours)
             if onset is not None:
-                found.append(control_ratio(ours[ours["step"] >= onset], theirs))
+                found.append(analysis.control_ratio(ours[ours["step"] >= onset], theirs))
         return found
 
     here = _here(lambda a: Number.over(ratio.median for ratio in ratios(a)))
@@ -219,23 +208,23 @@ def control(evidence: Evidence) -> Judgement:
 def onset(evidence: Evidence) -> Judgement:
     grokked = [trial for trial in evidence["grokking"] if _grok(trial) is not None]
 
-    def leads(arithmetic: Arithmetic, threshold: float, rise: Callable[[pd.DataFrame], int | None]) -> list[float]:
+    def leads(arithmetic: Arithmetic, threshold: float, rise: Rise) -> list[float]:
         """A lead for each run that passed the threshold; minus infinity where the defect never rose."""
         found = []
         for trial in grokked:
-            grok, step = grok_step(trial.records, threshold), rise(_defects(trial, arithmetic))
+            grok, step = analysis.grok_step(trial.records, threshold), rise(_defects(trial, arithmetic))
             if grok is not None:
                 found.append(-math.inf if step is None else float(grok - step))
         return found
 
     def past_memorising(defects: pd.DataFrame) -> int | None:
-        memorised = defects["step"][~np.isin(phases(defects), ["", "early"])]
-        return changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
+        memorised = defects["step"][~np.isin(analysis.phases(defects), ["", "early"])]
+        return analysis.changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
 
-    def lead(threshold: float = rules.GROKKED, rise: Callable[[pd.DataFrame], int | None] = onset_step) -> Here:
+    def lead(threshold: float = rules.GROKKED, rise: Rise = analysis.onset_step) -> Here:
         return _here(lambda a: Number.over(leads(a, threshold, rise)))
 
-    tests = [sign_test(leads(a, rules.GROKKED, onset_step)) for a in ARITHMETICS]
+    tests = [analysis.sign_test(leads(a, rules.GROKKED, analysis.onset_step)) for a in ARITHMETICS]
 
     def holds(test: Any) -> bool | None:
         if test.p_value < rules.SIGNIFICANT:
@@ -266,10 +255,10 @@ def lr_law(evidence: Evidence) -> Judgement:
     trials = [trial for name in ("grokking", "rates") for trial in evidence[name]]
 
     def points(arithmetic: Arithmetic) -> list[tuple[float, float]]:
-        found = ((_grok(trial), lead_time(_defects(trial, arithmetic), rules.GROKKED)) for trial in trials)
+        found = ((_grok(trial), analysis.lead_time(_defects(trial, arithmetic), rules.GROKKED)) for trial in trials)
         return [(float(grok), float(lead)) for grok, lead in found if grok and lead and lead > 0]
 
-    laws = {a: power_law(*np.array(points(a)).reshape(-1, 2).T) for a in ARITHMETICS}
+    laws = {a: analysis.power_law(*np.array(points(a)).reshape(-1, 2).T) for a in ARITHMETICS}
     here = _here(lambda a: Number(laws[a].exponent, laws[a].low, laws[a].high, len(points(a))))
 
     def holds(number: Number) -> bool | None:
@@ -324,16 +313,14 @@ def alignment(evidence: Evidence) -> Judgement:
             return False
         return True if mannwhitneyu(high, low, alternative="greater").pvalue < rules.SIGNIFICANT else None
 
-    def steps(rate: float) -> Here:
-        return Here(Number(), Number.over(_median(trial, "step_alignment_ratio") for trial in rates[rate]))
-
     past = published.ALIGNMENT
     ratios, shares, singles = [], [], []
     for rate, name in zip(past, map(plain, past), strict=True):
         ours, shared = (_here(partial(of, rate=rate)) for of in (ratio, beyond))
         ratios.append(Finding(f"|cos| over chance, learning rate {name}", ours, past[rate]))
         shares.append(Finding(f"share above 95 % of random directions, {name}", shared, decimals=2))
-        singles.append(Finding(f"|cos| of single steps over chance, {name}", steps(rate)))
+        steps = Here(Number(), Number.over(_median(trial, "step_alignment_ratio") for trial in rates[rate]))
+        singles.append(Finding(f"|cos| of single steps over chance, {name}", steps))
     first = ratios[0].here
     return Judgement(
         (holds("published"), holds("trustworthy")),
@@ -525,7 +512,7 @@ def _delays(pairs: Sequence[Pair]) -> Number:
 
 
 def _grok(trial: Trial) -> int | None:
-    return grok_step(trial.records, rules.GROKKED)
+    return analysis.grok_step(trial.records, rules.GROKKED)
 
 
 def _defects(trial: Trial, arithmetic: Arithmetic) -> pd.DataFrame:

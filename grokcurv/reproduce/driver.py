@@ -16,7 +16,7 @@ import pandas as pd
 from grokcurv.modular import PRESETS, train
 from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import Evidence, Trial
-from grokcurv.reproduce.findings import Answer, Finding, say
+from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP
@@ -130,7 +130,9 @@ def reproduce(
     costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
     summary = Summary(profile.name, answers, costs, describe_environment())
     path.mkdir(parents=True, exist_ok=True)
-    table, findings = _table(answers, costs, headline=True), _table(answers, costs, headline=False)
+    numbers = _table(answers, costs)
+    findings = numbers[numbers["quantity"] != ""].reset_index(drop=True)
+    table = numbers.drop_duplicates("claim", ignore_index=True)
     for name, frame in {"table": table, "findings": findings}.items():
         write_atomically(path / f"{name}.parquet", frame.to_parquet(index=False))
         write_atomically(path / f"{name}.csv", frame.to_csv(index=False).encode())
@@ -196,20 +198,16 @@ def _slow_regime_seconds() -> float:
     return SLOW_GROK_STEP.value * (ended - began) / (last - first)
 
 
-def _table(answers: tuple[Answer, ...], costs: Mapping[str, float], *, headline: bool) -> pd.DataFrame:
-    """The answers as :class:`Reproduction` describes them: their first findings, or all."""
+def _table(answers: tuple[Answer, ...], costs: Mapping[str, float]) -> pd.DataFrame:
+    """The answers' findings as :class:`Reproduction` describes them; a claim that has none has a row without one."""
     rows: list[dict[str, Any]] = []
     for one in answers:
         known = {"claim": one.claim, "verdict": one.verdict, "cost_hours": costs.get(one.claim, math.nan) / 3600}
-        found = [
-            {"quantity": finding.quantity, **_columns(finding), "runs": finding.here.trustworthy.count}
-            for finding in one.findings
-        ]
-        rows += [{**row, **known} for row in (found[:1] or [{}] if headline else found)]
+        for finding in one.findings:
+            ends = [(number.value, number.low, number.high) for number in finding.numbers]
+            numbers = dict(zip(NUMBERS, chain(*ends), strict=True))
+            rows.append({**known, "quantity": finding.quantity, **numbers, "runs": finding.here.trustworthy.count})
+        if not one.findings:
+            rows.append(known)
     frame = pd.DataFrame(rows, columns=["claim", "quantity", *NUMBERS, "runs", "verdict", "cost_hours"])
     return frame.fillna({"quantity": "", "runs": 0}).astype({"runs": int})
-
-
-def _columns(finding: Finding) -> dict[str, float]:
-    ends = [(number.value, number.low, number.high) for number in finding.numbers]
-    return dict(zip(NUMBERS, chain(*ends), strict=True))

@@ -63,10 +63,10 @@ class Evidence:
         """All runs that the claim reads, whatever became of them."""
         return tuple(trial for name in NEEDS[claim] for trial in self.trials[name])
 
-    def baseline(self, trial: Trial, name: str = "grokking") -> Trial | None:
-        """The finished run of a set that has this one's operation and seed."""
+    def baseline(self, trial: Trial) -> Trial | None:
+        """The finished run of the set ``grokking`` that has this one's operation and seed."""
         same = (trial.config.op, trial.config.seed)
-        return next((other for other in self[name] if (other.config.op, other.config.seed) == same), None)
+        return next((other for other in self["grokking"] if (other.config.op, other.config.seed) == same), None)
 
 
 @dataclass(eq=False)
@@ -168,9 +168,8 @@ class Snapshot:
         is then of the commutator's part there. NaN for a commutator of zeros.
         """
         delta = getattr(self, arithmetic)
-        whole = delta
-        if support == "matched":
-            whole = torch.cat([delta[:, start : start + length] for start, length in basis.support], dim=1)
+        parts = [delta[:, start : start + length] for start, length in basis.support]
+        whole = torch.cat(parts, dim=1) if support == "matched" else delta
         shares = basis.split(delta).parallel / _lengths(whole)
         return np.asarray(shares / basis.random_baseline(support).mean)
 

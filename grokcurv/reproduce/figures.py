@@ -128,10 +128,7 @@ def scatter(
     points: Mapping[Arithmetic, Sequence[tuple[float, float]]], laws: Mapping[Arithmetic, Any], theme: Theme
 ) -> Figure:
     """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
-    height, top, bottom = 3.4, 0.1 + LEGEND_ROW, 0.5
-    total = height + top + bottom
-    figure = blank(total)
-    axes = axes_at(figure, (LEFT, bottom, WIDTH - LEFT - RIGHT, height))
+    figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=0.1 + LEGEND_ROW, between=0)
     log_scale(axes)
     axes.set_xscale("log")
     known = np.array([point for found in points.values() for point in found])
@@ -154,7 +151,6 @@ def scatter(
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="minor", visible=False)
-    axes.tick_params(length=3)
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel("grok step")
     axes.set_ylabel("lead, steps")
