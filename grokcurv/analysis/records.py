@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-    Records = pd.DataFrame | Mapping[str, Iterable[float]]
+Records: TypeAlias = "pd.DataFrame | Mapping[str, Iterable[float]]"
 
 
 def columns(records: Records, *names: str) -> list[NDArray[np.float64]]:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from grokcurv.analysis.records import measured, reliable
-
-if TYPE_CHECKING:
-    from grokcurv.analysis.records import Records
-
-NAN = float("nan")
+from grokcurv.analysis.records import Records, measured, reliable
 
 
 class SignTest(NamedTuple):
@@ -92,16 +87,16 @@ def power_law(x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0) -> 
         if not np.all(np.isfinite(values) & (values > 0)):
             raise ValueError(f"{name} must be finite and positive, got {values}")
     if xs.size < 2:
-        return PowerLaw(NAN, NAN, NAN, NAN)
+        return PowerLaw(math.nan, math.nan, math.nan, math.nan)
     xs, ys = np.log(xs), np.log(ys)
     exponent = float(_slope(xs, ys))
     prefactor = float(np.exp(ys.mean() - exponent * xs.mean()))
     if xs.size < 3:
-        return PowerLaw(exponent, prefactor, NAN, NAN)
+        return PowerLaw(exponent, prefactor, math.nan, math.nan)
     rows = np.random.default_rng(seed).integers(xs.size, size=(trials, xs.size))
     slopes = _slope(xs[rows], ys[rows])
     slopes = slopes[np.isfinite(slopes)]
-    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes.size else (NAN, NAN)
+    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes.size else (math.nan, math.nan)
     return PowerLaw(exponent, prefactor, float(low), float(high))
 
 
@@ -141,7 +136,7 @@ def control_ratio(run: Records, control: Records, column: str = "defect_median")
     both = (above > 0) & (below > 0)
     ratios = above[both] / below[both]
     if not ratios.size:
-        return ControlRatio(NAN, NAN, NAN, 0, steps)
+        return ControlRatio(math.nan, math.nan, math.nan, 0, steps)
     return ControlRatio(float(np.median(ratios)), float(ratios.min()), float(ratios.max()), ratios.size, steps)
 
 

@@ -40,8 +40,8 @@ def sweep_results(
     risen = has_risen(defect["defect_median"].to_numpy(float), early.reindex(defect["run"]).to_numpy(float))
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
     found = {
-        "grok_step": _first(accuracy[accuracy["test_acc"] >= threshold]),
-        "onset_step": _first(defect[risen]),
+        "grok_step": accuracy[accuracy["test_acc"] >= threshold].groupby("run")["step"].min(),
+        "onset_step": defect[risen].groupby("run")["step"].min(),
         "max_defect": peak["defect_median"],
         "max_defect_step": peak["step"],
         "last_step": pd.concat([_last(metrics), _last(curvature)], axis=1).max(axis=1),
@@ -105,10 +105,6 @@ def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:
     kept = table[np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1)]
     ordered: pd.DataFrame = kept.assign(run=kept["run"].astype(str)).sort_values("step", kind="stable")
     return ordered
-
-
-def _first(rows: pd.DataFrame) -> pd.Series:
-    return rows.groupby("run")["step"].min()
 
 
 def _last(table: pd.DataFrame) -> pd.Series:

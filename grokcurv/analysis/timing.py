@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from grokcurv.analysis.records import columns, measured, reliable
+from grokcurv.analysis.records import Records, columns, measured, reliable
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from grokcurv.analysis.records import Records
 
 EARLY = 3
 """Measurements of whose median a rise of the defect is told."""
@@ -48,8 +46,8 @@ def by_phase(records: Records, column: str) -> pd.Series:
 
     _, values = columns(records, "train_acc", column)
     named, finite = phases(records), np.isfinite(values)
-    medians = [pd.Series(values[finite & (named == phase)]).median() for phase in PHASES]
-    return pd.Series(medians, index=pd.Index(PHASES, name="phase"), name=column, dtype=float)
+    medians = pd.Series(values[finite], name=column).groupby(named[finite]).median()
+    return medians.reindex(pd.Index(PHASES, name="phase"))
 
 
 def grok_step(records: Records, threshold: float = 0.9) -> int | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -22,30 +22,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "DARK",
-    "LIGHT",
-    "Theme",
-    "dynamics",
-    "fourier",
-    "geometry",
-    "grokking",
-    "matrix_label",
-    "pc1",
-    "png",
-    "spread",
-    "style",
-]
-
 WIDTH = 8.0  # inches
-LEFT, RIGHT = 0.095, 0.845  # of the width; end labels stand to the right
+LEFT, RIGHT = 0.76, 1.24  # inches beside the panels; end labels stand to the right
 LABEL_HEIGHT = 0.15  # inches a line of an end label
 DECADES_BELOW = 2.5  # how far below the lowest defect the noise floor may pull the axis
+STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,12 @@ class Theme:
     orange: str
     green: str
     purple: str
+
+    def look(self, index: int) -> dict[str, str]:
+        """Colour and style of the line of this number: four colours, and then the same in another style."""
+        colours = (self.blue, self.orange, self.green, self.purple)
+        turn, place = divmod(index, len(colours))
+        return {"color": colours[place], "linestyle": STYLES[turn % len(STYLES)]}
 
 
 LIGHT = Theme("#1f2328", "#656d76", "#e4e7eb", "#ffffff", "#0072b2", "#d55e00", "#008f68", "#b0558a")
@@ -129,18 +122,14 @@ def pc1(history: pd.DataFrame, theme: Theme) -> Figure:
         group, label = matrix_label(name)
         groups.setdefault(group, []).append((name, label))
     figure, panels = _panels([1.75] * len(groups), history)
-    colours = (theme.blue, theme.orange, theme.green, theme.purple)
     for axes, (group, members) in zip(panels, groups.items(), strict=True):
         axes.set_ylim(0, 103)
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         axes.set_ylabel(f"PC1, {group}" if group else "PC1")
         ends = []
         for index, (name, label) in enumerate(members):
-            style = ("-", "--", ":", "-.")[index // len(colours) % 4]
             rows = history[history["matrix"] == name].dropna(subset="pc1_percent")
-            ends.append(
-                _line(axes, rows, "pc1_percent", _end_label(label), colours[index % len(colours)], linestyle=style)
-            )
+            ends.append(_line(axes, rows, "pc1_percent", _end_label(label), **theme.look(index)))
         _label_ends(axes, ends)
     return figure
 
@@ -151,8 +140,8 @@ def geometry(curvature: pd.DataFrame, theme: Theme) -> Figure:
     top.set_ylabel("share inside / chance")
     top.axhline(1, color=theme.ink, linewidth=0.9)
     ends = [
-        _line(top, curvature, "exec_random_ratio", "against all\nparameters", theme.blue),
-        _line(top, curvature, "exec_matched_ratio", "against its\nsupport", theme.orange),
+        _line(top, curvature, "exec_random_ratio", "against all\nparameters", color=theme.blue),
+        _line(top, curvature, "exec_matched_ratio", "against its\nsupport", color=theme.orange),
         (1.0, "chance", theme.ink),
     ]
     top.set_ylim(bottom=0)
@@ -160,7 +149,7 @@ def geometry(curvature: pd.DataFrame, theme: Theme) -> Figure:
     _label_ends(top, ends)
     bottom.set_ylim(0, 1.08)
     bottom.set_ylabel(r"$\rho$")
-    end = _line(bottom, curvature, "rho", r"$\rho$", theme.purple)
+    end = _line(bottom, curvature, "rho", r"$\rho$", color=theme.purple)
     _label_ends(bottom, [end and (end[0], rf"$\rho$ = {end[0]:.4f}", end[2])])
     return figure
 
@@ -169,16 +158,9 @@ def fourier(metrics: pd.DataFrame, theme: Theme, *, grok: int | None) -> Figure:
     """Accuracy, and below it the shares of the embedding and of the logits on the key frequencies."""
     figure, panels = _panels([1.3, 1.9], metrics)
     _accuracy(panels[0], metrics, theme)
-    panels[1].set_ylim(-0.03, 1.03)
-    panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    fractions(panels[1])
     panels[1].set_ylabel("share of energy")
-    _label_ends(
-        panels[1],
-        [
-            _line(panels[1], metrics, "fourier_embedding", "embedding", theme.blue),
-            _line(panels[1], metrics, "fourier_logits", "logits", theme.orange),
-        ],
-    )
+    _lines(panels[1], metrics, fourier_embedding=("embedding", theme.blue), fourier_logits=("logits", theme.orange))
     if grok is not None:
         _mark(panels, panels[1], grok, f"grok {grok:,}", 0.07, theme.green)
     return figure
@@ -190,23 +172,11 @@ def dynamics(metrics: pd.DataFrame, curvature: pd.DataFrame, theme: Theme) -> Fi
     figure, panels = _panels([2.0, 2.0] if norms else [2.0], metrics, curvature)
     log_scale(panels[0])
     panels[0].set_ylabel("loss (nats)")
-    _label_ends(
-        panels[0],
-        [
-            _line(panels[0], metrics, "train_loss", "train", theme.muted),
-            _line(panels[0], metrics, "test_loss", "test", theme.green),
-        ],
-    )
+    _lines(panels[0], metrics, train_loss=("train", theme.muted), test_loss=("test", theme.green))
     if norms:
         log_scale(panels[1])
         panels[1].set_ylabel("norm")
-        _label_ends(
-            panels[1],
-            [
-                _line(panels[1], curvature, "grad_norm", "gradient", theme.blue),
-                _line(panels[1], curvature, "bracket_norm", "bracket", theme.purple),
-            ],
-        )
+        _lines(panels[1], curvature, grad_norm=("gradient", theme.blue), bracket_norm=("bracket", theme.purple))
     return figure
 
 
@@ -222,16 +192,13 @@ def matrix_label(name: str) -> tuple[str, str]:
 
 def spread(middles: list[float], heights: list[float]) -> list[float]:
     """Nearest places (least squares) to ascending ``middles`` at which boxes of these heights do not overlap."""
+    from scipy.optimize import isotonic_regression
+
     gaps = [(low + high) / 2 for low, high in pairwise(heights)]
-    offsets = [0.0, *accumulate(gaps)]
-    # Less the offsets the places need only ascend: pool neighbours that do not, each pool at its mean.
-    pools: list[list[float]] = []
-    for middle, offset in zip(middles, offsets, strict=False):
-        pools.append([middle - offset])
-        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    settled = [fmean(pool) for pool in pools for _ in pool]
-    return [place + offset for place, offset in zip(settled, offsets, strict=False)]
+    offsets = np.cumsum([0.0, *gaps])[: len(middles)]
+    # Less the offsets the places need only ascend.
+    places: list[float] = (isotonic_regression(np.subtract(middles, offsets)).x + offsets).tolist()
+    return places
 
 
 def blank(height: float) -> Figure:
@@ -248,6 +215,22 @@ def axes_at(figure: Figure, place: tuple[float, float, float, float], sharex: Ax
     return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total), sharex=sharex)
 
 
+def stack(
+    heights: Sequence[float], *, left: float, right: float, top: float, between: float
+) -> tuple[Figure, list[Axes]]:
+    """Panels one above the other over one axis of whole numbers, which is labelled below the last; all in inches."""
+    bottom = 0.5
+    total = top + bottom + sum(heights) + between * (len(heights) - 1)
+    figure = blank(total)
+    edges = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / total, "top": 1 - top / total}
+    grid = {**edges, "hspace": between / fmean(heights), "height_ratios": heights}
+    panels: list[Axes] = list(figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw=grid)[:, 0])
+    for axes in panels:
+        axes.tick_params(length=3)
+        step_ticks(axes, 8)
+    return figure, panels
+
+
 def png(figure: Figure, theme: Theme) -> bytes:
     """The figure as a PNG file of 200 dots an inch."""
     buffer = io.BytesIO()
@@ -260,42 +243,27 @@ End = tuple[float, str, str]  # height of a line's last point (data units), its 
 
 def _panels(heights: list[float], *tables: pd.DataFrame) -> tuple[Figure, list[Axes]]:
     """Panels of the given heights (inches), one above the other, over all the steps of the tables."""
-    top, bottom, between = 0.12, 0.5, 0.22  # inches
-    total = top + bottom + sum(heights) + between * (len(heights) - 1)
-    figure = blank(total)
-    panels: list[Axes] = []
-    edge = total - top
-    for height in heights:
-        place = (LEFT, (edge - height) / total, RIGHT - LEFT, height / total)
-        panels.append(figure.add_axes(place, sharex=panels[0] if panels else None))
-        edge -= height + between
+    figure, panels = stack(heights, left=LEFT, right=RIGHT, top=0.12, between=0.22)
     last = max((float(table["step"].max()) for table in tables if len(table)), default=0)
     panels[0].set_xlim(0, max(last, 1) * 1.01)
-    for axes in panels:
-        axes.tick_params(length=3)
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-        axes.tick_params(axis="x", labelbottom=axes is panels[-1])
     panels[-1].set_xlabel("training step")
     figure.align_ylabels(panels)
     return figure, panels
 
 
 def _accuracy(axes: Axes, metrics: pd.DataFrame, theme: Theme) -> None:
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    fractions(axes)
     axes.set_ylabel("accuracy")
-    train = _line(axes, metrics, "train_acc", "train", theme.muted)
-    _label_ends(axes, [train, _line(axes, metrics, "test_acc", "test", theme.green)])
+    _lines(axes, metrics, train_acc=("train", theme.muted), test_acc=("test", theme.green))
 
 
 def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
     axes.set_ylabel("defect D")
     log_scale(axes)
     step = curvature["step"]
-    ends = [_line(axes, curvature, "reference_median", "float32\nformula", theme.orange, linewidth=1.1)]
+    ends = [_line(axes, curvature, "reference_median", "float32\nformula", color=theme.orange, linewidth=1.1)]
     axes.fill_between(step, curvature["defect_p25"], curvature["defect_p75"], color=theme.blue, alpha=0.25, linewidth=0)
-    ends.append(_line(axes, curvature, "defect_median", "defect", theme.blue))
+    ends.append(_line(axes, curvature, "defect_median", "defect", color=theme.blue))
     if _has(curvature, "noise_floor"):
         lowest = _lowest(curvature, "defect_p25", "reference_median")
         bottom = min(lowest, max(_lowest(curvature, "noise_floor"), lowest / 10**DECADES_BELOW)) / 2
@@ -345,17 +313,29 @@ def _lowest(table: pd.DataFrame, *names: str) -> float:
     return float(min(values, default=1.0))
 
 
-def _line(axes: Axes, table: pd.DataFrame, name: str, label: str, colour: str, **style: Any) -> End | None:
+def _lines(axes: Axes, table: pd.DataFrame, **columns: tuple[str, str]) -> None:
+    """Draw columns over the steps, each with its label and its colour, and write the labels beside their ends."""
+    _label_ends(axes, [_line(axes, table, name, label, color=colour) for name, (label, colour) in columns.items()])
+
+
+def _line(axes: Axes, table: pd.DataFrame, name: str, label: str, color: str, **style: Any) -> End | None:
     """Draw a column over the steps, if it holds anything, and return its end for ``_label_ends``."""
     if not _has(table, name):
         return None
-    values = table[name].to_numpy(dtype=float)
+    drawn = plot(axes, table["step"], table[name], color=color, **style)
+    values = np.asarray(drawn.get_ydata())
+    measured = values[np.isfinite(values)]
+    return (float(measured[-1]), label, color) if measured.size else None
+
+
+def plot(axes: Axes, x: Any, y: Any, **style: Any) -> Line2D:
+    """Draw numbers as a line with gaps: at NaN, and on a logarithmic axis at what is not positive."""
+    values = np.asarray(y, dtype=np.float64)
     if axes.get_yscale() == "log":
         values = np.where(values > 0, values, np.nan)
-    measured = values[np.isfinite(values)]
-    marker = "." if measured.size < 25 else ""  # a value between two gaps has no line
-    axes.plot(table["step"], values, color=colour, marker=marker, **style)
-    return (float(measured[-1]), label, colour) if measured.size else None
+    marker = "." if np.isfinite(values).sum() < 25 else ""  # a value between two gaps has no line
+    (line,) = axes.plot(x, values, **{"marker": marker, **style})
+    return line
 
 
 def _end_label(label: str) -> str:
@@ -372,11 +352,30 @@ def log_scale(axes: Axes) -> None:
     axes.grid(which="minor", visible=False)
 
 
+def show_decades(axes: Axes, least: float) -> None:
+    """Show two decades, which alone are labelled, where a logarithmic axis spans less than a factor."""
+    low, high = axes.get_ylim()
+    if high < least * low:
+        axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
+
+
+def fractions(axes: Axes) -> None:
+    """A vertical axis from 0 to 100 %."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def step_ticks(axes: Axes, most: int) -> None:
+    """At most so many steps of the horizontal axis are labelled, by round numbers with their thousands separated."""
+    axes.xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
 def _label_ends(axes: Axes, ends: Iterable[End | None]) -> None:
     """Write each label beside its line's end, moved apart where they would overlap."""
-    low, high = axes.get_ylim()  # settles the axis, which autoscales lazily
-    if axes.get_yscale() == "log" and high < 10 * low:  # decades are labelled: show two
-        axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
+    axes.get_ylim()  # settles the axis, which autoscales lazily
+    if axes.get_yscale() == "log":
+        show_decades(axes, 10)
     labels = []
     for height, text, colour in filter(None, ends):
         _, y = axes.transAxes.inverted().transform(axes.transData.transform((0, height)))

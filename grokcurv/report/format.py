@@ -16,8 +16,7 @@ def number(value: float) -> str:
     if 0 < abs(value) < 1e-4 or abs(value) >= 1e7:
         return f"{value:.2e}"
     value = float(f"{value:.2e}")
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(digits, 0)}f}"
+    return f"{value:,.{_decimals(value, 3)}f}"
 
 
 def duration(seconds: float) -> str:
@@ -34,8 +33,7 @@ def short(value: float) -> str:
     """A number in few characters: 0.043, 1.6, 87, 1,240, 3e+06."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
         return f"{value:.0e}"
-    digits = max(0, 1 - math.floor(math.log10(abs(value)))) if 0 < abs(value) < 10 else 0
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{_decimals(value, 2)}f}"
 
 
 def plain(value: Any) -> str:
@@ -75,5 +73,9 @@ def significant(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     value = float(f"{value:.2e}")  # 0.9999 is 1.00
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(min(digits, 4), 0)}f}"
+    return f"{value:.{min(_decimals(value, 3), 4)}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Decimals after which a number has so many significant digits."""
+    return max(digits - 1 - math.floor(math.log10(abs(value))), 0) if value else 0

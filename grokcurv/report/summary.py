@@ -44,9 +44,15 @@ LARGEST = 1e100
 
 
 def check_table(table: pd.DataFrame, name: str, source: object, needed: tuple[str, ...] | None = None) -> pd.DataFrame:
-    """The table as it is; RunError, naming ``source``, if it lacks a column or holds something else in one."""
+    """The table, an empty one with the columns it would have.
+
+    Raises:
+        RunError: naming ``source``, if it lacks a column or holds something else in one.
+    """
     needed = NEEDED[name] if needed is None else needed
-    for column in (*needed, *DRAWN[name]) if len(table) else ():
+    if table.empty:
+        return pd.DataFrame(columns=["step", *needed], dtype=float)
+    for column in (*needed, *DRAWN[name]):
         if column not in table:
             if column in needed:
                 raise RunError(f"{source}: {name}.parquet has no column {column}; it has {', '.join(map(str, table))}")
@@ -82,8 +88,7 @@ class Summary:
         self.status = run.status
         tables = {"metrics": run.metrics, "curvature": run.curvature, "pca": run.pca_history}
         self.metrics, self.curvature, self.pca = (check_table(tables[name], name, run.path or "run") for name in tables)
-        self.grok = None if self.metrics.empty else grok_step(self.metrics, GROKKED)
-        self.onset = None if self.curvature.empty else onset_step(self.curvature)
+        self.grok, self.onset = grok_step(self.metrics, GROKKED), onset_step(self.curvature)
 
     @property
     def title(self) -> str:
@@ -127,12 +132,12 @@ class Summary:
 
     @property
     def has_pca(self) -> bool:
-        return not self.pca.empty and bool(self.pca["pc1_percent"].notna().any())
+        return bool(self.pca["pc1_percent"].notna().any())
 
     @property
     def has_geometry(self) -> bool:
         names = ["rho", "exec_random_ratio", "exec_matched_ratio"]
-        return not self.curvature.empty and bool(self.curvature[names].notna().all(axis=1).any())
+        return bool(self.curvature[names].notna().all(axis=1).any())
 
     @property
     def has_fourier(self) -> bool:
@@ -141,8 +146,6 @@ class Summary:
     @property
     def defects(self) -> pd.DataFrame:
         """The measurements whose defect can be trusted."""
-        if self.curvature.empty:
-            return self.curvature
         trusted = self.curvature["reliable"].astype(bool) & self.curvature["defect_median"].notna()
         return self.curvature[trusted]
 
@@ -174,8 +177,6 @@ class Summary:
     def pc1_table(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Names of the columns; then (layer, cells): each matrix's last PC1 % and the layer's mean."""
         layers: dict[str, dict[str, float]] = {}
-        if self.pca.empty:
-            return ["mean"], []
         for name, rows in self.pca.dropna(subset="pc1_percent").groupby("matrix", sort=False):
             layer, matrix = matrix_label(str(name))
             layers.setdefault(layer, {})[matrix] = float(rows["pc1_percent"].iloc[-1])
@@ -194,7 +195,7 @@ class Summary:
     @property
     def timings(self) -> dict[str, str]:
         said = {}
-        seconds = 0.0 if self.metrics.empty else float(self.metrics["seconds"].max())
+        seconds = float(self.metrics["seconds"].max())
         if 0 < seconds < math.inf:
             said["whole run"] = duration(seconds)
             said["steps a second"] = number(float(self.metrics["step"].max()) / seconds)

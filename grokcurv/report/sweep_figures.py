@@ -21,15 +21,17 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from grokcurv.report.figures import LIGHT, WIDTH, Theme, axes_at, blank, log_scale
+from grokcurv.report import figures
+from grokcurv.report.figures import LIGHT, WIDTH, Theme, axes_at, blank
 from grokcurv.report.format import plain, short
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["arrange", "phase", "plain", "trajectories"]
+Scale = tuple[Colormap, Normalize]
+"""Shades, and what they span."""
 
 CHARACTER = 0.076  # inches, about the mean of the report's type at 9 points
 SMALL_CHARACTER = 0.07  # at 8 points
@@ -111,7 +113,11 @@ def trajectories(
             panel.append(axes)
             edge -= height + down
             _overlay(axes, table, name, mine.index, mine[hue].map(colours) if hue else colour)
-            (_accuracy_axis if name == "test_acc" else _defect_axis)(axes, table)
+            if name == "test_acc":
+                figures.fractions(axes)
+                axes.set_yticks([0, 0.5, 1])
+            else:
+                _defect_axis(axes, table)
             if column:
                 axes.tick_params(axis="y", labelleft=False)
             else:
@@ -163,7 +169,7 @@ def _maps(
         axes.set_axis_off()
         axes.set(xlim=(0, len(columns)), ylim=(tall / high, 0))
         scale = _scale(quantity, settings, theme)
-        _heading(figure, axes, quantity, scale, stacked, theme)
+        _heading(axes, quantity, scale, stacked, theme)
         said = pd.Series([_says(quantity, row) for _, row in settings.iterrows()], index=settings.index)
         fits = high >= 0.15 and SMALL_CHARACTER * said.map(len).max() + 0.06 <= wide
         for number, (key, block) in enumerate(blocks):
@@ -171,9 +177,9 @@ def _maps(
             if rest:
                 words = ", ".join(f"{name} {_label(value)}" for name, value in zip(rest, key, strict=True))
                 axes.text(0, start - 0.05 / high, words, va="bottom", color=theme.muted, fontsize=8)
-            where = (block[across].map(columns.index), start + block[down].map(rows.index))
-            cells = block.assign(value=block[quantity.column], said=said if fits else "")
-            _cells(axes, cells, where, (wide, high), scale, theme)
+            x, y = block[across].map(columns.index), start + block[down].map(rows.index)
+            cells = block.assign(x=x, y=y, value=block[quantity.column], said=said if fits else "")
+            _cells(axes, cells, (wide, high), scale, theme)
             every = math.ceil(0.15 / high)  # labels that would overlap are left out
             for row, label in list(enumerate(row_labels if place == 0 else ()))[::every]:
                 axes.text(-0.09 / wide, start + row + 0.5, label, ha="right", va="center_baseline")
@@ -187,24 +193,16 @@ def _maps(
     return figure
 
 
-def _cells(
-    axes: Axes,
-    cells: pd.DataFrame,
-    where: tuple[pd.Series, pd.Series],
-    size: tuple[float, float],
-    scale: tuple[Colormap, Normalize],
-    theme: Theme,
-) -> None:
-    """A cell a setting, coloured by its ``value``, with what is ``said``; hatched where runs finished without one."""
+def _cells(axes: Axes, cells: pd.DataFrame, size: tuple[float, float], scale: Scale, theme: Theme) -> None:
+    """A cell a setting at ``x`` and ``y``, coloured by its ``value``, hatched where runs finished without one."""
     (wide, high), (shades, norm) = size, scale
     gap = 0.02  # inches of paper between cells
-    for x, y, text, value, finished in zip(*where, cells["said"], cells["value"], cells["finished"], strict=True):
+    for x, y, value, text, finished in cells[["x", "y", "value", "said", "finished"]].itertuples(index=False):
         cell = Rectangle((x + gap / 2 / wide, y + gap / 2 / high), 1 - gap / wide, 1 - gap / high, linewidth=0)
         colour = theme.muted
         if np.isfinite(value):
-            fill = to_rgb(shades(norm(value)))
-            cell.set_facecolor(fill)
-            colour = max((LIGHT.ink, LIGHT.paper), key=lambda ink: _contrast(to_rgb(ink), fill))
+            cell.set_facecolor(shades(norm(value)))
+            colour = _ink_on(shades(norm(value)))
         elif finished:
             cell.set(facecolor=theme.paper, edgecolor=theme.rule, hatch="/////")
         else:
@@ -214,16 +212,10 @@ def _cells(
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=8, color=colour)
 
 
-def _heading(
-    figure: Figure,
-    axes: Axes,
-    quantity: Quantity,
-    scale: tuple[Colormap, Normalize],
-    stacked: bool,
-    theme: Theme,
-) -> None:
+def _heading(axes: Axes, quantity: Quantity, scale: Scale, stacked: bool, theme: Theme) -> None:
     """A map's title, and the scale of its colours at the right end of the same line, or ``stacked`` below it."""
-    shades, norm = scale
+    (shades, norm), figure = scale, axes.get_figure(root=True)
+    assert figure is not None
     box, (_, total) = axes.get_position(), figure.get_size_inches()
     left, right, y = box.x0 * WIDTH, box.x1 * WIDTH, box.y1 * total + 0.09
     figure.text(left / WIDTH, (y + 0.19 * stacked) / total, quantity.title, va="bottom", fontweight="bold")
@@ -262,8 +254,8 @@ def _dots(
     total = top + lines * (title + height + below) + 0.22
     figure = blank(total)
     places = {value: place for place, value in enumerate(values)}
-    at = settings[field].map(places).to_numpy(dtype=float)
-    order = np.argsort(at)
+    settings = settings.assign(at=settings[field].map(places)).sort_values("at")
+    at = settings["at"]
     finished = results[results["status"] == "finished"]
     for index, quantity in enumerate(shown):
         line, column = divmod(index, abreast)
@@ -278,14 +270,14 @@ def _dots(
         axes.grid(axis="x", visible=False)
         if index + abreast >= len(shown):
             axes.set_xlabel(field, color=theme.muted)
-        colour, middle = getattr(theme, quantity.colour), settings[quantity.column].to_numpy(dtype=float)
+        colour, middle = getattr(theme, quantity.colour), settings[quantity.column]
         if quantity.log:
-            log_scale(axes)
+            figures.log_scale(axes)
             axes.tick_params(axis="y", which="minor", length=0)
         if quantity.column == "grok_fraction":
             axes.vlines(at, settings["grok_low"], settings["grok_high"], color=colour, alpha=0.35, linewidth=2.5)
+            figures.fractions(axes)
             axes.set_ylim(-0.04, 1.04)
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         else:
             groups = finished.groupby(field)[quantity.column]
             low, high = (settings[field].map(ends) for ends in (groups.min(), groups.max()))
@@ -294,18 +286,14 @@ def _dots(
                 finished[field].map(places), finished[quantity.column], ".", color=colour, alpha=0.6, markersize=4
             )
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-            for x in at[np.isnan(middle) & (settings["finished"] > 0).to_numpy()]:
-                text = _says(quantity, settings.iloc[int(np.flatnonzero(at == x)[0])])
-                axes.text(
-                    x, 0.04, text, transform=axes.get_xaxis_transform(), ha="center", color=theme.muted, fontsize=8
-                )
-        axes.plot(
-            at[order], middle[order], "o-" if _numeric(values) else "o", color=colour, markersize=5.5, linewidth=1.1
-        )
-        bottom, top_limit = axes.get_ylim()
-        if quantity.log and top_limit < 100 * bottom:  # decades are labelled: show two
-            axes.set_ylim(10 ** np.floor(np.log10(bottom)), 10 ** np.ceil(np.log10(top_limit)))
-        elif not quantity.log and bottom > 0:
+            for _, row in settings[middle.isna() & (settings["finished"] > 0)].iterrows():
+                text, where = _says(quantity, row), axes.get_xaxis_transform()
+                axes.text(row["at"], 0.04, text, transform=where, ha="center", color=theme.muted, fontsize=8)
+        style = "o-" if _numeric(values) else "o"
+        axes.plot(at, middle, style, color=colour, markersize=5.5, linewidth=1.1)
+        if quantity.log:
+            figures.show_decades(axes, 100)
+        elif axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0)
     return figure
 
@@ -328,7 +316,7 @@ def _says(quantity: Quantity, row: pd.Series) -> str:
     return "none" if row["grokked"] or quantity.column == "max_defect" else "never"
 
 
-def _scale(quantity: Quantity, settings: pd.DataFrame, theme: Theme) -> tuple[Colormap, Normalize]:
+def _scale(quantity: Quantity, settings: pd.DataFrame, theme: Theme) -> Scale:
     """A quantity's shades and what they span; below zero, where a lead has fallen behind, the other way in orange."""
     values = settings[quantity.column].to_numpy(dtype=float)
     values = values[np.isfinite(values) & ((values > 0) | (not quantity.log))]
@@ -355,11 +343,10 @@ def _shades(theme: Theme, colour: str) -> Colormap:
 
 def _colours(values: list[Any], theme: Theme) -> dict[Any, Any]:
     """A colour for each value: the theme's own for a few words, in order from blue over purple to orange for others."""
-    own = (theme.blue, theme.orange, theme.green, theme.purple)
-    if not _numeric(values) and len(values) <= len(own):
-        return dict(zip(values, own, strict=False))
+    if not _numeric(values) and len(values) <= 4:
+        return {value: theme.look(index)["color"] for index, value in enumerate(values)}
     ramp = LinearSegmentedColormap.from_list("ramp", [theme.blue, theme.purple, theme.orange])
-    return {value: ramp(place) for value, place in zip(values, np.linspace(0, 1, len(values)), strict=True)}
+    return dict(zip(values, ramp(np.linspace(0, 1, len(values))), strict=True))
 
 
 def _legend(figure: Figure, field: str, colours: dict[Any, Any], total: float, left: float, theme: Theme) -> None:
@@ -397,29 +384,22 @@ def _overlay(axes: Axes, table: pd.DataFrame, name: str, runs: pd.Index, colour:
     lines: list[NDArray[np.float64]] = np.split(points, starts)
     colours = np.array([to_rgb(colour if isinstance(colour, str) else colour[own]) for own in owners[[0, *starts]]])
     shuffled = np.random.default_rng(0).permutation(len(lines))  # no setting lies above all the others
-    alpha = float(np.clip(8 / len(lines), 0.12, 0.9))
     axes.add_collection(
         LineCollection(
             [lines[index] for index in shuffled],
             colors=colours[shuffled],
             linewidths=1.1 if len(lines) < 50 else 0.7,
-            alpha=alpha,
+            alpha=float(np.clip(8 / len(lines), 0.12, 0.9)),
             capstyle="round",
         )
     )
-
-
-def _accuracy_axis(axes: Axes, _: pd.DataFrame) -> None:
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_yticks([0, 0.5, 1])
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _defect_axis(axes: Axes, curvature: pd.DataFrame) -> None:
     """Logarithmic, over the reliable defects of all runs and a decade at least."""
     trusted = curvature["defect_median"][curvature["reliable"].astype(bool)]
     low, high = trusted[trusted > 0].min(), trusted[trusted < np.inf].max()
-    log_scale(axes)
+    figures.log_scale(axes)
     axes.tick_params(axis="y", which="minor", length=0)
     axes.set_ylim(low / 1.5, max(high * 1.5, 10 * low))
 
@@ -428,29 +408,29 @@ def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
     """The shared axis of steps: logarithmic where that shows more, as runs that grok may end far sooner than others."""
     steps = np.concatenate([table["step"].to_numpy(dtype=float) for table in tables if len(table)])
     first, last = steps[steps > 0].min(initial=np.inf), max(steps.max(), 1)
+    axes = panels[0][0]
+    axes.set_xlim(0, last * 1.03)
+    figures.step_ticks(axes, 4)
+    if last >= 20 * first:
+        axes.set_xscale("log")
+        axes.set_xlim(first, last * 1.03)
     for panel in panels:
         for axes in panel:
             axes.tick_params(length=3)
             axes.tick_params(axis="x", labelbottom=axes is panel[-1])
-    axes = panels[0][0]
-    if last >= 20 * first:
-        axes.set_xscale("log")
-        axes.set_xlim(first, last * 1.03)
-    else:
-        axes.set_xlim(0, last * 1.03)
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
-    for axes in (axes for panel in panels for axes in panel):
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(which="minor", visible=False)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(which="minor", visible=False)
 
 
-def _contrast(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
-    """Ratio of the two colours' luminances (WCAG), 1 to 21."""
+def _ink_on(fill: Any) -> str:
+    """The light theme's ink or paper, whichever has the higher contrast (WCAG) to a colour."""
 
-    def luminance(colour: tuple[float, float, float]) -> float:
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
-        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+    def luminance(colour: Any) -> float:
+        parts = np.array(to_rgb(colour))
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05
 
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
+    # Contrast is a ratio, so the two are even where the fill is their geometric mean.
+    dark = luminance(fill) ** 2 < luminance(LIGHT.ink) * luminance(LIGHT.paper)
+    return LIGHT.paper if dark else LIGHT.ink

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from grokcurv.analysis import sweep_results, sweep_settings
 from grokcurv.analysis.sweeps import UNFINISHED
-from grokcurv.report.format import are, count, number
+from grokcurv.report.format import are, count, number, plain
 from grokcurv.report.summary import GROKKED, check_table
-from grokcurv.report.sweep_figures import arrange, plain
+from grokcurv.report.sweep_figures import arrange
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,8 +114,7 @@ class SweepSummary:
     @property
     def settings_table(self) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
         """Names of the columns after those of the fields; then each setting's values and its cells."""
-        asked = {"failed": "failed", "unfinished": "unfinished"}
-        told = [name for name in asked if self.total[name]]
+        told = [name for name in ("failed", "unfinished") if self.total[name]]
         columns = ["grokked", "95% interval", "grok step", "over seeds", "highest defect", "lead", *told]
         table = []
         for row in self.settings.to_dict("records"):
@@ -123,7 +122,7 @@ class SweepSummary:
             step = f"not by {row['censored_step']:,.0f}" if row["censored_step"] > 0 else "never"
             cells = [
                 f"{row['grokked']:,} of {row['finished']:,}" if row["finished"] else "",
-                _interval(row) if row["finished"] else "",
+                f"{100 * row['grok_low']:.0f} to {row['grok_high']:.0%}" if row["finished"] else "",
                 _steps(row["grok_step"]) if row["grokked"] else step if row["finished"] else "",
                 spread,
                 _defect(row["max_defect"]),
@@ -185,7 +184,3 @@ def _steps(value: float) -> str:
 
 def _defect(value: float) -> str:
     return number(value) if math.isfinite(value) else ""
-
-
-def _interval(row: Mapping[Any, Any]) -> str:
-    return f"{100 * row['grok_low']:.0f} to {row['grok_high']:.0%}"

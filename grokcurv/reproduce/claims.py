@@ -6,49 +6,26 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from grokcurv.analysis import (
-    by_phase,
-    changepoint_step,
-    control_ratio,
-    grok_step,
-    lead_time,
-    onset_step,
-    phases,
-    power_law,
-    sign_test,
-)
+from grokcurv import analysis
 from grokcurv.modular import TrainConfig
 from grokcurv.report.format import plain
-from grokcurv.reproduce import figures, published
-from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
+from grokcurv.reproduce import figures, published, rules
+from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Support, Trial
 from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel
 from grokcurv.reproduce.findings import Answer, Finding, Here, Judgement, say
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.published import Number
-from grokcurv.reproduce.rules import (
-    GENTLE,
-    GROKKED,
-    LEAST_RATIO,
-    NOT_RUN,
-    PC1_TOLERANCE,
-    RHO,
-    SAME_STEP,
-    SIGNIFICANT,
-    SPIKE,
-    UNDECIDED,
-    WALK_P,
-    WIDEST_EXPONENT,
-    verdict,
-)
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from grokcurv.subspace import Subspace
+
+Rise = Callable[[pd.DataFrame], int | None]
+"""The step from which the defect has risen."""
 
 DIRECTIONS = 3
 """Singular directions of each matrix in the paper's control."""
@@ -64,24 +41,17 @@ def answer(claim: str, evidence: Evidence) -> Answer:
     if finished and len(trials) > finished + len(failed):
         remarks.append(f"{len(trials) - finished - len(failed)} of {len(trials)} runs are not finished.")
     settings = {name: _describe(evidence.trials[name]) for name in NEEDS[claim] if evidence.trials[name]}
+    if not trials:
+        remarks.append("This profile has no run that speaks of it.")
     if not finished:
-        if not trials:
-            remarks.append("This profile has no run that speaks of it.")
-        return Answer(claim, UNDECIDED if failed else NOT_RUN, settings, tuple(remarks))
+        verdict = rules.UNDECIDED if failed else rules.NOT_RUN
+        return Answer(claim=claim, verdict=verdict, settings=settings, remarks=tuple(remarks))
     judged = JUDGES[claim](evidence)
     first, *others = judged.findings
     findings = (first, *(finding for finding in others if any(number.known for number in finding.here)))
     arithmetic, trustworthy = judged.holds
-    return Answer(
-        claim,
-        verdict(trustworthy, arithmetic),
-        settings,
-        (*judged.remarks, *remarks),
-        findings,
-        judged.draw,
-        judged.alt,
-        judged.caption,
-    )
+    whole = {**vars(judged), "findings": findings, "remarks": (*judged.remarks, *remarks)}
+    return Answer(**whole, claim=claim, verdict=rules.verdict(trustworthy, arithmetic), settings=settings)
 
 
 def pc1(evidence: Evidence) -> Judgement:
@@ -97,11 +67,8 @@ def pc1(evidence: Evidence) -> Judgement:
     names = {"grokking": "runs that grok", "never": "operations that do not", "control": "weight decay 0"}
     past = {"grokking": published.PC1_PERCENT, **published.PC1_PERCENT_OTHERS}
     here = mean("grokking")
-
-    def holds() -> bool | None:
-        close = abs(here.value - published.PC1_PERCENT.value) <= PC1_TOLERANCE
-        return close and matrices("grokking", "p_value").value <= WALK_P if here.count else None
-
+    close = abs(here.value - published.PC1_PERCENT.value) <= rules.PC1_TOLERANCE
+    holds = close and matrices("grokking", "p_value").value <= rules.WALK_P if here.count else None
     lines = []
     for name, colour in zip(names, ("green", "purple", "muted"), strict=True):
         for index, trial in enumerate(runs[name]):
@@ -110,20 +77,14 @@ def pc1(evidence: Evidence) -> Judgement:
     grokked = runs["grokking"]
     ends = [trial.walks["pc1_percent"].mean() for trial in grokked]
     lines.append(Line([trial.end for trial in grokked], ends, "has grokked", "ink", " "))
+    last = Number.over(trial.trajectory.iloc[-1] for trial in grokked)
     return Judgement(
-        (None, holds()),
+        (None, holds),
         (
-            *(_same(f"PC1 %, mean over matrices, {names[name]}", past[name], mean(name)) for name in names),
-            _same(
-                "PC1 %, mean over matrices, at the end of runs that grok",
-                Number(),
-                Number.over(trial.trajectory.iloc[-1] for trial in runs["grokking"]),
-            ),
-            _same("PC1 % of random walks beside those that grok", Number(), matrices("grokking", "walk_percent")),
-            *(
-                _same(f"standard deviations above random walks, {names[name]}", Number(), matrices(name, "z"))
-                for name in names
-            ),
+            *(_same(f"PC1 %, mean over matrices, {names[name]}", mean(name), past[name]) for name in names),
+            _same("PC1 %, mean over matrices, at the end of runs that grok", last),
+            _same("PC1 % of random walks beside those that grok", matrices("grokking", "walk_percent")),
+            *(_same(f"standard deviations above random walks, {names[name]}", matrices(name, "z")) for name in names),
         ),
         partial(figures.lines, [Panel(lines, "PC1 %, mean", band=published.PC1_PERCENT)]),
         f"Mean over the matrices against the step; where runs have grokked, {say(here)} %.",
@@ -151,10 +112,10 @@ def rho(evidence: Evidence) -> Judgement:
         "among very many is true of nearly all vectors. How its part inside compares with chance is the next claim."
     )
     return Judgement(
-        _both(lambda number: number.low >= RHO, here),
+        _both(lambda number: number.low >= rules.RHO, here),
         (
-            Finding("rho, median over a run", published.RHO, here, 5),
-            _same("rho of a random direction", Number(), chance, 5),
+            Finding("rho, median over a run", here, published.RHO, 5),
+            _same("rho of a random direction", chance, decimals=5),
         ),
         partial(figures.lines, [Panel(lines, r"1 - $\rho$", log=True, level=1 - chance.value)]),
         f"1 - rho on a logarithmic axis over the steps; rho is {say(here.trustworthy, 5)}.",
@@ -165,45 +126,31 @@ def rho(evidence: Evidence) -> Judgement:
 
 def exec_random(evidence: Evidence) -> Judgement:
     shots = [trial.snapshot for trial in evidence["grokking"] if trial.snapshot is not None]
-    elsewhere = [
-        f"{trial.id} has no snapshot in the phase of memorisation and does not count."
-        for trial in evidence["grokking"]
-        if trial.snapshot is None
-    ]
+    without = [trial.id for trial in evidence["grokking"] if trial.snapshot is None]
 
-    def ratio(
-        arithmetic: Arithmetic, support: Literal["full", "matched"], basis: Callable[[Snapshot], Subspace | None]
-    ) -> Number:
+    def ratio(arithmetic: Arithmetic, support: Support, basis: Callable[[Snapshot], Subspace | None]) -> Number:
         found = [(shot, space) for shot in shots if (space := basis(shot)) is not None]
         return Number.over(_middle(shot.ratios(arithmetic, space, support)) for shot, space in found)
 
-    def singular(arithmetic: Arithmetic, support: Literal["full", "matched"], k: int = DIRECTIONS) -> Number:
+    def singular(arithmetic: Arithmetic, support: Support, k: int = DIRECTIONS) -> Number:
         return ratio(arithmetic, support, lambda shot: shot.singular.get(k))
 
     def phase(name: str) -> Number:
-        column = "exec_matched_ratio"
-        return Number.over(by_phase(t.records, column)[name] for t in evidence["grokking"] if column in t.records)
+        tables = [t.records for t in evidence["grokking"] if "exec_matched_ratio" in t.records]
+        return Number.over(analysis.by_phase(records, "exec_matched_ratio")[name] for records in tables)
 
     here = Here(singular("published", "full"), singular("trustworthy", "matched"))
     memorised = published.EXEC_RANDOM["memorisation"]
-    findings = [Finding("inside over chance, singular directions, memorised", memorised, here)]
-    findings.append(
-        Finding("the same, random subspaces in all of parameter space", Number(), _here(lambda a: singular(a, "full")))
+    trajectory = _here(lambda a: ratio(a, "matched", lambda shot: shot.trajectory))
+    pasts = {"memorisation": Number(), "pre-grok": Number(), "post-grok": published.EXEC_RANDOM["post-grok"]}
+    findings = (
+        Finding("inside over chance, singular directions, memorised", here, memorised),
+        Finding("the same, random subspaces in all of parameter space", _here(lambda a: singular(a, "full"))),
+        Finding("the same, in the support", _here(lambda a: singular(a, "matched"))),
+        Finding("directions of the trajectory, in their support, memorised", trajectory),
+        *(Finding(f"the same over runs that grok, {n}", Here(Number(), phase(n)), past) for n, past in pasts.items()),
     )
-    findings.append(Finding("the same, in the support", Number(), _here(lambda a: singular(a, "matched"))))
-    findings.append(
-        Finding(
-            "directions of the trajectory, in their support, memorised",
-            Number(),
-            _here(lambda a: ratio(a, "matched", lambda shot: shot.trajectory)),
-        )
-    )
-    for name in ("memorisation", "pre-grok", "post-grok"):
-        past = published.EXEC_RANDOM["post-grok"] if name == "post-grok" else Number()
-        findings.append(Finding(f"the same over runs that grok, {name}", past, Here(Number(), phase(name))))
-
-    supports: tuple[tuple[Literal["full", "matched"], str, str], ...]
-    supports = (("full", "all parameters", "--"), ("matched", "support", "-"))
+    supports: tuple[tuple[Support, str, str], ...] = (("full", "all parameters", "--"), ("matched", "support", "-"))
     swept = sorted({k for shot in shots for k in shot.singular})
     lines = [
         Line(swept, [singular(a, support, k).value for k in swept], f"{words}, {where}", colour, style)
@@ -213,14 +160,14 @@ def exec_random(evidence: Evidence) -> Judgement:
     panel = Panel(lines, "inside / chance", level=1.0, band=memorised)
     return Judgement(
         _both(lambda number: number.low > 1, here),
-        tuple(findings),
+        findings,
         partial(figures.lines, [panel], xlabel="singular directions of each attention matrix") if swept else None,
         f"Against the number of directions; for three, {say(here.arithmetic)} by the float32 formula among all "
         f"parameters, {say(here.trustworthy)} for trustworthy commutators in the support.",
         "The commutator's share inside the leading singular directions of the attention matrices of the memorised "
         "network, over its mean in random subspaces of as many dimensions, median over the runs. Black: chance. Grey: "
         "published, for three directions.",
-        tuple(elsewhere),
+        tuple(f"{name} has no snapshot in the phase of memorisation and does not count." for name in without),
     )
 
 
@@ -231,79 +178,66 @@ def control(evidence: Evidence) -> Judgement:
         found = []
         for trial, other in pairs:
             ours, theirs = _defects(trial, arithmetic), _defects(other, arithmetic)
-            onset = onset_step(ours)
+            onset = analysis.onset_step(ours)
             if onset is not None:
-                found.append(control_ratio(ours[ours["step"] >= onset], theirs))
+                found.append(analysis.control_ratio(ours[ours["step"] >= onset], theirs))
         return found
 
     here = _here(lambda a: Number.over(ratio.median for ratio in ratios(a)))
     compared = ratios("trustworthy")
     panels = []
     for trial, other in pairs[:2]:
-        lines = [
-            Line(rows["step"], rows["defect_median"], f"{words}, {which}", colour, style)
-            for one, which, style in ((trial, "weight decay 1", "-"), (other, "weight decay 0", ":"))
-            for a, (colour, words) in ARITHMETICS.items()
-            for rows in [_defects(one, a)]
-        ]
+        lines = _defect_lines(trial, ", weight decay 1") + _defect_lines(other, ", weight decay 0", ":")
         panels.append(Panel(lines, f"D, {trial.config.op}, seed {trial.config.seed}", log=True))
     trusted, steps = sum(ratio.reliable for ratio in compared), sum(ratio.steps for ratio in compared)
+    remark = f"From the onset on, both defects could be trusted at {trusted:,} of {steps:,} steps that both measured."
     return Judgement(
-        _both(lambda number: number.value >= LEAST_RATIO, here),
+        _both(lambda number: number.value >= rules.LEAST_RATIO, here),
         (
-            Finding("defect over the control's, median from the onset on", published.CONTROL_RATIO, here),
-            Finding("the same, largest", Number(), _here(lambda a: Number.over(r.maximum for r in ratios(a)))),
+            Finding("defect over the control's, median from the onset on", here, published.CONTROL_RATIO),
+            Finding("the same, largest", _here(lambda a: Number.over(ratio.maximum for ratio in ratios(a)))),
         ),
         partial(figures.lines, panels) if panels else None,
         "Defects over the steps on a logarithmic axis, with and without weight decay; their ratio is "
         f"{say(here.arithmetic)} by the float32 formula and {say(here.trustworthy)} where both can be trusted.",
         "Solid: weight decay 1. Dotted: weight decay 0. Gaps are measurements that cannot be told from rounding.",
-        (f"From the onset on, both defects could be trusted at {trusted:,} of {steps:,} steps that both measured.",)
-        if steps
-        else (),
+        (remark,) if steps else (),
     )
 
 
 def onset(evidence: Evidence) -> Judgement:
     grokked = [trial for trial in evidence["grokking"] if _grok(trial) is not None]
 
-    def leads(arithmetic: Arithmetic, threshold: float, rise: Callable[[pd.DataFrame], int | None]) -> list[float]:
+    def leads(arithmetic: Arithmetic, threshold: float, rise: Rise) -> list[float]:
         """A lead for each run that passed the threshold; minus infinity where the defect never rose."""
         found = []
         for trial in grokked:
-            grok, step = grok_step(trial.records, threshold), rise(_defects(trial, arithmetic))
+            grok, step = analysis.grok_step(trial.records, threshold), rise(_defects(trial, arithmetic))
             if grok is not None:
                 found.append(-math.inf if step is None else float(grok - step))
         return found
 
     def past_memorising(defects: pd.DataFrame) -> int | None:
-        memorised = defects["step"][~np.isin(phases(defects), ["", "early"])]
-        return changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
+        memorised = defects["step"][~np.isin(analysis.phases(defects), ["", "early"])]
+        return analysis.changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
 
-    def lead(threshold: float = GROKKED, rise: Callable[[pd.DataFrame], int | None] = onset_step) -> Here:
+    def lead(threshold: float = rules.GROKKED, rise: Rise = analysis.onset_step) -> Here:
         return _here(lambda a: Number.over(leads(a, threshold, rise)))
 
-    tests = [sign_test(leads(a, GROKKED, onset_step)) for a in ARITHMETICS]
+    tests = [analysis.sign_test(leads(a, rules.GROKKED, analysis.onset_step)) for a in ARITHMETICS]
 
     def holds(test: Any) -> bool | None:
-        if test.p_value < SIGNIFICANT:
+        if test.p_value < rules.SIGNIFICANT:
             return True
         return False if grokked and 2 * test.positive <= len(grokked) else None
 
+    led = Here(*(Number.share(test.positive, len(grokked)) for test in tests))
     findings = (
-        Finding("lead, steps, to test accuracy 0.9", published.LEAD_TIME, lead(), 0),
-        Finding(
-            "share of runs in which the defect rose first",
-            published.LED,
-            Here(*(Number.share(test.positive, len(grokked)) for test in tests)),
-            2,
-        ),
-        Finding("p of the sign test", Number(), Here(*(Number(test.p_value) for test in tests))),
-        *(
-            Finding(f"lead to test accuracy {threshold:g}", Number(), lead(threshold), 0)
-            for threshold in (0.5, 0.7, 0.95, 0.98)
-        ),
-        Finding("lead by the changepoint rule, once memorised", Number(), lead(rise=past_memorising), 0),
+        Finding("lead, steps, to test accuracy 0.9", lead(), published.LEAD_TIME, 0),
+        Finding("share of runs in which the defect rose first", led, published.LED, 2),
+        Finding("p of the sign test", Here(*(Number(test.p_value) for test in tests))),
+        *(Finding(f"lead to test accuracy {t:g}", lead(t), decimals=0) for t in (0.5, 0.7, 0.95, 0.98)),
+        Finding("lead by the changepoint rule, once memorised", lead(rise=past_memorising), decimals=0),
     )
     forest = [finding for finding in findings if finding.quantity.startswith("lead")]
     return Judgement(
@@ -321,30 +255,26 @@ def lr_law(evidence: Evidence) -> Judgement:
     trials = [trial for name in ("grokking", "rates") for trial in evidence[name]]
 
     def points(arithmetic: Arithmetic) -> list[tuple[float, float]]:
-        found = ((_grok(trial), lead_time(_defects(trial, arithmetic), GROKKED)) for trial in trials)
+        found = ((_grok(trial), analysis.lead_time(_defects(trial, arithmetic), rules.GROKKED)) for trial in trials)
         return [(float(grok), float(lead)) for grok, lead in found if grok and lead and lead > 0]
 
-    def law(arithmetic: Arithmetic) -> Any:
-        found = np.array(points(arithmetic)).reshape(-1, 2)
-        return power_law(found[:, 0], found[:, 1])
-
-    laws = {a: law(a) for a in ARITHMETICS}
+    laws = {a: analysis.power_law(*np.array(points(a)).reshape(-1, 2).T) for a in ARITHMETICS}
     here = _here(lambda a: Number(laws[a].exponent, laws[a].low, laws[a].high, len(points(a))))
 
     def holds(number: Number) -> bool | None:
-        if not number.high - number.low <= WIDEST_EXPONENT:  # NaN too
+        if not number.high - number.low <= rules.WIDEST_EXPONENT:  # NaN too
             return None
         return number.low <= published.LEAD_EXPONENT.value <= number.high
 
-    findings = [Finding("exponent of the lead in the grok step", published.LEAD_EXPONENT, here, 2)]
+    findings = [Finding("exponent of the lead in the grok step", here, published.LEAD_EXPONENT, 2)]
     for rate, past in published.MAX_DEFECT.items():
         mine = [trial for trial in trials if trial.config.lr == rate]
         highest = _here(lambda a, mine=mine: Number.over(_defects(t, a)["defect_median"].max() for t in mine))  # type: ignore[misc]
-        findings.append(Finding(f"highest defect of a run, learning rate {plain(rate)}", past, highest))
+        findings.append(Finding(f"highest defect of a run, learning rate {plain(rate)}", highest, past))
     for rate in published.MAX_DEFECT:
         steps = Number.over(_grok(trial) or math.nan for trial in trials if trial.config.lr == rate)
         known = [step for (_, lr), step in published.GROK_STEPS.items() if lr == rate]
-        findings.append(_same(f"grok step, learning rate {plain(rate)}", Number.over(known), steps, 0))
+        findings.append(_same(f"grok step, learning rate {plain(rate)}", steps, Number.over(known), 0))
     return Judgement(
         (holds(here.arithmetic), holds(here.trustworthy)),
         tuple(findings),
@@ -371,7 +301,7 @@ def alignment(evidence: Evidence) -> Judgement:
 
     def beyond(arithmetic: Arithmetic, rate: float) -> Number:
         found = tests(arithmetic, rate)
-        return Number.share(sum(one.p_value <= SIGNIFICANT for one in found), len(found))
+        return Number.share(sum(one.p_value <= rules.SIGNIFICANT for one in found), len(found))
 
     def holds(arithmetic: Arithmetic) -> bool | None:
         from scipy.stats import mannwhitneyu
@@ -381,23 +311,16 @@ def alignment(evidence: Evidence) -> Judgement:
             return None
         if ratio(arithmetic, fastest).value <= max(1.0, ratio(arithmetic, slowest).value):
             return False
-        return True if mannwhitneyu(high, low, alternative="greater").pvalue < SIGNIFICANT else None
-
-    def each(number: Callable[[Arithmetic, float], Number], rate: float) -> Here:
-        return _here(lambda arithmetic: number(arithmetic, rate))
-
-    def steps(rate: float) -> Here:
-        return Here(Number(), Number.over(_median(trial, "step_alignment_ratio") for trial in rates[rate]))
+        return True if mannwhitneyu(high, low, alternative="greater").pvalue < rules.SIGNIFICANT else None
 
     past = published.ALIGNMENT
-    ratios = [
-        Finding(f"|cos| over chance, learning rate {plain(rate)}", past[rate], each(ratio, rate)) for rate in past
-    ]
-    shares = [
-        Finding(f"share above 95 % of random directions, {plain(rate)}", Number(), each(beyond, rate), 2)
-        for rate in past
-    ]
-    singles = [Finding(f"|cos| of single steps over chance, {plain(rate)}", Number(), steps(rate)) for rate in past]
+    ratios, shares, singles = [], [], []
+    for rate, name in zip(past, map(plain, past), strict=True):
+        ours, shared = (_here(partial(of, rate=rate)) for of in (ratio, beyond))
+        ratios.append(Finding(f"|cos| over chance, learning rate {name}", ours, past[rate]))
+        shares.append(Finding(f"share above 95 % of random directions, {name}", shared, decimals=2))
+        steps = Here(Number(), Number.over(_median(trial, "step_alignment_ratio") for trial in rates[rate]))
+        singles.append(Finding(f"|cos| of single steps over chance, {name}", steps))
     first = ratios[0].here
     return Judgement(
         (holds("published"), holds("trustworthy")),
@@ -419,70 +342,61 @@ def alignment(evidence: Evidence) -> Judgement:
 def suppression(evidence: Evidence) -> Judgement:
     beside = _beside_baselines(evidence, "suppression")
 
-    def chosen(kind: str, strength: float, every: int = 1) -> list[Pair]:
-        wanted = (kind, strength, every)
-        return [
-            (t, b) for t, b in beside if (t.config.intervention, t.config.strength, t.config.intervene_every) == wanted
-        ]
+    def projected(of: Callable[[list[Pair]], Number], **settings: Any) -> Here:
+        return Here(*(of(_where(beside, intervention=kind, **settings)) for kind in ("project", "project-update")))
 
-    def projected(of: Callable[[list[Pair]], Number], strength: float, every: int = 1) -> Here:
-        return Here(*(of(chosen(kind, strength, every)) for kind in ("project", "project-update")))
-
-    here = projected(_share, 1.0)
+    here = projected(_share, strength=1.0, intervene_every=1)
+    tenth = projected(_share, strength=1.0, intervene_every=10)
     findings = [
-        Finding("share of runs that grok without motion outside", published.SUPPRESSED, here, 2),
-        Finding("the same, projected at every tenth step", Number(), projected(_share, 1.0, 10), 2),
+        Finding("share of runs that grok without motion outside", here, published.SUPPRESSED, 2),
+        Finding("the same, projected at every tenth step", tenth, decimals=2),
     ]
     for strength in sorted({trial.config.strength for trial, _ in beside} - {1.0}):
-        past = published.SUPPRESSION_DELAY if strength == GENTLE else Number()
-        findings.append(Finding(f"steps later at strength {strength:g}", past, projected(_delays, strength), 0))
+        past = published.SUPPRESSION_DELAY if strength == rules.GENTLE else Number()
+        later = projected(_delays, strength=strength, intervene_every=1)
+        findings.append(Finding(f"steps later at strength {strength:g}", later, past, 0))
     remark = (
         "A few dimensions among very many leave little to learn in, whichever they are: the next claim has the same "
         "projection on random ones."
     )
-    return _intervened("suppression", evidence, findings, _both(lambda number: number.value == 0, here), (remark,))
+    return _intervened("suppression", evidence, findings, lambda number: number.value == 0, remark)
 
 
 def random_basis(evidence: Evidence) -> Judgement:
     beside = _beside_baselines(evidence, "random-basis")
+    gentle = [pair for pair in beside if pair[0].config.strength <= rules.GENTLE]
+    whole = [pair for pair in beside if pair[0].config.strength > rules.GENTLE]
 
-    def drawn(of: Callable[[list[Pair]], Number], whole: bool) -> Here:
-        return Here(
-            *(
-                of([(t, b) for t, b in beside if t.config.basis == basis and (t.config.strength > GENTLE) == whole])
-                for basis in ("random", "matched")
-            )
-        )
+    def drawn(of: Callable[[list[Pair]], Number], pairs: list[Pair]) -> Here:
+        return Here(*(of(_where(pairs, basis=basis)) for basis in ("random", "matched")))
 
-    here = drawn(_delays, whole=False)
+    here = drawn(_delays, gentle)
     findings = [
-        Finding(f"steps later, up to strength {GENTLE:g}", published.RANDOM_DELAY, here, 0),
-        Finding("share of runs that grok at strength 1", Number(), drawn(_share, whole=True), 2),
+        Finding(f"steps later, up to strength {rules.GENTLE:g}", here, published.RANDOM_DELAY, 0),
+        Finding("share of runs that grok at strength 1", drawn(_share, whole), decimals=2),
     ]
-    return _intervened(
-        "random-basis", evidence, findings, _both(lambda n: max(abs(n.low), abs(n.high)) <= SAME_STEP, here)
-    )
+    return _intervened("random-basis", evidence, findings, lambda n: max(abs(n.low), abs(n.high)) <= rules.SAME_STEP)
 
 
 def kicks(evidence: Evidence) -> Judgement:
     beside = _beside_baselines(evidence, "kicks")
-    kicked = [pair for pair in beside if pair[0].config.intervention == "kick"]
-    noise = [pair for pair in beside if pair[0].config.intervention == "noise"]
-    faithful = [pair for pair in kicked if pair[0].config.faithful]
-    proper = [pair for pair in kicked if not pair[0].config.faithful]
-    once = [pair for pair in proper if pair[0].config.intervene_times == 1]
+    faithful = _where(beside, intervention="kick", faithful=True)
+    proper = _where(beside, intervention="kick", faithful=False)
+    once = _where(proper, intervene_times=1)
+    again = [pair for pair in proper if pair not in once]
     kinds = {
-        f"{name}, again and again": [p for p in proper if p[0].config.direction == direction and p not in once]
-        for direction, name in (("commutator", "along commutators"), ("random", "beside them"))
+        "along commutators, again and again": _where(again, direction="commutator"),
+        "beside them, again and again": _where(again, direction="random"),
+        "kicked once": once,
+        "noise": _where(beside, intervention="noise"),
     }
-    kinds |= {"kicked once": once, "noise": noise}
     here = Here(_share(faithful), _share(proper))
     findings = [
-        Finding("share of kicked runs that grok", published.KICKED, here, 2),
-        Finding("steps later", Number(), Here(_delays(faithful), _delays(proper)), 0),
-        *(Finding(f"the same, {words}", Number(), Here(Number(), _delays(pairs)), 0) for words, pairs in kinds.items()),
+        Finding("share of kicked runs that grok", here, published.KICKED, 2),
+        Finding("steps later", Here(_delays(faithful), _delays(proper)), decimals=0),
+        *(Finding(f"the same, {said}", Here(Number(), _delays(pairs)), decimals=0) for said, pairs in kinds.items()),
     ]
-    return _intervened("kicks", evidence, findings, _both(lambda number: number.value == 1, here))
+    return _intervened("kicks", evidence, findings, lambda number: number.value == 1)
 
 
 def slow_regime(evidence: Evidence) -> Judgement:
@@ -490,21 +404,18 @@ def slow_regime(evidence: Evidence) -> Judgement:
     values = {a: [v for t in trials for v in _defects(t, a)["defect_median"].dropna()] for a in ARITHMETICS}
 
     def holds(defects: Sequence[float]) -> bool | None:
-        return 0.0 in defects and max(defects) >= SPIKE if defects else None
+        return 0.0 in defects and max(defects) >= rules.SPIKE if defects else None
 
     zeros = _here(lambda a: Number.share(values[a].count(0.0), len(values[a])))
-    lines = [
-        Line(rows["step"], rows["defect_median"], words, colour)
-        for trial in trials
-        for a, (colour, words) in ARITHMETICS.items()
-        for rows in [_defects(trial, a)]
-    ]
+    highest = _here(lambda a: Number(max(values[a], default=math.nan)))
+    steps = Number.over(_grok(trial) or math.nan for trial in trials)
+    lines = [line for trial in trials for line in _defect_lines(trial)]
     return Judgement(
         (holds(values["published"]), holds(values["trustworthy"])),
         (
-            Finding("share of measurements that are exactly 0", Number(), zeros, 3),
-            Finding("highest defect", Number(), _here(lambda a: Number(max(values[a], default=math.nan)))),
-            _same("grok step", published.SLOW_GROK_STEP, Number.over(_grok(trial) or math.nan for trial in trials), 0),
+            Finding("share of measurements that are exactly 0", zeros, decimals=3),
+            Finding("highest defect", highest),
+            _same("grok step", steps, published.SLOW_GROK_STEP, 0),
         ),
         partial(figures.lines, [Panel(lines, "defect D", log=True)]),
         f"Defect over the steps on a logarithmic axis; {say(zeros.arithmetic, 3)} of it is 0 by the float32 formula.",
@@ -529,6 +440,8 @@ JUDGES: dict[str, Callable[[Evidence], Judgement]] = {
 Pair = tuple[Trial, Trial]
 """A run with an intervention, and its baseline."""
 
+Rule = Callable[[Number], bool]
+
 
 def label(config: TrainConfig) -> str:
     """An intervention in a few words."""
@@ -541,13 +454,7 @@ def label(config: TrainConfig) -> str:
     return ", ".join(filter(None, [what, f"{config.strength:g}", "once" if config.intervene_times == 1 else often]))
 
 
-def _intervened(
-    name: str,
-    evidence: Evidence,
-    findings: Sequence[Finding],
-    holds: tuple[bool | None, bool | None],
-    remarks: tuple[str, ...] = (),
-) -> Judgement:
+def _intervened(name: str, evidence: Evidence, findings: list[Finding], rule: Rule, *remarks: str) -> Judgement:
     """What a claim about interventions comes to, with the test accuracies of all its runs."""
     beside = _beside_baselines(evidence, name)
     alone = len(evidence[name]) - len(beside)
@@ -567,7 +474,7 @@ def _intervened(
         lines.append(Line(trial.records["step"], trial.records["test_acc"], kind, kinds.index(kind)))
     first = findings[0]
     return Judgement(
-        holds,
+        _both(rule, first.here),
         tuple(findings),
         partial(figures.lines, [Panel(lines, "test accuracy", height=2.6)]) if lines else None,
         f"Test accuracy over the steps of {len(beside)} runs and their baselines; {first.quantity}: "
@@ -582,6 +489,11 @@ def _beside_baselines(evidence: Evidence, name: str) -> list[Pair]:
     """The finished runs of a set whose baseline grokked."""
     beside = ((trial, evidence.baseline(trial)) for trial in evidence[name])
     return [(trial, baseline) for trial, baseline in beside if baseline is not None and _grok(baseline) is not None]
+
+
+def _where(pairs: Sequence[Pair], **settings: Any) -> list[Pair]:
+    """Those whose runs have all these settings."""
+    return [pair for pair in pairs if settings.items() <= vars(pair[0].config).items()]
 
 
 def _share(pairs: Sequence[Pair]) -> Number:
@@ -600,7 +512,7 @@ def _delays(pairs: Sequence[Pair]) -> Number:
 
 
 def _grok(trial: Trial) -> int | None:
-    return grok_step(trial.records, GROKKED)
+    return analysis.grok_step(trial.records, rules.GROKKED)
 
 
 def _defects(trial: Trial, arithmetic: Arithmetic) -> pd.DataFrame:
@@ -612,6 +524,15 @@ def _defects(trial: Trial, arithmetic: Arithmetic) -> pd.DataFrame:
     if arithmetic == "published":
         return rows.assign(defect_median=records["reference_median"])
     return rows.assign(defect_median=records["defect_median"].where(records["reliable"].eq(True)))
+
+
+def _defect_lines(trial: Trial, suffix: str = "", style: str = "-") -> list[Line]:
+    """A run's defect over its steps in both arithmetics."""
+    lines = []
+    for arithmetic, (colour, words) in ARITHMETICS.items():
+        rows = _defects(trial, arithmetic)
+        lines.append(Line(rows["step"], rows["defect_median"], words + suffix, colour, style))
+    return lines
 
 
 def _median(trial: Trial, column: str) -> float:
@@ -629,12 +550,12 @@ def _here(number: Callable[[Arithmetic], Number]) -> Here:
     return Here(number("published"), number("trustworthy"))
 
 
-def _same(quantity: str, past: Number, number: Number, decimals: int | None = None) -> Finding:
+def _same(quantity: str, number: Number, past: Number = Number(), decimals: int | None = None) -> Finding:  # noqa: B008
     """A finding into which no commutator enters."""
-    return Finding(quantity, past, Here(number, number), decimals)
+    return Finding(quantity, Here(number, number), past, decimals)
 
 
-def _both(rule: Callable[[Number], bool], here: Here) -> tuple[bool | None, bool | None]:
+def _both(rule: Rule, here: Here) -> tuple[bool | None, bool | None]:
     """What a rule says of both numbers; None of one that is made of nothing."""
     first, second = (rule(number) if number.count else None for number in here)
     return first, second

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from grokcurv.modular import PRESETS, train
 from grokcurv.reproduce.claims import answer
@@ -17,17 +19,23 @@ from grokcurv.reproduce.evidence import Evidence, Trial
 from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.page import Summary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
-from grokcurv.reproduce.published import SLOW_GROK_STEP, Number
+from grokcurv.reproduce.published import SLOW_GROK_STEP
 from grokcurv.reproduce.rules import NOT_RUN
 from grokcurv.runs import describe_environment
 from grokcurv.storage import write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
 
 if TYPE_CHECKING:
-    import pandas as pd
     from rich.table import Table
 
 Progress = Callable[[dict[str, Any]], object]
+
+NUMBERS = (
+    *("published", "published_low", "published_high"),
+    *("published_arithmetic", "published_arithmetic_low", "published_arithmetic_high"),
+    *("trustworthy", "low", "high"),
+)
+"""Columns of a finding's numbers, each with the ends of its interval."""
 
 TIMED_STEPS = 50
 """Of the run that says how long an update takes."""
@@ -112,7 +120,7 @@ def reproduce(
     path = Path(out) if out is not None else Path("runs") / f"reproduce-{profile.name}"
     plan = make_plan(profile, _root(path), operations, seeds)
     to_train = [claim for claim in wanted if claims is not None or claim not in ASKED_FOR]
-    sweeps = _train(plan, path, plan.needed(to_train), engine, workers, on_progress)
+    sweeps = _train(plan, path, plan.needed(to_train), on_progress, engine=engine, workers=workers)
     trials = {name: _trials(name, sweep) for name, sweep in sweeps.items()}
     parts = {"runs": plan.runs, "interventions": plan.interventions}
     evidence = Evidence(
@@ -122,9 +130,12 @@ def reproduce(
     costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
     summary = Summary(profile.name, answers, costs, describe_environment())
     path.mkdir(parents=True, exist_ok=True)
-    table, findings = _table(answers, costs, headline=True), _table(answers, costs, headline=False)
+    numbers = _table(answers, costs)
+    findings = numbers[numbers["quantity"] != ""].reset_index(drop=True)
+    table = numbers.drop_duplicates("claim", ignore_index=True)
     for name, frame in {"table": table, "findings": findings}.items():
-        _write_table(path / name, frame)
+        write_atomically(path / f"{name}.parquet", frame.to_parquet(index=False))
+        write_atomically(path / f"{name}.csv", frame.to_csv(index=False).encode())
     failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
     return Reproduction(path, write(path, summary), answers, table, findings, failed)
 
@@ -142,12 +153,7 @@ def _root(path: Path) -> str:
 
 
 def _train(
-    plan: Plan,
-    path: Path,
-    needed: tuple[list[str], list[str]],
-    engine: str,
-    workers: int | None,
-    on_progress: Progress | None,
+    plan: Plan, path: Path, needed: tuple[list[str], list[str]], on_progress: Progress | None, **how: Any
 ) -> dict[str, Sweep]:
     """Both sweeps by name, with the runs that are needed done."""
     sweeps: dict[str, Sweep] = {}
@@ -165,14 +171,8 @@ def _train(
             rate, left = news["steps_per_second"], news["seconds_left"]
             on_progress({**news, **counts, "seconds_left": left + to_come / rate if rate else left})
 
-        sweeps[name] = run_sweep(
-            part.config,
-            path / name,
-            engine=engine,
-            workers=workers,
-            only=runs,
-            on_progress=report if on_progress else None,
-        )
+        told = report if on_progress else None
+        sweeps[name] = run_sweep(part.config, path / name, only=runs, on_progress=told, **how)
         states = sweeps[name].runs["status"].reindex(runs)
         finished += int((states == "finished").sum())
         failed += int((states == "failed").sum())
@@ -198,36 +198,16 @@ def _slow_regime_seconds() -> float:
     return SLOW_GROK_STEP.value * (ended - began) / (last - first)
 
 
-def _table(answers: tuple[Answer, ...], costs: Mapping[str, float], *, headline: bool) -> pd.DataFrame:
-    """The answers as :class:`Reproduction` describes them: their first findings, or all."""
-    import pandas as pd
-
+def _table(answers: tuple[Answer, ...], costs: Mapping[str, float]) -> pd.DataFrame:
+    """The answers' findings as :class:`Reproduction` describes them; a claim that has none has a row without one."""
     rows: list[dict[str, Any]] = []
     for one in answers:
         known = {"claim": one.claim, "verdict": one.verdict, "cost_hours": costs.get(one.claim, math.nan) / 3600}
-        found = [
-            {
-                "quantity": finding.quantity,
-                **_interval(finding.published, "published", "published_low", "published_high"),
-                **_interval(finding.here.arithmetic, *(f"published_arithmetic{end}" for end in ("", "_low", "_high"))),
-                **_interval(finding.here.trustworthy, "trustworthy", "low", "high"),
-                "runs": finding.here.trustworthy.count,
-            }
-            for finding in one.findings
-        ]
-        rows += [{**row, **known} for row in (found[:1] or [{}] if headline else found)]
-    names = ["published", "published_arithmetic"]
-    columns = ["claim", "quantity", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))]
-    frame = pd.DataFrame(rows, columns=[*columns, "trustworthy", "low", "high", "runs", "verdict", "cost_hours"])
+        for finding in one.findings:
+            ends = [(number.value, number.low, number.high) for number in finding.numbers]
+            numbers = dict(zip(NUMBERS, chain(*ends), strict=True))
+            rows.append({**known, "quantity": finding.quantity, **numbers, "runs": finding.here.trustworthy.count})
+        if not one.findings:
+            rows.append(known)
+    frame = pd.DataFrame(rows, columns=["claim", "quantity", *NUMBERS, "runs", "verdict", "cost_hours"])
     return frame.fillna({"quantity": "", "runs": 0}).astype({"runs": int})
-
-
-def _interval(number: Number, *names: str) -> dict[str, float]:
-    return dict(zip(names, (number.value, number.low, number.high), strict=True))
-
-
-def _write_table(path: Path, frame: pd.DataFrame) -> None:
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    write_atomically(path.with_suffix(".parquet"), buffer.getvalue())
-    write_atomically(path.with_suffix(".csv"), frame.to_csv(index=False).encode())

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -29,10 +30,10 @@ from grokcurv.runs import Run
 from grokcurv.subspace import Subspace, alignment
 
 if TYPE_CHECKING:
-    import pandas as pd
     from numpy.typing import NDArray
 
 Arithmetic = Literal["published", "trustworthy"]
+Support = Literal["full", "matched"]
 
 PAIRS = 12
 """Commutators of a snapshot, as many as the paper takes for alignments."""
@@ -62,10 +63,10 @@ class Evidence:
         """All runs that the claim reads, whatever became of them."""
         return tuple(trial for name in NEEDS[claim] for trial in self.trials[name])
 
-    def baseline(self, trial: Trial, name: str = "grokking") -> Trial | None:
-        """The finished run of a set that has this one's operation and seed."""
+    def baseline(self, trial: Trial) -> Trial | None:
+        """The finished run of the set ``grokking`` that has this one's operation and seed."""
         same = (trial.config.op, trial.config.seed)
-        return next((other for other in self[name] if (other.config.op, other.config.seed) == same), None)
+        return next((other for other in self["grokking"] if (other.config.op, other.config.seed) == same), None)
 
 
 @dataclass(eq=False)
@@ -84,15 +85,11 @@ class Trial:
     @cached_property
     def records(self) -> pd.DataFrame:
         """Metrics and curvature, joined on ``step``; empty before it began."""
-        import pandas as pd
-
         return pd.DataFrame({"step": []}) if self.run is None else self.run.records()
 
     @cached_property
     def trajectory(self) -> pd.Series:
         """PC1 % of everything up to each step, mean over the matrices, by step; empty without one."""
-        import pandas as pd
-
         history = pd.DataFrame() if self.run is None else self.run.pca_history
         return pd.Series(dtype=float) if history.empty else history.groupby("step")["pc1_percent"].mean()
 
@@ -120,12 +117,13 @@ class Trial:
     def alignments(self) -> Mapping[Arithmetic, tuple[AlignmentTest, ...]]:
         """Of the displacements between the paper's four checkpoints, each with the commutators at its end; none if it
         did not grok."""
-        found: list[dict[Arithmetic, AlignmentTest]] = []
+        found: dict[Arithmetic, tuple[AlignmentTest, ...]] = {"published": (), "trustworthy": ()}
         if self.run is not None:
             for since, step in pairwise(paper_checkpoints(self.records, self.run.snapshots)):
                 shot = take_snapshot(self.run, step, since)  # not kept: it has 24 vectors of P
-                found.append({arithmetic: shot.alignment(arithmetic) for arithmetic in get_args(Arithmetic)})
-        return {arithmetic: tuple(one[arithmetic] for one in found) for arithmetic in get_args(Arithmetic)}
+                for arithmetic in found:
+                    found[arithmetic] += (shot.alignment(arithmetic),)
+        return found
 
     @cached_property
     def walks(self) -> pd.DataFrame:
@@ -163,29 +161,22 @@ class Snapshot:
         """P."""
         return len(self.displacement)
 
-    def ratios(
-        self, arithmetic: Arithmetic, basis: Subspace, support: Literal["full", "matched"]
-    ) -> NDArray[np.float64]:
+    def ratios(self, arithmetic: Arithmetic, basis: Subspace, support: Support) -> NDArray[np.float64]:
         """(n,) share of each commutator inside a basis over its mean in random ones of as many dimensions.
 
         The random ones lie in R^P, or for ``matched`` within the coordinates on which the basis lives, where the share
         is then of the commutator's part there. NaN for a commutator of zeros.
         """
         delta = getattr(self, arithmetic)
-        whole = delta
-        if support == "matched":
-            whole = torch.cat([delta[:, start : start + length] for start, length in basis.support], dim=1)
-        norm = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
-        ratios: NDArray[np.float64] = (basis.split(delta).parallel / norm / basis.random_baseline(support).mean).numpy()
-        return ratios
+        parts = [delta[:, start : start + length] for start, length in basis.support]
+        whole = torch.cat(parts, dim=1) if support == "matched" else delta
+        shares = basis.split(delta).parallel / _lengths(whole)
+        return np.asarray(shares / basis.random_baseline(support).mean)
 
     def rho(self, arithmetic: Arithmetic, basis: Subspace) -> NDArray[np.float64]:
         """(n,) share of each commutator outside a basis."""
         delta = getattr(self, arithmetic)
-        rho: NDArray[np.float64] = (
-            basis.split(delta).residual / torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64)
-        ).numpy()
-        return rho
+        return np.asarray(basis.split(delta).residual / _lengths(delta))
 
     def alignment(self, arithmetic: Arithmetic) -> AlignmentTest:
         """That of the displacement with the commutators; those of zeros left out."""
@@ -267,24 +258,27 @@ def compare_walks(run: Run, until: int | None = None) -> pd.DataFrame:
     Raises:
         RunError: no checkpoint, or a damaged one.
     """
-    import pandas as pd
-
     columns = ["matrix", "pc1_percent", "walk_percent", "z", "p_value"]
     monitor, history = run.checkpoint()["monitor"], run.pca_history
-    if history.empty:
-        return pd.DataFrame(columns=columns)
-    shares = history.pivot(index="step", columns="matrix", values="pc1_percent").loc[:until]
-    if len(shares) < 3:
+    if len(history):
+        history = history.pivot(index="step", columns="matrix", values="pc1_percent").loc[:until]
+    if len(history) < 3:
         return pd.DataFrame(columns=columns)
     pca = StreamingPCA(segments=attention_segments(build_model(TrainConfig(**run.config))))
     pca.load_state_dict(monitor["pca"])
     rows = []
-    for segment, norms in zip(pca.segments or (), pca.step_norms_[: len(shares) - 1].T, strict=True):
+    for segment, norms in zip(pca.segments or (), pca.step_norms_[: len(history) - 1].T, strict=True):
         null = random_walk_pc1(norms.numpy(), segment.length, trials=WALKS)
-        percent = float(shares[segment.name].iloc[-1])
+        percent = float(history[segment.name].iloc[-1])
         share = percent / 100
         rows.append((segment.name, percent, 100 * null.mean, null.z_score(share), null.p_value(share)))
     return pd.DataFrame(rows, columns=columns)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """(n,) float64."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return lengths
 
 
 def _published_commutator(engine: GradientEngine, theta: Tensor, pair: tuple[Any, Any], eta: float) -> Tensor:

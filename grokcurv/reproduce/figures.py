@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
+from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale, plot, stack
 from grokcurv.reproduce.evidence import Arithmetic
 from grokcurv.reproduce.findings import Finding
 from grokcurv.reproduce.published import Number
 
-CYCLE = ("blue", "orange", "green", "purple")
-STYLES = ("-", "--", ":", "-.")
 ARITHMETICS: dict[Arithmetic, tuple[str, str]] = {
     "published": ("orange", "float32 formula"),
     "trustworthy": ("blue", "trustworthy"),
@@ -66,15 +64,11 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
     """Panels one above the other over the same horizontal axis, each line named once, above."""
     labels = dict.fromkeys(line.label for panel in panels for line in panel.lines if line.label)
     rows = math.ceil(len(labels) / 3)
-    top, bottom, between = 0.1 + LEGEND_ROW * rows, 0.5, 0.2
-    total = top + bottom + sum(panel.height for panel in panels) + between * (len(panels) - 1)
-    figure = blank(total)
-    edge, shared = total - top, None
+    figure, stacked = stack(
+        [panel.height for panel in panels], left=LEFT, right=RIGHT, top=0.1 + LEGEND_ROW * rows, between=0.2
+    )
     drawn: dict[str, Any] = {}
-    for panel in panels:
-        axes = axes_at(figure, (LEFT, edge - panel.height, WIDTH - LEFT - RIGHT, panel.height), shared)
-        shared = shared or axes
-        edge -= panel.height + between
+    for panel, axes in zip(panels, stacked, strict=True):
         if panel.log:
             log_scale(axes)
             axes.tick_params(axis="y", which="minor", length=0)
@@ -83,23 +77,15 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
         if math.isfinite(panel.level):
             axes.axhline(panel.level, color=theme.ink, linewidth=0.9)
         for line in panel.lines:
-            y = np.asarray(line.y, dtype=np.float64)
-            if panel.log:
-                y = np.where(y > 0, y, np.nan)
-            colour, style = _look(line, theme)
-            marker = "." if np.isfinite(y).sum() < 25 else ""  # a value between two gaps has no line
+            look = theme.look(line.colour) if isinstance(line.colour, int) else {"color": getattr(theme, line.colour)}
             width = BENEATH if line.colour == ARITHMETICS["published"][0] else 1.3
-            (handle,) = axes.plot(line.x, y, color=colour, linestyle=style, marker=marker, linewidth=width)
+            handle = plot(axes, line.x, line.y, **{"linestyle": line.style, "linewidth": width, **look})
             if line.label:
                 drawn.setdefault(line.label, handle)
         axes.set_ylabel(panel.ylabel)
         axes.yaxis.set_label_coords(-0.62 / (WIDTH - LEFT - RIGHT), 0.5)
-        axes.tick_params(length=3)
-        axes.tick_params(axis="x", labelbottom=panel is panels[-1])
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel(xlabel)
-    _legend(figure, drawn.values(), drawn, total)
+    _legend(figure, drawn)
     return figure
 
 
@@ -114,25 +100,19 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
     axes = axes_at(figure, (left, bottom, WIDTH - left - RIGHT, sum(heights)))
     axes.set_ylim(sum(heights), 0)
     axes.axvline(zero, color=theme.ink, linewidth=0.9)
-    centre, handles = 0.0, {}
-    centres = []
-    for finding, height in zip(findings, heights, strict=True):
-        centre += height / 2
-        centres.append(centre)
-        past = finding.published
+    centres, handles = np.cumsum(heights) - np.divide(heights, 2), {}
+    for finding, centre in zip(findings, centres, strict=True):
+        past, height = finding.published, [centre - 0.13, centre + 0.13]
         if math.isfinite(past.low):
-            axes.fill_betweenx(
-                [centre - 0.13, centre + 0.13], past.low, past.high, color=theme.muted, alpha=0.25, linewidth=0
-            )
+            axes.fill_betweenx(height, past.low, past.high, color=theme.muted, alpha=0.25, linewidth=0)
         elif math.isfinite(past.value):
-            axes.plot([past.value] * 2, [centre - 0.13, centre + 0.13], color=theme.muted, linewidth=3, alpha=0.5)
+            axes.plot([past.value] * 2, height, color=theme.muted, linewidth=3, alpha=0.5)
         for (colour, said), number, shift in zip(ARITHMETICS.values(), finding.here, (-0.06, 0.06), strict=True):
             if not math.isfinite(number.value):
                 continue
             (handle,) = axes.plot(number.value, centre + shift, "o", color=getattr(theme, colour), markersize=4.5)
             axes.plot([number.low, number.high], [centre + shift] * 2, color=getattr(theme, colour), linewidth=1.5)
             handles[said] = handle
-        centre += height / 2
     axes.set_yticks(centres, words)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", length=3)
@@ -140,7 +120,7 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(xlabel)
-    _legend(figure, handles.values(), handles, total)
+    _legend(figure, handles)
     return figure
 
 
@@ -148,15 +128,12 @@ def scatter(
     points: Mapping[Arithmetic, Sequence[tuple[float, float]]], laws: Mapping[Arithmetic, Any], theme: Theme
 ) -> Figure:
     """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
-    height, top, bottom = 3.4, 0.1 + LEGEND_ROW, 0.5
-    total = height + top + bottom
-    figure = blank(total)
-    axes = axes_at(figure, (LEFT, bottom, WIDTH - LEFT - RIGHT, height))
+    figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=0.1 + LEGEND_ROW, between=0)
     log_scale(axes)
     axes.set_xscale("log")
     known = np.array([point for found in points.values() for point in found])
-    for limits, values in ((axes.set_xlim, known[:, 0]), (axes.set_ylim, known[:, 1])):
-        limits(values.min() / 1.4, values.max() * 1.4)
+    (left, low), (right, high) = known.min(axis=0) / 1.4, known.max(axis=0) * 1.4
+    axes.set(xlim=(left, right), ylim=(low, high))
     handles = {}
     for name, found in points.items():
         if not found:
@@ -170,30 +147,24 @@ def scatter(
             axes.plot(ends, law.prefactor * ends**law.exponent, color=getattr(theme, colour), linewidth=1.2)
             said += f", exponent {law.exponent:.2f}"
         handles[said] = handle
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(which="minor", visible=False)
-    axes.tick_params(length=3)
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel("grok step")
     axes.set_ylabel("lead, steps")
-    _legend(figure, handles.values(), handles, total)
+    _legend(figure, handles)
     return figure
 
 
-def _look(line: Line, theme: Theme) -> tuple[str, str]:
-    if isinstance(line.colour, str):
-        return getattr(theme, line.colour), line.style
-    return getattr(theme, CYCLE[line.colour % len(CYCLE)]), STYLES[line.colour // len(CYCLE) % len(STYLES)]
-
-
-def _legend(figure: Figure, handles: Iterable[Any], labels: Iterable[str], total: float) -> None:
+def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """What is drawn, by its label, at the top."""
     figure.legend(
+        list(handles.values()),
         list(handles),
-        list(labels),
         loc="upper left",
-        bbox_to_anchor=(0.02, 1 - 0.03 / total),
+        bbox_to_anchor=(0.02, 1 - 0.03 / figure.get_figheight()),
         ncols=3,
         frameon=False,
         fontsize=8,

@@ -30,8 +30,8 @@ class Finding:
     """A number in three ways; where no commutator enters, both of ours are one."""
 
     quantity: str
-    published: Number
     here: Here
+    published: Number = Number()  # noqa: RUF009 - immutable
     decimals: int | None = None
     """In print; three significant digits if None."""
 
@@ -43,32 +43,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a claim's function comes to."""
+    """What a claim's function comes to; nothing where no run has been done."""
 
-    holds: tuple[bool | None, bool | None]
+    holds: tuple[bool | None, bool | None] = (None, None)
     """What the rule says in the published arithmetic, and in trustworthy arithmetic; None if it cannot tell."""
-    findings: tuple[Finding, ...]
-    draw: Callable[[Theme], Figure] | None
-    alt: str
-    caption: str
+    findings: tuple[Finding, ...] = ()
+    """The first is what the rule speaks of."""
+    draw: Callable[[Theme], Figure] | None = None
+    alt: str = ""
+    caption: str = ""
     remarks: tuple[str, ...] = ()
+    """What else a reader has to know, a sentence each."""
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, kw_only=True)
+class Answer(Judgement):
     """What became of a claim."""
 
     claim: str
     verdict: str
     settings: Mapping[str, str]
     """By set, its runs in words."""
-    remarks: tuple[str, ...]
-    """What else a reader has to know, a sentence each."""
-    findings: tuple[Finding, ...] = ()
-    """The first is what the rule speaks of."""
-    draw: Callable[[Theme], Figure] | None = None
-    alt: str = ""
-    caption: str = ""
 
     @property
     def sentence(self) -> str:

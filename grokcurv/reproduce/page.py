@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grokcurv.report.format import duration
-from grokcurv.report.page import Drawing, draw_twice, write_page
+from grokcurv.report.page import draw_twice, write_page
 from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.published import SOURCE
 
@@ -20,14 +20,12 @@ class Summary:
         costs: seconds that a claim which was not run would take, by claim.
     """
 
+    title = "The claims, measured again"
+
     def __init__(
         self, profile: str, answers: Sequence[Answer], costs: Mapping[str, float], environment: Mapping[str, Any]
     ) -> None:
         self.profile, self.answers, self.costs, self.environment = profile, tuple(answers), costs, environment
-
-    @property
-    def title(self) -> str:
-        return "The claims, measured again"
 
     @property
     def subtitle(self) -> list[str]:
@@ -67,10 +65,5 @@ class Summary:
 
 def write(folder: Path, summary: Summary) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into ``folder``; the page's path."""
-    return write_page(folder, "reproduction.html", summary, list(_drawings(summary.answers)))
-
-
-def _drawings(answers: Sequence[Answer]) -> Iterator[Drawing]:
-    for answer in answers:
-        if answer.draw is not None:
-            yield draw_twice(answer.claim, answer.alt, answer.draw)
+    drawings = [draw_twice(one.claim, one.alt, one.draw) for one in summary.answers if one.draw is not None]
+    return write_page(folder, "reproduction.html", summary, drawings)

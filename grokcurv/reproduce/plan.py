@@ -79,6 +79,11 @@ class Part:
         """Settings by id."""
         return self.config.plan if self.config else {}
 
+    def of(self, names: Collection[str], others: Collection[str] = ()) -> list[str]:
+        """The ids of the runs that are in one of the sets named, and of others, in order."""
+        wanted = {*others, *(run for name in names for run in self.sets.get(name, ()))}
+        return [run for run in self.plan if run in wanted]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -92,13 +97,9 @@ class Plan:
     def needed(self, claims: Collection[str]) -> tuple[list[str], list[str]]:
         """The plain runs and the interventions that these claims read, by id."""
         names = {name for claim in claims for name in NEEDS[claim]}
-        runs, interventions = (
-            {run for name in names for run in part.sets.get(name, ())} for part in (self.runs, self.interventions)
-        )
-        runs |= {self.baselines[run] for run in interventions}
-        return [run for run in self.runs.plan if run in runs], [
-            r for r in self.interventions.plan if r in interventions
-        ]
+        interventions = self.interventions.of(names)
+        baselines = {self.baselines[run] for run in interventions}
+        return self.runs.of(names, baselines), interventions
 
 
 def make_plan(
@@ -135,12 +136,11 @@ def make_plan(
 
     runs = _part(profile.run, {name: list(entries(blocks)) for name, blocks in profile.runs.items()})
     grokking = {(runs.plan[run].op, runs.plan[run].seed): run for run in runs.sets.get("grokking", ())}
-    wanted: dict[str, list[dict[str, Any]]] = {}
-    for name, blocks in profile.interventions.items():
-        wanted[name] = [
-            {**entry, "basis_from": os.path.join(root, grokking[entry["op"], entry["seed"]])}
-            for entry in entries(blocks)
-        ]
+
+    def based(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**entry, "basis_from": os.path.join(root, grokking[entry["op"], entry["seed"]])}
+
+    wanted = {name: list(map(based, entries(blocks))) for name, blocks in profile.interventions.items()}
     interventions = _part(profile.run, wanted)
     baselines = {run: grokking[config.op, config.seed] for run, config in interventions.plan.items()}
     return Plan(runs, interventions, baselines)
@@ -190,18 +190,25 @@ def _each(seeds: Seeds, common: Mapping[str, Any], *settings: Mapping[str, Any])
     return tuple(Block(seeds, {**WATCHED, **common, **more}) for more in settings)
 
 
-def _projections(basis: str, *strengths: float, **more: Any) -> list[dict[str, Any]]:
-    return [{"intervention": "project", "basis": basis, "strength": strength, **more} for strength in strengths]
+def _strengths(settings: Mapping[str, Any], *strengths: float, **more: Any) -> list[dict[str, Any]]:
+    """Interventions that differ by their strength alone."""
+    return [{**settings, "strength": strength, **more} for strength in strengths]
 
 
-def _sustained(direction: str, *strengths: float, **more: Any) -> list[dict[str, Any]]:
-    kick = {"intervention": "kick", "direction": direction, "intervene_every": 50}
-    return [{**kick, "strength": strength, **more} for strength in strengths]
-
+ORACLE, RANDOM, MATCHED = ({"intervention": "project", "basis": basis} for basis in ("oracle", "random", "matched"))
+UPDATE = {"intervention": "project-update"}
+ALONG, BESIDE = (
+    {"intervention": "kick", "direction": direction, "intervene_every": 50} for direction in ("commutator", "random")
+)
+ONCE = {"intervention": "kick", "intervene_times": 1}
+NOISE = {"intervention": "noise", "intervene_every": 50}
 
 _KEPT = {"alignment": True, "snapshot_every": 100}
 _KEPT_SLOW, _KEPT_FAST = {**_KEPT, "snapshot_every": 1000}, {**_KEPT, "snapshot_every": 50}
 """Snapshots as far apart as the paper's checkpoints, by learning rate."""
+
+_SPARSE = {"eval_every": 200, "measure_every": 400, "steps_after_grok": 0, "pca_every": 1000, "checkpoint_every": 2000}
+"""For a run so long that evaluations and measurements would take most of its time."""
 
 QUICK = Profile(
     "quick",
@@ -210,19 +217,7 @@ QUICK = Profile(
         "never": (Block(_all(NEVER, (42,)), {"steps": 4000}),),
         "control": (Block(_all(("add", "mul"), (42,)), {"weight_decay": 0.0, "steps": 4000}),),
         "rates": (
-            Block(
-                {"add": (42,)},
-                {
-                    "lr": 1e-4,
-                    "steps": 36_000,
-                    **_KEPT_SLOW,
-                    "eval_every": 200,
-                    "measure_every": 400,
-                    "steps_after_grok": 0,
-                    "pca_every": 1000,
-                    "checkpoint_every": 2000,
-                },
-            ),
+            Block({"add": (42,)}, {"lr": 1e-4, "steps": 36_000, **_KEPT_SLOW, **_SPARSE}),
             Block(_all(("add", "mul"), (42,)), {"lr": 1e-2, "steps": 5000, **_KEPT_FAST}),
         ),
     },
@@ -230,26 +225,26 @@ QUICK = Profile(
         "suppression": _each(
             {"add": (42,)},
             {"steps": 5000},
-            *_projections("oracle", 0.5, 0.75, steps=8000),
-            *_projections("oracle", 1.0),
-            {"intervention": "project-update", "strength": 1.0},
+            *_strengths(ORACLE, 0.5, 0.75, steps=8000),
+            *_strengths(ORACLE, 1.0),
+            *_strengths(UPDATE, 1.0),
         ),
         "random-basis": _each(
             {"add": (42,)},
             {"steps": 5000},
-            *_projections("random", 0.5),
-            *_projections("matched", 0.5),
-            *_projections("random", 1.0, steps=4000),
-            *_projections("matched", 1.0, steps=4000),
+            *_strengths(RANDOM, 0.5),
+            *_strengths(MATCHED, 0.5),
+            *_strengths(RANDOM, 1.0, steps=4000),
+            *_strengths(MATCHED, 1.0, steps=4000),
         ),
         "kicks": _each(
             {"add": (42,)},
             {"steps": 5000},
-            *_sustained("commutator", 100.0),
-            *_sustained("commutator", 100.0, faithful=True),
-            *_sustained("random", 100.0),
-            {"intervention": "kick", "strength": 20.0, "intervene_times": 1},
-            {"intervention": "noise", "strength": 0.1, "intervene_every": 50},
+            *_strengths(ALONG, 100.0),
+            *_strengths(ALONG, 100.0, faithful=True),
+            *_strengths(BESIDE, 100.0),
+            *_strengths(ONCE, 20.0),
+            *_strengths(NOISE, 0.1),
         ),
     },
 )
@@ -262,20 +257,12 @@ ADD = Profile(
     },
     interventions={
         "suppression": _each(
-            _all(("add",)),
-            {"steps": 10_000},
-            *_projections("oracle", 0.5, 1.0),
-            *({"intervention": "project-update", "strength": strength} for strength in (0.5, 1.0)),
+            _all(("add",)), {"steps": 10_000}, *_strengths(ORACLE, 0.5, 1.0), *_strengths(UPDATE, 0.5, 1.0)
         ),
         "random-basis": _each(
-            _all(("add",)), {"steps": 6000}, *_projections("random", 0.5, 1.0), *_projections("matched", 0.5, 1.0)
+            _all(("add",)), {"steps": 6000}, *_strengths(RANDOM, 0.5, 1.0), *_strengths(MATCHED, 0.5, 1.0)
         ),
-        "kicks": _each(
-            _all(("add",)),
-            {"steps": 6000},
-            *_sustained("commutator", 100.0),
-            *_sustained("random", 100.0),
-        ),
+        "kicks": _each(_all(("add",)), {"steps": 6000}, *_strengths(ALONG, 100.0), *_strengths(BESIDE, 100.0)),
     },
 )
 
@@ -300,30 +287,24 @@ PAPER = Profile(
         "suppression": _each(
             _all(GROKKING),
             {"steps": 15_000},
-            *_projections("oracle", 0.25, 0.5, 0.75, 1.0),
-            *_projections("oracle", 1.0, intervene_every=10),
-            {"intervention": "project-update", "strength": 1.0},
+            *_strengths(ORACLE, 0.25, 0.5, 0.75, 1.0),
+            *_strengths(ORACLE, 1.0, intervene_every=10),
+            *_strengths(UPDATE, 1.0),
         ),
         "random-basis": _each(
             _all(("add",)),
             {"steps": 15_000},
-            *_projections("random", 0.25, 0.5, 0.75, 1.0),
-            *_projections("matched", 0.25, 0.5, 0.75, 1.0),
+            *_strengths(RANDOM, 0.25, 0.5, 0.75, 1.0),
+            *_strengths(MATCHED, 0.25, 0.5, 0.75, 1.0),
         ),
         "kicks": _each(
             _all(("add",)),
             {"steps": 15_000},
-            *[
-                {"intervention": "kick", "strength": strength, "intervene_times": 1}
-                for strength in (1.0, 2.0, 5.0, 10.0, 20.0)
-            ],
-            *_sustained("commutator", 50.0, 100.0, 200.0, 500.0),
-            *_sustained("commutator", 50.0, 100.0, 200.0, 500.0, faithful=True),
-            *_sustained("random", 50.0, 100.0, 200.0, 500.0),
-            *[
-                {"intervention": "noise", "strength": strength, "intervene_every": 50}
-                for strength in (0.01, 0.05, 0.1, 0.5)
-            ],
+            *_strengths(ONCE, 1.0, 2.0, 5.0, 10.0, 20.0),
+            *_strengths(ALONG, 50.0, 100.0, 200.0, 500.0),
+            *_strengths(ALONG, 50.0, 100.0, 200.0, 500.0, faithful=True),
+            *_strengths(BESIDE, 50.0, 100.0, 200.0, 500.0),
+            *_strengths(NOISE, 0.01, 0.05, 0.1, 0.5),
         ),
     },
 )
