@@ -1,8 +1,13 @@
 """Curvature and trajectory geometry of neural-network training, at every step.
 
+>>> import torch
 >>> import grokcurv as gc
->>> stats = gc.commutator_defect(model, loss_fn, batch_a, batch_b)  # doctest: +SKIP
->>> stats.defect, stats.noise_floor, stats.reliable  # doctest: +SKIP
+>>> model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
+>>> loss_fn = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+>>> batch_a, batch_b = ((torch.randn(8, 3), torch.randint(5, (8,))) for _ in range(2))
+>>> stats = gc.commutator_defect(model, loss_fn, batch_a, batch_b)
+>>> bool(stats.reliable), bool(stats.noise_floor < stats.defect / 10)
+(True, True)
 """
 
 from importlib.metadata import version

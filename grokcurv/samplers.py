@@ -1,7 +1,10 @@
 """Samplers: where a :class:`grokcurv.CurvatureMonitor` gets its pairs from, if not from the training loop.
 
->>> sampler = subsample((x, y), rows=512)  # doctest: +SKIP
->>> monitor = grokcurv.CurvatureMonitor(model, loss_fn, sampler=sampler, pairs=3)  # doctest: +SKIP
+>>> x, y = torch.randn(100, 3), torch.arange(100)
+>>> sampler = subsample((x, y), rows=8)
+>>> (x_a, y_a), (x_b, y_b) = sampler()
+>>> bool((x_a == x[y_a]).all()), x_b.shape
+(True, torch.Size([8, 3]))
 
 They have generators of their own: none that training can draw from is touched.
 """

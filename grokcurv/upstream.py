@@ -12,6 +12,7 @@ with ``torch.save``::
 
 Files are read with ``torch.load(weights_only=True)``, which runs no code that a file brings along.
 
+>>> from grokcurv.upstream import load
 >>> log = load("grok_sweep_results/add_wd1.0_s42.pt")  # doctest: +SKIP
 >>> log.pca(n_components=2).explained_variance_ratio_  # doctest: +SKIP
 """

@@ -1,7 +1,7 @@
 """Curvature of a model that the Trainer of Hugging Face's transformers trains.
 
 >>> from grokcurv.integrations.huggingface import CurvatureCallback
->>> callback = CurvatureCallback(lambda model, batch: model(**batch).loss, sampler, every=10)  # doctest: +SKIP
+>>> callback = CurvatureCallback(lambda model, batch: model(**batch).loss, sampler, every=10)
 >>> Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
 >>> callback.monitor.records()  # doctest: +SKIP
 """

@@ -1,5 +1,6 @@
 """Curvature of a model that PyTorch Lightning trains.
 
+>>> from torch.nn.functional import cross_entropy
 >>> from grokcurv.integrations.lightning import CurvatureCallback
 >>> callback = CurvatureCallback(lambda module, batch: cross_entropy(module(batch[0]), batch[1]))
 >>> Trainer(callbacks=[callback]).fit(module, callback.lookahead(loader))  # doctest: +SKIP

@@ -17,7 +17,7 @@ from grokcurv.modular import PRESETS, train
 from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import Evidence, Trial
 from grokcurv.reproduce.findings import Answer, say
-from grokcurv.reproduce.page import Summary, write
+from grokcurv.reproduce.page import ReproductionSummary, write
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP
 from grokcurv.reproduce.rules import NOT_RUN
@@ -128,7 +128,7 @@ def reproduce(
     )
     answers = tuple(answer(claim, evidence) for claim in wanted)
     costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
-    summary = Summary(profile.name, answers, costs, describe_environment())
+    summary = ReproductionSummary(profile.name, answers, costs, describe_environment())
     path.mkdir(parents=True, exist_ok=True)
     numbers = _table(answers, costs)
     findings = numbers[numbers["quantity"] != ""].reset_index(drop=True)

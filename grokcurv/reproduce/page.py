@@ -12,7 +12,7 @@ from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.published import SOURCE
 
 
-class Summary:
+class ReproductionSummary:
     """The words and numbers of the page.
 
     Attributes:
@@ -63,7 +63,7 @@ class Summary:
         return [("Environment", {**plain, **self.environment.get("packages", {})})]
 
 
-def write(folder: Path, summary: Summary) -> Path:
+def write(folder: Path, summary: ReproductionSummary) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into ``folder``; the page's path."""
     drawings = [draw_twice(one.claim, one.alt, one.draw) for one in summary.answers if one.draw is not None]
     return write_page(folder, "reproduction.html", summary, drawings)
