@@ -85,11 +85,10 @@ def run_sweep(
             raise ValueError(f"{name} must be at least 1; got {number}")
     if gpus_per_run < 0:
         raise ValueError(f"gpus_per_run must not be negative; got {gpus_per_run}")
-    others = {"together": together} if engine == "ray" else {"address": address, "gpus_per_run": gpus_per_run or None}
-    for name, option in others.items():
-        if option is not None:
-            other = "local" if engine == "ray" else "ray"
-            raise ValueError(f"{name} is for the engine {other!r}; got {option!r} with {engine!r}")
+    own = {"together": (together, "local"), "address": (address, "ray"), "gpus_per_run": (gpus_per_run or None, "ray")}
+    for name, (option, owner) in own.items():
+        if option is not None and engine != owner:
+            raise ValueError(f"{name} is for the engine {owner!r}; got {option!r} with {engine!r}")
     unknown = next((run for run in only or () if run not in config.plan), None)
     if unknown is not None:
         raise ValueError(f"only must name runs of the sweep; it has no {unknown!r}")
