@@ -155,7 +155,7 @@ class Run:
 
     def _table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:
-            self._tables[name] = read_table(self._folder(f"table of {name}") / f"{name}.parquet")
+            self._tables[name] = read_table(self._folder(name) / f"{name}.parquet")
         return self._tables[name]
 
     def _folder(self, wanted: str) -> Path:
