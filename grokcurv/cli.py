@@ -12,28 +12,17 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-if TYPE_CHECKING:
-    from grokcurv.modular import TrainConfig
-
-USAGE = """\
-usage: grokcurv COMMAND [OPTIONS]
-
-Curvature and trajectory geometry of training, measured at every step.
-
-commands:
-  train       train a network on modular arithmetic and measure it on the way
-  sweep       do the many runs that a file describes
-  reproduce   judge the paper's claims by runs of your own
-  report      write the page and the figures of a run or a sweep
-  bench       time it beside what there is today, accuracy first
-  doctor      say what was built and what works on this machine
-
-grokcurv COMMAND --help lists the options of a command.
-"""
+from grokcurv import modular, sweep
+from grokcurv.commutator import RENAMED
+from grokcurv.modular import PRESETS, TrainConfig
+from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
+from grokcurv.runs import open_run
+from grokcurv.storage import RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141  # what a shell reports of a program that the signal of a closed pipe ended
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except RunError as error:
+        return _complain(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
@@ -59,14 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "sweep": _sweep,
-        "reproduce": _reproduce,
-        "report": _report,
-        "bench": _bench,
-        "doctor": _doctor,
-    }
     if not arguments:
         print(USAGE, end="", file=sys.stderr)
         return 2
@@ -74,18 +57,14 @@ def _run(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if name not in commands:
-        return _complain(f"no command {name!r}: there are {', '.join(commands)}")
-    return commands[name](rest)
+    if name not in COMMANDS:
+        return _complain(f"no command {name!r}: there are {', '.join(COMMANDS)}")
+    command, _ = COMMANDS[name]
+    return command(rest)
 
 
 def _train(arguments: list[str]) -> int:
     import tyro
-    from rich.console import Console
-
-    from grokcurv.modular import TrainConfig, TrainingError, train
-    from grokcurv.progress import RunProgress
-    from grokcurv.storage import RunError
 
     @dataclass(frozen=True)
     class Options:
@@ -101,25 +80,22 @@ def _train(arguments: list[str]) -> int:
         """Go on with the run in the folder, whose settings are then the defaults. Where there is none, begin the run
         that the other settings describe; without any it is an error."""
 
-    try:
-        arguments = _renamed(arguments)
-        defaults, described = _defaults(arguments)
-        options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(defaults))
-    except RunError as error:
-        return _complain(str(error))
+    arguments = _renamed(arguments)
+    defaults, described = _defaults(arguments)
+    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(defaults))
     config = options.config
     out = options.out or Path("runs") / f"{config.op}-seed{config.seed}"
     if options.resume and not described and not (out / "config.json").exists():
         return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
     try:
-        with RunProgress(f"{config.op} mod {config.p}, seed {config.seed}", Console(stderr=True)) as progress:
-            run = train(config, out=out, resume=options.resume, on_progress=progress)
+        with RunProgress(f"{config.op} mod {config.p}, seed {config.seed}") as progress:
+            run = modular.train(config, out=out, resume=options.resume, on_progress=progress)
     except KeyboardInterrupt:
         print(f"stopped; to go on: grokcurv train --resume --out {out}", file=sys.stderr)
         return 130
-    except TrainingError as error:
+    except modular.TrainingError as error:
         return _complain(f"{out}: {error}", status=1)
-    except (RunError, ValueError) as error:
+    except ValueError as error:
         return _complain(str(error))
     last = run.metrics.iloc[-1]
     print(f"{out}: {last['step']:,.0f} steps, test accuracy {last['test_acc']:.1%}")
@@ -129,29 +105,21 @@ def _train(arguments: list[str]) -> int:
 
 def _renamed(arguments: list[str]) -> list[str]:
     """With the values that settings had in older versions by the names that they have now."""
-    from grokcurv.commutator import RENAMED
-
     said = list(arguments)
-    for index, argument in enumerate(said):
-        name, equals, value = argument.partition("=")
-        if name == "--method" and value in RENAMED:
+    for index, (before, argument) in enumerate(pairwise(["", *arguments])):
+        name, equals, value = argument.rpartition("=")
+        if value in RENAMED and "--method" in (name, before):
             said[index] = name + equals + RENAMED[value]
-        elif index and said[index - 1] == "--method" and argument in RENAMED:
-            said[index] = RENAMED[argument]
-    if said != list(arguments):
+    if said != arguments:
         print("--method reference is called --method published now", file=sys.stderr)
     return said
 
 
-def _defaults(arguments: list[str]) -> tuple["TrainConfig", bool]:
+def _defaults(arguments: list[str]) -> tuple[TrainConfig, bool]:
     """The settings that the flags change: the preset's; those of the run to go on with; the paper's.
 
     And whether there are any flags but those of the folder.
     """
-    from grokcurv.modular import PRESETS, TrainConfig
-    from grokcurv.runs import open_run
-    from grokcurv.storage import RunError
-
     # Every value is optional here, so that the full parser alone reports what is wrong.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
@@ -195,34 +163,17 @@ def _sweep(arguments: list[str]) -> int:
         """Try again also the runs that would fail again: loss not finite, workers that kept dying."""
 
     options = tyro.cli(Options, prog="grokcurv sweep", args=arguments)
-
-    from rich.console import Console
-
-    from grokcurv.progress import SweepProgress
-    from grokcurv.storage import RunError
-    from grokcurv.sweep import SweepConfig, run_sweep
-
-    out = options.out or Path("runs") / options.file.stem
+    settings = asdict(options)
+    file, out = settings.pop("file"), settings.pop("out") or Path("runs") / options.file.stem
     try:
-        config = SweepConfig.from_toml(options.file)
-        with SweepProgress(options.file.stem, Console(stderr=True)) as progress:
-            sweep = run_sweep(
-                config,
-                out,
-                engine=options.engine,
-                workers=options.workers,
-                address=options.address,
-                gpus_per_run=options.gpus_per_run,
-                together=options.together,
-                retry_failed=options.retry_failed,
-                on_progress=progress,
-            )
+        config = sweep.SweepConfig.from_toml(file)
+        with SweepProgress(file.stem) as progress:
+            runs = sweep.run_sweep(config, out, **settings, on_progress=progress).runs
     except KeyboardInterrupt:
         print("stopped; to go on: the same command", file=sys.stderr)
         return 130
-    except (RunError, ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         return _complain(str(error))
-    runs = sweep.runs
     failed = runs[runs["status"] == "failed"]
     print(f"{out}: {len(runs):,} runs, {(runs['status'] == 'finished').sum():,} finished, {len(failed):,} failed")
     for run, reason in failed["reason"].items():
@@ -262,26 +213,16 @@ def _reproduce(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from grokcurv.progress import SweepProgress
     from grokcurv.reproduce import reproduce
-    from grokcurv.storage import RunError
 
+    settings = {name: value for name, value in vars(options).items() if value != ()}  # those that were given
     try:
-        with SweepProgress(f"reproduce {options.profile}", Console(stderr=True)) as progress:
-            reproduction = reproduce(
-                options.claims or None,
-                options.profile,
-                options.out,
-                options.operations or None,
-                options.seeds or None,
-                engine=options.engine,
-                workers=options.workers,
-                on_progress=progress,
-            )
+        with SweepProgress(f"reproduce {options.profile}") as progress:
+            reproduction = reproduce(**settings, on_progress=progress)
     except KeyboardInterrupt:
         print("stopped; to go on: the same command", file=sys.stderr)
         return 130
-    except (RunError, ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         return _complain(str(error))
     Console().print(reproduction.verdicts())
     for run, reason in reproduction.failed.items():
@@ -306,12 +247,8 @@ def _report(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="grokcurv report", args=arguments)
 
     from grokcurv.report import write_report
-    from grokcurv.storage import RunError
 
-    try:
-        print(write_report(options.run))
-    except RunError as error:
-        return _complain(str(error))
+    print(write_report(options.run))
     return 0
 
 
@@ -342,20 +279,12 @@ def _bench(arguments: list[str]) -> int:
     from rich.console import Console
 
     from grokcurv.bench import run_bench
-    from grokcurv.progress import BenchProgress
-    from grokcurv.storage import RunError
 
+    settings = vars(options) | {"cases": options.cases or None}
     try:
-        with BenchProgress("bench", Console(stderr=True)) as progress:
-            bench = run_bench(
-                options.quick,
-                options.out,
-                options.threads,
-                options.cases or None,
-                options.seed,
-                on_progress=progress,
-            )
-    except (RunError, ValueError) as error:
+        with BenchProgress("bench") as progress:
+            bench = run_bench(**settings, on_progress=progress)
+    except ValueError as error:
         return _complain(str(error))
     Console(width=None if sys.stdout.isatty() else 180).print(bench.table())  # a file has room for whole lines
     for said in bench.left_out:
@@ -371,7 +300,30 @@ def _doctor(arguments: list[str]) -> int:
 
     from grokcurv.doctor import main
 
-    return tyro.cli(main, prog="grokcurv doctor", args=arguments) or 0
+    return tyro.cli(main, prog="grokcurv doctor", args=arguments)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a network on modular arithmetic and measure it on the way"),
+    "sweep": (_sweep, "do the many runs that a file describes"),
+    "reproduce": (_reproduce, "judge the paper's claims by runs of your own"),
+    "report": (_report, "write the page and the figures of a run or a sweep"),
+    "bench": (_bench, "time it beside what there is today, accuracy first"),
+    "doctor": (_doctor, "say what was built and what works on this machine"),
+}
+
+_LISTED = "\n".join(f"  {name:<12}{does}" for name, (_, does) in COMMANDS.items())
+
+USAGE = f"""\
+usage: grokcurv COMMAND [OPTIONS]
+
+Curvature and trajectory geometry of training, measured at every step.
+
+commands:
+{_LISTED}
+
+grokcurv COMMAND --help lists the options of a command.
+"""
 
 
 def _complain(message: str, status: int = 2) -> int:

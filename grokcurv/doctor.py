@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,15 @@ from torch import Tensor
 
 from grokcurv import _cpu, ops, reference
 from grokcurv.ops._dispatch import cuda_problem, cuda_version
-from grokcurv.runs import processor
+from grokcurv.runs import PACKAGES, processor, versions
 
-PACKAGES = (
-    *("grokcurv", "torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors"),
-    *("matplotlib", "jinja2", "tyro", "rich"),
-)
+PACKAGES_OF_PAGES = ("matplotlib", "jinja2", "tyro", "rich")
+"""Those that no run depends on."""
 
 
 def report() -> dict[str, Any]:
     """Facts in the sections ``machine``, ``packages``, ``build``, ``cuda`` and ``self_test`` (``"ok"`` or an error)."""
+    packages = PACKAGES + PACKAGES_OF_PAGES
     return {
         "machine": {
             "system": platform.platform(),
@@ -31,7 +30,7 @@ def report() -> dict[str, Any]:
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
         },
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": dict.fromkeys(packages, "not installed") | versions(packages),
         "build": {
             "compiler": _cpu.COMPILER,
             "build type": _cpu.BUILD_TYPE,
@@ -63,13 +62,6 @@ def main() -> int:
     return 0 if set(facts["self_test"].values()) == {"ok"} else 1
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _openmp_runtimes() -> list[str]:
     """The OpenMP libraries in this process. One is right; two would each start threads of their own."""
     maps = Path("/proc/self/maps")
@@ -97,9 +89,13 @@ def _outcome(test: Callable[[], None]) -> str:
     return "ok"
 
 
-def _close(*pairs: tuple[Tensor, Tensor]) -> None:
-    for got, wanted in pairs:
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+_assert_close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
+
+
+def _assert_agrees(op: str, *inputs: Any, **options: Any) -> None:
+    """That the op gives what its definition gives."""
+    got, wanted = (getattr(module, op)(*inputs, **options) for module in (ops, reference))
+    _assert_close(got, wanted)
 
 
 def _rows(*shape: int) -> Tensor:
@@ -109,11 +105,13 @@ def _rows(*shape: int) -> Tensor:
 
 _ETA = torch.tensor([1e-3, 0.5], dtype=torch.float64)
 _SIZE = 5001
+_ROWS = _rows(5, _SIZE)
+_PAIR = _ROWS[:2]
 _BASIS = (_rows(300), torch.tensor([[10, 100, 0], [4000, 200, 100]]))
 
 
 def _test_perturb() -> None:
-    inputs = (_rows(_SIZE), _rows(2, _SIZE), _ETA)
+    inputs = (_rows(_SIZE), _PAIR, _ETA)
     if not torch.equal(ops.perturb(*inputs), reference.perturb(*inputs)):
         raise AssertionError("bits differ from the definition")
 
@@ -121,52 +119,37 @@ def _test_perturb() -> None:
 def _test_commutator() -> None:
     g_a, g_b, a2, b2 = _rows(4, 2, _SIZE)
     theta, (values, rows), segments = _rows(_SIZE), _BASIS, torch.tensor([[0, _SIZE], [4000, 1000]])
-    got, wanted = (
-        module.commutator(g_a, g_b, a2, b2, _ETA, theta=theta, values=values, rows=rows, segments=segments)
-        for module in (ops, reference)
-    )
-    _close(*zip(got, wanted, strict=True))
+    _assert_agrees("commutator", g_a, g_b, a2, b2, _ETA, theta=theta, values=values, rows=rows, segments=segments)
 
 
 def _test_subspace() -> None:
-    v = _rows(2, _SIZE)
-    _close(*zip(ops.subspace_split(v, *_BASIS), reference.subspace_split(v, *_BASIS), strict=True))
-    v = v.double()
-    values, rows = _BASIS[0].double(), _BASIS[1]
-    _close((ops.subspace_filter_(v.clone(), values, rows, 0.5), reference.subspace_filter(v, values, rows, 0.5)))
-
-
-def _test_gram() -> None:
-    x = _rows(5, _SIZE)
-    _close((ops.gram(x, x[:2], origin=x[0]), reference.gram(x, x[:2], origin=x[0])))
+    _assert_agrees("subspace_split", _PAIR, *_BASIS)
+    v, values, rows = _PAIR.double(), _BASIS[0].double(), _BASIS[1]
+    _assert_close(ops.subspace_filter_(v.clone(), values, rows, 0.5), reference.subspace_filter(v, values, rows, 0.5))
 
 
 def _test_eigh() -> None:
     x = _rows(1, 140, 30).double()
     for a in (x @ x.mT, x.mT @ x):
         values, vectors = ops.eigh(a, 3)
-        _close((values, reference.eigh(a, 3)[0]), (a @ vectors, vectors * values[:, None]))
+        _assert_close(values, reference.eigh(a, 3)[0])
+        _assert_close(a @ vectors, vectors * values[:, None])
 
 
 def _test_rotate() -> None:
-    rows, coefficients = _rows(5, _SIZE), _rows(1, 3, 5).double()
-    want = reference.rotate(rows, coefficients)
-    _close((ops.rotate(rows, coefficients), want), (ops.rotate_(rows.clone(), coefficients)[:3], want))
-
-
-def _test_sketch() -> None:
-    x = _rows(2, _SIZE)
-    _close((ops.sketch(x, 64, 1), reference.sketch(x, 64, 1)))
+    coefficients = _rows(1, 3, 5).double()
+    _assert_agrees("rotate", _ROWS, coefficients)
+    _assert_close(ops.rotate_(_ROWS.clone(), coefficients)[:3], reference.rotate(_ROWS, coefficients))
 
 
 SELF_TESTS: dict[str, Callable[[], None]] = {
     "perturb": _test_perturb,
     "commutator": _test_commutator,
     "subspace": _test_subspace,
-    "gram": _test_gram,
+    "gram": partial(_assert_agrees, "gram", _ROWS, _PAIR, origin=_ROWS[0]),
     "eigh": _test_eigh,
     "rotate": _test_rotate,
-    "sketch": _test_sketch,
+    "sketch": partial(_assert_agrees, "sketch", _PAIR, 64, 1),
 }
 
 if __name__ == "__main__":

@@ -118,11 +118,9 @@ class ParquetLogger(_Closing):
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"{self.path}: there is no folder {self.path.parent}")
         self._rows: list[dict[str, Any]] = []
-        self._kinds: dict[str, type] | None = None
         self._stamp = _stamp(self.path)
         self._table = None if self._stamp is None else _read_table(self.path)
-        if self._table is not None:
-            self._kinds = _kinds(self._table.schema)
+        self._kinds = None if self._table is None else _kinds(self._table.schema)
         self._written, self._took, self._closed = 0.0, 0.0, False
 
     def log(self, record: Mapping[str, object], /, *, step: int) -> None:
@@ -137,20 +135,18 @@ class ParquetLogger(_Closing):
 
     def flush(self) -> None:
         """Write what has not been written yet."""
-        if not self._rows:
+        if self._kinds is None or not self._rows:
             return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        from grokcurv.storage import write_atomically
+        from grokcurv.storage import write_parquet
 
         began = time.monotonic()
         with _locked(self.path.parent):
             if _stamp(self.path) not in (None, self._stamp):  # by another logger, or somebody else
-                self._take_in()
-            table, buffer = self._whole(), pa.BufferOutputStream()
-            pq.write_table(table, buffer, write_page_checksum=True)
-            write_atomically(self.path, buffer.getvalue().to_pybytes())
+                there = _read_table(self.path)
+                self._kinds = _joined(self.path, _kinds(there.schema), self._kinds)
+                self._table = there
+            table = self._whole(self._kinds)
+            write_parquet(self.path, table)
             self._stamp = _stamp(self.path)
         self._table, self._rows = table, []
         self._written = time.monotonic()
@@ -173,30 +169,21 @@ class ParquetLogger(_Closing):
             raise TypeError(f"{self.path}: {name} must be a number, truth value, text or None; got {kind.__name__}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{self.path}: {name} must be a number of 64 bits; got {value}")
-        if isinstance(value, str) and not _is_unicode(value):
+        # The names of files may hold bytes that UTF-8 cannot, as halves of surrogate pairs.
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{self.path}: {name} must be text that UTF-8 can hold; got {value!r}")
         return kind
 
-    def _take_in(self) -> None:
-        """Go on after the file that is there now."""
-        table = _read_table(self.path)
-        assert self._kinds is not None
-        self._kinds = _joined(self.path, _kinds(table.schema), self._kinds)
-        self._table = table
-
-    def _whole(self) -> pa.Table:
+    def _whole(self, kinds: Mapping[str, type]) -> pa.Table:
         """The rows of the file, then those that have not been written yet."""
         import pyarrow as pa
 
-        assert self._kinds is not None
-        schema = pa.schema([(name, KINDS[kind][1]) for name, kind in self._kinds.items()])
-        arrays = []
-        for name, kind in self._kinds.items():
-            values = [row[name] for row in self._rows]
+        schema = _schema(kinds)
+        columns = {name: [row[name] for row in self._rows] for name in kinds}
+        for name, kind in kinds.items():
             if kind is float:  # Arrow refuses a whole number that is not a float exactly
-                values = [None if value is None else float(value) for value in values]
-            arrays.append(pa.array(values, KINDS[kind][1]))
-        added = pa.Table.from_arrays(arrays, schema=schema)
+                columns[name] = [None if value is None else float(value) for value in columns[name]]
+        added = pa.Table.from_pydict(columns, schema)
         if self._table is None:
             return added
         return pa.concat_tables([self._table.cast(schema, safe=False), added]).combine_chunks()
@@ -227,7 +214,7 @@ class CSVLogger(_Closing):
         # Without a buffer: what a failed write left in one would come out later, in the middle of a line.
         self._file = self.path.open("a+b", buffering=0)
         try:
-            with _locked(self._file):
+            with _locked(self.path):
                 self._continue()
         except BaseException:
             self._file.close()
@@ -235,7 +222,7 @@ class CSVLogger(_Closing):
 
     def log(self, record: Mapping[str, object], /, *, step: int) -> None:
         row = _row(record, step)
-        with _locked(self._file):
+        with _locked(self.path):
             if self._columns is None:  # by now another logger may have written the header
                 self._continue(list(row))
             if self._columns is None:
@@ -290,7 +277,13 @@ class TensorBoardLogger(_Closing):
 
     def __init__(self, target: str | Path | Any, *, prefix: str = PREFIX) -> None:
         self._own, self._prefix = isinstance(target, str | Path), prefix
-        self._writer: Any = _summary_writer(Path(target)) if self._own else target
+        self._writer: Any = target
+        if self._own:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("TensorBoardLogger needs TensorBoard: pip install 'grokcurv[tensorboard]'") from error
+            self._writer = SummaryWriter(str(target))
 
     def log(self, record: Mapping[str, object], /, *, step: int) -> None:
         for name, value in scalars(record, self._prefix).items():
@@ -335,14 +328,6 @@ class WandbLogger:
             self._run.log(values, step=step)
 
 
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("TensorBoardLogger needs TensorBoard: pip install 'grokcurv[tensorboard]'") from error
-    return SummaryWriter(str(folder))
-
-
 def _unlike(path: Path, names: set[str]) -> str:
     return f"record has other columns than {path}: they differ in {', '.join(sorted(names))}"
 
@@ -365,11 +350,6 @@ def _plain(value: object) -> object:
     return value
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether it can be encoded: the names of files may hold bytes that cannot, as halves of surrogate pairs."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _joined(path: Path, there: dict[str, type], here: dict[str, type]) -> dict[str, type]:
     """The kinds of columns that hold what those of both do."""
     if there.keys() != here.keys():
@@ -377,12 +357,10 @@ def _joined(path: Path, there: dict[str, type], here: dict[str, type]) -> dict[s
     joined = {}
     for name, one in there.items():
         other = here[name]
-        if NoneType in (one, other):
-            joined[name] = one if other is NoneType else other
-        elif KINDS[one][0] == KINDS[other][0]:
-            joined[name] = one if one is other else float
-        else:
+        kinds = {one, other} - {NoneType}
+        if len(kinds) == 2 and kinds != {int, float}:
             raise ValueError(f"{path}: {name} must be {KINDS[one][0]} in every record; got {KINDS[other][0]} too")
+        joined[name] = float if len(kinds) == 2 else next(iter(kinds), NoneType)
     return joined
 
 
@@ -400,11 +378,19 @@ def _kinds(schema: pa.Schema) -> dict[str, type]:
             float: t.is_floating(type_),
             str: t.is_string(type_) or t.is_large_string(type_),
         }
-        if field.name in kinds or not any(tests.values()):
+        kind = next((kind for kind, holds in tests.items() if holds), None)
+        if kind is None or field.name in kinds:
             reason = "there twice" if field.name in kinds else f"of {field.type}"
             raise ValueError(f"its column {field.name} is {reason}")
-        kinds[field.name] = next(kind for kind, holds in tests.items() if holds)
+        kinds[field.name] = kind
     return kinds
+
+
+def _schema(kinds: Mapping[str, type]) -> pa.Schema:
+    """The columns of a file that holds these."""
+    import pyarrow as pa
+
+    return pa.schema([(name, KINDS[kind][1]) for name, kind in kinds.items()])
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -417,7 +403,7 @@ def _read_table(path: Path) -> pa.Table:
     try:
         with path.open("rb") as file:  # given the path, Arrow would make columns of folders named like lr=0.1
             table = pq.ParquetFile(file, page_checksum_verification=True).read()
-        return table.cast(pa.schema([(name, KINDS[kind][1]) for name, kind in _kinds(table.schema).items()]))
+        return table.cast(_schema(_kinds(table.schema)))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{path} is damaged, or no file of records: {error}") from error
 
@@ -432,19 +418,13 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 @contextlib.contextmanager
-def _locked(place: Path | io.FileIO) -> Iterator[None]:
-    """Hold the lock on a folder or an open file, which other loggers wait for; without one where the disk has none."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock on a folder or a file, which other loggers wait for; without one where the disk has none."""
     with contextlib.ExitStack() as stack:
-        if isinstance(place, Path):
-            with contextlib.suppress(OSError):
-                descriptor = os.open(place, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        else:
-            descriptor = place.fileno()
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # which gives the lock back
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 
@@ -481,8 +461,8 @@ class _Scan:
     @property
     def complete(self) -> bool:
         """Whether the last line may be lacking its newline alone."""
-        quoted = self._ended  # inside of a quotation
-        return len(self.fields) == len(self.columns or self.fields) and not quoted and b"\0" not in self.tail
+        # The reader that asks for more at the end is inside of a quotation.
+        return len(self.fields) == len(self.columns or self.fields) and not self._ended and b"\0" not in self.tail
 
     def _lines(self, file: Iterable[bytes]) -> Iterator[str]:
         for line in file:

@@ -20,13 +20,14 @@ ROWS = 12
 class _Progress:
     """Shows the latest of what it is called with, which is empty at first."""
 
-    def __init__(self, title: str, console: Console) -> None:
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        from rich.console import Console
         from rich.live import Live
 
-        self.title, self.console = title, console
+        self.title, self.console = title, console or Console(stderr=True)
         self.latest: dict[str, Any] = {}
         self.printed = time.monotonic()
-        self.live = Live(console=console, get_renderable=self.drawing, refresh_per_second=4)
+        self.live = Live(console=self.console, get_renderable=self.drawing, refresh_per_second=4)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -52,15 +53,13 @@ class _Progress:
     def drawing(self) -> RenderableType:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
         if not self.latest:
             return Text(f"{self.title}  starting", style="dim")
-        row = Table.grid(padding=(0, 2), expand=True)
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
+        columns = Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True)
+        row = Table.grid(*columns, padding=(0, 2), expand=True)
         completed, total = self.share()
         bar = ProgressBar(total=total, completed=completed)
         row.add_row(Text(self.title, style="bold"), bar, Text(self.pace()))
@@ -125,8 +124,8 @@ class SweepProgress(_Progress):
 
     def state(self) -> str:
         """Runs under way and failed, and the workers that died, if any."""
-        said = [f"{self.latest[name]:,} {name}" for name in ("finished", "failed")]
-        said.insert(0, f"{len(self.latest['running']):,} running")
+        running, finished, failed = len(self.latest["running"]), self.latest["finished"], self.latest["failed"]
+        said = [f"{running:,} running", f"{finished:,} finished", f"{failed:,} failed"]
         if self.latest["deaths"]:
             said.append(f"{self.latest['deaths']:,} workers died")
         return "  ".join(said)

@@ -24,7 +24,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -130,9 +130,7 @@ class Run:
 
     def checkpoint(self) -> dict[str, Any]:
         """The latest checkpoint; RunError if there is none or it is damaged."""
-        if self.path is None:
-            raise RunError("this run was kept in memory alone: it has no checkpoint")
-        return read_state(self.path / "checkpoint.safetensors")
+        return read_state(self._folder("checkpoint") / "checkpoint.safetensors")
 
     def basis(self) -> dict[str, Any]:
         """The execution basis at the last checkpoint: the arguments of :meth:`grokcurv.Subspace.from_table`.
@@ -140,9 +138,9 @@ class Run:
         Raises:
             RunError: there is none, or it is damaged.
         """
-        path = self.path / "basis.safetensors" if self.path else None
-        if path is None or not path.exists():
-            raise RunError(f"{self.path or 'this run, kept in memory,'} holds no execution basis (basis.safetensors)")
+        path = self._folder("execution basis") / "basis.safetensors"
+        if not path.exists():
+            raise RunError(f"{self.path} holds no execution basis (basis.safetensors)")
         return read_state(path)
 
     @property
@@ -153,16 +151,17 @@ class Run:
 
     def snapshot(self, step: int) -> dict[str, Any]:
         """The network's ``state_dict`` at ``step``, one of :attr:`snapshots`; RunError if it is none or damaged."""
-        if self.path is None:
-            raise RunError("this run was kept in memory alone: it has no snapshot")
-        return read_state(_snapshot_path(self.path, step))
+        return read_state(_snapshot_path(self._folder("snapshot"), step))
 
     def _table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:
-            if self.path is None:
-                raise RunError(f"this run has no {name}")
-            self._tables[name] = read_table(self.path / f"{name}.parquet")
+            self._tables[name] = read_table(self._folder(name) / f"{name}.parquet")
         return self._tables[name]
+
+    def _folder(self, wanted: str) -> Path:
+        if self.path is None:
+            raise RunError(f"this run was kept in memory alone: it has no {wanted}")
+        return self.path
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -223,7 +222,7 @@ class RunWriter:
                     self.set_status("interrupted" if issubclass(kind, KeyboardInterrupt) else f"failed: {error}")
 
     def set_status(self, status: str) -> None:
-        self._write_json("status", status)
+        write_json(self.path / "status.json", "status", status)
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Replace ``<name>.parquet``; ``name`` is one of :data:`TABLES`."""
@@ -265,23 +264,16 @@ class RunWriter:
     def _claim(self) -> None:
         if (self.path / "config.json").exists():
             there = current_settings(read_json(self.path / "config.json", "config", dict))
-            differing = [
-                f"{name} ({there.get(name, 'missing')!r} there, {self.config.get(name, 'missing')!r} here)"
-                for name in sorted(there.keys() | self.config.keys())
-                if name not in there or name not in self.config or there[name] != self.config[name]
-            ]
-            if differing:
-                raise RunError(f"{self.path} holds a run of another configuration: {', '.join(differing)}")
+            if differing := differences(there, self.config):
+                said = ", ".join(f"{name} ({values})" for name, values in differing.items())
+                raise RunError(f"{self.path} holds a run of another configuration: {said}")
             if not self.resume:
                 raise RunError(f"{self.path} already holds this run: resume it, or choose another folder")
         for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("snapshots/.*.tmp")):
             leftover.unlink()
-        self._write_json("environment", self.environment)
+        write_json(self.path / "environment.json", "environment", self.environment)
         self.set_status("running")
-        self._write_json("config", self.config)
-
-    def _write_json(self, name: str, value: Any) -> None:
-        write_json(self.path / f"{name}.json", name, value)
+        write_json(self.path / "config.json", "config", self.config)
 
 
 def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,20 +281,31 @@ def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: RENAMED.get(value, value) if name == "method" else value for name, value in config.items()}
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """By name, in words, the settings in which a run's configuration in a folder and one from here differ."""
+    both = {name: (there.get(name, "missing"), here.get(name, "missing")) for name in sorted({*there, *here})}
+    return {name: f"{one!r} there, {other!r} here" for name, (one, other) in both.items() if one != other}
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions and machine of this process, and the time (UTC)."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
         "cpus": os.cpu_count(),
-        "packages": versions,
+        "packages": versions(PACKAGES),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _snapshot_path(folder: Path, step: int) -> Path:

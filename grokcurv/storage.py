@@ -166,13 +166,18 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as Parquet, with checksums."""
+    """Write a table, with the schema version; :func:`read_table` reads it."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(frame, preserve_index=False)
     known = table.schema.metadata or {}
-    table = table.replace_schema_metadata({**known, b"grokcurv_schema": str(SCHEMA).encode()})
+    write_parquet(path, table.replace_schema_metadata({**known, b"grokcurv_schema": str(SCHEMA).encode()}))
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table of Arrow's as it is, with checksums."""
+    import pyarrow.parquet as pq
+
     buffer = io.BytesIO()
     pq.write_table(table, buffer, write_page_checksum=True)
     write_atomically(path, buffer.getvalue())
@@ -250,15 +255,10 @@ def hold(folder: Path, doing: str) -> Iterator[None]:
 
 def holder(path: Path) -> int | None:
     """The process that is writing into the folder, or None; 0 where it cannot be told which."""
-    try:
-        with (path / ".lock").open(encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                try:
-                    return int(lock.read())
-                except ValueError:
-                    return 0
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), (path / ".lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = lock.read()
+            return int(said) if said.isdigit() else 0
     return None

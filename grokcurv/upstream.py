@@ -20,11 +20,12 @@ Files are read with ``torch.load(weights_only=True)``, which runs no code that a
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,11 +94,9 @@ class Log:
         if len(steps) != len(rows):
             raise ValueError(f"steps has {len(steps)} entries, but pca has seen {len(rows)} rows")
         _check_steps("steps", steps)
-        missing = [name for name in METRICS if name not in metrics]
-        if missing:
-            raise ValueError(f"metrics lacks {', '.join(missing)}; it has {', '.join(map(str, metrics.columns))}")
+        _check_keys("metrics", dict(metrics), METRICS)
         last = max(steps[-1], *metrics["step"].tolist()) if len(metrics) else steps[-1]
-        segments = _side_by_side((s.name, s.shape) for s in pca.segments or ())
+        segments = _side_by_side({s.name: s.shape for s in pca.segments or ()})
         return cls(steps, rows, segments, dict(config), metrics[list(METRICS)], grokked, int(last))
 
     def pca(self, n_components: int = 8, **options: Any) -> StreamingPCA:
@@ -134,13 +133,9 @@ class Log:
 
     def _layers(self, row: Tensor) -> list[dict[str, Any]]:
         # Clones: what is saved as a view is loaded with the memory of all the others.
-        matrices = [row[s.start : s.stop].reshape(s.shape).cpu().clone() for s in self.segments]
-        names = tuple(MATRICES)
-        starts = range(0, len(matrices), len(names))
-        return [
-            {"layer": layer, **dict(zip(names, matrices[i : i + len(names)], strict=True))}
-            for layer, i in enumerate(starts)
-        ]
+        matrices = (row[s.start : s.stop].reshape(s.shape).cpu().clone() for s in self.segments)
+        layers = range(len(self.segments) // len(MATRICES))
+        return [{"layer": layer, **{key: next(matrices) for key in MATRICES}} for layer in layers]
 
 
 def load(path: str | os.PathLike[str]) -> Log:
@@ -159,9 +154,9 @@ def load(path: str | os.PathLike[str]) -> Log:
         if not isinstance(logs, list) or not logs:
             raise ValueError("attn_logs must be a list of at least one entry")
         named = [_named_matrices(i, log) for i, log in enumerate(logs)]
-        shapes = [(name, tuple(matrix.shape)) for name, matrix in named[0].items()]
-        for i, matrices in enumerate(named):
-            if [(name, tuple(matrix.shape)) for name, matrix in matrices.items()] != shapes:
+        shapes = [{name: tuple(matrix.shape) for name, matrix in matrices.items()} for matrices in named]
+        for i, others in enumerate(shapes):
+            if others != shapes[0]:
                 raise ValueError(f"attn_logs[{i}] has other layers or shapes than attn_logs[0]")
         steps = [log["step"] for log in logs]
         _check_steps("attn_logs", steps)
@@ -170,9 +165,9 @@ def load(path: str | os.PathLike[str]) -> Log:
     except ValueError as error:
         raise ValueError(f"{path} is no log of the paper's code: {error}") from None
     rows = torch.stack([torch.cat([m.reshape(-1) for m in matrices.values()]) for matrices in named])
-    frame = pd.DataFrame([{name: entry[name] for name in METRICS} for entry in content["metrics"]], columns=METRICS)
-    config, grokked, final = content["cfg"], content["grokked"], content["final_step"]
-    return Log(steps, rows, _side_by_side(shapes), config, frame, grokked, final)
+    frame = pd.DataFrame(content["metrics"], columns=list(METRICS))
+    segments = _side_by_side(shapes[0])
+    return Log(steps, rows, segments, content["cfg"], frame, content["grokked"], content["final_step"])
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -210,25 +205,19 @@ def _named_matrices(i: int, log: Any) -> dict[str, Tensor]:
     return matrices
 
 
-def _side_by_side(matrices: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
-    for name, shape in matrices:
-        length = shape[0] * shape[1]
-        segments.append(Segment(name, segments[-1].stop if segments else 0, length, shape))
-    return tuple(segments)
+def _side_by_side(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Segment, ...]:
+    starts = accumulate(map(math.prod, shapes.values()), initial=0)
+    return tuple(Segment(name, next(starts), math.prod(shape), shape) for name, shape in shapes.items())
 
 
 def _check_segments(segments: Sequence[Segment] | None) -> None:
-    wanted = list(MATRICES.values())
     names = [s.name for s in segments or ()]
-    for i in range(0, max(len(names), 1), len(wanted)):
-        group = names[i : i + len(wanted)]
-        prefix = group[0].removesuffix(wanted[0]) if group else ""
-        if group != [prefix + name for name in wanted]:
-            raise ValueError(
-                "pca must have the segments of grokcurv.flat.attention_segments, which are W_Q, W_K, W_V and W_O of "
-                f"each layer in turn; got {', '.join(names) or 'none'}"
-            )
+    prefixes = [name.removesuffix(MATRICES["WQ"]) for name in names[:: len(MATRICES)]]
+    if not names or names != [prefix + name for prefix in prefixes for name in MATRICES.values()]:
+        raise ValueError(
+            "pca must have the segments of grokcurv.flat.attention_segments, which are W_Q, W_K, W_V and W_O of "
+            f"each layer in turn; got {', '.join(names) or 'none'}"
+        )
 
 
 def _check_steps(name: str, steps: Sequence[Any]) -> None:
@@ -247,11 +236,8 @@ def _check_keys(where: str, entry: Any, keys: Sequence[str]) -> None:
 
 
 def _check_plain(where: str, value: Any) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_plain(f"{where}[{key!r}]", item)
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            _check_plain(f"{where}[{i}]", item)
     elif type(value) not in (bool, int, float, str, type(None)):
         raise TypeError(f"{where} must be a plain value (number, text, None, list, dict), got {type(value).__name__}")

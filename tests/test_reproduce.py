@@ -665,8 +665,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     calls: list[Any] = []
     answers = tuple(answer(claim, Evidence(trials())) for claim in ("pc1", "slow-regime"))
 
-    def reproduce(*arguments: Any, **options: Any) -> Reproduction:
-        calls.append((arguments, {name: value for name, value in options.items() if name != "on_progress"}))
+    def reproduce(**options: Any) -> Reproduction:
+        calls.append({name: value for name, value in options.items() if name != "on_progress"})
         nothing = pd.DataFrame()
         return Reproduction(tmp_path, tmp_path / "report.html", answers, nothing, nothing, {"runs/0001": "loss is NaN"})
 
@@ -685,8 +685,9 @@ def test_the_command(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFix
     options = "--claims pc1 onset --profile paper --out x --operations add --seeds 1 2 --engine ray --workers 3"
     assert cli.main(["reproduce", *options.split()]) == 1
     assert asked == [
-        ((None, "quick", None, None, None), {"engine": "local", "workers": None}),
-        ((("pc1", "onset"), "paper", Path("x"), ("add",), (1, 2)), {"engine": "ray", "workers": 3}),
+        {"profile": "quick", "out": None, "engine": "local", "workers": None},
+        {"claims": ("pc1", "onset"), "profile": "paper", "out": Path("x"), "operations": ("add",), "seeds": (1, 2)}
+        | {"engine": "ray", "workers": 3},
     ]
 
 

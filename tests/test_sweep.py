@@ -19,7 +19,7 @@ import synthetic_run
 
 from grokcurv.modular import PRESETS, TrainConfig
 from grokcurv.runs import RunError, open_run
-from grokcurv.storage import hold
+from grokcurv.storage import hold, write_json
 from grokcurv.sweep import Random, SweepConfig, driver, folder, open_sweep, run_sweep
 from grokcurv.sweep.engine import Event, Task
 
@@ -418,10 +418,12 @@ def test_ctrl_c(script: dict[str, Any], tmp_path: Path) -> None:
 def test_a_full_disk_keeps_reasons_until_the_end(
     script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: object) -> None:
-        raise RunError("no space")
+    def full(path: Path, name: str, value: Any) -> None:
+        if name == "failures":
+            raise RunError("no space")
+        write_json(path, name, value)
 
-    monkeypatch.setattr(driver, "write_failures", full)
+    monkeypatch.setattr(folder, "write_json", full)
     script["ends"] = {run: [Event(run, "failed", None, "disk full")] for run in FOUR.plan}
     assert run_sweep(FOUR, tmp_path).runs["reason"].tolist() == ["disk full"] * 4
 

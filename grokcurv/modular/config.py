@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from grokcurv.commutator import METHODS, RENAMED, Method, current_method
+from grokcurv.commutator import RENAMED, Design, Method, current_method
 from grokcurv.interventions import Direction
-from grokcurv.modular.model import SEQUENCES, Activation, Sequence
+from grokcurv.modular.model import Activation, Sequence
 from grokcurv.modular.tasks import check_operation, train_size
 
 Architecture = Literal["transformer", "mlp"]
@@ -86,7 +87,7 @@ class TrainConfig:
     """Step length of the commutator."""
     pairs: int = 5
     """Pairs of batches per measurement."""
-    design: Literal["independent", "chain"] = "independent"
+    design: Design = "independent"
     """Whether the pairs of a measurement share no batch, or each one the batch of the one before: 3 n + 1 gradients
     instead of 4 n."""
     successive: bool = False
@@ -137,47 +138,13 @@ class TrainConfig:
         """
         if self.method in RENAMED:
             object.__setattr__(self, "method", current_method(self.method))
-        for name, allowed in {
-            "preset": PRESET_NAMES,
-            "architecture": get_args(Architecture),
-            "activation": get_args(Activation),
-            "sequence": tuple(SEQUENCES),
-            "rng": get_args(Rng),
-            "method": METHODS,
-            "design": ("independent", "chain"),
-            "intervention": get_args(InterventionKind),
-            "direction": get_args(Direction),
-            "basis": get_args(Basis),
-        }.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
-        positive = (
-            *("layers", "d_model", "heads", "d_ff"),
-            *("eval_every", "grok_patience", "pairs", "intervene_every", "checkpoint_every"),
-        )
-        not_negative = (
-            *("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every"),
-            *("intervene_from", "intervene_times", "snapshot_every", "threads"),
-        )
-        for names, least in ((positive, 1), (not_negative, 0)):
+        for names, holds, wanted in RANGES:
             for name in names:
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-                if getattr(self, name) >= 2**63:  # more than torch can count
-                    raise ValueError(f"{name} must be below 2^63; got {getattr(self, name)}")
-        if self.threads > 1024:  # more end the process, where the system has no room for them
-            raise ValueError(f"threads must be at most 1024; got {self.threads}")
-        for name in ("lr", "eta"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number; got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "grok_threshold", "strength"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number, not negative; got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie between 0 and 2^32 - 1; got {self.seed}")
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must {wanted}; got {getattr(self, name)}")
         if self.d_model % self.heads and self.architecture == "transformer":
             raise ValueError(f"d_model must be a multiple of heads; got {self.d_model} and {self.heads}")
         if self.successive and (self.pairs != 1 or self.batch_size == 0):
@@ -218,6 +185,32 @@ class TrainConfig:
 
 
 PRESET_NAMES = ("paper", "paper-slow", "power", "nanda", "prieto")
+
+CHOICES = {"preset": PRESET_NAMES} | {
+    name: get_args(hint) for name, hint in get_type_hints(TrainConfig).items() if get_origin(hint) is Literal
+}
+"""By setting, what it can be, where that is one of a few words."""
+
+POSITIVE = (
+    *("layers", "d_model", "heads", "d_ff"),
+    *("eval_every", "grok_patience", "pairs", "intervene_every", "checkpoint_every"),
+)
+NOT_NEGATIVE = (
+    *("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every"),
+    *("intervene_from", "intervene_times", "snapshot_every", "threads"),
+)
+
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (POSITIVE, lambda x: x >= 1, "be at least 1"),
+    (NOT_NEGATIVE, lambda x: x >= 0, "be at least 0"),
+    (POSITIVE + NOT_NEGATIVE, lambda x: x < 2**63, "be below 2^63"),  # more than torch can count
+    (("threads",), lambda x: x <= 1024, "be at most 1024"),  # more end the process, where the system has no room
+    (("lr", "eta"), lambda x: 0 < x < math.inf, "be a positive number"),
+    (("weight_decay", "clip", "grok_threshold", "strength"), lambda x: 0 <= x < math.inf, "be a number, not negative"),
+    (("beta1", "beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
+    (("seed",), lambda x: 0 <= x < 2**32, "lie between 0 and 2^32 - 1"),
+)
+"""Settings that are numbers, when one is in order, and the words for that."""
 
 PRESETS: dict[str, TrainConfig] = {
     "paper": TrainConfig(),

@@ -23,9 +23,8 @@ class TorchDraws:
         self.weights_seed: int = seeds[1]
         self._training = torch.Generator(device).manual_seed(seeds[2])
         self._measuring = torch.Generator(device).manual_seed(seeds[3])
-        self.intervening_seed = int(
-            torch.randint(2**62, (), generator=root)
-        )  # after the others, which it must not move
+        # After the others, which it must not move.
+        self.intervening_seed = int(torch.randint(2**62, (), generator=root))
 
     def training(self, n: int, rows: int) -> Tensor:
         return torch.randint(n, (rows,), generator=self._training, device=self._training.device)

@@ -27,9 +27,8 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
 
     The global generator is left as it was.
     """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(config.seed if seed is None else seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed if seed is None else seed)
         if config.architecture == "mlp":
             return MLP(config.p, layers=config.layers, width=config.d_model)
         return Transformer(
@@ -42,8 +41,6 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
             layer_norm=config.layer_norm,
             sequence=config.sequence,
         )
-    finally:
-        torch.set_rng_state(state)
 
 
 def load_model(run: Run, step: int | None = None) -> nn.Module:

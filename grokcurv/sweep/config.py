@@ -9,7 +9,7 @@ import random
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
@@ -93,12 +93,11 @@ class SweepConfig:
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any]) -> SweepConfig:
         """The tables of a sweep file; ValueError naming the one that is wrong."""
-        kinds = {"run": dict, "grid": dict, "runs": list, "random": dict}
         for name, content in tables.items():
-            if name not in kinds:
+            if name not in ("run", "grid", "runs", "random"):
                 raise ValueError(f"there is no table [{name}]; wanted run, grid, runs or random")
-            if not isinstance(content, kinds[name]):
-                wanted = "an array of tables, [[runs]]" if name == "runs" else f"a table, [{name}]"
+            kind, wanted = (list, "an array of tables, [[runs]]") if name == "runs" else (dict, f"a table, [{name}]")
+            if not isinstance(content, kind):
                 raise ValueError(f"{name} must be {wanted}; got {content!r}")
         for entry in tables.get("runs", ()):
             if not isinstance(entry, dict):
@@ -198,20 +197,16 @@ def _draws(name: str, law: Any, drawn: Random) -> list[Any]:
         raise ValueError(f"{where}: {kind} must be [low, high]{above}, low below high; got {values}")
     # A whole number is the middle of an interval of length one, so that its bounds are as likely as the rest.
     low, high = (values[0] - 0.5, values[1] + 0.5) if whole else values
-    if kind == "log_uniform":
-        drawn_values = [math.exp(math.log(low) + share * (math.log(high) - math.log(low))) for share in shares]
-    else:
-        drawn_values = [low + share * (high - low) for share in shares]
-    return (
-        [min(max(math.floor(value + 0.5), values[0]), values[1]) for value in drawn_values] if whole else drawn_values
-    )
+    scale, back = (math.log, math.exp) if kind == "log_uniform" else (float, float)
+    low, high = scale(low), scale(high)
+    numbers = [back(low + share * (high - low)) for share in shares]
+    return [min(max(math.floor(number + 0.5), values[0]), values[1]) for number in numbers] if whole else numbers
 
 
 @cache
 def _types() -> dict[str, type]:
     """Of every setting: bool, int, float or str."""
-    hints = get_type_hints(TrainConfig)
-    return {f.name: hints[f.name] if hints[f.name] in WANTED else str for f in fields(TrainConfig)}
+    return {name: hint if hint in WANTED else str for name, hint in get_type_hints(TrainConfig).items()}
 
 
 def checked(table: str, name: str, value: Any) -> Any:
@@ -230,17 +225,14 @@ def checked(table: str, name: str, value: Any) -> Any:
 
 def _settings(tables: dict[str, dict[str, Any]]) -> TrainConfig:
     settings: dict[str, Any] = {"threads": 1}
-    for table in tables.values():
-        settings |= table
-    preset = settings.get("preset", "paper")
+    said = []
+    for table, values in tables.items():
+        settings |= values
+        if values:
+            said.append(f"{table} {', '.join(f'{name} = {value!r}' for name, value in values.items())}")
     try:
-        return replace(PRESETS.get(preset, PRESETS["paper"]), **settings)
+        return replace(PRESETS.get(settings.get("preset", "paper"), PRESETS["paper"]), **settings)
     except ValueError as error:
-        said = (
-            f"{table} {', '.join(f'{name} = {value!r}' for name, value in values.items())}"
-            for table, values in tables.items()
-            if values
-        )
         raise ValueError(f"the run of {'; '.join(said)}: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grokcurv.modular.process import ctrl_c
-from grokcurv.storage import RunError, hold
+from grokcurv.storage import hold
 from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import Engine, Event, Task
 from grokcurv.sweep.folder import Sweep, claim, write_failures
@@ -81,18 +80,15 @@ def run_sweep(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1; got {workers}")
+    for name, number in (("workers", workers), ("together", together)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1; got {number}")
     if gpus_per_run < 0:
         raise ValueError(f"gpus_per_run must not be negative; got {gpus_per_run}")
-    if together is not None and together < 1:
-        raise ValueError(f"together must be at least 1; got {together}")
-    if engine != "local" and together is not None:
-        raise ValueError(f"together is for the engine 'local'; got {together} with {engine!r}")
-    if engine == "local" and address is not None:
-        raise ValueError(f"address is for the engine 'ray'; got {address!r} with 'local'")
-    if engine == "local" and gpus_per_run:
-        raise ValueError(f"gpus_per_run is for the engine 'ray'; got {gpus_per_run} with 'local'")
+    own = {"together": (together, "local"), "address": (address, "ray"), "gpus_per_run": (gpus_per_run or None, "ray")}
+    for name, (option, owner) in own.items():
+        if option is not None and engine != owner:
+            raise ValueError(f"{name} is for the engine {owner!r}; got {option!r} with {engine!r}")
     unknown = next((run for run in only or () if run not in config.plan), None)
     if unknown is not None:
         raise ValueError(f"only must name runs of the sweep; it has no {unknown!r}")
@@ -105,7 +101,7 @@ def run_sweep(
             final = {}
         if final != sweep.failures:
             sweep.failures = final
-            _keep_failures(sweep)
+            write_failures(sweep)
         runs = [run for run in sweep.plan if only is None or run in only]
         waiting = [run for run in runs if states[run] != "finished" and run not in final]
         if waiting:
@@ -124,11 +120,6 @@ def _engine(
     from grokcurv.sweep.ray import RayEngine
 
     return RayEngine(list(sweep.plan.values()), workers, address, gpus_per_run)
-
-
-def _keep_failures(sweep: Sweep) -> None:
-    with contextlib.suppress(RunError):  # the disk may be full, and that be the reason: it is known until the end
-        write_failures(sweep)
 
 
 class _Driver:
@@ -197,7 +188,7 @@ class _Driver:
 
     def _fail(self, run: str, reason: str, final: bool) -> None:
         self.sweep.failures[run] = {"reason": reason, "final": final}
-        _keep_failures(self.sweep)
+        write_failures(self.sweep)
 
     def _failed(self) -> int:
         return sum(run in self.sweep.failures for run in self.runs)

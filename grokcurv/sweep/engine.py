@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
+
+from grokcurv.modular import TrainConfig, TrainingError, train, train_ensemble
+from grokcurv.storage import RunError, holder
 
 REPORT_SECONDS = 0.5
 """Seconds between two reports of a run under way."""
@@ -48,17 +51,11 @@ class Event:
     """Whether it would fail in the same way again."""
 
 
-class Engine(Protocol):
+class Engine(AbstractContextManager["Engine"], Protocol):
     """Runs tasks elsewhere. Leaving it ends the workers: at once after Ctrl-C, else after they wrote checkpoints."""
 
     workers: int
     """Tasks at a time; the driver starts no more."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
     def start(self, task: Task) -> None: ...
 
@@ -78,8 +75,6 @@ def execute(task: Task, report: Callable[[Event], object], stop: Callable[[], bo
         report: is told of the progress.
         stop: whether to write a checkpoint and end, asked every few steps.
     """
-    from grokcurv.modular import TrainConfig, TrainingError, train
-
     watch = _Watch([task], report, stop)
     try:
         watch.wait_for_folders()
@@ -93,8 +88,6 @@ def execute(task: Task, report: Callable[[Event], object], stop: Callable[[], bo
 
 def execute_together(tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
     """:func:`execute` for runs of one architecture, as one program; ``report`` is told how each ended, too."""
-    from grokcurv.modular import TrainConfig, train_ensemble
-
     watch = _Watch(tasks, report, stop)
     running = dict(enumerate(tasks))
 
@@ -104,9 +97,8 @@ def execute_together(tasks: Sequence[Task], report: Callable[[Event], object], s
             report(Event(task.run, "finished", latest))
         else:
             # Weights that are not finite would be so again; a disk need not be full again.
-            report(
-                Event(task.run, "failed", latest, status.removeprefix("failed: "), final="cannot write" not in status)
-            )
+            final = "cannot write" not in status
+            report(Event(task.run, "failed", latest, status.removeprefix("failed: "), final))
 
     try:
         watch.wait_for_folders()
@@ -133,8 +125,6 @@ class _Watch:
 
     def wait_for_folders(self) -> None:
         """Wait, within reason, for writers that a driver left behind."""
-        from grokcurv.storage import holder
-
         deadline = time.monotonic() + PATIENCE_SECONDS
         for task in self.tasks:
             while holder(Path(task.folder)) is not None and time.monotonic() < deadline and not self.stop():
@@ -152,8 +142,6 @@ class _Watch:
 
 def _stopped(task: Task, latest: dict[str, Any] | None, error: BaseException) -> Event:
     """What an exception that ended a run means for it."""
-    from grokcurv.storage import RunError
-
     if isinstance(error, KeyboardInterrupt):
         return Event(task.run, "interrupted", latest)
     if isinstance(error, RunError | OSError | ValueError):

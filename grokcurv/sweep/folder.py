@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grokcurv.modular.config import TrainConfig
-from grokcurv.runs import TABLES, Run, current_settings, open_run
+from grokcurv.runs import TABLES, Run, current_settings, differences, open_run
 from grokcurv.storage import RunError, read_json, read_parquet, write_json
 from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
 
 READERS = 4
 """Threads that read tables; most of their time is the file system's."""
@@ -90,8 +90,8 @@ class Sweep:
         if name not in TABLES:
             raise ValueError(f"name must be one of {', '.join(map(repr, TABLES))}; got {name!r}")
         with ThreadPoolExecutor(READERS) as pool:
-            read = zip(self.plan, pool.map(lambda run: self._read(run, name), self.plan), strict=True)
-            tables = {run: table for run, table in read if table is not None}
+            read = list(pool.map(lambda run: read_parquet(self.folder(run) / f"{name}.parquet"), self.plan))
+        tables = {run: table for run, table in zip(self.plan, read, strict=True) if table}  # it is there, and has rows
         if not tables:
             return pd.DataFrame({"run": pd.Series(dtype=object)})
         runs = pa.array(np.repeat(np.array(list(tables), dtype=object), [len(table) for table in tables.values()]))
@@ -110,16 +110,10 @@ class Sweep:
             status = Run(self.folder(run), {}, {}).status if (self.folder(run) / "status.json").exists() else "pending"
         except RunError as error:
             status = f"failed: {error}"
-        if status.startswith("failed"):
-            return "failed", failure["reason"] if failure else status.removeprefix("failed: ")
-        if failure and status not in ("finished", "running"):
+        state, _, reason = status.partition(": ")
+        if failure and state not in ("finished", "running"):
             return "failed", failure["reason"]
-        return status, ""
-
-    def _read(self, run: str, name: str) -> pa.Table | None:
-        """A run's table; None where there is none or it has no rows."""
-        table = read_parquet(self.folder(run) / f"{name}.parquet")
-        return table if table is not None and table.num_rows else None
+        return state, reason
 
 
 def open_sweep(path: str | os.PathLike[str]) -> Sweep:
@@ -129,22 +123,23 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
         RunError: no sweep there, or one whose files are damaged or of another schema version.
     """
     folder = Path(path)
-    if not (folder / "sweep.json").is_file():
+    file = folder / "sweep.json"
+    if not file.is_file():
         raise RunError(f"{folder} holds no sweep: there is no sweep.json in it")
-    content = read_json(folder / "sweep.json", "sweep", dict)
+    content = read_json(file, "sweep", dict)
     try:
         config = SweepConfig.from_dict(content["config"])
         plan = {_run_id(run): _settings({**content["common"], **own}) for run, own in content["plan"].items()}
         if not plan:
             raise ValueError("there is no run in its plan")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise RunError(f"{folder / 'sweep.json'} is damaged: {error!r}") from error
-    there = (folder / "failures.json").exists()
-    failures = read_json(folder / "failures.json", "failures", dict) if there else {}
+        raise RunError(f"{file} is damaged: {error!r}") from error
+    file = folder / "failures.json"
+    failures = read_json(file, "failures", dict) if file.exists() else {}
     for run, failure in failures.items():
         kinds = {name: type(value) for name, value in failure.items()} if isinstance(failure, dict) else None
         if kinds != {"reason": str, "final": bool}:
-            raise RunError(f"{folder / 'failures.json'} is damaged: of {run} it says {failure!r:.100}")
+            raise RunError(f"{file} is damaged: of {run} it says {failure!r:.100}")
     return Sweep(folder, config, plan, failures)
 
 
@@ -167,8 +162,7 @@ def claim(path: Path, config: SweepConfig) -> Sweep:
     """
     if (path / "sweep.json").exists():
         sweep = open_sweep(path)
-        differing = _differences(sweep.plan, config.plan)
-        if differing:
+        if differing := _differences(sweep.plan, config.plan):
             raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
         return sweep
     if (path / "config.json").exists():
@@ -179,14 +173,14 @@ def claim(path: Path, config: SweepConfig) -> Sweep:
         run: {name: value for name, value in settings.items() if name not in common}
         for run, settings in zip(config.plan, configs, strict=True)
     }
-    content = {"config": config.to_dict(), "common": common, "plan": plan}
-    write_json(path / "sweep.json", "sweep", content)
+    write_json(path / "sweep.json", "sweep", {"config": config.to_dict(), "common": common, "plan": plan})
     return Sweep(path, config, config.plan)
 
 
 def write_failures(sweep: Sweep) -> None:
-    """Keep ``sweep.failures``; RunError if the disk is full."""
-    write_json(sweep.path / "failures.json", "failures", sweep.failures)
+    """Keep ``sweep.failures``, if the disk lets it."""
+    with contextlib.suppress(RunError):  # the disk may be full, and that be the reason: it is known until the end
+        write_json(sweep.path / "failures.json", "failures", sweep.failures)
 
 
 def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> str:
@@ -197,8 +191,6 @@ def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) ->
             said.append(f"{len(runs)} runs are only {where} ({min(runs)}{', ...' if len(runs) > 1 else ''})")
     changed: dict[str, str] = {}
     for run in (run for run in there if run in here):
-        a, b = asdict(there[run]), asdict(here[run])
-        for name in a:
-            if a[name] != b[name]:
-                changed.setdefault(name, f"{name} ({a[name]!r} there, {b[name]!r} here, in run {run})")
+        for name, values in differences(asdict(there[run]), asdict(here[run])).items():
+            changed.setdefault(name, f"{name} ({values}, in run {run})")
     return ", ".join([*said, *changed.values()])

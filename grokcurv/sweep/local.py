@@ -17,8 +17,7 @@ import threading
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from grokcurv.modular.ensemble import SHARED
 from grokcurv.storage import RunError
@@ -34,7 +33,7 @@ Events = queue.Queue[tuple["_Worker | None", Event | None]]
 """What workers say, with who says it: None for a task that no worker had. An event that is None is a worker's death."""
 
 
-class LocalEngine:
+class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
     """Worker processes on this machine.
 
     Args:
@@ -56,12 +55,7 @@ class LocalEngine:
         self._crew: list[_Worker] = []
         self._deaths_at_birth = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.interrupt()
         for worker in self._crew:
             if kind is not None and issubclass(kind, KeyboardInterrupt):
@@ -105,17 +99,15 @@ class LocalEngine:
 
     def _reap(self, worker: _Worker) -> list[Event]:
         self._crew.remove(worker)
-        code = worker.process.wait()
-        left = worker.left
-        worker.close()
-        tasks, worker.tasks = worker.tasks, []
+        code, left = worker.process.wait(), worker.left
+        worker.leave()
         if not worker.ready and not left:
             self._deaths_at_birth += 1
             if self._deaths_at_birth >= MAX_STARTUP_FAILURES:
                 raise RunError(f"worker processes do not start (exit status {code}): {self.log} says more")
         self._assign()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return [Event(task.run, "died", reason=f"its worker process {how}") for task in tasks]
+        return [Event(task.run, "died", reason=f"its worker process {how}") for task in worker.tasks]
 
     def _assign(self) -> None:
         """Give tasks to workers that are free; start workers while there are too few."""
@@ -155,29 +147,24 @@ class _Worker:
                 env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C goes to the driver alone
             )
+        assert self.process.stdin is not None
+        self._input = self.process.stdin
         threading.Thread(target=self._listen, daemon=True).start()
 
     def give(self, tasks: list[Task]) -> None:
         self.tasks = tasks
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it is dead: _listen finds out too
-            self.process.stdin.write(json.dumps([asdict(task) for task in tasks]).encode() + b"\n")
-            self.process.stdin.flush()
+            self._input.write(json.dumps([asdict(task) for task in tasks]).encode() + b"\n")
+            self._input.flush()
 
     def leave(self) -> None:
         self.left = True
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-
-    def close(self) -> None:
-        self.leave()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+            self._input.close()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        with contextlib.suppress(ValueError):  # half a line, from a worker killed while it spoke
+        with self.process.stdout, contextlib.suppress(ValueError):  # half a line, from a worker killed while it spoke
             for line in self.process.stdout:
                 self._events.put((self, Event(**json.loads(line))))
         self._events.put((self, None))
@@ -195,9 +182,6 @@ def serve() -> None:
     # Events alone go to the standard output: what anything else prints there goes where errors go.
     event_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import grokcurv.modular
-    import grokcurv.monitor  # noqa: F401
-
     groups: queue.SimpleQueue[list[dict[str, Any]] | None] = queue.SimpleQueue()
     stop = threading.Event()
 

@@ -6,7 +6,6 @@ Progress passes through an actor. The folder of the sweep has to be the same on 
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Any, Self
 
 from grokcurv.modular.config import TrainConfig
@@ -56,11 +55,9 @@ class RayEngine:
                 self._ray.init(**here, include_dashboard=False, log_to_driver=False, logging_level="warning")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise RunError(f"cannot join the Ray cluster {self._address or 'of this machine'}: {error}") from error
+        needs = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        room = sum(
-            int(min(have.get("CPU", 0) // cpus, have.get("GPU", 0) // gpus if gpus else have.get("CPU", 0)))
-            for have in machines
-        )
+        room = sum(int(min(have.get(name, 0) // number for name, number in needs.items())) for have in machines)
         if not room:
             self._leave()
             raise RunError(f"no machine of the Ray cluster has the {cpus} CPUs and {gpus:g} GPUs that a run needs")
@@ -72,9 +69,7 @@ class RayEngine:
         self._execute = self._ray.remote(max_retries=0, **self._needs)(_execute)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.interrupt(force=at_once)
         if self._tasks and not at_once:
