@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grokcurv.commutator import CommutatorProbe
+from grokcurv.flat import attention_segments
 from grokcurv.gradients import Asking, carry_out
 from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
 from grokcurv.modular.config import TrainConfig
@@ -22,6 +23,8 @@ from grokcurv.modular.evaluation import evaluate
 from grokcurv.modular.network import Batch, build_model, training_loss
 from grokcurv.modular.process import ctrl_c, describe_device, threads_of
 from grokcurv.modular.tasks import split
+from grokcurv.monitor import CurvatureMonitor
+from grokcurv.pca import StreamingPCA
 from grokcurv.runs import Run, RunWriter, describe_environment, open_run
 from grokcurv.storage import RunError
 from grokcurv.subspace import Subspace
@@ -29,10 +32,8 @@ from grokcurv.subspace import Subspace
 if TYPE_CHECKING:
     import pandas as pd
 
-    from grokcurv.monitor import CurvatureMonitor
-
 Sampler = Callable[[], tuple[Batch, Batch]]
-MonitorFactory = Callable[[nn.Module, Sampler], "CurvatureMonitor"]
+MonitorFactory = Callable[[nn.Module, Sampler], CurvatureMonitor]
 Progress = Callable[[dict[str, Any]], object]
 
 PROGRESS_EVERY = 10
@@ -411,10 +412,6 @@ def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) ->
     """The monitor ``config`` describes: PCA over the attention matrices, or over everything where there are none."""
     if not config.measure_every:
         return None
-    from grokcurv.flat import attention_segments
-    from grokcurv.monitor import CurvatureMonitor
-    from grokcurv.pca import StreamingPCA
-
     segments = attention_segments(model) if config.architecture == "transformer" else None
     pca = StreamingPCA(segments=segments) if config.pca_every else None
     return CurvatureMonitor(
