@@ -380,10 +380,9 @@ class CommutatorProbe:
                     traits = self._admit(form, pair[0], first)
                     shared = shared or self._share(form)
                     generation = engine.evaluator.generation
+                    shared.pair, shared.seeds = pair, (first, first + 1)
                     shared.given = known is first_gradient and known is not None
-                    due = check and index == 0
-                    seeds = (first, first + 1)
-                    row = yield from self._pair(shared, pair, seeds, method, keep_delta, known, due, traits)
+                    row = yield from self._pair(shared, method, keep_delta, known, check and index == 0, traits)
                     if generation == engine.evaluator.generation:
                         break
                     # The model was seen to do what it had not done before, such as to draw: what was computed before
@@ -416,8 +415,6 @@ class CommutatorProbe:
     def _pair(
         self,
         shared: _Shared,
-        pair: Pair,
-        seeds: tuple[int, int],
         method: Method,
         keep_delta: bool,
         known: Tensor | None,
@@ -442,9 +439,9 @@ class CommutatorProbe:
         # latest check found them. That is all, unless a check is due or something in the row says that the latest one
         # does not speak of it.
         if not exactly:
-            eta = yield from evaluate(shared, pair, seeds, known=known)
+            eta = yield from evaluate(shared, known)
             stats = self._stats(shared, eta, self._expected(shared, floored), method, keep_delta)
-            if not floored or not (check or self._doubtful(shared, pair, stats)):
+            if not floored or not (check or self._doubtful(shared, stats)):
                 return stats
             published = stats.reference
             del stats  # and its delta
@@ -455,48 +452,35 @@ class CommutatorProbe:
             # A float64 model has nothing better to be held against: only a gradient that was given is computed again,
             # and may differ in its last bits.
             if shared.given:
-                yield [Wanted(engine.flatten(shared.theta), pair[0], shared.work[0], seeds[0], Check(found[0]))]
+                yield [shared.wanted(0, engine.flatten(shared.theta), Check(found))]
                 found[1, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, 1]
                 self._compare_given(found)
             eta = self._step(*shared.work[:2])
         else:
             kept = known if exactly and not shared.given else None
             keep = (method == "published" or not engine.certifies) and not exactly
-            eta = yield from evaluate(shared, pair, seeds, known=kept, exact=Check(found, keep))
+            eta = yield from evaluate(shared, kept, Check(found, keep))
             if shared.given and shared.form == "difference" and not exactly:
                 self._compare_given(found)
         # What was found becomes the errors of this pair, and the expectation for those that are not checked.
-        errors = yield from self._learn(shared, pair, seeds, found, check, exactly, method)
+        errors = yield from self._learn(shared, found, check, exactly, method)
         stats = self._stats(shared, eta, errors, method, keep_delta)
-        if exactly and not check and self._doubtful(shared, pair, stats):
-            errors = yield from self._learn(shared, pair, seeds, found, True, exactly, method)
+        if exactly and not check and self._doubtful(shared, stats):
+            errors = yield from self._learn(shared, found, True, exactly, method)
             stats = self._stats(shared, eta, errors, method, keep_delta)
         stats = replace(stats, exact=torch.ones_like(stats.exact))
         # The published formula is one of the model's own precision throughout.
         return stats if published is None or method == "published" else replace(stats, reference=published)
 
-    def _differences(
-        self,
-        shared: _Shared,
-        pair: Pair,
-        seeds: tuple[int, int],
-        *,
-        known: Tensor | None = None,
-        exact: Check | None = None,
-    ) -> Asking[Tensor]:
+    def _differences(self, shared: _Shared, known: Tensor | None = None, exact: Check | None = None) -> Asking[Tensor]:
         """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A; the step's length is returned."""
         engine, (g_a, g_b, _, _) = self.gradients, shared.work
-        batches, seeds_of = (*pair, *pair), (*seeds, *seeds)
-
-        def wanted(index: int, point: Tensor) -> Wanted:
-            return Wanted(point, batches[index], shared.work[index], seeds_of[index], exact and exact.of(index))
-
         theta = engine.flatten(shared.theta if exact is None else shared.point)
         if known is None:
-            yield [wanted(0, theta), wanted(1, theta)]
+            yield [shared.wanted(0, theta, exact), shared.wanted(1, theta, exact)]
         else:
             g_a.copy_(known)
-            yield [wanted(1, theta)]
+            yield [shared.wanted(1, theta, exact)]
             if exact is not None:  # the end of the pair before, found as this one's was
                 exact.found[0] = exact.found[1]
         eta = self._step(g_a, g_b)
@@ -504,10 +488,12 @@ class CommutatorProbe:
         past = ((2, g_b), (3, g_a))
         # Points past a step need a vector each when both gradients are one program; one after the other they share one.
         if engine.strategy == "vmap":
-            yield [wanted(index, self._stepped(shared, direction, eta, exact)) for index, direction in past]
+            points = [(index, self._stepped(shared, direction, eta, exact)) for index, direction in past]
+            yield [shared.wanted(index, point, exact) for index, point in points]
         else:  # one at a time, in memory for one
             for index, direction in past:
-                yield [wanted(index, self._stepped(shared, direction, eta, exact, shared.memory(exact)))]
+                point = self._stepped(shared, direction, eta, exact, shared.memory(exact))
+                yield [shared.wanted(index, point, exact)]
         return eta
 
     def _stepped(
@@ -521,36 +507,20 @@ class CommutatorProbe:
         ops.perturb(shared.theta, direction[None], eta, out=out[None])
         return out
 
-    def _brackets(
-        self,
-        shared: _Shared,
-        pair: Pair,
-        seeds: tuple[int, int],
-        *,
-        known: Tensor | None = None,
-        exact: Check | None = None,
-    ) -> Asking[Tensor]:
+    def _brackets(self, shared: _Shared, known: Tensor | None = None, exact: Check | None = None) -> Asking[Tensor]:
         """g_A, g_B, H_A g_B and H_B g_A at the model's own parameters; the step's length is returned."""
         engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
         theta = engine.flatten(shared.theta if exact is None else shared.point)
         if known is None:
-            yield [Wanted(theta, pair[0], g_a, seeds[0], exact and exact.of(0))]
+            yield [shared.wanted(0, theta, exact)]
         else:
             g_a.copy_(known)
-        engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], exact and exact.of(slice(1, 4, 2)))
-        engine.product(theta, pair[0], g_b, None, h_a, seeds[0], exact and exact.of(slice(2, 3)))
+        (a, b), seeds = shared.pair, shared.seeds
+        engine.product(theta, b, g_a, g_b, h_b, seeds[1], exact and exact.of(slice(1, 4, 2)))
+        engine.product(theta, a, g_b, None, h_a, seeds[0], exact and exact.of(slice(2, 3)))
         return self._step(g_a, g_b)
 
-    def _learn(
-        self,
-        shared: _Shared,
-        pair: Pair,
-        seeds: tuple[int, int],
-        found: Tensor,
-        check: bool,
-        exactly: bool,
-        method: Method,
-    ) -> Asking[Tensor]:
+    def _learn(self, shared: _Shared, found: Tensor, check: bool, exactly: bool, method: Method) -> Asking[Tensor]:
         """(4,) the sizes of the errors of a pair that was evaluated in float64; for later pairs, those of its own.
 
         An evaluation in float64 errs less than one in the model's precision by the ratio of the roundoffs, unless both
@@ -578,7 +548,7 @@ class CommutatorProbe:
             return torch.hypot(lost, self._expected(shared, True))
         noise = None
         if sample and not capturing(engine.device) and engine.device.type != "meta":
-            noise = yield from self._sampled(shared, pair, seeds, lost)
+            noise = yield from self._sampled(shared, lost)
             own = noise
         # The published formula is reported in the model's own precision, and so is what only a twin can check.
         kept = (method == "published" or not engine.certifies) and not exactly
@@ -587,24 +557,24 @@ class CommutatorProbe:
             distance = torch.maximum(distance, errors) if wide else errors
             length = _lengths(engine, shared.work)
         relative = (distance / length).nan_to_num(nan=math.inf)
-        self._remember(shared, pair, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
+        self._remember(shared, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
         return errors
 
-    def _sampled(self, shared: _Shared, pair: Pair, seeds: tuple[int, int], lost: Tensor) -> Asking[Tensor]:
+    def _sampled(self, shared: _Shared, lost: Tensor) -> Asking[Tensor]:
         """(4,) how far the evaluations move when float64's rounding errors are made larger at random.
 
         They are held against vectors that may have been rounded to the model's precision, and have ``lost`` (4,) by it.
         """
-        engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
+        engine, (g_a, g_b, h_a, h_b), seeds = self.gradients, shared.work, shared.seeds
         moved = shared.unknown(0.0, 3)
         shake = torch.Generator(engine.device).manual_seed(seeds[0])
         theta, check = engine.shake_(engine.flatten(shared.point), shake), Check(moved, keep=True, shake=shake)
         if shared.form == "bracket":
-            engine.product(theta, pair[1], g_a, g_b, h_b, seeds[1], check.of(slice(1, 4, 2)))
-            engine.product(theta, pair[0], g_b, g_a, h_a, seeds[0], check.of(slice(0, 4, 2)))
+            engine.product(theta, shared.pair[1], g_a, g_b, h_b, seeds[1], check.of(slice(1, 4, 2)))
+            engine.product(theta, shared.pair[0], g_b, g_a, h_a, seeds[0], check.of(slice(0, 4, 2)))
         else:
-            for index, (batch, gradient, seed) in enumerate(zip(pair, (g_a, g_b), seeds, strict=True)):
-                yield [Wanted(theta, batch, gradient, seed, check.of(index))]
+            for index in range(2):
+                yield [shared.wanted(index, theta, check)]
         # The evaluations were held against vectors that have lost something in rounding; that much of the distance is
         # not of the evaluation.
         noise = (moved[:, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
@@ -631,14 +601,14 @@ class CommutatorProbe:
         self.errors[GIVEN][0], self.errors[GIVEN][1] = found[0, 0], found[1:3, 0].max()
         self.errors[GIVEN][2] = found[0, 1]
 
-    def _remember(self, shared: _Shared, pair: Pair, found: Tensor) -> None:
+    def _remember(self, shared: _Shared, found: Tensor) -> None:
         """Keep what a check has found, where a captured measurement finds it again, and of where it is true."""
         form = shared.form
         if form not in self.errors:
             self.errors[form] = torch.full_like(found, math.nan)
         self.errors[form].copy_(found)
         if not is_asynchronous(self.gradients.device):
-            self.origins[form] = self._whereabouts(shared), _magnitudes(pair)
+            self.origins[form] = self._whereabouts(shared), _magnitudes(shared.pair)
 
     def _whereabouts(self, shared: _Shared) -> Tensor:
         """float64: the lengths of the two gradients, and some thousand coordinates of theta, equally spaced."""
@@ -646,7 +616,7 @@ class CommutatorProbe:
         lengths = _lengths(self.gradients, shared.work[:2])
         return torch.cat([lengths, theta[:: max(1, len(theta) // SAMPLED)].to(torch.float64)])
 
-    def _doubtful(self, shared: _Shared, pair: Pair, stats: CommutatorStats) -> bool:
+    def _doubtful(self, shared: _Shared, stats: CommutatorStats) -> bool:
         """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
         if is_asynchronous(self.gradients.device) or stats.method == "published":
             return False
@@ -668,7 +638,7 @@ class CommutatorProbe:
         norm = self.gradients.partition.norm
         if bool(norm(now[2:] - origin[2:]) > MOVED * norm(origin[2:])):
             return True
-        sizes = zip_longest(_magnitudes(pair), before, fillvalue=0.0)
+        sizes = zip_longest(_magnitudes(shared.pair), before, fillvalue=0.0)
         return self.gradients.anywhere(any(size > GROWN * then for size, then in sizes))
 
     def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
@@ -769,14 +739,15 @@ def quantile(values: Tensor, q: float) -> Tensor:
 
 @dataclass
 class _Shared:
-    """What the pairs of one measurement share.
+    """What the pairs of one measurement share, and the pair that is its turn.
 
     Attributes:
         form: ``"difference"`` or ``"bracket"``.
         segments: (S, 2) int64, or None.
         work: (4, P), the vectors of one pair after another.
         scratch: memory for a point and one past a step, or for one of them in float64.
-        given: whether the pair's first gradient is one that was given.
+        pair, seeds: the two batches, and the seeds of their randomness.
+        given: true for a pair whose first gradient was given, by training.
         changes: () how much the gradient on each batch has changed along the step.
     """
 
@@ -784,6 +755,8 @@ class _Shared:
     segments: Tensor | None
     work: Tensor
     scratch: Tensor
+    pair: Pair = (None, None)
+    seeds: tuple[int, int] = (0, 0)
     given: bool = False
     changes: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
@@ -800,6 +773,10 @@ class _Shared:
     def memory(self, exact: Check | None) -> Tensor:
         """(P,) where a point past a step goes."""
         return self.scratch[1, : self.work.shape[1]] if exact is None else self.point
+
+    def wanted(self, index: int, point: Tensor, check: Check | None) -> Wanted:
+        """The gradient at a point that goes to this row: on A, on B, on A past a step, on B past a step."""
+        return Wanted(point, self.pair[index % 2], self.work[index], self.seeds[index % 2], check and check.of(index))
 
     def unknown(self, value: float, columns: int | None = None) -> Tensor:
         """(4,) or (4, columns) float64: one row for each vector of a pair."""

@@ -442,23 +442,27 @@ class Evaluator:
         return bool(self.draws)
 
 
+@dataclass(frozen=True, eq=False)
 class Stream:
-    """A generator that everybody sees."""
+    """A generator that everybody sees: how it is called and spoken of, how it is read, put somewhere and seeded."""
 
-    def __init__(
-        self,
-        name: str,
-        title: str,
-        read: Callable[[], Any],
-        write: Callable[[Any], object],
-        seed: Callable[[int], object],
-        same: Callable[[Any, Any], bool],
-    ) -> None:
-        self.name, self.title, self.read, self.write, self.seed, self._same = name, title, read, write, seed, same
+    name: str
+    title: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    seed: Callable[[int], object]
+    same: Callable[[Any, Any], bool]
 
     def stands_at(self, state: Any) -> bool:
         """Whether nothing was drawn since ``state`` was read."""
-        return self._same(self.read(), state)
+        return self.same(self.read(), state)
+
+    def put_back(self, state: Any) -> bool:
+        """Have it stand at ``state`` again; whether it did not."""
+        moved = not self.stands_at(state)
+        if moved:
+            self.write(state)
+        return moved
 
 
 @functools.cache
@@ -479,16 +483,8 @@ def streams(device: torch.device) -> tuple[Stream, ...]:
     ]
     if device.type == "cuda":
         gpu = torch.cuda.default_generators[device.index or 0]
-        own.append(
-            Stream(
-                "cuda",
-                f"torch's default generator of {device}",
-                gpu.get_state,
-                gpu.set_state,
-                gpu.manual_seed,
-                torch.equal,
-            )
-        )
+        title = f"torch's default generator of {device}"
+        own.append(Stream("cuda", title, gpu.get_state, gpu.set_state, gpu.manual_seed, torch.equal))
     return tuple(own)
 
 
@@ -540,8 +536,7 @@ def isolated(seed: int) -> Iterator[None]:
             yield
     finally:
         for stream in both:
-            if not stream.stands_at(before[stream]):
-                stream.write(before[stream])
+            if stream.put_back(before[stream]):
                 _isolated.add(stream.name)
 
 

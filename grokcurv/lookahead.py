@@ -146,8 +146,7 @@ class Source:
     def move_to(self, positions: Sequence[Any]) -> None:
         """Put the generators there, those that are elsewhere."""
         for stream, there in zip(self._streams, positions, strict=True):
-            if not stream.stands_at(there):
-                stream.write(there)
+            stream.put_back(there)
 
     def move_on(self, before: Sequence[Any], after: Sequence[Any]) -> bool:
         """Put those generators there that a fetch has moved; False if one of them has been drawn from since."""

@@ -234,8 +234,7 @@ def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         snapshot.restore()
         snapshot.restore_generators()
         for stream, position in before:
-            if not stream.stands_at(position):
-                stream.write(position)
+            stream.put_back(position)
 
 
 class _TrainerLoggers:
