@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "emulator/fibers.h"
 #include "emulator/kernels.h"
 
 #define GROKCURV_CORE emulator

@@ -8,13 +8,7 @@
 
 #include <cstdint>
 
-#include "grokcurv/commutator.h"
-#include "grokcurv/eigh.h"
-#include "grokcurv/gram.h"
-#include "grokcurv/perturb.h"
-#include "grokcurv/rotate.h"
-#include "grokcurv/sketch.h"
-#include "grokcurv/subspace.h"
+#include "grokcurv/kernels.h"
 
 namespace py = pybind11;
 using namespace grokcurv;
@@ -23,30 +17,42 @@ namespace {
 
 namespace core = grokcurv::GROKCURV_CORE;
 
-using Address = std::uintptr_t;
+// An integer in Python, here whatever pointer the task has in that place.
+struct Address {
+  std::uintptr_t value;
 
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(value);
+  }
+};
 
-Basis basis(Address values, Address rows, Index count) {
-  return {at(values), at<Index>(rows), count};
-}
-Segments segments(Address spans, Index count) {
-  return {at<Index>(spans), count};
-}
+}  // namespace
 
-// m.name(allocate, where, ...): what follows makes the task. allocate(n) returns the address of n doubles that live
-// until it has been carried out.
+template <>
+struct py::detail::type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("int"));
+
+  bool load(handle source, bool convert) {
+    type_caster<std::uintptr_t> integer;
+    if (!integer.load(source, convert)) return false;
+    value = {integer};
+    return true;
+  }
+};
+
+namespace {
+
+// m.name(allocate, where, ...): what follows makes the task, in the order of its fields. allocate(n) returns the
+// address of n doubles that live until it has been carried out.
 template <class Task, class... Arguments>
-void define(py::module_& m, const char* name, Task (*make)(Arguments...), Index (*workspace)(const Task&, core::Where),
-            void (*run)(const Task&, core::Where)) {
-  m.def(name, [=](const py::function& allocate, Address place, Arguments... arguments) {
+void define(py::module_& m, const char* name, Index (*workspace)(const Task&, core::Where),
+            void (*run)(const Task&, core::Where), Task (*make)(Arguments...)) {
+  m.def(name, [=](const py::function& allocate, std::uintptr_t place, Arguments... arguments) {
     Task task = make(arguments...);
     const auto where = (core::Where)(place);
     const Index doubles = workspace(task, where);
-    if (doubles > 0) task.workspace = at<double>(allocate(doubles).template cast<Address>());
+    if (doubles > 0) task.workspace = allocate(doubles).template cast<Address>();
     const py::gil_scoped_release unlocked;
     run(task, where);
   });
@@ -58,136 +64,53 @@ void define_kernels(py::module_& m) {
   m.attr("BFLOAT16") = static_cast<int>(Type::bfloat16);
 
   define(
-      m, "perturb",
+      m, "perturb", core::perturb_workspace, core::perturb,
       +[](int type, Index vectors, Index size, Address theta, Address directions, Address eta, Address out) {
-        return Perturb{.type = Type{type},
-                       .vectors = vectors,
-                       .size = size,
-                       .theta = at(theta),
-                       .directions = at(directions),
-                       .eta = at<double>(eta),
-                       .out = at(out),
-                       .workspace = nullptr};
-      },
-      core::perturb_workspace, core::perturb);
-
+        return Perturb{Type{type}, vectors, size, theta, directions, eta, out};
+      });
   define(
-      m, "commutator",
+      m, "commutator", core::commutator_workspace, core::commutator,
       +[](int type, Index vectors, Index size, bool bracket, Address g_a, Address g_b, Address a2, Address b2,
           Address eta, Address theta, Address values, Address rows, Index row_count, Address spans, Index span_count,
           Address sums, Address coefficients, Address energies, Address delta) {
-        return Commutator{.type = Type{type},
-                          .vectors = vectors,
-                          .size = size,
-                          .bracket = bracket,
-                          .g_a = at(g_a),
-                          .g_b = at(g_b),
-                          .a2 = at(a2),
-                          .b2 = at(b2),
-                          .eta = at<double>(eta),
-                          .theta = at(theta),
-                          .basis = basis(values, rows, row_count),
-                          .segments = segments(spans, span_count),
-                          .sums = at<double>(sums),
-                          .coefficients = at<double>(coefficients),
-                          .energies = at<double>(energies),
-                          .delta = at(delta),
-                          .workspace = nullptr};
-      },
-      core::commutator_workspace, core::commutator);
-
+        const Basis basis{values, rows, row_count};
+        const Segments segments{spans, span_count};
+        return Commutator{Type{type}, vectors, size,  bracket,  g_a,  g_b,          a2,       b2,
+                          eta,        theta,   basis, segments, sums, coefficients, energies, delta};
+      });
   define(
-      m, "subspace_split",
+      m, "subspace_split", core::subspace_split_workspace, core::subspace_split,
       +[](int type, Index vectors, Index size, Address v, Address values, Address rows, Index row_count, Address norm2,
           Address coefficients) {
-        return SubspaceSplit{.type = Type{type},
-                             .vectors = vectors,
-                             .size = size,
-                             .v = at(v),
-                             .basis = basis(values, rows, row_count),
-                             .norm2 = at<double>(norm2),
-                             .coefficients = at<double>(coefficients),
-                             .workspace = nullptr};
-      },
-      core::subspace_split_workspace, core::subspace_split);
-
+        return SubspaceSplit{Type{type}, vectors, size, v, {values, rows, row_count}, norm2, coefficients};
+      });
   define(
-      m, "subspace_filter",
+      m, "subspace_filter", core::subspace_filter_workspace, core::subspace_filter,
       +[](int type, Index vectors, Index size, Address g, Address values, Address rows, Index row_count,
           Address coefficients, double strength) {
-        return SubspaceFilter{.type = Type{type},
-                              .vectors = vectors,
-                              .size = size,
-                              .g = at(g),
-                              .basis = basis(values, rows, row_count),
-                              .coefficients = at<double>(coefficients),
-                              .strength = strength,
-                              .workspace = nullptr};
-      },
-      core::subspace_filter_workspace, core::subspace_filter);
-
+        return SubspaceFilter{Type{type}, vectors, size, g, {values, rows, row_count}, coefficients, strength};
+      });
   define(
-      m, "gram",
+      m, "gram", core::gram_workspace, core::gram,
       +[](int type, Index x_rows, Index y_rows, Index size, Address x, Address y, Address origin, Address spans,
-          Index span_count, Address out) {
-        return Gram{.type = Type{type},
-                    .x_rows = x_rows,
-                    .y_rows = y_rows,
-                    .size = size,
-                    .x = at(x),
-                    .y = at(y),
-                    .origin = at(origin),
-                    .segments = segments(spans, span_count),
-                    .out = at<double>(out),
-                    .workspace = nullptr};
-      },
-      core::gram_workspace, core::gram);
-
+          Index span_count,
+          Address out) { return Gram{Type{type}, x_rows, y_rows, size, x, y, origin, {spans, span_count}, out}; });
   define(
-      m, "eigh",
+      m, "eigh", core::eigh_workspace, core::eigh,
       +[](Index matrices, Index size, Index leading, Address a, Address values, Address vectors) {
-        return Eigh{.matrices = matrices,
-                    .size = size,
-                    .leading = leading,
-                    .a = at<double>(a),
-                    .values = at<double>(values),
-                    .vectors = at<double>(vectors),
-                    .workspace = nullptr};
-      },
-      core::eigh_workspace, core::eigh);
-
+        return Eigh{matrices, size, leading, a, values, vectors};
+      });
   define(
-      m, "rotate",
+      m, "rotate", core::rotate_workspace, core::rotate,
       +[](int type, Index inputs, Index outputs, Index size, Address rows, Address coefficients, Address spans,
           Index span_count, Address out, Address mean, Address weights) {
-        return Rotate{.type = Type{type},
-                      .inputs = inputs,
-                      .outputs = outputs,
-                      .size = size,
-                      .rows = at(rows),
-                      .coefficients = at<double>(coefficients),
-                      .segments = segments(spans, span_count),
-                      .out = at(out),
-                      .mean = at<double>(mean),
-                      .weights = at<double>(weights),
-                      .workspace = nullptr};
-      },
-      core::rotate_workspace, core::rotate);
-
+        return Rotate{Type{type}, inputs, outputs, size, rows, coefficients, {spans, span_count}, out, mean, weights};
+      });
   define(
-      m, "sketch",
+      m, "sketch", core::sketch_workspace, core::sketch,
       +[](int type, Index vectors, Index size, Index outputs, std::uint64_t seed, Index start, Address x, Address out) {
-        return Sketch{.type = Type{type},
-                      .vectors = vectors,
-                      .size = size,
-                      .outputs = outputs,
-                      .seed = seed,
-                      .start = start,
-                      .x = at(x),
-                      .out = at<double>(out),
-                      .workspace = nullptr};
-      },
-      core::sketch_workspace, core::sketch);
+        return Sketch{Type{type}, vectors, size, outputs, seed, start, x, out};
+      });
 }
 
 }  // namespace

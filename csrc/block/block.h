@@ -33,9 +33,11 @@
 
 namespace grokcurv::block {
 
+// The threads that exchange registers; a block is made of whole warps.
 constexpr int warp = 32;
 
-// Shared memory that every GPU since sm_80 gives a block.
+// Shared memory that every GPU since sm_80 gives a block, in doubles. It is 96 KiB: sm_86, sm_89 and sm_120 give 99 at
+// most, others more. What goes beyond this belongs in the workspace.
 constexpr Index shared_limit = 96 * 1024 / sizeof(double);
 
 GROKCURV_INLINE constexpr Index divided_up(Index n, Index by) {
@@ -47,15 +49,21 @@ constexpr bool any_threads = requires { requires Body::any_threads; };
 
 // ------------------------------------------------------------------------------------------------ coordinates by fours
 
-// Four coordinates in a row, the piece of a vector that a thread takes: of float32, one load of 16 bytes.
+// Four coordinates in a row, the piece of a vector that a thread takes: of float32, one load of 16 bytes, the most that
+// a thread loads at once; of bfloat16 one of 8 bytes, of float64 two of 16. Which coordinates a thread takes does not
+// depend on the type, nor does the order of its sums.
 constexpr Index quad = 4;
 
+// The alignment is what lets the compiler load it as one: a pointer to T promises no more than that of T.
 template <class T>
 struct alignas(quad * sizeof(T) < 16 ? quad * sizeof(T) : 16) Quad {
   T value[quad];
 };
 
 // Of the coordinates at x, `left` are there; those beyond read as zero. `wide`: x is aligned to whole quads.
+// The last quad of a range may be cut, so that it is read one by one even then. Zeros add zeros to every sum: a caller
+// adds up whole quads and asks for `left` only where it writes. The numbers are the same either way, and so are the
+// bits.
 template <bool wide, class T>
 GROKCURV_BLOCK Quad<T> load(const T* x, Index left) {
   if constexpr (wide) {
@@ -67,6 +75,7 @@ GROKCURV_BLOCK Quad<T> load(const T* x, Index left) {
   return result;
 }
 
+// Writes those that are there and nothing behind them: that is the next vector, which another block may be writing.
 template <bool wide, class T>
 GROKCURV_BLOCK void store(const Quad<T>& values, T* x, Index left) {
   if constexpr (wide) {
@@ -81,7 +90,8 @@ GROKCURV_BLOCK void store(const Quad<T>& values, T* x, Index left) {
   }
 }
 
-// Whether vectors in a row, `size` coordinates from each other, are all aligned to whole quads.
+// Whether vectors in a row, `size` coordinates from each other, are all aligned to whole quads: the first of them, and
+// the distance unless there is but one. Memory that is not there (null) does no harm.
 template <class T>
 bool aligned(const void* x, Index vectors, Index size) {
   constexpr std::uintptr_t bytes = alignof(Quad<T>);
@@ -89,7 +99,8 @@ bool aligned(const void* x, Index vectors, Index size) {
   return reinterpret_cast<std::uintptr_t>(x) % bytes == 0 && (vectors <= 1 || apart % bytes == 0);
 }
 
-// Calls body(std::true_type) or body(std::false_type).
+// Calls body(std::true_type) or body(std::false_type). So a flag becomes the argument of a template, and the loops of
+// the kernel do not ask.
 template <class Body>
 void with_flag(bool flag, Body body) {
   flag ? body(std::true_type{}) : body(std::false_type{});
@@ -99,6 +110,9 @@ void with_flag(bool flag, Body body) {
 
 // Sums run over ranges of the coordinates: a partial sum for each, folded in a fixed order. There are at most 1024, of
 // whole steps (the last may be cut), and how long they are depends on the number of coordinates alone.
+// So neither the GPU nor the batch has a say in the order of a sum. 1024 are enough to fill a GPU with one vector
+// alone, and few enough for their partial sums to cost nothing beside the coordinates. Without coordinates there are
+// none.
 struct Ranges {
   Index size, length, count;
 
@@ -111,9 +125,13 @@ GROKCURV_INLINE constexpr Ranges ranges_of(Index size, Index step) {
 }
 
 // out[j * stride] = the sum of sum[j] over all threads. Room for n doubles a warp.
+// Threads are added up in a tree within each warp, and warps in their order by one thread for each sum; the bits depend
+// on the number of threads, which is the algorithm's. The barrier protects `room`: without it, that one thread would
+// read totals that other warps have not written yet. None follows, so `room` is not for anything that comes after.
 template <int n, class Block>
 GROKCURV_BLOCK void sum_over_block(Block& block, const double (&sum)[n], double* room, double* out, Index stride) {
   const int warps = block.threads() / warp;
+  // Unrolled because sum[] lives in registers, which no number known only at run time can choose among.
   GROKCURV_UNROLL
   for (int j = 0; j < n; ++j) {
     const double total = block.warp_sum(sum[j]);
@@ -128,6 +146,7 @@ GROKCURV_BLOCK void sum_over_block(Block& block, const double (&sum)[n], double*
 }
 
 // The sum of partials[0], ... by one warp; every thread gets it.
+// Each thread takes every 32nd, and a tree takes the threads: an order that `count` alone determines.
 template <class Block>
 GROKCURV_BLOCK double sum_over_warp(Block& block, const double* partials, Index count) {
   double sum = 0.0;
@@ -137,6 +156,9 @@ GROKCURV_BLOCK double sum_over_warp(Block& block, const double* partials, Index 
 
 // For each vector and column the sum over the ranges of partials (vectors, columns, ranges), a warp each. The columns
 // are those of up to three outputs, one beside the other.
+//
+// This is the second launch of a reduction: the end of the first is the one barrier between blocks that there is. Its
+// order, that of sum_over_warp, is determined by the number of ranges, so by the number of coordinates.
 struct Fold {
   static constexpr int threads = 256, resident = 4;
 
@@ -151,10 +173,13 @@ struct Fold {
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
+    // n is the same for the threads of a warp, so that a warp leaves as a whole: warp_sum waits for all 32.
     const Index n = (block.index() * block.threads() + block.thread()) / warp;
     if (n >= vectors * columns) return;
     const double sum = sum_over_warp(block, partials + n * ranges, ranges);
     if (block.thread() % warp != 0) return;
+    // Counted from the first column of each output in turn, the column lies in the one output where it is neither
+    // negative nor too large.
     const Index vector = n / columns;
     Index column = n % columns;
     for (const Output& output : outputs) {
@@ -173,6 +198,10 @@ void fold(Device& device, const Fold& task) {
 
 // totals[j * stride] = sums over the coordinates of `here`, which x[0], x[1], ... hold: of basis[j] . x, then of x^2 by
 // segment; added to what is there unless `first`. A warp takes one at a time.
+//
+// `first` is true for the first chunk of a range, when totals are memory that nobody has written: then even a row that
+// does not meet the chunk must write its zero. The same warp comes back to the same j in every chunk, and its thread 0
+// reads what it wrote itself, so totals need no barrier. x does, before and after: the caller has them.
 template <class C, class Block>
 GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& segments, Span here, const double* x,
                             double* totals, Index stride, bool first) {
@@ -181,9 +210,11 @@ GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& se
     const bool is_row = j < basis.count;
     const Index* entry = is_row ? basis.rows + 3 * j : segments.spans + 2 * (j - basis.count);
     const Span both = Span{entry[0], entry[0] + entry[1]} & here;
+    // What misses the chunk adds nothing. All threads of the warp agree on that, so none waits alone in warp_sum.
     if (both.length() == 0 && !first) continue;
     const C* values = static_cast<const C*>(basis.values);
     const Index shift = is_row ? entry[2] - entry[0] : 0;
+    // Coordinate i is lane (i - both.start) % 32's, so an order that the row and the chunk determine.
     double sum = 0.0;
     for (Index i = both.start + lane; i < both.stop; i += warp) {
       const double x_i = x[i - here.start];
@@ -196,7 +227,9 @@ GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& se
 
 // ------------------------------------------------------------------------------------------------------------- drivers
 
-// The workspace of a task, dealt out piece by piece. Without memory behind it, it only counts.
+// The workspace of a task, dealt out piece by piece. Without memory behind it, it only counts. A driver is written once
+// and run twice: first on a device that counts what it takes, then on one that has so much memory and launches. So the
+// two cannot disagree about the size or the order of the pieces.
 class Workspace {
  public:
   explicit Workspace(double* memory) : memory_(memory) {}
@@ -215,6 +248,8 @@ class Workspace {
 
 // Writes a piece of a table to the device. The numbers are arguments of the launch: no copy to wait for, and a captured
 // graph holds them.
+// Every launch takes 4096 bytes of arguments; 480 words, their count and their place fill 3856. The launch copies them,
+// so the host's table may go at once; the stream sees to it that whoever reads the table is launched behind it.
 struct Upload {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256, resident = 4;
@@ -230,7 +265,8 @@ struct Upload {
   }
 };
 
-// A copy of a table of the host's on the device.
+// A copy of a table of the host's on the device, one launch for each piece, in the workspace of the task: an Index
+// takes the place of a double.
 template <class Device>
 const Index* upload(Device& device, const Index* table, Index words) {
   static_assert(sizeof(Index) == sizeof(double));
@@ -245,6 +281,20 @@ const Index* upload(Device& device, const Index* table, Index words) {
   return to;
 }
 
+// On the device, (segments.count, 3): start and length of each segment, and the number of the first of its pieces, of
+// which pieces_of(length) make up a segment; how many there are in all goes to `pieces`.
+template <class Device, class PiecesOf>
+const Index* upload_numbered(Device& device, const Segments& segments, const PiecesOf& pieces_of, Index& pieces) {
+  std::vector<Index> table;
+  for (Index s = 0; s < segments.count; ++s) {
+    const Span span = segments[s];
+    table.insert(table.end(), {span.start, span.length(), pieces});
+    pieces += pieces_of(span.length());
+  }
+  return upload(device, table.data(), static_cast<Index>(table.size()));
+}
+
+// Of a task's tables, so that the task that is passed to a kernel has addresses of the device alone.
 template <class Device>
 Basis upload(Device& device, const Basis& basis) {
   return {basis.values, upload(device, basis.rows, 3 * basis.count), basis.count};
@@ -256,3 +306,18 @@ Segments upload(Device& device, const Segments& segments) {
 }
 
 }  // namespace grokcurv::block
+
+// Keeps the two promises of a kernel by the launches of its block algorithm, on the Device of the core. One that has
+// no memory and no stream launches nothing: it counts the workspace.
+#define GROKCURV_BY_LAUNCHES(Task, kernel, core)      \
+  namespace core {                                    \
+  Index kernel##_workspace(const Task& task, Where) { \
+    Device device;                                    \
+    block::kernel(device, task);                      \
+    return device.workspace.used();                   \
+  }                                                   \
+  void kernel(const Task& task, Where where) {        \
+    Device device(task.workspace, where);             \
+    block::kernel(device, task);                      \
+  }                                                   \
+  }

@@ -7,12 +7,18 @@ namespace grokcurv::block {
 
 // A range of one vector, chunk by chunk: sums stay in the registers of the threads, a chunk of deltas in shared memory
 // for those who read them.
+//
+// `bracket` is true where a2 and b2 are products with Hessians, false where they are gradients after a step.
+// `with_theta` is true where theta is there: four more sums, and registers for fewer blocks.
+// `wide` is true if all vectors that are read or written are aligned to whole quads.
+//
+// A thread takes the same coordinates in the same order whichever they are, so `wide` has no say in the bits.
 template <class T, bool bracket, bool with_theta, bool wide>
 struct CommutatorRange {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256;
   static constexpr int resident = sizeof(T) < 8 ? (with_theta ? 2 : 4) : (with_theta ? 1 : 2);
-  static constexpr int sums = with_theta ? 10 : 6;
+  static constexpr int sums = commutator_sums(with_theta);
   using C = Compute<T>;
 
   Commutator task;  // its tables on the device
@@ -21,12 +27,16 @@ struct CommutatorRange {
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
+    // Blocks that run at the same time have a range in common: what vectors share, theta and the basis, is in the
+    // cache.
     const Index vector = block.index() % task.vectors, range = block.index() / task.vectors;
     const Span all = ranges[range];
     const double eta = task.eta[vector];
     double* column = partials + vector * commutator_columns(task) * ranges.count + range;
     double* room = block.shared();
     double* deltas = room + sums * (block.threads() / warp);
+    // True if there are rows or segments, which read deltas of other threads: the same for the whole block. Otherwise
+    // the block has no shared memory for deltas, and no barrier but that of its last sums.
     const bool projects = task.basis.count + task.segments.count > 0;
 
     double sum[sums] = {};
@@ -50,12 +60,15 @@ struct CommutatorRange {
         if (task.delta != nullptr) store<wide>(kept, static_cast<C*>(task.delta) + at, left);
       }
       if (projects) {
+        // Every thread has written its deltas before any reads those of others.
         block.sync();
         project<C>(block, task.basis, task.segments, here, deltas, column + sums * ranges.count, ranges.count,
                    start == all.start);
+        // Every warp has read them before the next chunk is written over them.
         block.sync();
       }
     }
+    // `room` lies in front of the deltas and nobody has used it, so that this needs no barrier of its own before.
     sum_over_block(block, sum, room, column, ranges.count);
   }
 
@@ -71,6 +84,8 @@ struct CommutatorRange {
     sum[3] = fma(delta, delta, sum[3]);
     sum[4] = fma(change_a, change_a, sum[4]);
     sum[5] = fma(change_b, change_b, sum[5]);
+    // What PyTorch would store after two steps in either order, and after one; q_a is for a point as the kernel
+    // `perturb` makes it, where the product is rounded to the compute type alone.
     if constexpr (with_theta) {
       const C step = static_cast<C>(eta), point = static_cast<C>(widen(theta));
       const C product_a = step * static_cast<C>(a), product_b = step * static_cast<C>(b);
@@ -103,9 +118,9 @@ void commutator(Device& device, const Commutator& given) {
   const Index columns = commutator_columns(task), projections = task.basis.count + task.segments.count;
   double* partials = device.workspace.take(task.vectors * columns * ranges.count);
 
-  with_type(task.type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_type(task.type, [&]<class T>() {
     const auto fits = [&](const void* x) { return aligned<T>(x, task.vectors, task.size); };
+    // One vector out of line, and all are read one by one.
     const bool wide = fits(task.g_a) && fits(task.g_b) && fits(task.a2) && fits(task.b2) &&
                       aligned<T>(task.theta, 1, task.size) &&
                       (task.delta == nullptr || aligned<Compute<T>>(task.delta, task.vectors, task.size));

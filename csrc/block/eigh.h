@@ -10,10 +10,16 @@
 
 namespace grokcurv::block {
 
+// One block has the whole matrix because every step waits for the last: n steps of Householder with three barriers
+// each, then a barrier for each sweep. Between blocks a barrier would be a launch. Whatever is a sum is summed by every
+// warp on its own, in the same order, so that all threads have the same bits and no barrier is needed to hand them
+// around.
+
 // Where the numbers of a matrix are: all in shared memory, or the two matrices, or everything, in the workspace.
 struct EighPlan {
   Index stride;
-  bool matrices_fit, vectors_fit;
+  bool matrices_fit;  // true where all of it lies in the block's shared memory: up to n = 75
+  bool vectors_fit;   // true where at least what else there is does, which every step reads; it comes first
 
   Index matrices, vectors;  // doubles for the matrix and its eigenvectors, and for what else there is
 
@@ -35,10 +41,10 @@ struct EighMatrix {
   // Squares below this have lost digits to underflow and count as zero: the largest entry is scaled to [1, 2).
   static constexpr double underflow = 0x1p-900;
 
-  // Rotations of rows i and i + 1, for i = low + count - 1, ... low, by c[i] and s[i]. Without any, all is solved.
+  // Rotations of rows i and i + 1, for i = low + count - 1, ... low, by c[i] and s[i]. A count of 0 says that all is
+  // solved, of -1 that an eigenvalue did not converge.
   struct Sweep {
     Index low, count;
-    bool failed;
   };
 
   Eigh task;
@@ -60,10 +66,12 @@ struct EighMatrix {
     double* values = task.values + block.index() * leading;
     double* vectors = task.vectors + block.index() * n * leading;
 
+    // Every warp has looked at all entries, so all threads take the same way here and come to the same barriers below.
     const double largest = largest_entry(block, from);
     bool failed = !(largest < INFINITY);
     if (!failed) {
       // Scaled by a power of two, exactly, so that no square overflows.
+      // From 2^-1000 down it stays there, a normal number, and the entries come out smaller than 1.
       const int exponent = largest > 0 ? ilogb(largest) : 0;
       const double scale = ldexp(1.0, exponent < -1000 ? -1000 : exponent);
       for (Index e = block.thread(); e < n * n; e += block.threads()) {
@@ -71,6 +79,7 @@ struct EighMatrix {
         a[i * stride + j] = (i < j ? from[e] : from[j * n + i]) / scale;
         z[i * stride + j] = i == j ? 1.0 : 0.0;
       }
+      // Each thread has filled entries of every row, and the first step reads rows as a whole.
       block.sync();
       tridiagonalise(block, a, stride, diagonal, off, u, product);
       failed = !solve(block, diagonal, off, z, stride, rotations);
@@ -105,7 +114,9 @@ struct EighMatrix {
     return block.warp_sum(sum);
   }
 
-  // Of the entries that a thread of a warp takes, always the same, the first from `first` on.
+  // Of the entries that a thread of a warp takes, always the same, the first from `first` on. Entry p is thread p %
+  // 32's wherever a sum begins. So where one warp alone has a vector, as in finish, each entry is read and written by
+  // one thread, and the warp needs no barrier between a sum and a change.
   template <class Block>
   static GROKCURV_BLOCK Index own(Block& block, Index first) {
     const Index p = first / warp * warp + block.thread() % warp;
@@ -121,6 +132,9 @@ struct EighMatrix {
     const Index n = task.size;
     for (Index j = 0; j < n; ++j) {
       double* row = a + j * stride;
+      // The reflection that leaves of the row, right of the diagonal, its first entry alone. The sign is that of
+      // `first`, so that nothing cancels; scaled, |u|^2 = 2. `reflects` is false if there is nothing to clear, as in
+      // the last two steps: for all threads, since each warp has summed the same.
       const double rest = dot(block, row, row, j + 2);
       const double first = j + 1 < n ? row[j + 1] : 0.0;
       const bool reflects = rest >= underflow;
@@ -134,16 +148,20 @@ struct EighMatrix {
         diagonal[j] = row[j];
         off[j] = !reflects ? first : first > 0 ? -norm : norm;
       }
+      // u is complete before anyone multiplies by it; and everyone has read the row, which may now be written over.
       block.sync();
       if (!reflects) {
         for (Index p = j + 1 + block.thread(); p < n; p += block.threads()) row[p] = 0.0;
         continue;  // the next step reads other rows, and writes to u what all have
       }
+      // The product with what is left of the matrix, which is full: a row of it is contiguous, and each goes to a warp.
       for (Index i = j + 1 + block.thread() / warp; i < n; i += block.threads() / warp) {
         const double sum = dot(block, a + i * stride, u, j + 1);
         if (block.thread() % warp == 0) product[i] = sum;
       }
+      // Without this barrier a thread would update with products that other warps have yet to sum.
       block.sync();
+      // Both triangles are updated, and to the same bits, for (i, p) and (p, i) add the same two products.
       // a -= u w^T + w u^T with w = product - half u
       const double half = 0.5 * dot(block, u, product, j + 1);
       const Index width = n - j - 1;
@@ -153,6 +171,7 @@ struct EighMatrix {
         a[i * stride + p] -= u[i] * w_p + w_i * u[p];
       }
       for (Index p = j + 1 + block.thread(); p < n; p += block.threads()) row[p] = u[p];
+      // The next step reads a row that all threads have updated, and puts its own numbers into u and product.
       block.sync();
     }
   }
@@ -170,28 +189,36 @@ struct EighMatrix {
   // Returns whether it converged. Room for 4 stride + 4 doubles.
   template <class Block>
   GROKCURV_BLOCK bool solve(Block& block, double* diagonal, double* off, double* z, Index stride, double* room) const {
+    // Two buffers: `turn` is the number of that whose sweep is applied now, while thread 0 fills the other. The scalars
+    // of a sweep, d and e, are thread 0's alone from here on; what the others see of it is the buffer.
     double* sizes = room + 4 * stride;  // of the sweep that is applied, and of the next: low and count
     const double negligible = block.thread() == 0 ? rounding(diagonal, off) : 0.0;
     const auto prepare = [&](int turn, Index& low, int& sweeps) {
       double* c = room + 2 * turn * stride;
       const Sweep sweep = next_sweep(diagonal, off, negligible, low, sweeps, c, c + stride);
       sizes[2 * turn] = static_cast<double>(sweep.low);
-      sizes[2 * turn + 1] = sweep.failed ? -1.0 : static_cast<double>(sweep.count);
+      sizes[2 * turn + 1] = static_cast<double>(sweep.count);
     };
     Index solved = 0;
     int sweeps = 0;
     if (block.thread() == 0) prepare(0, solved, sweeps);
+    // The others wait for the first sweep.
     block.sync();
     for (int turn = 0;; turn = 1 - turn) {
       const Index low = static_cast<Index>(sizes[2 * turn]), count = static_cast<Index>(sizes[2 * turn + 1]);
+      // All threads read the same numbers, so all leave together.
       if (count <= 0) return count == 0;
       if (block.thread() == 0) prepare(1 - turn, solved, sweeps);
       if (block.thread() >= warp) apply(block, low, count, room + 2 * turn * stride, z, stride);
+      // Here the buffers change places. Without the barrier thread 0 would fill that which is still applied, and the
+      // others would apply one that is half filled.
       block.sync();
     }
   }
 
-  // By all warps but the first, each thread to columns of its own.
+  // By all warps but the first, each thread to columns of its own: the same ones in every sweep, so z needs no barrier.
+  // Going up the rows, y is the row below before its last rotation, so each row is read once and written once. The
+  // first warp stays out as a whole: its threads would wait for thread 0.
   template <class Block>
   GROKCURV_BLOCK void apply(Block& block, Index low, Index count, const double* c, double* z, Index stride) const {
     const double* s = c + stride;
@@ -214,12 +241,13 @@ struct EighMatrix {
       const Index l = solved;
       Index m = l;
       while (m + 1 < n && fabs(e[m]) > negligible) ++m;
+      // Nothing couples row l to the next: an eigenvalue.
       if (m == l) {
         ++solved;
         sweeps = 0;
         continue;
       }
-      if (sweeps++ == max_sweeps) return {0, 0, true};
+      if (sweeps++ == max_sweeps) return {0, -1};
       // Wilkinson's shift; then a rotation per row chases the bulge from m to l.
       const double half = (d[l + 1] - d[l]) / (2 * e[l]);
       const double root = sqrt(half * half + 1);
@@ -242,20 +270,18 @@ struct EighMatrix {
         c_of[i] = c;
         s_of[i] = s;
       }
-      if (i >= l) {
-        d[i + 1] -= moved;
-        e[i + 1] = 0.0;
-      } else {
-        d[l] -= moved;
-        e[l] = g;
-      }
+      d[i + 1] -= moved;  // i is l - 1 if the bulge came through
+      e[i + 1] = i < l ? g : 0.0;
       e[m] = 0.0;
-      if (i + 1 < m) return {i + 1, m - i - 1, false};
+      // If the matrix fell apart at the first rotation there is none to apply, and the next sweep is worked out at
+      // once.
+      if (i + 1 < m) return {i + 1, m - i - 1};
     }
-    return {0, 0, false};
+    return {0, 0};
   }
 
-  // order[k] = the number of the k-th largest.
+  // order[k] = the number of the k-th largest. Equal ones go by number, so each place is taken once; so every thread
+  // ranks eigenvalues of its own, without sorting.
   template <class Block>
   GROKCURV_BLOCK void rank(Block& block, const double* diagonal, double* order) const {
     for (Index i = block.thread(); i < task.size; i += block.threads()) {
@@ -265,10 +291,12 @@ struct EighMatrix {
       }
       order[above] = static_cast<double>(i);
     }
+    // A warp of finish reads what threads of other warps have written.
     block.sync();
   }
 
-  // Carries the leading vectors back, a warp each, and writes them down, peaks positive.
+  // Carries the leading vectors back, a warp each, and writes them down, peaks positive. Reflections go in the order
+  // opposite to that in which they came; the last two steps had none. No other warp reads or writes the vector.
   template <class Block>
   GROKCURV_BLOCK void finish(Block& block, const double* a, Index stride, const double* diagonal, const double* order,
                              double* z, double scale, double* values, double* vectors) const {
@@ -281,6 +309,8 @@ struct EighMatrix {
         const double overlap = dot(block, vector, u, j + 1);
         for (Index p = own(block, j + 1); p < n; p += warp) vector[p] -= overlap * u[p];
       }
+      // The place of the peak, the first if there are several: threads can exchange doubles only, and sums and the
+      // largest only, so the place goes as a number and negative, and its sign as a sum of one term.
       double peak = 0.0, top = -static_cast<double>(n), sign = 0.0;
       for (Index p = own(block, 0); p < n; p += warp) peak = fmax(peak, fabs(vector[p]));
       peak = block.warp_max(peak);

@@ -8,6 +8,12 @@ namespace grokcurv::block {
 // A range of the coordinates of a segment, for a square of 32 rows of x by 32 of y. Stage by stage both go to shared
 // memory as doubles, where each thread adds up eight rows by four on every eighth column. The order of a sum: columns
 // of a residue modulo 8 in turn, the residues in turn, then the ranges; whatever the other rows are.
+//
+// Why this shape: eight by four sums and the twelve numbers for them stay in registers, for two blocks on a
+// multiprocessor, and a column costs six loads of 16 bytes from shared memory for 32 products. 4 by 8 such tiles make a
+// square, so that all 256 threads have work only if each column has one of eight owners. Whichever thread has a tile,
+// it is the same columns that are added up in the same order, so the bits of an entry know nothing of its place in the
+// square, of the square, or of who else is there.
 template <class T>
 struct GramRange {
   static constexpr int threads = 256, resident = 2;
@@ -23,13 +29,15 @@ struct GramRange {
 
   Gram task;           // y is x where there is none
   const Index* spans;  // (segments, 3): start, length, number of the first range
-  bool symmetric;
-  Index squares;     // how many pairs of 32 rows by 32 there are
-  double* partials;  // for each segment: (x_rows, y_rows, ranges)
+  bool symmetric;      // true where the task has no y: what lies left of the diagonal is for GramFold to mirror
+  Index squares;       // how many pairs of 32 rows by 32 there are
+  double* partials;    // for each segment: (x_rows, y_rows, ranges)
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
     const Index range = block.index() / squares;
+    // The last segment whose first range is not after this one: of those that begin with the same range, all but the
+    // last are empty. Found by halving, for there may be many.
     Index segment = 0;
     for (Index above = task.segments.count; segment + 1 < above;) {
       const Index middle = (segment + above) / 2;
@@ -48,6 +56,8 @@ struct GramRange {
     }
     if (symmetric) y_square += x_square;
     const Index x_first = x_square * square, y_first = y_square * square;
+    // True for a square whose rows of x and of y are the same: they are staged once, and the tiles left of the diagonal
+    // are left out.
     const bool diagonal = symmetric && x_square == y_square;
 
     // The tiles that hold entries: rows of tiles from the top, of each those from the diagonal on.
@@ -56,6 +66,9 @@ struct GramRange {
     };
     const int down = tiles(task.x_rows - x_first, tile_x), right = tiles(task.y_rows - y_first, tile_y);
     const auto skipped = [&](int i) { return diagonal ? i * tile_x / tile_y : 0; };
+    // The threads are dealt out to the tiles that are there, `active` of them, and then again, each time for another
+    // residue of the columns. `split` is that residue; with few tiles there are more threads than eight of each, and
+    // those of a split from 8 on only help to stage.
     int active = 0;
     for (int i = 0; i < down; ++i) active += right > skipped(i) ? right - skipped(i) : 0;
     const int split = block.thread() / active;  // of the threads beyond, none
@@ -72,13 +85,18 @@ struct GramRange {
       const int width = static_cast<int>(all.stop - column < columns ? all.stop - column : columns);
       stage(block, static_cast<const T*>(task.x), x_first, task.x_rows, start + column, width, x);
       if (!diagonal) stage(block, static_cast<const T*>(task.y), y_first, task.y_rows, start + column, width, y);
+      // Whole before it is read: without this, threads would add up rows that others have yet to stage.
       block.sync();
       if (split < splits) {
         for (int c = split; c < columns; c += splits) add(x + c * stride + x_at, y + c * stride + y_at, sum);
       }
+      // Read before it is written over, by the next stage or, after the last one, by the total.
       block.sync();
     }
 
+    // The eight sums of an entry are in the registers of eight threads. They go to one place in shared memory in turn,
+    // not at once: the barrier keeps the order of the residues, and without it one thread would write over what another
+    // adds to. Tiles that are left out have no number here, but nobody reads them.
     double* total = x;  // (32, 32)
     for (int s = 0; s < splits; ++s) {
       if (split == s) {
@@ -93,6 +111,7 @@ struct GramRange {
       }
       block.sync();
     }
+    // Out to the partial sums, ranges beside each other, as GramFold reads them.
     double* out = partials + first_range * task.x_rows * task.y_rows + (range - first_range);
     for (int e = block.thread(); e < square * square; e += block.threads()) {
       const Index i = x_first + e / square, j = y_first + e % square;
@@ -111,6 +130,8 @@ struct GramRange {
     rows += first * task.size + p;
     for (int item = block.thread(); item < columns * square / quad; item += block.threads()) {
       const int column = item % columns, row = item / columns * quad;
+      // Columns beyond are zero and stay so, with an origin too: their products add zeros, and no sum has to ask for
+      // them.
       const double shift =
           task.origin != nullptr && column < width ? widen(static_cast<const T*>(task.origin)[p + column]) : 0.0;
       Quad<double> values{};
@@ -133,7 +154,8 @@ struct GramRange {
   }
 };
 
-// Adds up the ranges of each entry, a warp each, and mirrors a symmetric result.
+// Adds up the ranges of each entry, a warp each, and mirrors a symmetric result. A second launch, because all blocks of
+// the first have to be through. A warp leaves as a whole: its threads have the same n.
 struct GramFold {
   static constexpr int threads = 256, resident = 4;
 
@@ -164,19 +186,14 @@ void gram(Device& device, const Gram& given) {
   const bool symmetric = task.y == nullptr;
   if (symmetric) task.y = task.x;
   const Index step = GramRange<float>::step, square = GramRange<float>::square;
-  std::vector<Index> table;
   Index ranges = 0;
-  for (Index s = 0; s < task.segments.count; ++s) {
-    const Index* span = task.segments.spans + 2 * s;
-    table.insert(table.end(), {span[0], span[1], ranges});
-    ranges += ranges_of(span[1], step).count;
-  }
-  const Index* spans = upload(device, table.data(), static_cast<Index>(table.size()));
+  const auto ranges_in = [&](Index length) { return ranges_of(length, step).count; };
+  const Index* spans = upload_numbered(device, task.segments, ranges_in, ranges);
   double* partials = device.workspace.take(ranges * task.x_rows * task.y_rows);
   const Index down = divided_up(task.x_rows, square), across = divided_up(task.y_rows, square);
   const Index squares = symmetric ? down * (down + 1) / 2 : down * across;
-  with_type(task.type, [&](auto* t) {
-    using Body = GramRange<std::remove_pointer_t<decltype(t)>>;
+  with_type(task.type, [&]<class T>() {
+    using Body = GramRange<T>;
     device.launch(ranges * squares, Body::shared, Body{task, spans, symmetric, squares, partials});
   });
   const Index entries = task.segments.count * task.x_rows * task.y_rows;

@@ -6,6 +6,8 @@
 namespace grokcurv::block {
 
 // A chunk of all vectors, so that theta is read once.
+// `wide` is true if theta, all directions and all results are aligned to whole quads: for the whole task, or not at
+// all.
 template <class T, bool wide>
 struct PerturbChunk {
   static constexpr bool any_threads = true;
@@ -19,6 +21,8 @@ struct PerturbChunk {
     const Index start = block.index() * chunk, left = task.size - start;
     for (Index i = quad * block.thread(); i < chunk && i < left; i += quad * block.threads()) {
       const Quad<T> theta = load<wide>(static_cast<const T*>(task.theta) + start + i, left - i);
+      // A thread keeps its four coordinates of theta in registers while the directions go by. No thread reads what
+      // another writes, so there is no barrier.
       for (Index vector = 0; vector < task.vectors; ++vector) {
         const Index at = vector * task.size + start + i;
         const Quad<T> direction = load<wide>(static_cast<const T*>(task.directions) + at, left - i);
@@ -26,6 +30,7 @@ struct PerturbChunk {
         Quad<T> out;
         GROKCURV_UNROLL
         for (Index e = 0; e < quad; ++e) {
+          // Two roundings in the compute type, as in PyTorch and on the CPU: an fma would have one.
           const C step = eta * static_cast<C>(widen(direction.value[e]));
           out.value[e] = narrow<T>(static_cast<C>(widen(theta.value[e])) - step);
         }
@@ -38,8 +43,7 @@ struct PerturbChunk {
 template <class Device>
 void perturb(Device& device, const Perturb& task) {
   if (task.vectors == 0) return;
-  with_type(task.type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_type(task.type, [&]<class T>() {
     const bool wide = aligned<T>(task.theta, 1, task.size) && aligned<T>(task.directions, task.vectors, task.size) &&
                       aligned<T>(task.out, task.vectors, task.size);
     with_flag(wide, [&](auto flag) { device.launch(chunks(task.size), 0, PerturbChunk<T, flag>{task}); });

@@ -5,10 +5,12 @@
 
 namespace grokcurv::block {
 
+// The draws of one counter.
 struct Words {
   std::uint32_t word[4];
 };
 
+// As grokcurv/sketch.h defines it, in registers of 32 bits; the CPU's kernel has it for eight counters at once.
 GROKCURV_BLOCK Words philox(std::uint64_t seed, std::uint64_t index, std::uint32_t purpose) {
   std::uint32_t c0 = static_cast<std::uint32_t>(index), c1 = static_cast<std::uint32_t>(index >> 32), c2 = 0;
   std::uint32_t c3 = purpose, k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
@@ -27,6 +29,10 @@ GROKCURV_BLOCK Words philox(std::uint64_t seed, std::uint64_t index, std::uint32
 
 // A range of one vector, for up to 1024 outputs. An output takes one coordinate from each block of the range: it reads
 // where the CPU's kernel writes, in the same order.
+//
+// Reading where the CPU writes: a shift turns a block of coordinates as a whole, so for each output there is exactly
+// one coordinate in each block. Sums stay in registers, no two threads write to one place, and the blocks come in their
+// order, so the bits are the CPU's without an atomic.
 template <class T>
 struct SketchRange {
   static constexpr int threads = 256, resident = 2;
@@ -54,6 +60,9 @@ struct SketchRange {
 
     auto* shifts = reinterpret_cast<Index*>(block.shared());
     auto* signs = reinterpret_cast<Words*>(block.shared() + batch);
+    // Shifts and signs cost more to draw than to use, so a batch of them is drawn by all threads for all. The outputs
+    // of this block meet at most `counters` counters of signs in one block of coordinates, for they lie in a row,
+    // turned.
     double sum[width / threads] = {};
     for (Index first = all.start / outputs; first * outputs < all.stop; first += batch) {
       for (Index b = block.thread(); b < batch; b += block.threads()) {
@@ -62,11 +71,13 @@ struct SketchRange {
                                       (first + b) & 1 ? words.word[3] : words.word[2]};
         shifts[b] = ((first + b) & 2 ? two[1] : two[0]) & (outputs - 1);
       }
+      // Which signs are needed depends on the shifts, which other threads have drawn.
       block.sync();
       for (Index item = block.thread(); item < batch * counters; item += block.threads()) {
         const Index b = item / counters, c = (first_counter(first_output, shifts[b]) + item % counters) % in_block;
         signs[item] = philox(task.seed, static_cast<std::uint64_t>((first + b) * outputs / 128 + c), 0);
       }
+      // Signs are used by other threads than those that drew them.
       block.sync();
       GROKCURV_UNROLL
       for (int k = 0; k < width / threads; ++k) {
@@ -75,6 +86,7 @@ struct SketchRange {
         for (Index b = 0; b < batch; b += together)
           add(first + b, first_output, o, all.stop, x, shifts + b, signs + b * counters, sum[k]);
       }
+      // Without this a fast thread would draw the next batch over the one that others still use.
       block.sync();
     }
     GROKCURV_UNROLL
@@ -93,7 +105,9 @@ struct SketchRange {
     for (Index b = 0; b < together; ++b) {
       const Index place = (first_output + o - shifts[b]) & (task.outputs - 1);
       const Index c = (first + b) * task.outputs + place;
+      // What lies outside of x, at either end, is zero, which no sign and no sum minds.
       taken[b] = c < task.start || c >= stop ? T{} : x[c - task.start];
+      // Counters are stored from that of the first output on, in a circle around the block of coordinates.
       const Index counter = place / 128 - first_counter(first_output, shifts[b]);
       const Words& words = signs[b * counters + (counter < 0 ? counter + task.outputs / 128 : counter)];
       negative[b] = words.word[c % 128 / 32] >> (c % 32) & 1;
@@ -108,7 +122,8 @@ struct SketchRange {
   }
 };
 
-// Adds the ranges to the first in turn.
+// Adds the ranges to the first in turn, an output a thread, as the CPU's kernel does: in the order of the ranges. The
+// first has summed into the result itself, so that a task of one range needs no second launch.
 struct SketchFold {
   static constexpr int threads = 256, resident = 4;
 
@@ -126,28 +141,13 @@ struct SketchFold {
   }
 };
 
-// No coordinates: no ranges, and a sketch of zeros.
-struct SketchClear {
-  static constexpr int threads = 256, resident = 4;
-
-  double* out;
-  Index size;
-
-  template <class Block>
-  GROKCURV_BLOCK void operator()(Block& block) const {
-    const Index i = block.index() * block.threads() + block.thread();
-    if (i < size) out[i] = 0.0;
-  }
-};
-
 template <class Device>
 void sketch(Device& device, const Sketch& task) {
   const SketchRanges ranges = sketch_ranges(task.size, task.outputs, task.start);
   const Index sums = task.vectors * task.outputs;
   double* partials = device.workspace.take(sketch_sums(task));
-  if (ranges.count == 0) return device.launch(divided_up(sums, SketchClear::threads), 0, SketchClear{task.out, sums});
-  with_type(task.type, [&](auto* t) {
-    using Body = SketchRange<std::remove_pointer_t<decltype(t)>>;
+  with_type(task.type, [&]<class T>() {
+    using Body = SketchRange<T>;
     const Index blocks = divided_up(task.outputs, Body::width) * task.vectors * ranges.count;
     device.launch(blocks, Body::shared, Body{task, ranges, partials});
   });

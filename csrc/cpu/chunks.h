@@ -6,8 +6,15 @@
 
 namespace grokcurv::cpu::GROKCURV_ISA {
 
-GROKCURV_INLINE Span nth_chunk(Index n, Index size) {
-  return Span{n * chunk, (n + 1) * chunk} & Span{0, size};
+// Calls body(chunk, vector) for all chunks of all vectors. The vectors of a chunk come in turn, so that what they
+// share, theta and the basis, is read from memory once.
+template <class Body>
+void for_each_chunk(Index size, Index vectors, int threads, const Body& body) {
+#pragma omp parallel for num_threads(threads)
+  for (Index n = 0; n < chunks(size) * vectors; ++n) {
+    const Index start = n / vectors * chunk;
+    body(Span{start, start + chunk} & Span{0, size}, n % vectors);
+  }
 }
 
 // sums[j] = basis[j] . x over the coordinates of the chunk, which x[0], x[1], ... hold.
@@ -15,19 +22,34 @@ template <class C>
 GROKCURV_INLINE void dot_rows(const Basis& basis, Span here, const double* x, double* sums) {
   const C* values = static_cast<const C*>(basis.values);
   for (Index j = 0; j < basis.count; ++j) {
-    const Index* row = basis.rows + 3 * j;
-    const Span both = Span{row[0], row[0] + row[1]} & here;
+    const Span both = basis[j] & here;
     sums[j] = 0.0;
     if (both.length() == 0) continue;
-    sums[j] = dot(x + (both.start - here.start), values + row[2] + (both.start - row[0]), both.length());
+    sums[j] = dot(x + (both.start - here.start), values + (both.start + basis.shift(j)), both.length());
   }
 }
 
-// out[j] = sum over chunks of partials[chunk][j], for columns of a partial that is `stride` wide.
-inline void fold(const double* partials, Index count, Index stride, Index columns, double* out) {
-  for (Index j = 0; j < columns; ++j) out[j] = 0.0;
-  for (Index c = 0; c < count; ++c) {
-    for (Index j = 0; j < columns; ++j) out[j] += partials[c * stride + j];
+struct Output {
+  double* out;  // (vectors, columns)
+  Index columns;
+};
+
+// For each vector and column the sum over the chunks of partials (vectors, chunks, columns), in their order. The
+// columns are those of the outputs, one beside the other.
+template <int n>
+void fold(const double* partials, Index vectors, Index count, const Output (&outputs)[n]) {
+  Index stride = 0;
+  for (const Output& output : outputs) stride += output.columns;
+  for (Index vector = 0; vector < vectors; ++vector) {
+    const double* from = partials + vector * count * stride;
+    for (const Output& output : outputs) {
+      double* out = output.out + vector * output.columns;
+      for (Index j = 0; j < output.columns; ++j) out[j] = 0.0;
+      for (Index c = 0; c < count; ++c) {
+        for (Index j = 0; j < output.columns; ++j) out[j] += from[c * stride + j];
+      }
+      from += output.columns;
+    }
   }
 }
 

@@ -6,12 +6,10 @@ namespace grokcurv::cpu::GROKCURV_ISA {
 
 namespace {
 
-constexpr Index plain_sums = 6, theta_sums = 10;
-
 // The sums of one chunk, eight coordinates at a time; T is the type of the vectors.
 template <class T, bool bracket, bool with_theta>
 struct Accumulator {
-  static constexpr Index columns = with_theta ? theta_sums : plain_sums;
+  static constexpr Index columns = commutator_sums(with_theta);
 
   Lanes eta;    // the step, or its square in a bracket
   Lanes eta_c;  // the step in the compute type
@@ -90,8 +88,7 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
   dot_rows<C>(task.basis, here, delta, partials);
   partials += task.basis.count;
   for (Index s = 0; s < task.segments.count; ++s) {
-    const Index* span = task.segments.spans + 2 * s;
-    const Span both = Span{span[0], span[0] + span[1]} & here;
+    const Span both = task.segments[s] & here;
     partials[s] = 0.0;
     if (both.length() == 0) continue;
     const double* x = delta + (both.start - here.start);
@@ -105,33 +102,21 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
 
 template <class T, bool bracket, bool with_theta>
 void run(const Commutator& task, int threads) {
-  constexpr Index sums = with_theta ? theta_sums : plain_sums;
-  const Index columns = sums + task.basis.count + task.segments.count;
-  const Index count = chunks(task.size);
-
-  // All vectors of a chunk in turn: theta and the basis are read from memory once.
-#pragma omp parallel for num_threads(threads)
-  for (Index n = 0; n < count * task.vectors; ++n) {
-    const Index c = n / task.vectors, vector = n % task.vectors;
-    double* partials = task.workspace + (vector * count + c) * columns;
-    run_chunk<T, bracket, with_theta>(task, nth_chunk(c, task.size), vector, partials);
-  }
-
-  for (Index vector = 0; vector < task.vectors; ++vector) {
-    const double* partials = task.workspace + vector * count * columns;
-    fold(partials, count, columns, sums, task.sums + vector * sums);
-    partials += sums;
-    fold(partials, count, columns, task.basis.count, task.coefficients + vector * task.basis.count);
-    partials += task.basis.count;
-    fold(partials, count, columns, task.segments.count, task.energies + vector * task.segments.count);
-  }
+  const Index columns = commutator_columns(task), count = chunks(task.size);
+  for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
+    double* partials = task.workspace + (vector * count + here.start / chunk) * columns;
+    run_chunk<T, bracket, with_theta>(task, here, vector, partials);
+  });
+  fold(task.workspace, task.vectors, count,
+       {{task.sums, commutator_sums(with_theta)},
+        {task.coefficients, task.basis.count},
+        {task.energies, task.segments.count}});
 }
 
 }  // namespace
 
 void commutator(const Commutator& task, int threads) {
-  with_type(task.type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_type(task.type, [&]<class T>() {
     const auto kernel = task.bracket ? run<T, true, false> : task.theta ? run<T, false, true> : run<T, false, false>;
     kernel(task, threads);
   });

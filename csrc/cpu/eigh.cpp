@@ -19,10 +19,6 @@ constexpr int max_solves = 8;   // of inverse iteration for one vector; two or t
 // largest entry in [1, 2).
 constexpr double underflow = 0x1p-900;
 
-GROKCURV_INLINE double magnitude(double x) {
-  return x < 0 ? -x : x;
-}
-
 struct Tridiagonal {
   Index n;
   double* diagonal;  // n
@@ -35,10 +31,11 @@ struct Tridiagonal {
   void measure() {
     norm = 0;
     for (Index i = 0; i < n; ++i) {
-      const double sum = magnitude(diagonal[i]) + magnitude(off[i]) + (i > 0 ? magnitude(off[i - 1]) : 0);
+      const double sum =
+          __builtin_fabs(diagonal[i]) + __builtin_fabs(off[i]) + (i > 0 ? __builtin_fabs(off[i - 1]) : 0);
       norm = sum > norm ? sum : norm;
     }
-    for (Index i = 0; i < n; ++i) off[i] = magnitude(off[i]) > negligible() ? off[i] : 0.0;
+    for (Index i = 0; i < n; ++i) off[i] = __builtin_fabs(off[i]) > negligible() ? off[i] : 0.0;
   }
 };
 
@@ -83,7 +80,7 @@ double reflection(double* row, Index stride, Index from) {
     return first;
   }
   const double norm = __builtin_sqrt(first * first + rest);
-  const double scale = 1 / __builtin_sqrt(norm * (norm + magnitude(first)));
+  const double scale = 1 / __builtin_sqrt(norm * (norm + __builtin_fabs(first)));
   row[from] = first > 0 ? first + norm : first - norm;
   for (Index p = start; p < stride; ++p) row[p] *= scale;
   return first > 0 ? -norm : norm;
@@ -175,7 +172,7 @@ bool solve_all(Tridiagonal& t, double* z, Index stride) {
   for (Index l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
       Index m = l;
-      while (m + 1 < n && magnitude(e[m]) > negligible) ++m;
+      while (m + 1 < n && __builtin_fabs(e[m]) > negligible) ++m;
       if (m == l) break;
       if (sweep == max_sweeps) return false;
       // Wilkinson's shift; then a rotation per row chases the bulge from m to l.
@@ -183,16 +180,11 @@ bool solve_all(Tridiagonal& t, double* z, Index stride) {
       const double root = __builtin_sqrt(half * half + 1);
       double g = d[m] - d[l] + e[l] / (half < 0 ? half - root : half + root);
       double s = 1, c = 1, moved = 0;
-      bool whole = true;
-      for (Index i = m - 1; i >= l && whole; --i) {
+      Index i = m - 1;
+      for (; i >= l; --i) {
         const double f = s * e[i], b = c * e[i];
         const double square = f * f + g * g;
-        if (square < underflow) {  // t falls apart here
-          d[i + 1] -= moved;
-          e[i + 1] = 0.0;
-          whole = false;
-          break;
-        }
+        if (square < underflow) break;  // t falls apart here
         const double r = __builtin_sqrt(square);
         e[i + 1] = r;
         s = f / r;
@@ -204,10 +196,8 @@ bool solve_all(Tridiagonal& t, double* z, Index stride) {
         g = c * change - b;
         rotate_rows(z + i * stride, z + (i + 1) * stride, stride, c, s);
       }
-      if (whole) {
-        d[l] -= moved;
-        e[l] = g;
-      }
+      d[i + 1] -= moved;  // i is l - 1 if the bulge came through
+      e[i + 1] = i < l ? g : 0.0;
       e[m] = 0.0;
     }
   }
@@ -296,8 +286,8 @@ struct Factors {
       const double under = t.off[i];  // 0 in the last row
       const bool last = i + 1 == t.n;
       const double next = last ? 0.0 : t.diagonal[i + 1] - value, next_right = last ? 0.0 : t.off[i + 1];
-      if (magnitude(pivot) >= magnitude(under)) {
-        if (magnitude(pivot) < least) pivot = pivot < 0 ? -least : least;
+      if (__builtin_fabs(pivot) >= __builtin_fabs(under)) {
+        if (__builtin_fabs(pivot) < least) pivot = pivot < 0 ? -least : least;
         exchanged[i] = 0.0;
         factor[i] = under / pivot;
         inverse[i] = 1 / pivot;
@@ -335,17 +325,19 @@ struct Factors {
 // Makes row number i of z orthogonal to those before it, projecting twice ("twice is enough"), and of length 1.
 void orthonormalise(double* z, Index stride, Index i) {
   double* row = z + i * stride;
-  for (int pass = 0; pass < 2; ++pass) {
+  const auto normalise = [&] {
     const double norm = __builtin_sqrt(dot(row, row, stride));
     for (Index p = 0; p < stride; ++p) row[p] /= norm;
+  };
+  for (int pass = 0; pass < 2; ++pass) {
+    normalise();
     for (Index j = 0; j < i; ++j) {
       const double* other = z + j * stride;
       const double overlap = dot(row, other, stride);
       for (Index p = 0; p < stride; ++p) row[p] -= overlap * other[p];
     }
   }
-  const double norm = __builtin_sqrt(dot(row, row, stride));
-  for (Index p = 0; p < stride; ++p) row[p] /= norm;
+  normalise();
 }
 
 // |t z - value z|
@@ -397,18 +389,16 @@ void solve(const Eigh& task, Index matrix) {
   double* z = a + n * stride;
   double* room = z + n * stride;
 
-  double largest = 0;
-  bool finite = true;
+  double largest = 0;  // infinite where an entry is not finite
   for (Index i = 0; i < n; ++i) {
     for (Index j = i; j < n; ++j) {
-      const double x = magnitude(from[i * n + j]);
-      finite = finite && x < __builtin_inf();
-      largest = x > largest ? x : largest;
+      const double x = __builtin_fabs(from[i * n + j]);
+      if (!(x <= largest)) largest = x < __builtin_inf() ? x : __builtin_inf();
     }
   }
   for (Index i = 0; i < leading; ++i) values[i] = __builtin_nan("");
   for (Index i = 0; i < n * leading; ++i) vectors[i] = __builtin_nan("");
-  if (!finite || leading == 0) return;
+  if (!(largest < __builtin_inf()) || leading == 0) return;
 
   // Scaled by a power of two, exactly, so that no square overflows.
   int exponent = largest > 0 ? __builtin_ilogb(largest) : 0;
@@ -432,7 +422,7 @@ void solve(const Eigh& task, Index matrix) {
   for (Index j = 0; j < leading; ++j) {
     const double* vector = z + j * stride;
     Index top = 0;
-    for (Index p = 1; p < n; ++p) top = magnitude(vector[p]) > magnitude(vector[top]) ? p : top;
+    for (Index p = 1; p < n; ++p) top = __builtin_fabs(vector[p]) > __builtin_fabs(vector[top]) ? p : top;
     const double sign = vector[top] < 0 ? -1 : 1;
     values[j] = scale * found[j];
     for (Index p = 0; p < n; ++p) vectors[p * leading + j] = sign * vector[p];

@@ -34,11 +34,6 @@ struct Source {
   const T* origin;
 
   // Eight coordinates of a row from p on, or the last n < 8 with zeros behind, as doubles about the origin.
-  GROKCURV_INLINE Lanes load(const T* row, Index p) const {
-    const Lanes x = Lanes::load(row + p);
-    if constexpr (shift) return x - Lanes::load(origin + p);
-    return x;
-  }
   GROKCURV_INLINE Lanes load(const T* row, Index p, Index n) const {
     const Lanes x = Lanes::load(row + p, n);
     if constexpr (shift) return x - Lanes::load(origin + p, n);
@@ -50,7 +45,7 @@ struct Source {
     Index p = here.start;
     for (; p + lanes <= here.stop; p += lanes, out += stride) {
       prefetch(next + p);
-      load(row, p).store(out);
+      load(row, p, lanes).store(out);
     }
     if (p < here.stop) load(row, p, here.stop - p).store(out);
   }
@@ -148,7 +143,7 @@ void sum_range_of_kept(const Source<T, shift>& source, const Rows<T>& few, const
       const T* rows[together] = {many.values + j * many.size, many.values + second * many.size};
       const T* next[together] = {rows[0] + after, rows[second - j] + (j + 3 < many.count ? after : 0)};
       const auto load = [&](Index r, Index p, Index n) {
-        const Lanes y = n == lanes ? Lanes::load(rows[r] + p) : Lanes::load(rows[r] + p, n);
+        const Lanes y = Lanes::load(rows[r] + p, n);
         if constexpr (shift) return y - Lanes::load(origin + (p - slab.start));
         return y;
       };
@@ -212,8 +207,7 @@ void run(const Gram& task, int threads) {
     double* room = task.workspace + omp_get_thread_num() * gram_workspace_per_thread(x.count, y.count);
     double* sums = room + (x.count + y.count + 2 * gram_few) * gram_block + (gram_few + 1) * gram_slab;
     for (Index segment = 0; segment < task.segments.count; ++segment) {
-      const Index* span = task.segments.spans + 2 * segment;
-      const Span all{span[0], span[0] + span[1]};
+      const Span all = task.segments[segment];
       double* out = task.out + segment * x.count * y.count;
 #pragma omp for ordered schedule(dynamic) nowait
       for (Index start = all.start; start < all.stop; start += gram_range) {
@@ -244,13 +238,9 @@ void run(const Gram& task, int threads) {
 }  // namespace
 
 void gram(const Gram& task, int threads) {
-  with_type(task.type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    if (task.origin == nullptr) {
-      run<T, false>(task, threads);
-    } else {
-      run<T, true>(task, threads);
-    }
+  with_type(task.type, [&]<class T>() {
+    const auto kernel = task.origin == nullptr ? run<T, false> : run<T, true>;
+    kernel(task, threads);
   });
 }
 

@@ -6,60 +6,36 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "grokcurv/commutator.h"
-#include "grokcurv/eigh.h"
-#include "grokcurv/gram.h"
-#include "grokcurv/perturb.h"
-#include "grokcurv/rotate.h"
-#include "grokcurv/sketch.h"
-#include "grokcurv/subspace.h"
+#include "grokcurv/kernels.h"
 
 namespace grokcurv::cpu {
 
-template <class Task>
-using Kernel = void(const Task&, int threads);
-
-struct Kernels {
-  Isa isa;
-  Kernel<Perturb>& perturb;
-  Kernel<Commutator>& commutator;
-  Kernel<SubspaceSplit>& subspace_split;
-  Kernel<SubspaceFilter>& subspace_filter;
-  Kernel<Gram>& gram;
-  Kernel<Eigh>& eigh;
-  Kernel<Rotate>& rotate;
-  Kernel<Sketch>& sketch;
-};
-
-#define GROKCURV_DECLARE(isa)             \
-  namespace isa {                         \
-  Kernel<Perturb> perturb;                \
-  Kernel<Commutator> commutator;          \
-  Kernel<SubspaceSplit> subspace_split;   \
-  Kernel<SubspaceFilter> subspace_filter; \
-  Kernel<Gram> gram;                      \
-  Kernel<Eigh> eigh;                      \
-  Kernel<Rotate> rotate;                  \
-  Kernel<Sketch> sketch;                  \
+#define GROKCURV_DECLARE(Task, kernel, isa)   \
+  namespace isa {                             \
+  void kernel(const Task& task, int threads); \
   }
-#define GROKCURV_KERNELS(isa)                                                                                  \
-  isa::perturb, isa::commutator, isa::subspace_split, isa::subspace_filter, isa::gram, isa::eigh, isa::rotate, \
-      isa::sketch
+#define GROKCURV_FIELD(Task, kernel, isa) void (*kernel)(const Task& task, int threads);
+#define GROKCURV_ENTRY(Task, kernel, isa) isa::kernel,
 
-GROKCURV_DECLARE(isa_default)
+GROKCURV_EACH_KERNEL(GROKCURV_DECLARE, isa_default)
 #ifdef __x86_64__
-GROKCURV_DECLARE(isa_v3)
-GROKCURV_DECLARE(isa_v4)
+GROKCURV_EACH_KERNEL(GROKCURV_DECLARE, isa_v3)
+GROKCURV_EACH_KERNEL(GROKCURV_DECLARE, isa_v4)
 #endif
 
 namespace {
 
+struct Kernels {
+  Isa isa;
+  GROKCURV_EACH_KERNEL(GROKCURV_FIELD, cpu)
+};
+
 const std::vector<Kernels>& table() {
   static const std::vector<Kernels> kernels = {
-      {{"default", true}, GROKCURV_KERNELS(isa_default)},
+      {{"default", true}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_default)},
 #ifdef __x86_64__
-      {{"v3", __builtin_cpu_supports("x86-64-v3") != 0}, GROKCURV_KERNELS(isa_v3)},
-      {{"v4", __builtin_cpu_supports("x86-64-v4") != 0}, GROKCURV_KERNELS(isa_v4)},
+      {{"v3", __builtin_cpu_supports("x86-64-v3") != 0}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_v3)},
+      {{"v4", __builtin_cpu_supports("x86-64-v4") != 0}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_v4)},
 #endif
   };
   return kernels;
@@ -99,29 +75,10 @@ std::string chosen_isa() {
   return chosen().isa.name;
 }
 
-void perturb(const Perturb& task, int threads) {
-  chosen().perturb(task, threads);
-}
-void commutator(const Commutator& task, int threads) {
-  chosen().commutator(task, threads);
-}
-void subspace_split(const SubspaceSplit& task, int threads) {
-  chosen().subspace_split(task, threads);
-}
-void subspace_filter(const SubspaceFilter& task, int threads) {
-  chosen().subspace_filter(task, threads);
-}
-void gram(const Gram& task, int threads) {
-  chosen().gram(task, threads);
-}
-void eigh(const Eigh& task, int threads) {
-  chosen().eigh(task, threads);
-}
-void rotate(const Rotate& task, int threads) {
-  chosen().rotate(task, threads);
-}
-void sketch(const Sketch& task, int threads) {
-  chosen().sketch(task, threads);
-}
+#define GROKCURV_FORWARD(Task, kernel, core)   \
+  void kernel(const Task& task, int threads) { \
+    chosen().kernel(task, threads);            \
+  }
+GROKCURV_EACH_KERNEL(GROKCURV_FORWARD, cpu)
 
 }  // namespace grokcurv::cpu

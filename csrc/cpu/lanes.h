@@ -78,9 +78,10 @@ struct Lanes {
     return load(values);
   }
 
-  // The first n < 8 lanes from memory, zeros behind.
+  // The first n lanes from memory, zeros behind; all of them from n = 8 on.
   template <class T>
   static GROKCURV_INLINE Lanes load(const T* x, Index n) {
+    if (n >= lanes) return load(x);
     T padded[lanes] = {};
     std::memcpy(padded, x, static_cast<std::size_t>(n) * sizeof(T));
     return load(padded);

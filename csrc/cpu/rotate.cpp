@@ -25,17 +25,14 @@ void widen_block(const Rotate& task, Span here, Index stop, double* panels) {
       for (Index p = 0; p < rotate_block; p += 64 / sizeof(T)) __builtin_prefetch(from + ahead + p, 0, 2);
     }
     for (Index p = 0; p < here.length(); p += lanes) {
-      const Index n = here.length() - p;
-      const Lanes x = n >= lanes ? Lanes::load(from + p) : Lanes::load(from + p, n);
-      x.store(panels + p * task.inputs + i * lanes);
+      Lanes::load(from + p, here.length() - p).store(panels + p * task.inputs + i * lanes);
     }
   }
 }
 
-// sums[r] = sum_i coefficients[r][i] x[i] for R rows of coefficients and one panel.
+// sums[r] += sum_i coefficients[r][i] x[i] for R rows of coefficients and one panel.
 template <int R>
 GROKCURV_INLINE void combine(const double* coefficients, const double* x, Index inputs, Lanes (&sums)[R]) {
-  for (int r = 0; r < R; ++r) sums[r] = Lanes{};
   for (Index i = 0; i < inputs; ++i) {
     const Lanes row = Lanes::load(x + i * lanes);
     for (int r = 0; r < R; ++r) sums[r] += Lanes::filled(coefficients[r * inputs + i]) * row;
@@ -47,7 +44,7 @@ template <int R, class Out>
 GROKCURV_INLINE void combine_rows(const Rotate& task, const double* coefficients, const double* x, Span here, Out* out,
                                   Index first) {
   for (; first + R <= task.outputs; first += R) {
-    Lanes sums[R];
+    Lanes sums[R] = {};
     combine(coefficients + first * task.inputs, x, task.inputs, sums);
     for (int r = 0; r < R; ++r) sums[r].store(out + (first + r) * task.size + here.start, here.length());
   }
@@ -55,11 +52,10 @@ GROKCURV_INLINE void combine_rows(const Rotate& task, const double* coefficients
 }
 
 void add_mean(const Rotate& task, const double* x, Span here) {
-  Lanes sum[1];
+  Lanes sum[1] = {};
   combine(task.weights, x, task.inputs, sum);
   double* mean = task.mean + here.start;
-  const Lanes old = here.length() < lanes ? Lanes::load(mean, here.length()) : Lanes::load(mean);
-  (old + sum[0]).store(mean, here.length());
+  (Lanes::load(mean, here.length()) + sum[0]).store(mean, here.length());
 }
 
 template <class T, class Out>
@@ -68,12 +64,12 @@ void run(const Rotate& task, Out* out, int threads) {
   {
     double* panels = task.workspace + omp_get_thread_num() * rotate_workspace_per_thread(task.inputs);
     for (Index s = 0; s < task.segments.count; ++s) {
-      const Index start = task.segments.spans[2 * s], stop = start + task.segments.spans[2 * s + 1];
+      const Span all = task.segments[s];
       const double* coefficients = task.coefficients + s * task.outputs * task.inputs;
 #pragma omp for schedule(static) nowait
-      for (Index first = start; first < stop; first += rotate_block) {
-        const Span block = Span{first, first + rotate_block} & Span{0, stop};
-        widen_block<T>(task, block, stop, panels);
+      for (Index first = all.start; first < all.stop; first += rotate_block) {
+        const Span block = Span{first, first + rotate_block} & all;
+        widen_block<T>(task, block, all.stop, panels);
         for (Index p = 0; p < block.length(); p += lanes) {
           const Span here = Span{block.start + p, block.start + p + lanes} & block;
           const double* x = panels + p * task.inputs;
@@ -88,8 +84,7 @@ void run(const Rotate& task, Out* out, int threads) {
 }  // namespace
 
 void rotate(const Rotate& task, int threads) {
-  with_type(task.type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_type(task.type, [&]<class T>() {
     if (task.out == nullptr) {
       run<T>(task, static_cast<T*>(task.rows), threads);
     } else {

@@ -142,10 +142,6 @@ void run(const Sketch& task, int threads) {
   const Index sums = task.vectors * task.outputs;
   const Philox random{{static_cast<Word>(task.seed), task.seed >> 32}};
   const Span all{task.start, task.start + task.size};
-  if (ranges.count == 0) {
-    for (Index i = 0; i < sums; ++i) task.out[i] = 0.0;
-    return;
-  }
 
 #pragma omp parallel num_threads(threads)
   {
@@ -180,7 +176,7 @@ void run(const Sketch& task, int threads) {
 }  // namespace
 
 void sketch(const Sketch& task, int threads) {
-  with_type(task.type, [&](auto* t) { run<std::remove_pointer_t<decltype(t)>>(task, threads); });
+  with_type(task.type, [&]<class T>() { run<T>(task, threads); });
 }
 
 }  // namespace grokcurv::cpu::GROKCURV_ISA

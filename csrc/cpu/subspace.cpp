@@ -11,23 +11,15 @@ void split(const SubspaceSplit& task, int threads) {
   const Index columns = 1 + task.basis.count;
   const Index count = chunks(task.size);
 
-#pragma omp parallel for num_threads(threads)
-  for (Index n = 0; n < count * task.vectors; ++n) {
-    const Index c = n / task.vectors, vector = n % task.vectors;
-    const Span here = nth_chunk(c, task.size);
+  for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
     const T* v = static_cast<const T*>(task.v) + vector * task.size + here.start;
     double x[chunk];
     for (Index i = 0; i < here.length(); ++i) x[i] = widen(v[i]);
-    double* partials = task.workspace + (vector * count + c) * columns;
+    double* partials = task.workspace + (vector * count + here.start / chunk) * columns;
     partials[0] = dot(x, x, here.length());
     dot_rows<Compute<T>>(task.basis, here, x, partials + 1);
-  }
-
-  for (Index vector = 0; vector < task.vectors; ++vector) {
-    const double* partials = task.workspace + vector * count * columns;
-    fold(partials, count, columns, 1, task.norm2 + vector);
-    fold(partials + 1, count, columns, task.basis.count, task.coefficients + vector * task.basis.count);
-  }
+  });
+  fold(task.workspace, task.vectors, count, {{task.norm2, 1}, {task.coefficients, task.basis.count}});
 }
 
 template <class T>
@@ -35,34 +27,30 @@ void filter(const SubspaceFilter& task, int threads) {
   using C = Compute<T>;
   const C* values = static_cast<const C*>(task.basis.values);
 
-#pragma omp parallel for num_threads(threads)
-  for (Index n = 0; n < chunks(task.size) * task.vectors; ++n) {
-    const Index vector = n % task.vectors;
-    const Span here = nth_chunk(n / task.vectors, task.size);
+  for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
     T* g = static_cast<T*>(task.g) + vector * task.size + here.start;
     double x[chunk];
     for (Index i = 0; i < here.length(); ++i) x[i] = (1.0 - task.strength) * widen(g[i]);
     for (Index j = 0; j < task.basis.count; ++j) {
-      const Index* row = task.basis.rows + 3 * j;
-      const Span both = Span{row[0], row[0] + row[1]} & here;
+      const Span both = task.basis[j] & here;
       if (both.length() == 0) continue;
       const double weight = task.strength * task.coefficients[vector * task.basis.count + j];
-      const C* b = values + row[2] + (both.start - row[0]);
+      const C* b = values + (both.start + task.basis.shift(j));
       double* to = x + (both.start - here.start);
       for (Index i = 0; i < both.length(); ++i) to[i] += weight * widen(b[i]);
     }
     for (Index i = 0; i < here.length(); ++i) g[i] = narrow<T>(x[i]);
-  }
+  });
 }
 
 }  // namespace
 
 void subspace_split(const SubspaceSplit& task, int threads) {
-  with_type(task.type, [&](auto* t) { split<std::remove_pointer_t<decltype(t)>>(task, threads); });
+  with_type(task.type, [&]<class T>() { split<T>(task, threads); });
 }
 
 void subspace_filter(const SubspaceFilter& task, int threads) {
-  with_type(task.type, [&](auto* t) { filter<std::remove_pointer_t<decltype(t)>>(task, threads); });
+  with_type(task.type, [&]<class T>() { filter<T>(task, threads); });
 }
 
 }  // namespace grokcurv::cpu::GROKCURV_ISA

@@ -2,17 +2,4 @@
 
 #include "cuda/device.cuh"
 
-namespace grokcurv::cuda {
-
-Index commutator_workspace(const Commutator& task, Stream) {
-  Device device;
-  block::commutator(device, task);
-  return device.workspace.used();
-}
-
-void commutator(const Commutator& task, Stream stream) {
-  Device device(task.workspace, stream);
-  block::commutator(device, task);
-}
-
-}  // namespace grokcurv::cuda
+GROKCURV_BY_LAUNCHES(Commutator, commutator, grokcurv::cuda)

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "block/block.h"
+#include "grokcurv/kernels.h"
 
 namespace grokcurv::cuda {
 

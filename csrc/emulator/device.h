@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "block/block.h"
+#include "emulator/fibers.h"
 #include "emulator/kernels.h"
 
 namespace grokcurv::emulator {
@@ -38,7 +39,7 @@ class Block {
 class Device {
  public:
   Device() : workspace(nullptr) {}
-  explicit Device(double* memory) : workspace(memory), runs_(true) {}
+  Device(double* memory, Where) : workspace(memory), runs_(true) {}
 
   block::Workspace workspace;
 

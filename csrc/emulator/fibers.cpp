@@ -47,8 +47,7 @@ struct Fibers::Switch {
   std::size_t size = 0;
   void* fake = nullptr;
 
-  void leave_for(Switch& other, bool for_good) {
-    (void)for_good;
+  void leave_for(Switch& other, [[maybe_unused]] bool for_good) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, other.stack, other.size);
 #endif
@@ -57,8 +56,7 @@ struct Fibers::Switch {
   }
 
   // On this stack, coming from `origin` if that is not known yet.
-  void arrived(Switch* origin) {
-    (void)origin;
+  void arrived([[maybe_unused]] Switch* origin) {
 #ifdef __SANITIZE_ADDRESS__
     const void* bottom = nullptr;
     std::size_t size = 0;
@@ -92,32 +90,22 @@ Fibers::~Fibers() = default;
 
 void Fibers::enter() {
   Fibers& fibers = *current;
-  Fiber& self = *fibers.fibers_[static_cast<std::size_t>(fibers.running_)];
+  Fiber& self = fibers.running();
   self.at.arrived(fibers.home_.get());
   (*fibers.body_)(fibers.running_);
   self.state = State::done;
   self.at.leave_for(*fibers.home_, true);
 }
 
-std::size_t Fibers::pick() {
-  return !shuffled_ ? 0 : std::uniform_int_distribution<std::size_t>(0, ready_.size() - 1)(random_);
-}
-
-void Fibers::resume(int number) {
-  running_ = number;
-  home_->leave_for(fibers_[static_cast<std::size_t>(number)]->at, false);
-}
-
 void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>& body) {
   while (fibers_.size() < static_cast<std::size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
-  threads_ = threads;
   shuffled_ = seed != 0;
   body_ = &body;
   current = this;
   random_.seed(seed);
   ready_.clear();
   for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
+    Fiber& fiber = *fibers_[t];
     fiber.state = State::ready;
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(fiber.at.stack, fiber.at.size);  // of frames that were left and never returned from
@@ -130,51 +118,46 @@ void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>
     ready_.push_back(t);
   }
 
-  const auto count = [&](State state) {
-    return std::count_if(fibers_.begin(), fibers_.begin() + threads, [&](auto& f) { return f->state == state; });
+  const auto count = [&](State state, int first, int last) {
+    const auto is = [&](const auto& fiber) { return fiber->state == state; };
+    return std::count_if(fibers_.begin() + first, fibers_.begin() + last, is);
   };
   const auto release = [&](int first, int last) {
     for (int t = first; t < last; ++t) {
-      fibers_[static_cast<std::size_t>(t)]->state = State::ready;
+      fibers_[t]->state = State::ready;
       ready_.push_back(t);
     }
   };
   for (;;) {
     while (!ready_.empty()) {
-      const std::size_t place = pick();
-      const int number = ready_[place];
+      const std::size_t last = ready_.size() - 1;
+      const auto place = shuffled_ ? std::uniform_int_distribution<std::size_t>(0, last)(random_) : 0;
+      running_ = ready_[place];
       ready_.erase(ready_.begin() + static_cast<std::ptrdiff_t>(place));
-      resume(number);
-      if (fibers_[static_cast<std::size_t>(number)]->state != State::at_warp) continue;
-      const int first = number / warp * warp;
-      const auto waits = [&](int t) { return fibers_[static_cast<std::size_t>(t)]->state == State::at_warp; };
-      bool all = true;
-      for (int t = first; t < first + warp; ++t) all = all && waits(t);
-      if (!all) continue;
+      home_->leave_for(running().at, false);
+      const int first = running_ / warp * warp;
+      if (count(State::at_warp, first, first + warp) < warp) continue;
       // All have given their number; each takes a copy of them before any can give the next.
       for (int t = first; t < first + warp; ++t) {
-        Fiber& fiber = *fibers_[static_cast<std::size_t>(t)];
-        for (int k = 0; k < warp; ++k) {
-          fiber.seen[k] = fibers_[static_cast<std::size_t>(first + k)]->given;
-        }
+        for (int k = 0; k < warp; ++k) fibers_[t]->seen[k] = fibers_[first + k]->given;
       }
       release(first, first + warp);
     }
-    if (count(State::done) == threads) return;
-    if (count(State::at_barrier) != threads) {
+    const auto in = [&](State state) { return count(state, 0, threads); };
+    if (in(State::done) == threads) return;
+    if (in(State::at_barrier) != threads) {
       throw std::runtime_error("block of " + std::to_string(threads) +
-                               " threads: " + std::to_string(count(State::at_barrier)) + " wait at a barrier, " +
-                               std::to_string(count(State::at_warp)) + " for their warp, and " +
-                               std::to_string(count(State::done)) + " have returned");
+                               " threads: " + std::to_string(in(State::at_barrier)) + " wait at a barrier, " +
+                               std::to_string(in(State::at_warp)) + " for their warp, and " +
+                               std::to_string(in(State::done)) + " have returned");
     }
     release(0, threads);
   }
 }
 
 void Fibers::wait(State state) {
-  Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
-  self.state = state;
-  self.at.leave_for(*home_, false);
+  running().state = state;
+  running().at.leave_for(*home_, false);
 }
 
 void Fibers::sync(const std::source_location& place) {
@@ -182,10 +165,9 @@ void Fibers::sync(const std::source_location& place) {
 }
 
 const double* Fibers::exchange(double x) {
-  Fiber& self = *fibers_[static_cast<std::size_t>(running_)];
-  self.given = x;
+  running().given = x;
   wait(State::at_warp);
-  return self.seen;
+  return running().seen;
 }
 
 // In pairs at a distance of 16, 8, ... 1, as on the GPU.

@@ -49,17 +49,16 @@ class Fibers {
   enum class State { ready, at_barrier, at_warp, done };
 
   static void enter();
+  Fiber& running() { return *fibers_[running_]; }
   void wait(State state);
   const double* exchange(double x);
-  void resume(int number);
-  std::size_t pick();
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_;
   const std::function<void(int)>* body_ = nullptr;
   bool shuffled_ = false;
   std::mt19937_64 random_;
-  int threads_ = 0, running_ = 0;
+  int running_ = 0;
   struct Switch;
   std::unique_ptr<Switch> home_;
 };

@@ -25,27 +25,9 @@ struct BarrierForSome {
 }  // namespace
 
 void barrier_for_some() {
-  Device(nullptr).launch(1, 0, BarrierForSome{});
+  Device(nullptr, 0).launch(1, 0, BarrierForSome{});
 }
 
-#define GROKCURV_DEFINE(Task, kernel)                 \
-  Index kernel##_workspace(const Task& task, Where) { \
-    Device device;                                    \
-    block::kernel(device, task);                      \
-    return device.workspace.used();                   \
-  }                                                   \
-  void kernel(const Task& task, Where) {              \
-    Device device(task.workspace);                    \
-    block::kernel(device, task);                      \
-  }
-GROKCURV_DEFINE(Perturb, perturb)
-GROKCURV_DEFINE(Commutator, commutator)
-GROKCURV_DEFINE(SubspaceSplit, subspace_split)
-GROKCURV_DEFINE(SubspaceFilter, subspace_filter)
-GROKCURV_DEFINE(Gram, gram)
-GROKCURV_DEFINE(Eigh, eigh)
-GROKCURV_DEFINE(Rotate, rotate)
-GROKCURV_DEFINE(Sketch, sketch)
-#undef GROKCURV_DEFINE
-
 }  // namespace grokcurv::emulator
+
+GROKCURV_EACH_KERNEL(GROKCURV_BY_LAUNCHES, grokcurv::emulator)

@@ -27,24 +27,22 @@ struct Commutator {
   double* coefficients;  // (vectors, basis.count): basis . delta
   double* energies;      // (vectors, segments.count): the sum of delta^2 over each segment
   void* delta;           // (vectors, size) of the compute type, or null
-  double* workspace;
+  double* workspace = nullptr;
 };
+
+GROKCURV_INLINE constexpr int commutator_sums(bool with_theta) {
+  return with_theta ? 10 : 6;
+}
 
 // Of sums, coefficients and energies.
 GROKCURV_INLINE Index commutator_columns(const Commutator& task) {
-  return (task.theta == nullptr ? 6 : 10) + task.basis.count + task.segments.count;
+  return commutator_sums(task.theta != nullptr) + task.basis.count + task.segments.count;
 }
 
 namespace cpu {
 GROKCURV_INLINE Index commutator_workspace(const Commutator& task, int) {
   return task.vectors * chunks(task.size) * commutator_columns(task);
 }
-void commutator(const Commutator& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index commutator_workspace(const Commutator& task, Stream stream);
-void commutator(const Commutator& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

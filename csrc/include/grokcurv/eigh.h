@@ -12,7 +12,7 @@ struct Eigh {
   const double* a;  // (matrices, size, size)
   double* values;   // (matrices, leading)
   double* vectors;  // (matrices, size, leading)
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 namespace cpu {
@@ -29,12 +29,6 @@ GROKCURV_INLINE constexpr Index eigh_workspace_per_matrix(Index size) {
 GROKCURV_INLINE Index eigh_workspace(const Eigh& task, int) {
   return task.matrices * eigh_workspace_per_matrix(task.size);
 }
-void eigh(const Eigh& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index eigh_workspace(const Eigh& task, Stream stream);
-void eigh(const Eigh& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

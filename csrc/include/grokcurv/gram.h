@@ -14,7 +14,7 @@ struct Gram {
   const void* origin;  // (size) or null: zero
   Segments segments;
   double* out;  // (segments.count, x_rows, y_rows)
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 namespace cpu {
@@ -37,12 +37,6 @@ GROKCURV_INLINE constexpr Index gram_workspace_per_thread(Index x_rows, Index y_
 GROKCURV_INLINE Index gram_workspace(const Gram& task, int threads) {
   return threads * gram_workspace_per_thread(task.x_rows, task.y_rows);
 }
-void gram(const Gram& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index gram_workspace(const Gram& task, Stream stream);
-void gram(const Gram& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

@@ -42,16 +42,16 @@ GROKCURV_INLINE T narrow(double x) {
   }
 }
 
-// Calls body(static_cast<T*>(nullptr)) with the element type.
+// Calls body.operator()<T>() with the element type.
 template <class Body>
 void with_type(Type type, Body body) {
   switch (type) {
     case Type::float32:
-      return body(static_cast<float*>(nullptr));
+      return body.template operator()<float>();
     case Type::float64:
-      return body(static_cast<double*>(nullptr));
+      return body.template operator()<double>();
     case Type::bfloat16:
-      return body(static_cast<bfloat16*>(nullptr));
+      return body.template operator()<bfloat16>();
   }
 }
 

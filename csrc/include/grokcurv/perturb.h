@@ -12,19 +12,13 @@ struct Perturb {
   const void* directions;  // (vectors, size)
   const double* eta;       // (vectors)
   void* out;               // (vectors, size), apart from the inputs
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 namespace cpu {
 GROKCURV_INLINE Index perturb_workspace(const Perturb&, int) {
   return 0;
 }
-void perturb(const Perturb& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index perturb_workspace(const Perturb& task, Stream stream);
-void perturb(const Perturb& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

@@ -16,7 +16,7 @@ struct Rotate {
   void* out;                   // (outputs, size) of the compute type, or null: in place, over the first rows
   double* mean;                // (size) or null
   const double* weights;       // (inputs), with mean
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 namespace cpu {
@@ -30,12 +30,6 @@ GROKCURV_INLINE constexpr Index rotate_workspace_per_thread(Index inputs) {
 GROKCURV_INLINE Index rotate_workspace(const Rotate& task, int threads) {
   return threads * rotate_workspace_per_thread(task.inputs);
 }
-void rotate(const Rotate& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index rotate_workspace(const Rotate& task, Stream stream);
-void rotate(const Rotate& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

@@ -20,11 +20,12 @@ struct Sketch {
   Index start;
   const void* x;  // (vectors, size)
   double* out;    // (vectors, outputs)
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 // The coordinates are cut into ranges, each with sums of its own that are folded in order: how, depends on P, start and
-// the number of outputs alone. A range begins at a multiple of the blocks and of the 128 signs of a counter.
+// the number of outputs alone. There is at least one, which is empty where there are no coordinates. A range begins at
+// a multiple of the blocks and of the 128 signs of a counter.
 struct SketchRanges {
   Index first, length, count;  // range r is [first + r length, first + (r + 1) length), but for what lies outside of x
 };
@@ -38,25 +39,18 @@ GROKCURV_INLINE constexpr SketchRanges sketch_ranges(Index size, Index outputs, 
   const Index span = start - first + size;
   const Index share = (span / most / step + 1) * step;
   const Index length = share < least ? least : share;
-  return {first, length, span / length + (span % length != 0)};
+  return {first, length, span == 0 ? 1 : (span - 1) / length + 1};
 }
 
 // The sums of the ranges but the first, which sums into the result: in doubles.
 GROKCURV_INLINE Index sketch_sums(const Sketch& task) {
-  const Index count = sketch_ranges(task.size, task.outputs, task.start).count;
-  return count > 1 ? (count - 1) * task.vectors * task.outputs : 0;
+  return (sketch_ranges(task.size, task.outputs, task.start).count - 1) * task.vectors * task.outputs;
 }
 
 namespace cpu {
 GROKCURV_INLINE Index sketch_workspace(const Sketch& task, int) {
   return sketch_sums(task);
 }
-void sketch(const Sketch& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index sketch_workspace(const Sketch& task, Stream stream);
-void sketch(const Sketch& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

@@ -12,7 +12,7 @@ struct SubspaceSplit {
   Basis basis;
   double* norm2;         // (vectors)
   double* coefficients;  // (vectors, basis.count)
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 // g[i] <- (1 - strength) g[i] + strength sum_j coefficients[i][j] basis[j], formed in double and rounded once.
@@ -23,7 +23,7 @@ struct SubspaceFilter {
   Basis basis;
   const double* coefficients;  // (vectors, basis.count)
   double strength;
-  double* workspace;
+  double* workspace = nullptr;
 };
 
 namespace cpu {
@@ -33,15 +33,6 @@ GROKCURV_INLINE Index subspace_split_workspace(const SubspaceSplit& task, int) {
 GROKCURV_INLINE Index subspace_filter_workspace(const SubspaceFilter&, int) {
   return 0;
 }
-void subspace_split(const SubspaceSplit& task, int threads);
-void subspace_filter(const SubspaceFilter& task, int threads);
 }  // namespace cpu
-
-namespace cuda {
-Index subspace_split_workspace(const SubspaceSplit& task, Stream stream);
-Index subspace_filter_workspace(const SubspaceFilter& task, Stream stream);
-void subspace_split(const SubspaceSplit& task, Stream stream);
-void subspace_filter(const SubspaceFilter& task, Stream stream);
-}  // namespace cuda
 
 }  // namespace grokcurv

@@ -25,31 +25,6 @@ GROKCURV_INLINE constexpr Index chunks(Index size) {
   return (size + chunk - 1) / chunk;
 }
 
-// K block-sparse vectors: row j is values[offset, offset + length) on coordinates [start, start + length), zero
-// elsewhere.
-struct Basis {
-  const void* values;  // of the compute type
-  const Index* rows;   // (count, 3): start, length, offset
-  Index count;
-};
-
-// Parts of the coordinates, which may overlap.
-struct Segments {
-  const Index* spans;  // (count, 2): start, length
-  Index count;
-};
-
-// Every kernel has two functions for each device: `<stem>_workspace` says how many doubles of workspace a task needs
-// there, `<stem>` carries it out: on the CPU with so many threads, on a GPU by launches on a stream. All pointers of a
-// task are the device's, but for tables (rows, spans), which are the host's.
-using Stream = void*;  // cudaStream_t
-namespace cpu {
-using Where = int;
-}
-namespace cuda {
-using Where = Stream;
-}
-
 // Coordinates start, start + 1, ... stop - 1.
 struct Span {
   Index start, stop;
@@ -58,6 +33,26 @@ struct Span {
   GROKCURV_INLINE Span operator&(Span other) const {
     return {start > other.start ? start : other.start, stop < other.stop ? stop : other.stop};
   }
+};
+
+// K block-sparse vectors: row j is values[offset, offset + length) on coordinates [start, start + length), zero
+// elsewhere.
+struct Basis {
+  const void* values;  // of the compute type
+  const Index* rows;   // (count, 3): start, length, offset
+  Index count;
+
+  GROKCURV_INLINE Span operator[](Index j) const { return {rows[3 * j], rows[3 * j] + rows[3 * j + 1]}; }
+  // values[i + shift(j)] is that of row j at coordinate i.
+  GROKCURV_INLINE Index shift(Index j) const { return rows[3 * j + 2] - rows[3 * j]; }
+};
+
+// Parts of the coordinates, which may overlap.
+struct Segments {
+  const Index* spans;  // (count, 2): start, length
+  Index count;
+
+  GROKCURV_INLINE Span operator[](Index s) const { return {spans[2 * s], spans[2 * s] + spans[2 * s + 1]}; }
 };
 
 }  // namespace grokcurv
