@@ -147,7 +147,7 @@ class Admission:
             traits.plain = True
             operators = engine.observe(theta, batch, first, seed, plain=True)
         traits.nonsmooth = any(map(KINKS.fullmatch, operators))
-        self._gradient(engine, traits, theta, batch, first, again, seed)
+        self._gradient(engine, theta, batch, first, again, seed)
         if traits.exact:
             wide = theta.to(torch.float64)
             gradient = again if wide is theta or not brackets else torch.empty_like(wide)
@@ -157,17 +157,9 @@ class Admission:
                 self.second_derivatives(engine, traits, batch, seed, gradient)
         return traits
 
-    def _gradient(
-        self,
-        engine: Engine,
-        traits: Traits,
-        theta: Tensor,
-        batch: Any,
-        first: Tensor,
-        again: Tensor,
-        seed: int,
-    ) -> None:
+    def _gradient(self, engine: Engine, theta: Tensor, batch: Any, first: Tensor, again: Tensor, seed: int) -> None:
         """The gradient as it was asked for, beside that of a plain backward pass, and beside itself."""
+        traits = engine.traits
         engine.own_gradient(theta, batch, again, seed, plain=True)
         # Two gradients that differ have one of two reasons: a part of the graph that only a plain pass reaches, or an
         # evaluation that does not repeat itself. A second plain pass tells them apart.

@@ -34,6 +34,9 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 Use = Callable[[Tensor, list[Any]], T]
 """What is done with a loss and with the parameters on which it was evaluated, while they are in their place."""
 
+Mode = AbstractContextManager[Any] | None
+"""What is entered around an evaluation, to change or to see what its operators do."""
+
 LOCK = threading.RLock()
 """Held while a model is not what it looks like: another thread that measures waits."""
 
@@ -174,15 +177,7 @@ class Evaluator:
 
     # -------------------------------------------------------------------------------------------------- evaluations
 
-    def evaluate(
-        self,
-        leaves: Sequence[Tensor],
-        batch: Any,
-        use: Use[T],
-        *,
-        seed: int = 0,
-        mode: AbstractContextManager[Any] | None = None,
-    ) -> T:
+    def evaluate(self, leaves: Sequence[Tensor], batch: Any, use: Use[T], *, seed: int = 0, mode: Mode = None) -> T:
         """``use(loss, parameters)`` with the contents of the leaves in the parameters, as long as the loss is used.
 
         Args:
@@ -231,14 +226,7 @@ class Evaluator:
         return names
 
     def _once(
-        self,
-        leaves: Sequence[Tensor],
-        batch: Any,
-        use: Use[T],
-        *,
-        seed: int,
-        mode: AbstractContextManager[Any] | None,
-        everything: bool = False,
+        self, leaves: Sequence[Tensor], batch: Any, use: Use[T], *, seed: int, mode: Mode, everything: bool = False
     ) -> tuple[T, dict[str, Any]]:
         """An evaluation, and where the generators were before that moved although nothing was known to be drawn."""
         moved: dict[str, Any] = {}

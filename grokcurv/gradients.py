@@ -14,7 +14,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -33,7 +33,7 @@ from grokcurv.admission import (
     relative_distance,
 )
 from grokcurv.device_buffer import capturing
-from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, unwrapped
+from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, Mode, unwrapped
 from grokcurv.flat import Segment, flatten
 from grokcurv.intercept import NARROW, Widened, unseen
 from grokcurv.partition import WHOLE, Partition
@@ -326,14 +326,7 @@ class GradientEngine:
         return self._one(theta, batch, out, seed)
 
     def _one(
-        self,
-        theta: Tensor,
-        batch: Any,
-        out: Tensor,
-        seed: int = 0,
-        *,
-        plain: bool | None = None,
-        mode: AbstractContextManager[Any] | None = None,
+        self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0, *, plain: bool | None = None, mode: Mode = None
     ) -> Tensor:
         views, plain = self._views(out), self.traits.plain if plain is None else plain
 
@@ -365,15 +358,7 @@ class GradientEngine:
             return False
         return True
 
-    def _streamed(
-        self,
-        theta: Tensor,
-        batch: Any,
-        out: Tensor,
-        seed: int,
-        check: Check | None,
-        mode: AbstractContextManager[Any] | None,
-    ) -> None:
+    def _streamed(self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None, mode: Mode) -> None:
         delivery = Delivery(self._views(out), check)
         leaves, plain = self._leaves(theta), self.traits.plain
 
@@ -391,7 +376,7 @@ class GradientEngine:
             delivery.attach(leaves)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
 
-    def _mode(self, dtype: torch.dtype, check: Check | None = None) -> AbstractContextManager[Any] | None:
+    def _mode(self, dtype: torch.dtype, check: Check | None = None) -> Mode:
         """What an evaluation in ``dtype`` needs around it."""
         shake = check.shake if check else None
         if dtype != torch.float64 or (shake is None and not self._lifts):
