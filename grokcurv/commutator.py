@@ -316,21 +316,17 @@ class CommutatorProbe:
         Raises:
             ValueError: no pair, a chain with a gap, or a loss that is not a scalar.
         """
-        (stats,) = carry_out(
-            self.gradients,
-            [
-                self.measuring(
-                    source,
-                    pairs,
-                    keep_delta=keep_delta,
-                    method=method,
-                    first_gradient=first_gradient,
-                    design=design,
-                    check=check,
-                    seed=seed,
-                )
-            ],
+        work = self.measuring(
+            source,
+            pairs,
+            keep_delta=keep_delta,
+            method=method,
+            first_gradient=first_gradient,
+            design=design,
+            check=check,
+            seed=seed,
         )
+        (stats,) = carry_out(self.gradients, [work])
         return stats
 
     def measuring(
