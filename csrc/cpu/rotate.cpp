@@ -25,14 +25,17 @@ void widen_block(const Rotate& task, Span here, Index stop, double* panels) {
       for (Index p = 0; p < rotate_block; p += 64 / sizeof(T)) __builtin_prefetch(from + ahead + p, 0, 2);
     }
     for (Index p = 0; p < here.length(); p += lanes) {
-      Lanes::load(from + p, here.length() - p).store(panels + p * task.inputs + i * lanes);
+      const Index n = here.length() - p;
+      const Lanes x = n >= lanes ? Lanes::load(from + p) : Lanes::load(from + p, n);
+      x.store(panels + p * task.inputs + i * lanes);
     }
   }
 }
 
-// sums[r] += sum_i coefficients[r][i] x[i] for R rows of coefficients and one panel.
+// sums[r] = sum_i coefficients[r][i] x[i] for R rows of coefficients and one panel.
 template <int R>
 GROKCURV_INLINE void combine(const double* coefficients, const double* x, Index inputs, Lanes (&sums)[R]) {
+  for (int r = 0; r < R; ++r) sums[r] = Lanes{};
   for (Index i = 0; i < inputs; ++i) {
     const Lanes row = Lanes::load(x + i * lanes);
     for (int r = 0; r < R; ++r) sums[r] += Lanes::filled(coefficients[r * inputs + i]) * row;
@@ -44,7 +47,7 @@ template <int R, class Out>
 GROKCURV_INLINE void combine_rows(const Rotate& task, const double* coefficients, const double* x, Span here, Out* out,
                                   Index first) {
   for (; first + R <= task.outputs; first += R) {
-    Lanes sums[R] = {};
+    Lanes sums[R];
     combine(coefficients + first * task.inputs, x, task.inputs, sums);
     for (int r = 0; r < R; ++r) sums[r].store(out + (first + r) * task.size + here.start, here.length());
   }
@@ -52,7 +55,7 @@ GROKCURV_INLINE void combine_rows(const Rotate& task, const double* coefficients
 }
 
 void add_mean(const Rotate& task, const double* x, Span here) {
-  Lanes sum[1] = {};
+  Lanes sum[1];
   combine(task.weights, x, task.inputs, sum);
   double* mean = task.mean + here.start;
   (Lanes::load(mean, here.length()) + sum[0]).store(mean, here.length());
