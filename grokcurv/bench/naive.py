@@ -6,25 +6,24 @@ and five random subspaces per pair, each from the QR factorisation of a P x K Ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from grokcurv.evaluation import LossFn
+
 RANDOM_SUBSPACES = 5
 
 
-def gradient(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+def gradient(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
     model.zero_grad()
     loss_fn(model, batch).backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
-def commutator(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], pair: Any, eta: float
-) -> tuple[Tensor, Tensor]:
+def commutator(model: nn.Module, loss_fn: LossFn, pair: Any, eta: float) -> tuple[Tensor, Tensor]:
     """``(defect, delta)`` of one pair of batches."""
     theta = parameters_to_vector(model.parameters()).detach().clone()
 
@@ -47,7 +46,7 @@ def defect(theta: Tensor, g_a: Tensor, g_b: Tensor, a2: Tensor, b2: Tensor, eta:
 
 
 def measure(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], pairs: list[Any], basis: Tensor, eta: float
+    model: nn.Module, loss_fn: LossFn, pairs: list[Any], basis: Tensor, eta: float
 ) -> list[tuple[float, float, float]]:
     """Defect, share of delta inside the basis (P, K), and its mean share inside random subspaces, of every pair."""
     rows = []
