@@ -15,6 +15,7 @@ from grokcurv.bench.check import check, peers
 from grokcurv.bench.comparison import Case
 from grokcurv.bench.plan import everything
 from grokcurv.bench.table import clock, errors, factor, must, quantities
+from grokcurv.bench.timing import threads
 
 BUDGET = 10.0
 FASTER = {
@@ -38,12 +39,9 @@ def problems() -> Mapping[str, str]:
 @pytest.fixture(autouse=True)
 def one_thread(problems: Mapping[str, str]) -> Iterator[None]:
     """Also for the BLAS of NumPy and SciPy; after the peers have loaded theirs."""
-    limits = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed").threadpool_limits(1)
-    before = torch.get_num_threads()
-    with limits:
-        torch.set_num_threads(1)
+    pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+    with threads(1):
         yield
-        torch.set_num_threads(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

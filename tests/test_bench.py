@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -72,8 +71,7 @@ def check_timed(result: Result) -> None:
             row.ratio.samples, np.array(row.times.samples) / np.array(result.outcomes[0].times.samples)
         )
     floor = result.floor
-    work = {"read_rate": floor.moved, "rate": floor.flops, "rate64": floor.flops64}
-    parts = [amount / getattr(floor, rate) for rate, amount in work.items() if amount]
+    parts = [amount / floor.rates[kind] for kind, amount in floor.work.items() if amount]
     assert parts
     assert max(parts) <= floor.seconds * (1 + 1e-9)  # the median of the larger, the larger of the medians
 
@@ -163,7 +161,7 @@ def test_truth_of_the_pca(generator: torch.Generator) -> None:
 def test_truth_of_the_bracket(generator: torch.Generator, small: None) -> None:
     """A central difference of float64 gradients."""
     model, (pair,), _ = measurements.demo(generator, 1)
-    exact = copy.deepcopy(model).double()
+    exact = measurements.in_float64(model)
     loss_fn = measurements.loss(measurements.MODULE)
     theta = torch.nn.utils.parameters_to_vector(exact.parameters()).detach().clone()
 
@@ -177,7 +175,7 @@ def test_truth_of_the_bracket(generator: torch.Generator, small: None) -> None:
 
     g_a, g_b = (naive.gradient(exact, loss_fn, batch) for batch in pair)
     want = product(pair[1], g_a) - product(pair[0], g_b)
-    assert relative(measurements.bracket64(model, pair), want) < 1e-6
+    assert relative(measurements.bracket_by_autograd(exact, pair), want) < 1e-6
 
 
 def test_errors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,20 +47,15 @@ class Floor:
     """What the case must do, and how long that takes at the rates measured between its rounds.
 
     Attributes:
-        moved, flops, flops64: as of the :class:`grokcurv.bench.comparison.Comparison`.
-        read_rate: bytes a second of ``torch.dot`` over as many bytes, on a GPU of a large copy, read and written; NaN
-            without any, as the others.
-        rate, rate64: operations a second of a matrix product in float32 and float64.
+        work: that of the :class:`grokcurv.bench.comparison.Comparison`.
+        rates: a second, of each kind of work there is: bytes of ``torch.dot`` over as many bytes, on a GPU of a large
+            copy, read and written; operations of a matrix product in float32 and in float64.
         seconds: the longer of the times that the bytes and the operations take.
         ratio: grokcurv's time over it, round by round.
     """
 
-    moved: int
-    flops: int
-    flops64: int
-    read_rate: float
-    rate: float
-    rate64: float
+    work: Mapping[str, int]
+    rates: Mapping[str, float]
     seconds: float
     ratio: Times
 
@@ -144,7 +140,7 @@ def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, 
     if not outcome.problem:
         try:
             got = (one.result or one.run)()
-            outcome.errors = {name: error(got) for name, error in comparison.errors.items()}
+            outcome.errors = {n: math.nan if got is None else error(got) for n, error in comparison.errors.items()}
         except Exception as error:
             outcome.problem = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return outcome
@@ -156,49 +152,36 @@ def _time(comparison: Comparison, outcomes: list[Outcome], budget: float, device
         (one, outcome) for one, outcome in zip(comparison.implementations, outcomes, strict=True) if not outcome.problem
     ]
     yardsticks = _yardsticks(comparison, device)
-    times = interleaved([one.run for one, _ in fit] + list(yardsticks.values()), budget, device)
+    runs = [one.run for one, _ in fit] + [call for call, _ in yardsticks.values()]
+    times = interleaved(runs, budget, device)
+    ours = times[0].scaled(comparison.implementations[0].times)
     for (one, outcome), samples in zip(fit, times, strict=False):
         outcome.times = samples.scaled(one.times)
-        assert outcomes[0].times is not None
-        outcome.ratio = outcome.times.over(outcomes[0].times)
+        outcome.ratio = outcome.times.over(ours)
     if not yardsticks:
         return None
-    found = dict(zip(yardsticks, times[len(fit) :], strict=True))
-    # What a call of each did; then the seconds of what must be done, by part and round.
-    product = 2 * SQUARE[device.type] ** 3
-    measured = {"moved": _read_bytes(comparison, device), "flops": product, "flops64": product}
-    parts = {name: samples.scaled(getattr(comparison, name) / measured[name]) for name, samples in found.items()}
-    by_round = [max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)]
-    floor = Times(tuple(by_round), 1)
-    assert outcomes[0].times is not None
-    rates = {name: getattr(comparison, name) / part.median for name, part in parts.items()}
-    return Floor(
-        moved=comparison.moved,
-        flops=comparison.flops,
-        flops64=comparison.flops64,
-        read_rate=rates.get("moved", float("nan")),
-        rate=rates.get("flops", float("nan")),
-        rate64=rates.get("flops64", float("nan")),
-        seconds=floor.median,
-        ratio=outcomes[0].times.over(floor),
-    )
+    # The seconds of what must be done, by kind and round.
+    work = comparison.work
+    measured = zip(yardsticks.items(), times[len(fit) :], strict=True)
+    parts = {name: samples.scaled(work[name] / done) for (name, (_, done)), samples in measured}
+    floor = Times(tuple(max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)), 1)
+    rates = {name: work[name] / part.median for name, part in parts.items()}
+    return Floor(work, rates, floor.median, ours.over(floor))
 
 
-def _read_bytes(comparison: Comparison, device: torch.device) -> int:
-    """What a yardstick moves in place of ``moved``. ``torch.dot`` reads two vectors of whole cache lines: beside one
-    that begins within a line it takes ten times as long."""
-    most = LARGEST_READ if device.type == "cuda" else min(comparison.moved, LARGEST_READ)
-    return max(1, most // (2 * CACHE_LINE)) * 2 * CACHE_LINE
-
-
-def _yardsticks(comparison: Comparison, device: torch.device) -> dict[str, Callable[[], object]]:
-    """A call that measures each rate the floor needs."""
-    calls: dict[str, Callable[[], object]] = {}
+def _yardsticks(comparison: Comparison, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
+    """By kind of work, a call that measures its rate, and how much of it that does."""
+    calls: dict[str, tuple[Callable[[], object], int]] = {}
+    gpu, side = device.type == "cuda", SQUARE[device.type]
     if comparison.moved:
-        x, y = torch.ones(_read_bytes(comparison, device) // 4, device=device).chunk(2)
-        calls["moved"] = partial(y.copy_, x) if device.type == "cuda" else partial(torch.dot, x, y)
-    for name, dtype in (("flops", torch.float32), ("flops64", torch.float64)):
-        if getattr(comparison, name):
-            a, out = torch.ones(2, *[SQUARE[device.type]] * 2, dtype=dtype, device=device)
-            calls[name] = partial(torch.mm, a, a, out=out)
+        # torch.dot reads two vectors of whole cache lines: beside one that begins within a line it takes ten times as
+        # long.
+        most = LARGEST_READ if gpu else min(comparison.moved, LARGEST_READ)
+        read = max(1, most // (2 * CACHE_LINE)) * 2 * CACHE_LINE
+        x, y = torch.ones(read // 4, device=device).chunk(2)
+        calls["bytes"] = partial(y.copy_, x) if gpu else partial(torch.dot, x, y), read
+    for name, dtype in (("flops_float32", torch.float32), ("flops_float64", torch.float64)):
+        if comparison.work[name]:
+            a, out = torch.ones(2, side, side, dtype=dtype, device=device)
+            calls[name] = partial(torch.mm, a, a, out=out), 2 * side**3
     return calls

@@ -47,7 +47,8 @@ class Comparison:
 
     Attributes:
         implementations: grokcurv first.
-        errors: by name of the quantity, how far a result is from float64 truth; NaN for one that has no answer.
+        errors: by name of the quantity, how far a result is from float64 truth; a result of None is no answer, and NaN
+            off.
         tolerance: of grokcurv's error in the first quantity; beyond it the case is wrong, and is not timed.
         moved: bytes that must be read or written.
         flops, flops64: operations that must be done, in float32 and in float64; a fused multiply-add is two.
@@ -59,6 +60,11 @@ class Comparison:
     moved: int = 0
     flops: int = 0
     flops64: int = 0
+
+    @property
+    def work(self) -> dict[str, int]:
+        """What must be done, as ``bench.json`` calls it."""
+        return {"bytes": self.moved, "flops_float32": self.flops, "flops_float64": self.flops64}
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from grokcurv.bench.check import Result, available_memory, check, peers
 from grokcurv.bench.comparison import PEERS, Case
 from grokcurv.bench.plan import Plan, make_plan
-from grokcurv.bench.result import Bench, plain
+from grokcurv.bench.result import Bench, as_json
 from grokcurv.bench.table import lines, markdown
+from grokcurv.bench.timing import threads as limited
 from grokcurv.runs import describe_environment
 from grokcurv.storage import RunError, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 Progress = Callable[[dict[str, Any]], object]
 
@@ -79,7 +75,7 @@ def run_bench(
     in_table = {case.title for case in plan.table}
     wanted = {case.title: case for case in _cases(plan) if cases is None or case.name in cases}
     found: dict[str, Result] = {}
-    with _threads(threads):
+    with limited(threads):
         for title, case in wanted.items():
             if on_progress is not None:
                 seconds = time.monotonic() - began
@@ -99,7 +95,7 @@ def run_bench(
     bench = Bench(
         path, path / "report.html", environment, results, curves, taking_part, round(time.monotonic() - began, 1)
     )
-    write_atomically(path / "bench.json", json.dumps(plain(bench), indent=1, allow_nan=False).encode())
+    write_atomically(path / "bench.json", as_json(bench).encode())
     write_atomically(path / "table.md", markdown(lines(results)).encode())
     write(bench)
     return bench
@@ -109,24 +105,3 @@ def _cases(plan: Plan) -> Iterator[Case]:
     yield from plan.table
     for one in plan.curves:
         yield from (case for _, case in one.points)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """So many threads for torch, and, where threadpoolctl is there, for every BLAS and OpenMP that is loaded."""
-    before = torch.get_num_threads()
-    try:
-        from threadpoolctl import threadpool_limits
-
-        limits: contextlib.AbstractContextManager[Any] = threadpool_limits(count)
-    except ImportError:
-        limits = contextlib.nullcontext()
-    with limits:
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
-# ----------------------------------------------------------------------------------------------------------------- JSON

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from grokcurv.bench.check import Result
 from grokcurv.bench.comparison import OURS
 from grokcurv.bench.plan import Curve
+from grokcurv.bench.timing import Times
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
 from grokcurv.report.format import compact, seconds
 
@@ -30,20 +31,16 @@ def costs(axis: str, curves: Sequence[tuple[Curve, Points]], theme: Theme) -> Fi
         axes = axes_at(figure, (LEFT + index * (width + BETWEEN), BOTTOM, width, HEIGHT))
         log_scale(axes)
         axes.set_xscale("log")
-        names = dict.fromkeys(outcome.name for _, result in points for outcome in result.outcomes)
+        by_name: dict[str, list[tuple[int, Times]]] = {}
+        for size, result in points:
+            for outcome in result.outcomes:
+                if outcome.times is not None:
+                    by_name.setdefault(outcome.name, []).append((size, outcome.times))
         colours = iter((theme.orange, theme.green, theme.purple, theme.muted, theme.ink))
-        for name in names:
-            known = [
-                (size, outcome.times)
-                for size, result in points
-                for outcome in result.outcomes
-                if outcome.name == name and outcome.times is not None
-            ]
-            if not known:
-                continue
+        for name, known in by_name.items():
             ours = name == OURS
             colour = theme.blue if ours else next(colours)
-            sizes, medians = [size for size, _ in known], [times.median for _, times in known]
+            sizes, medians = zip(*((size, times.median) for size, times in known), strict=True)
             lows, highs = zip(*(times.spread for _, times in known), strict=True)
             axes.plot(sizes, medians, color=colour, marker="o", markersize=3.5, label=name, zorder=3 if ours else 2)
             axes.fill_between(sizes, lows, highs, color=colour, alpha=0.2, linewidth=0)

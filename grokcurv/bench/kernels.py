@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from grokcurv import ops, reference
+from grokcurv.bench import naive
 from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, relative, worst
 
 ETA = 1e-3
@@ -20,6 +22,8 @@ DEFECT = 50.0
 WEIGHT = 0.05
 """Size of the synthetic parameters, as those of a layer of width 400 at initialisation."""
 PLAIN = "plain torch"
+FLOAT64 = f"{PLAIN}, float64"
+DENSE = f"{PLAIN}, a dense basis"
 CHUNK = 1 << 20
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,15 +36,10 @@ def perturb(size: int) -> Case:
         theta, direction = normal(generator, size), normal(generator, 1, size)
         eta, out = step(generator), torch.empty_like(direction)
         truth = theta.double() - ETA * direction[0].double()
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ops.perturb(theta, direction, eta, out=out)),
-                Implementation(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out)),
-            ),
-            {"vector, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-6,
-            moved=3 * theta.nbytes,
-        )
+        ours = Implementation(OURS, lambda: ops.perturb(theta, direction, eta, out=out))
+        plain = Implementation(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out))
+        errors = {"vector, relative error": lambda got: relative(got, truth)}
+        return Comparison((ours, plain), errors, tolerance=1e-6, moved=3 * theta.nbytes)
 
     return Case("perturb", f"perturbed parameters, P = {size:,}", 36 * size, build)
 
@@ -49,11 +48,12 @@ def defect(size: int) -> Case:
     """D from four gradients, as the definition has it: two end points, subtracted."""
 
     def build(generator: Generator) -> Comparison:
-        theta, (g_a, g_b, a2, b2) = gradients(generator, size)
-        eta = step(generator)
+        theta, vectors = gradients(generator, size)
+        g_a, g_b, a2, b2 = (x[0] for x in vectors)
+        eta, truth = step(generator), defect64(g_a, g_b, a2, b2)
 
         def ours() -> reference.Commutator:
-            return ops.commutator(g_a, g_b, a2, b2, eta)
+            return ops.commutator(*vectors, eta)
 
         def found() -> Tensor:
             aa, bb, _, dd, _, _ = ours().sums[0]
@@ -61,20 +61,11 @@ def defect(size: int) -> Case:
             return value
 
         def plain() -> Tensor:
-            theta_ab = theta - ETA * g_a[0] - ETA * b2[0]
-            theta_ba = theta - ETA * g_b[0] - ETA * a2[0]
-            delta = theta_ab - theta_ba
-            value: Tensor = delta.norm() / ((ETA * g_a[0]).norm() * (ETA * g_b[0]).norm())
-            return value
+            return naive.defect(theta, g_a, g_b, a2, b2, ETA)[0]
 
-        truth = defect64(g_a[0], g_b[0], a2[0], b2[0])
-        return Comparison(
-            (Implementation(OURS, ours, found), Implementation(f"{PLAIN}, the float32 formula", plain)),
-            {"defect, relative error": lambda got: abs(float(got) / truth - 1)},
-            tolerance=1e-5,
-            moved=4 * g_a.nbytes,
-            flops64=16 * size,
-        )
+        errors = {"defect, relative error": lambda got: abs(float(got) / truth - 1)}
+        implementations = Implementation(OURS, ours, found), Implementation(f"{PLAIN}, the float32 formula", plain)
+        return Comparison(implementations, errors, tolerance=1e-5, moved=4 * theta.nbytes, flops64=16 * size)
 
     return Case("defect", f"defect arithmetic, P = {size:,}", 44 * size, build)
 
@@ -86,6 +77,7 @@ def rounding_terms(size: int) -> Case:
         theta, vectors = gradients(generator, size)
         g_a, g_b, a2, b2 = vectors
         eta = step(generator)
+        truth = reference.commutator(*vectors, eta, theta=theta).sums[0]
 
         def plain() -> Tensor:
             r = ((theta - ETA * g_a) - ETA * b2) - ((theta - ETA * g_b) - ETA * a2)
@@ -96,17 +88,10 @@ def rounding_terms(size: int) -> Case:
             sums = [(x * x).sum() for x in terms]
             return torch.stack([*sums[:2], (g_a.double() * g_b.double()).sum(), *sums[2:]])
 
-        truth = reference.commutator(*vectors, eta, theta=theta).sums[0]
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ops.commutator(*vectors, eta, theta=theta).sums[0]),
-                Implementation(f"{PLAIN}, float64", plain),
-            ),
-            {"ten sums, largest relative error": lambda got: worst(got, truth)},
-            tolerance=1e-5,
-            moved=5 * theta.nbytes,
-            flops64=31 * size,
-        )
+        ours = Implementation(OURS, lambda: ops.commutator(*vectors, eta, theta=theta).sums[0])
+        errors = {"ten sums, largest relative error": lambda got: worst(got, truth)}
+        implementations = ours, Implementation(FLOAT64, plain)
+        return Comparison(implementations, errors, tolerance=1e-5, moved=5 * theta.nbytes, flops64=31 * size)
 
     return Case("rounding-terms", f"defect and rounding terms, P = {size:,}", 140 * size, build)
 
@@ -120,18 +105,17 @@ def defect_on_basis(size: int) -> Case:
         g_a, g_b, a2, b2 = (x[0] for x in vectors)
         eta = step(generator)
 
-        def ours() -> tuple[Tensor, Tensor]:
-            out = ops.commutator(*vectors, eta, values=values, rows=rows)
+        def answer(op: Callable[..., reference.Commutator]) -> tuple[Tensor, Tensor]:
+            out = op(*vectors, eta, values=values, rows=rows)
             return out.sums[0, 3].sqrt(), out.coefficients[0]
 
         def plain() -> tuple[Tensor, Tensor]:
             delta = ETA * ((a2 - g_a) - (b2 - g_b))
             return delta.norm(), dense @ delta
 
-        exact = reference.commutator(*vectors, eta, values=values, rows=rows)
-        truth = (exact.sums[0, 3].sqrt(), exact.coefficients[0])
+        truth = answer(reference.commutator)
         return Comparison(
-            (Implementation(OURS, ours), Implementation(f"{PLAIN}, a dense basis", plain)),
+            (Implementation(OURS, lambda: answer(ops.commutator)), Implementation(DENSE, plain)),
             {"length and coefficients, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
             moved=4 * 4 * size + values.nbytes,
@@ -148,20 +132,17 @@ def split(size: int) -> Case:
         v, length = normal(generator, 1, size), size // 8
         values = normal(generator, 4 * length)
         rows = torch.tensor([[j * length, length, j * length] for j in range(4)])
+        inside, directions = v[0, : 4 * length].view(4, -1), values.view(4, -1)
 
         def plain() -> tuple[Tensor, Tensor]:
             x = v[0].double()
-            return (x * x).sum(), (x[: 4 * length].view(4, -1) * values.view(4, -1).double()).sum(-1)
+            return (x * x).sum(), (x[: 4 * length].view(4, -1) * directions.double()).sum(-1)
 
-        truth = (
-            chunked(lambda x: x.square().sum(), v[0]),
-            torch.stack([chunked(lambda x, y: x @ y, v[0, s : s + n], values[o : o + n]) for s, n, o in rows.tolist()]),
-        )
+        coefficients = chunked(lambda x, y: (x * y).sum(-1), inside, directions)
+        truth = chunked(lambda x: x.square().sum(), v), coefficients
+        ours = Implementation(OURS, lambda: ops.subspace_split(v, values, rows))
         return Comparison(
-            (
-                Implementation(OURS, lambda: ops.subspace_split(v, values, rows)),
-                Implementation(f"{PLAIN}, float64", plain),
-            ),
+            (ours, Implementation(FLOAT64, plain)),
             {"length and coefficients, relative error": lambda got: relative(got, truth)},
             tolerance=1e-12,
             moved=v.nbytes + values.nbytes,
@@ -193,7 +174,7 @@ def filter_(size: int) -> Case:
         return Comparison(
             (
                 Implementation(OURS, lambda: ours(g), lambda: ours(fresh.clone())),
-                Implementation(f"{PLAIN}, a dense basis", lambda: plain(g), lambda: plain(fresh.clone())),
+                Implementation(DENSE, lambda: plain(g), lambda: plain(fresh.clone())),
             ),
             {"vector, relative error": lambda got: relative(got, truth)},
             tolerance=1e-6,
@@ -211,20 +192,14 @@ def gram_row(n: int, size: int) -> Case:
         rows, origin = normal(generator, n, size), normal(generator, size)
         new = rows[-1:]
 
-        def plain() -> Tensor:
-            return (new.double() - origin.double()) @ (rows.double() - origin.double()).T
+        def product(x: Tensor, y: Tensor, o: Tensor) -> Tensor:
+            return (x.double() - o.double()) @ (y.double() - o.double()).T
 
-        truth = chunked(lambda x, y, o: (x - o) @ (y - o).T, new, rows, origin)
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ops.gram(new, rows, origin=origin)),
-                Implementation(f"{PLAIN}, float64", plain),
-            ),
-            {"inner products, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-12,
-            moved=rows.nbytes,
-            flops64=2 * n * size,
-        )
+        truth = chunked(product, new, rows, origin)
+        ours = Implementation(OURS, lambda: ops.gram(new, rows, origin=origin))
+        plain = Implementation(FLOAT64, lambda: product(new, rows, origin))
+        errors = {"inner products, relative error": lambda got: relative(got, truth)}
+        return Comparison((ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=2 * n * size)
 
     return Case("gram-row", f"Gram matrix, one row beside {n} of {size:,}", 24 * n * size, build)
 
@@ -233,18 +208,15 @@ def gram_matrix(n: int, size: int) -> Case:
     def build(generator: Generator) -> Comparison:
         rows, origin = normal(generator, n, size), normal(generator, size)
 
-        def plain() -> Tensor:
-            x = rows.double() - origin.double()
-            return x @ x.T
+        def product(x: Tensor, o: Tensor) -> Tensor:
+            centred = x.double() - o.double()
+            return centred @ centred.T
 
-        truth = chunked(lambda x, o: (x - o) @ (x - o).T, rows, origin)
-        return Comparison(
-            (Implementation(OURS, lambda: ops.gram(rows, origin=origin)), Implementation(f"{PLAIN}, float64", plain)),
-            {"inner products, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-12,
-            moved=rows.nbytes,
-            flops64=n * (n + 1) * size,
-        )
+        truth = chunked(product, rows, origin)
+        ours = Implementation(OURS, lambda: ops.gram(rows, origin=origin))
+        plain = Implementation(FLOAT64, lambda: product(rows, origin))
+        errors = {"inner products, relative error": lambda got: relative(got, truth)}
+        return Comparison((ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=n * (n + 1) * size)
 
     return Case("gram-matrix", f"Gram matrix, {n} x {n} of {size:,}", 24 * n * size, build)
 
@@ -255,15 +227,10 @@ def eigh(n: int, k: int, batch: int = 8) -> Case:
     def build(generator: Generator) -> Comparison:
         x = normal(generator, batch, n, n).double() / torch.arange(1, n + 1, device=generator.device)
         a = x @ x.mT
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ops.eigh(a, k)),
-                Implementation("torch.linalg.eigh", lambda: torch.linalg.eigh(a), note="all pairs" if k < n else ""),
-            ),
-            {"residual, relative": lambda got: residual(a, *got)},
-            tolerance=1e-9,
-            moved=a.nbytes,
-        )
+        ours = Implementation(OURS, lambda: ops.eigh(a, k))
+        lapack = Implementation("torch.linalg.eigh", lambda: torch.linalg.eigh(a), note="all pairs" if k < n else "")
+        errors = {"residual, relative": lambda got: residual(a, *got)}
+        return Comparison((ours, lapack), errors, tolerance=1e-9, moved=a.nbytes)
 
     return Case("eigh", f"eigenproblem, {k} pairs of {batch} matrices of {n}", 40 * n * n * batch, build)
 
@@ -276,19 +243,14 @@ def eigh_prefixes(n: int) -> Case:
         x -= x.mean(0)
         gram = x @ x.T
         prefixes = [gram[:m, :m].contiguous()[None] for m in range(2, n + 1)]
-        return Comparison(
-            (
-                Implementation(OURS, lambda: [ops.eigh(a, 1) for a in prefixes]),
-                Implementation("torch.linalg.eigh", lambda: [torch.linalg.eigh(a) for a in prefixes], note="all pairs"),
-            ),
-            {
-                "residual, relative, worst": lambda got: max(
-                    residual(a, *pairs) for a, pairs in zip(prefixes, got, strict=True)
-                )
-            },
-            tolerance=1e-9,
-            moved=sum(a.nbytes for a in prefixes),
-        )
+        ours = Implementation(OURS, lambda: [ops.eigh(a, 1) for a in prefixes])
+        lapack = Implementation("torch.linalg.eigh", lambda: [*map(torch.linalg.eigh, prefixes)], note="all pairs")
+
+        def error(got: Any) -> float:
+            return max(residual(a, *pairs) for a, pairs in zip(prefixes, got, strict=True))
+
+        moved = sum(a.nbytes for a in prefixes)
+        return Comparison((ours, lapack), {"residual, relative, worst": error}, tolerance=1e-9, moved=moved)
 
     return Case("eigh-prefixes", f"leading pair of every prefix of {n}", 24 * n**3, build)
 
@@ -297,21 +259,20 @@ def rotate(m: int, q: int, size: int) -> Case:
     """In place, beside a float64 product of rows that are float64 already, which needs a second buffer."""
 
     def build(generator: Generator) -> Comparison:
-        rows = normal(generator, m, size)
-        square = normal(generator, m, m).double()
+        rows, square = normal(generator, m, size), normal(generator, m, m).double()
         coefficients = torch.linalg.qr(square).Q[None, :q].contiguous()
-        wide, out = rows.double(), torch.empty(q, size, dtype=torch.float64)
+        work, wide = rows.clone(), rows.double()
+        out = wide.new_empty(q, size)
         truth = torch.cat([coefficients[0] @ part.double() for part in rows.split(CHUNK, 1)], 1)
-        work = rows.clone()
+
+        def ours(rows: Tensor) -> Tensor:
+            return ops.rotate_(rows, coefficients)[:q]
+
         return Comparison(
             (
+                Implementation(OURS, lambda: ours(work), lambda: ours(rows.clone())),
                 Implementation(
-                    OURS,
-                    lambda: ops.rotate_(work, coefficients),
-                    lambda: ops.rotate_(rows.clone(), coefficients)[:q],
-                ),
-                Implementation(
-                    f"{PLAIN}, float64",
+                    FLOAT64,
                     lambda: torch.matmul(coefficients[0], wide, out=out),
                     note="rows widened before, result in a second buffer",
                 ),
@@ -332,21 +293,20 @@ def sketch(n: int, size: int, length: int) -> Case:
         x = normal(generator, n, length)
         places = torch.randint(size, (length,), generator=generator, device=generator.device)
         signs = normal(generator, length).sign()
-        truth = torch.stack([chunked(lambda r: r.square().sum(), row) for row in x])
+        truth = chunked(lambda part: part.square().sum(1), x)
+
+        def plain() -> Tensor:
+            return x.new_zeros(n, size).index_add_(1, places, signs * x)
+
+        def error(got: Tensor) -> float:
+            return worst(got.double().square().sum(1), truth)
+
         return Comparison(
             (
                 Implementation(OURS, lambda: ops.sketch(x, size, 1)),
-                Implementation(
-                    f"{PLAIN}, index_add_",
-                    lambda: x.new_zeros(n, size).index_add_(1, places, signs * x),
-                    note="stores 12 bytes a coordinate",
-                ),
+                Implementation(f"{PLAIN}, index_add_", plain, note="stores 12 bytes a coordinate"),
             ),
-            {
-                "squared length, relative error (both approximate)": lambda got: float(
-                    (got.double().square().sum(1) / truth - 1).abs().max()
-                )
-            },
+            {"squared length, relative error (both approximate)": error},
             tolerance=6 * math.sqrt(2 / size),
             moved=x.nbytes + 8 * n * size,
             flops64=n * length,
@@ -379,10 +339,7 @@ def block_basis(generator: Generator, size: int, count: int = 16) -> tuple[Tenso
     starts = torch.arange(count // 2).repeat_interleave(2) * length % (size - length)
     rows = torch.stack([starts, torch.full((count,), length), torch.arange(count) * length], dim=1)
     values = normal(generator, count * length) / length**0.5
-    dense = values.new_zeros(count, size)
-    for row, (start, _, offset) in zip(dense, rows.tolist(), strict=True):
-        row[start : start + length] = values[offset : offset + length]
-    return values, rows, dense
+    return values, rows, reference.dense_basis(values, rows, size, values.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- truth

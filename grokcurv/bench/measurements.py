@@ -11,12 +11,13 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,9 +46,6 @@ COMPARED = 5
 ADMITTED = 14
 """Gradients whose time admission may take."""
 
-SUPPORTS: tuple[Literal["full"], Literal["matched"]] = ("full", "matched")
-"""Of the random controls."""
-
 Forward = Callable[[Any, Tensor], Tensor]
 MODULE: Forward = Transformer.__call__
 """The module's own forward pass, as any model has one."""
@@ -60,24 +58,22 @@ def pair() -> Case:
 
     def build(generator: Generator) -> Comparison:
         model, batches, _ = demo(generator, 1)
-        loss_fn = loss(MODULE)
-        without, probe = (CommutatorProbe(model, loss_fn, noise_floor=floor) for floor in (False, True))
-        truth = defects64(model, batches)
-        return Comparison(
-            (
-                Implementation(OURS, lambda: without.measure(batches).defect),
-                Implementation(
-                    f"{OURS}, with its noise floor", lambda: probe.measure(batches).defect, note="does more"
-                ),
-                Implementation("naive", lambda: naive.commutator(model, loss_fn, batches[0], ETA)[0][None]),
-                _bare(model, batches),
-            ),
-            {"defect, relative error": lambda got: math.nan if got is None else worst(got, truth)},
-            tolerance=1e-2,
-            flops=4 * gradient_flops(model, batches[0][0]),
-        )
+        loss_fn, truth = loss(MODULE), defects64(model, batches)
 
-    return Case("pair", f"commutator of a pair, {DEMO}", MEMORY, build)
+        def ours(name: str, noise_floor: bool, note: str = "") -> Implementation:
+            probe = CommutatorProbe(model, loss_fn, noise_floor=noise_floor)
+            return Implementation(name, lambda: probe.measure(batches).defect, note=note)
+
+        implementations = (
+            ours(OURS, noise_floor=False),
+            ours(f"{OURS}, with its noise floor", noise_floor=True, note="does more"),
+            Implementation("naive", lambda: naive.commutator(model, loss_fn, batches[0], ETA)[0][None]),
+            _bare(model, 2 * [*batches[0]]),
+        )
+        errors = {"defect, relative error": lambda got: worst(got, truth)}
+        return Comparison(implementations, errors, tolerance=1e-2, flops=4 * gradient_flops(model, batches[0][0]))
+
+    return _case("pair", "commutator of a pair", build)
 
 
 def admission() -> Case:
@@ -85,31 +81,27 @@ def admission() -> Case:
 
     def build(generator: Generator) -> Comparison:
         model, (pair,), _ = demo(generator, 1)
-        loss_fn, one = loss(MODULE), pair[0]
-        gradient = gradient_flops(model, one)
+        one, gradient = pair[0], gradient_flops(model, pair[0])
 
         def admit(brackets: bool) -> tuple[Finding, ...]:
-            engine = CommutatorProbe(model, loss_fn).gradients
+            engine = CommutatorProbe(model, loss(MODULE)).gradients
             engine.admit(one, brackets=brackets)
             return engine.admission
-
-        def bare() -> None:
-            model.zero_grad()
-            loss_fn(model, one).backward()
 
         return Comparison(
             (
                 Implementation(OURS, lambda: admit(True)),
                 Implementation(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
-                Implementation(f"{ADMITTED} bare gradients", bare, note="measures nothing", times=ADMITTED),
+                _bare(model, [one], times=ADMITTED),
             ),
-            {"checks that failed": lambda found: math.nan if found is None else sum(not f.passed for f in found)},
+            {"checks that failed": lambda found: sum(not f.passed for f in found)},
             tolerance=0.0,
-            flops=2 * gradient + bracket_flops(model, pair) // 2,  # told where to stop and not, and a product
+            # A gradient told where to stop and one not, and a product.
+            flops=2 * gradient + flops(lambda: bracket_by_autograd(model, pair)) // 2,
             flops64=2 * gradient,
         )
 
-    return Case("admission", f"admission, {DEMO}", MEMORY, build)
+    return _case("admission", "admission", build)
 
 
 def whole(pairs: int, forward: Forward = MODULE) -> Case:
@@ -126,20 +118,16 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
             assert stats.parallel is not None
             assert stats.support is not None
             inside = stats.parallel / (stats.bracket_norm * stats.eta.square())
-            full, matched = (basis.random_baseline(support).mean for support in SUPPORTS)
+            full, matched = basis.random_baseline("full").mean, basis.random_baseline("matched").mean
             return stats.defect, inside, inside / full, stats.parallel / stats.support / matched
 
         def plain() -> Tensor:
-            rows = naive.measure(model, loss(MODULE), batches, dense, ETA)
-            return torch.tensor([row[:2] for row in rows], dtype=torch.float64).T
-
-        def error(index: int) -> Callable[[Any], float]:
-            return lambda got: math.nan if got is None else worst(got[index], truth[index])
+            return torch.tensor(naive.measure(model, loss(MODULE), batches, dense, ETA), dtype=torch.float64).T
 
         implementations = [
             Implementation(OURS, ours),
             Implementation("naive", plain, note="no noise floor"),
-            _bare(model, batches),
+            _bare(model, 2 * [one for pair in batches for one in pair]),
         ]
         if generator.device.type == "cuda":
             held = [(batch(generator), batch(generator)) for _ in range(pairs)]
@@ -156,18 +144,15 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
             implementations.insert(1, Implementation(f"{OURS}, captured and replayed", replay, replayed))
         return Comparison(
             tuple(implementations),
-            {"defect, relative error of the worst": error(0), "share inside the basis, the same": error(1)},
+            {
+                "defect, relative error of the worst": lambda got: worst(got[0], truth[0]),
+                "share inside the basis, the same": lambda got: worst(got[1], truth[1]),
+            },
             tolerance=1e-2,
             flops=4 * pairs * gradient_flops(model, batches[0][0], forward),
         )
 
-    trainer = forward is SHORTER
-    return Case(
-        "whole-trainer" if trainer else "whole",
-        f"whole measurement, {_pairs(pairs)}, {'the trainer of the package' if trainer else DEMO}",
-        MEMORY,
-        build,
-    )
+    return _case("whole", f"whole measurement, {_pairs(pairs)}", build, forward)
 
 
 def bracket(pairs: int) -> Case:
@@ -175,33 +160,29 @@ def bracket(pairs: int) -> Case:
 
     def build(generator: Generator) -> Comparison:
         model, batches, _ = demo(generator, pairs)
-        loss_fn = loss(MODULE)
-        probe = CommutatorProbe(model, loss_fn, method="bracket", noise_floor=False)
-        truth = torch.stack([bracket64(model, pair) for pair in batches])
+        probe = CommutatorProbe(model, loss(MODULE), method="bracket", noise_floor=False)
+        exact = in_float64(model)
+        truth = [bracket_by_autograd(exact, pair) for pair in batches]
 
         def ours() -> Tensor:
             stats = probe.measure(batches, keep_delta=True)
             assert stats.delta is not None
             return stats.delta / stats.eta.square()[:, None]
 
-        def error(got: Tensor) -> float:
+        def theirs() -> list[Tensor]:
+            return [curvlinops_bracket(model, pair) for pair in batches]
+
+        def error(got: Tensor | list[Tensor]) -> float:
             return max(relative(x, y) for x, y in zip(got, truth, strict=True))
 
         return Comparison(
-            (
-                Implementation(OURS, ours),
-                Implementation(
-                    "curvlinops",
-                    lambda: torch.stack([curvlinops_bracket(model, pair) for pair in batches]),
-                    needs=("curvlinops",),
-                ),
-            ),
+            (Implementation(OURS, ours), Implementation("curvlinops", theirs, needs=("curvlinops",))),
             {"vector, relative error of the worst": error},
             tolerance=1e-4,  # five times the worst in docs/numerics.md
-            flops=pairs * bracket_flops(model, batches[0]),
+            flops=pairs * flops(lambda: bracket_by_autograd(model, batches[0])),
         )
 
-    return Case("bracket", f"exact bracket, {_pairs(pairs)}, {DEMO}", MEMORY, build)
+    return _case("bracket", f"exact bracket, {_pairs(pairs)}", build)
 
 
 def training(forward: Forward = MODULE) -> Case:
@@ -209,47 +190,40 @@ def training(forward: Forward = MODULE) -> Case:
 
     def build(generator: Generator) -> Comparison:
         seed, device = seed_from(generator), generator.device
-        kinds: dict[str, dict[str, Any]] = {
-            OURS: {"forward": forward, "monitored": True},
-            "torch.optim, four gradients at every step": {"naive_defects": True},
-            "torch.optim": {},
-        }
-        exact = Loop(seed, device, naive_defects=True, exact=True).run(COMPARED)
-        truth, bare = torch.tensor(exact.defects, dtype=torch.float64), Loop(seed, device).run(COMPARED)
-        notes = dict(zip(kinds, ("", "no noise floor", "measures nothing"), strict=True))
+        exact = Loop(seed, device, naive_on=in_float64).run(COMPARED)
+        truth, bare = exact.defects(), Loop(seed, device).run(COMPARED)
 
-        def checked(options: dict[str, Any]) -> Callable[[], Loop]:
-            return lambda: Loop(seed, device, **options).run(COMPARED)
-
-        def run(options: dict[str, Any]) -> Callable[[], object]:
+        def implementation(name: str, note: str = "", **options: Any) -> Implementation:
             loop = Loop(seed, device, **options)
-            return lambda: loop.run(CHECK_EVERY)
+            return Implementation(
+                name,
+                lambda: loop.run(CHECK_EVERY),
+                lambda: Loop(seed, device, **options).run(COMPARED),
+                note=note,
+                times=1 / CHECK_EVERY,
+            )
 
         def error(got: Loop) -> float:
-            defects = torch.tensor(got.measured(), dtype=torch.float64)
+            defects = got.defects()
             return worst(defects, truth) if len(defects) else math.nan
 
         errors: dict[str, Callable[[Any], float]] = {"defect, relative error of the worst": error}
         if forward is MODULE:  # another forward pass rounds otherwise
-            errors["weights, distance from the plain loop's"] = lambda got: float((got.theta() - bare.theta()).norm())
-        flops = gradient_flops(bare.model, bare.draw(), forward)
+            theta = flatten(bare.model)
+            errors["weights, distance from the plain loop's"] = lambda got: float((flatten(got.model) - theta).norm())
+        four = "torch.optim, four gradients at every step"
         return Comparison(
-            tuple(
-                Implementation(name, run(options), checked(options), note=notes[name], times=1 / CHECK_EVERY)
-                for name, options in kinds.items()
+            (
+                implementation(OURS, forward=forward, monitored=True),
+                implementation(four, "no noise floor", naive_on=lambda model: model),
+                implementation("torch.optim", "measures nothing"),
             ),
             errors,
             tolerance=1e-2,
-            flops=4 * flops,
+            flops=4 * gradient_flops(bare.model, bare.following, forward),
         )
 
-    trainer = forward is SHORTER
-    return Case(
-        "step-trainer" if trainer else "step",
-        f"training step with a defect, {'the trainer of the package' if trainer else DEMO}",
-        MEMORY,
-        build,
-    )
+    return _case("step", "training step with a defect", build, forward)
 
 
 def program(runs: int, measured: bool) -> Case:
@@ -295,8 +269,13 @@ def program(runs: int, measured: bool) -> Case:
 class Loop:
     """A training loop of the demo's network, its own from the seed on.
 
-    Attributes:
-        defects: of the steps so far, if they were measured the naive way; with ``exact`` on a copy in float64.
+    Args:
+        seed: of the network and of its batches.
+        device: on which it trains.
+        forward: the forward pass.
+        monitored: whether a monitor measures the defect at every step.
+        naive_on: what makes, of the model at a step, that on which the defect is measured the naive way; it is not if
+            None.
     """
 
     def __init__(
@@ -306,8 +285,7 @@ class Loop:
         *,
         forward: Forward = MODULE,
         monitored: bool = False,
-        naive_defects: bool = False,
-        exact: bool = False,
+        naive_on: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.model = network(seed, device)
@@ -315,19 +293,15 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1.0)
         # What stands in .grad is the gradient of this very loss.
         self.monitor = CurvatureMonitor(self.model, self.loss, gradient="trusted") if monitored else None
-        self.naive_defects, self.exact = naive_defects, exact
-        self.defects: list[float] = []
-        self.following = self.draw()
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        return batch(self.generator)
+        self.naive_on, self.naive_defects = naive_on, list[float]()
+        self.following = batch(self.generator)
 
     def run(self, steps: int) -> Loop:
         for _ in range(steps):
-            now, self.following = self.following, self.draw()
-            if self.naive_defects:
-                model = copy.deepcopy(self.model).double() if self.exact else self.model
-                self.defects.append(float(naive.commutator(model, self.loss, (now, self.following), ETA)[0]))
+            now, self.following = self.following, batch(self.generator)
+            if self.naive_on is not None:
+                defect, _ = naive.commutator(self.naive_on(self.model), self.loss, (now, self.following), ETA)
+                self.naive_defects.append(float(defect))
             self.optimizer.zero_grad()
             self.loss(self.model, now).backward()
             if self.monitor is not None:
@@ -336,12 +310,10 @@ class Loop:
             self.optimizer.step()
         return self
 
-    def measured(self) -> list[float]:
-        """The defects, however they were measured."""
-        return self.defects if self.monitor is None else self.monitor.records()["defect_median"].tolist()
-
-    def theta(self) -> Tensor:
-        return flatten(self.model)
+    def defects(self) -> Tensor:
+        """Of the steps so far, float64, however they were measured; empty if they were not."""
+        measured = self.naive_defects if self.monitor is None else self.monitor.records()["defect_median"].tolist()
+        return torch.tensor(measured, dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -382,16 +354,23 @@ def demo(generator: Generator, pairs: int) -> tuple[Transformer, list[tuple[Any,
     return model, drawn, Subspace.from_pca(pca, size=flatten(model).numel())
 
 
-def _bare(model: nn.Module, pairs: list[tuple[Any, Any]]) -> Implementation:
+def _case(name: str, title: str, build: Callable[[Generator], Comparison], forward: Forward = MODULE) -> Case:
+    """Of the demo's model, called as any model is or as the package's trainer does."""
+    if forward is SHORTER:
+        return Case(f"{name}-trainer", f"{title}, the trainer of the package", MEMORY, build)
+    return Case(name, f"{title}, {DEMO}", MEMORY, build)
+
+
+def _bare(model: nn.Module, batches: list[Any], times: int = 1) -> Implementation:
+    """The gradients on the batches, so many times."""
     loss_fn = loss(MODULE)
 
     def run() -> None:
-        for pair in pairs:
-            for one in (*pair, *pair):
-                model.zero_grad()
-                loss_fn(model, one).backward()
+        for one in batches:
+            model.zero_grad()
+            loss_fn(model, one).backward()
 
-    return Implementation(f"{4 * len(pairs)} bare gradients", run, note="measures nothing")
+    return Implementation(f"{times * len(batches)} bare gradients", run, note="measures nothing", times=times)
 
 
 def _pairs(count: int) -> str:
@@ -404,9 +383,7 @@ def curvlinops_bracket(model: nn.Module, pair: tuple[Any, Any]) -> Tensor:
 
     parameters, loss_fn = list(model.parameters()), nn.CrossEntropyLoss()
     with sdpa_kernel(SDPBackend.MATH):
-        gradients = [
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(model(x), y), parameters)]) for x, y in pair
-        ]
+        gradients = [naive.gradient(model, loss(MODULE), one) for one in pair]
         hessians = [HessianLinearOperator(model, loss_fn, parameters, [one], check_deterministic=False) for one in pair]
         vector: Tensor = hessians[1] @ gradients[0] - hessians[0] @ gradients[1]
     return vector
@@ -415,48 +392,39 @@ def curvlinops_bracket(model: nn.Module, pair: tuple[Any, Any]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ truth and floor
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy."""
+    return copy.deepcopy(model).double()
+
+
 def defects64(model: nn.Module, pairs: list[tuple[Any, Any]], basis: Tensor | None = None) -> Tensor:
     """Defects of the model in float64, (N,); with a basis (P, K) also the shares of delta inside, (2, N)."""
-    exact, rows = copy.deepcopy(model).double(), []
+    exact, rows = in_float64(model), []
     for pair in pairs:
         value, delta = naive.commutator(exact, loss(MODULE), pair, ETA)
         rows.append(value if basis is None else torch.stack([value, (basis.T @ delta).norm() / delta.norm()]))
     return torch.stack(rows, dim=-1)
 
 
-def bracket64(model: nn.Module, pair: tuple[Any, Any]) -> Tensor:
-    """``H_B g_A - H_A g_B`` of the model in float64, each product the forward derivative of a gradient."""
-    exact = copy.deepcopy(model).double()
-    parameters = {name: p.detach() for name, p in exact.named_parameters()}
-
-    def gradient(one: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        def value(parameters: dict[str, Tensor]) -> Tensor:
-            logits: Tensor = torch.func.functional_call(exact, parameters, (one[0],))
-            return functional.cross_entropy(logits, one[1])
-
-        return torch.func.grad(value)
-
+def bracket_by_autograd(model: nn.Module, pair: tuple[Any, Any]) -> Tensor:
+    """``H_B g_A - H_A g_B``, (P,), each product by differentiating the graph of a gradient once more."""
+    parameters = list(model.parameters())
     with sdpa_kernel(SDPBackend.MATH):
-        of_a, of_b = map(gradient, pair)
-        g_a, g_b = of_a(parameters), of_b(parameters)
-        first = torch.func.jvp(of_b, (parameters,), (g_a,))[1]
-        second = torch.func.jvp(of_a, (parameters,), (g_b,))[1]
-    return torch.cat([(first[name] - second[name]).flatten() for name in parameters])
+        graphs = [torch.autograd.grad(loss(MODULE)(model, one), parameters, create_graph=True) for one in pair]
+        products = [
+            torch.autograd.grad(graph, parameters, [g.detach() for g in other])
+            for graph, other in zip(graphs, reversed(graphs), strict=True)
+        ]
+    return parameters_to_vector(products[1]) - parameters_to_vector(products[0])
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Of the matrix products of a call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def gradient_flops(model: nn.Module, one: Any, forward: Forward = MODULE) -> int:
     """Of the matrix products of one gradient."""
-    with FlopCounterMode(display=False) as counter:
-        loss(forward)(model, one).backward()
-    model.zero_grad()
-    return int(counter.get_total_flops())
-
-
-def bracket_flops(model: nn.Module, pair: tuple[Any, Any]) -> int:
-    """Of two gradients, and of two products by differentiating their graphs once more."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        graphs = [torch.autograd.grad(loss(MODULE)(model, one), parameters, create_graph=True) for one in pair]
-        for graph, vectors in zip(graphs, reversed(graphs), strict=True):
-            torch.autograd.grad(graph, parameters, [v.detach() for v in vectors])
-    return int(counter.get_total_flops())
+    return flops(lambda: torch.autograd.grad(loss(forward)(model, one), list(model.parameters())))

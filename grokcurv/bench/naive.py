@@ -6,52 +6,56 @@ and five random subspaces per pair, each from the QR factorisation of a P x K Ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from grokcurv.evaluation import LossFn
+
 RANDOM_SUBSPACES = 5
 
 
-def gradient(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+def gradient(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
     model.zero_grad()
     loss_fn(model, batch).backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
-def commutator(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], pair: Any, eta: float
-) -> tuple[Tensor, Tensor]:
+def commutator(model: nn.Module, loss_fn: LossFn, pair: Any, eta: float) -> tuple[Tensor, Tensor]:
     """``(defect, delta)`` of one pair of batches."""
     theta = parameters_to_vector(model.parameters()).detach().clone()
 
-    def end_point(first: Any, second: Any) -> tuple[Tensor, Tensor]:
+    def both(first: Any, second: Any) -> tuple[Tensor, Tensor]:
+        """The gradient on the first batch, and that on the second a step along it."""
         g = gradient(model, loss_fn, first)
         vector_to_parameters(theta - eta * g, model.parameters())
-        end = theta - eta * g - eta * gradient(model, loss_fn, second)
+        after = gradient(model, loss_fn, second)
         vector_to_parameters(theta, model.parameters())
-        return g, end
+        return g, after
 
-    g_a, theta_ab = end_point(*pair)
-    g_b, theta_ba = end_point(*reversed(pair))
-    delta = theta_ab - theta_ba
+    (g_a, b2), (g_b, a2) = both(*pair), both(*reversed(pair))
+    return defect(theta, g_a, g_b, a2, b2, eta)
+
+
+def defect(theta: Tensor, g_a: Tensor, g_b: Tensor, a2: Tensor, b2: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """``(defect, delta)`` from the four gradients: both end points, subtracted."""
+    delta = (theta - eta * g_a - eta * b2) - (theta - eta * g_b - eta * a2)
     return delta.norm() / ((eta * g_a).norm() * (eta * g_b).norm()), delta
 
 
 def measure(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], pairs: list[Any], basis: Tensor, eta: float
+    model: nn.Module, loss_fn: LossFn, pairs: list[Any], basis: Tensor, eta: float
 ) -> list[tuple[float, float, float]]:
     """Defect, share of delta inside the basis (P, K), and its mean share inside random subspaces, of every pair."""
     rows = []
     for pair in pairs:
-        defect, delta = commutator(model, loss_fn, pair, eta)
+        value, delta = commutator(model, loss_fn, pair, eta)
         inside = (basis.T @ delta).norm() / delta.norm()
         random = []
         for _ in range(RANDOM_SUBSPACES):
             q = torch.linalg.qr(torch.randn_like(basis)).Q
             random.append((q.T @ delta).norm() / delta.norm())
-        rows.append((defect.item(), inside.item(), torch.stack(random).mean().item()))
+        rows.append((value.item(), inside.item(), torch.stack(random).mean().item()))
     return rows

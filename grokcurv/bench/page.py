@@ -17,34 +17,23 @@ from grokcurv.report.page import Drawing, draw_twice, write_page
 class BenchSummary:
     """The words and numbers of the page."""
 
+    title = "What it costs, beside what there is"
     columns = COLUMNS
+    key_numbers = ()
+    """The table has them."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
 
     @property
-    def title(self) -> str:
-        return "What it costs, beside what there is"
-
-    @property
     def subtitle(self) -> list[str]:
-        environment = self.bench.environment
-        threads = environment["threads"]
-        return [
-            str(environment["processor"]),
-            f"{threads} thread{'s' * (threads != 1)}",
-            f"took {duration(self.bench.seconds)}",
-        ]
+        processor, threads = self.bench.environment["processor"], self.bench.environment["threads"]
+        return [str(processor), f"{threads} thread{'s' * (threads != 1)}", f"took {duration(self.bench.seconds)}"]
 
     @property
     def missing(self) -> list[str]:
         """What is wrong, and what was left out, a sentence each."""
         return [f"Wrong: {said}" for said in self.bench.wrong] + self.bench.left_out
-
-    @property
-    def key_numbers(self) -> list[tuple[str, str, str]]:
-        """The table has them."""
-        return []
 
     @property
     def table(self) -> list[Line]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,18 +32,16 @@ def whole(n: int, size: int, k: int = 2) -> Case:
         rows = x.numpy()
 
         def ours() -> Answer:
-            pca = StreamingPCA(n_components=k, method="gram").partial_fit(x)
-            return Answer(pca.explained_variance_, pca.components_)
+            return fitted(StreamingPCA(n_components=k, method="gram").partial_fit(x))
 
-        def svd() -> Answer:
-            _, values, vectors = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        def numpy() -> Answer:
+            values, vectors = svd(rows)
             return answer(values[:k] ** 2 / (n - 1), vectors[:k])
 
         def sklearn() -> Answer:
             from sklearn.decomposition import PCA
 
-            pca = PCA(k).fit(rows)
-            return answer(pca.explained_variance_, pca.components_)
+            return fitted(PCA(k).fit(rows))
 
         def torchdr() -> Answer:
             from torchdr import PCA
@@ -52,56 +50,44 @@ def whole(n: int, size: int, k: int = 2) -> Case:
             scores = pca.fit_transform(x)
             return answer(scores.square().sum(0) / (n - 1), pca.components_)
 
-        return Comparison(
-            (
-                Implementation(OURS, ours),
-                Implementation("NumPy SVD", svd, needs=("threadpoolctl",)),
-                Implementation(
-                    "scikit-learn PCA", sklearn, note="its solver by size", needs=("sklearn", "threadpoolctl")
-                ),
-                Implementation("TorchDR PCA", torchdr, needs=("torchdr",)),
-                Implementation("torch.pca_lowrank", lambda: lowrank(x, k), note="approximate: random projections"),
-            ),
-            errors_against(x, k),
-            tolerance=1e-5,
-            moved=x.nbytes,
-            flops64=n * (n + 1) * size,
+        implementations = (
+            Implementation(OURS, ours),
+            Implementation("NumPy SVD", numpy, needs=("threadpoolctl",)),
+            Implementation("scikit-learn PCA", sklearn, note="its solver by size", needs=("sklearn", "threadpoolctl")),
+            Implementation("TorchDR PCA", torchdr, needs=("torchdr",)),
+            Implementation("torch.pca_lowrank", lambda: lowrank(x, k), note="approximate: random projections"),
         )
+        flops64 = n * (n + 1) * size
+        return Comparison(implementations, errors_against(x, k), tolerance=1e-5, moved=x.nbytes, flops64=flops64)
 
     return Case("pca", f"PCA of {n} rows of {size:,}, k = {k}", 40 * n * size, build)
 
 
 def history(n: int, size: int) -> Case:
     """PC1 % of the first 2, 3, ... n rows. Peers do ten prefixes, and their time is scaled to all of them."""
-    prefixes = [
-        max(2, round(n * (i + 0.5) / SAMPLES)) for i in range(SAMPLES)
-    ]  # the midpoint rule: too little, if anything
+    # The midpoint rule: too little, if anything.
+    prefixes = [max(2, round(n * (i + 0.5) / SAMPLES)) for i in range(SAMPLES)]
 
     def build(generator: Generator) -> Comparison:
         x = walk(generator, n, size)
-        rows = x.numpy()
+        parts = [x[:m] for m in prefixes]
 
         def ours() -> Tensor:
             return StreamingPCA(n_components=2, method="gram").partial_fit(x).pc1_history_
 
-        def share(values: Any) -> float:
-            squares = np.asarray(values, dtype=np.float64) ** 2
-            return float(squares[0] / squares.sum())
+        def share(variances: Tensor) -> Tensor:
+            return variances[0] / variances.sum()
 
-        def svds() -> Tensor:
-            shares = [share(np.linalg.svd(part - part.mean(0), full_matrices=False)[1]) for part in parts(rows)]
-            return torch.tensor(shares, dtype=torch.float64)
+        def numpy() -> Tensor:
+            return torch.stack([share(torch.from_numpy(svd(part.numpy())[0]).double().square()) for part in parts])
 
-        def parts(rows: Any) -> list[Any]:
-            return [rows[:m] for m in prefixes]
-
-        truth = torch.stack([spectrum(part)[0][0] / spectrum(part)[0].sum() for part in parts(x)])
+        truth = torch.stack([share(spectrum(part)[0]) for part in parts])
         return Comparison(
             (
                 Implementation(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
                 Implementation(
                     "NumPy SVD of each",
-                    svds,
+                    numpy,
                     note=f"{SAMPLES} timed, scaled to all",
                     needs=("threadpoolctl",),
                     times=(n - 1) / SAMPLES,
@@ -125,27 +111,23 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
         if len(batches[-1]) < k:  # peers refuse it
             batches[-2:] = [torch.cat(batches[-2:])]
 
+        def streamed(pca: Any, parts: Iterable[Any]) -> Answer:
+            for part in parts:
+                pca.partial_fit(part)
+            return fitted(pca)
+
         def ours() -> Answer:
-            pca = StreamingPCA(n_components=k, method="incremental")
-            for row in x:
-                pca.partial_fit(row)
-            return Answer(pca.explained_variance_, pca.components_)
+            return streamed(StreamingPCA(n_components=k, method="incremental"), x)
 
         def sklearn() -> Answer:
             from sklearn.decomposition import IncrementalPCA
 
-            pca = IncrementalPCA(k)
-            for part in batches:
-                pca.partial_fit(part.numpy())
-            return answer(pca.explained_variance_, pca.components_)
+            return streamed(IncrementalPCA(k), [part.numpy() for part in batches])
 
         def torchdr() -> Answer:
             from torchdr import IncrementalPCA
 
-            pca = IncrementalPCA(k, device="cpu")
-            for part in batches:
-                pca.partial_fit(part)
-            return answer(pca.explained_variance_, pca.components_)
+            return streamed(IncrementalPCA(k, device="cpu"), batches)
 
         new = StreamingPCA(n_components=k)
         rank, block = k + new.oversampling, new.block
@@ -153,26 +135,13 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
         # matrix; both read, the basis and the sum written for the rotation.
         rows = rank + 1 + block
         vectors, folds = 3 * block + rows + rows + rank + 4, n / block
+        note, at_once = f"approximate, in batches of {3 * k}", "approximate: random projections; all rows at once"
         return Comparison(
             (
                 Implementation(OURS, ours),
-                Implementation(
-                    "scikit-learn IncrementalPCA",
-                    sklearn,
-                    note=f"approximate, in batches of {3 * k}",
-                    needs=("sklearn", "threadpoolctl"),
-                ),
-                Implementation(
-                    "TorchDR IncrementalPCA",
-                    torchdr,
-                    note=f"approximate, in batches of {3 * k}",
-                    needs=("torchdr",),
-                ),
-                Implementation(
-                    "torch.pca_lowrank",
-                    lambda: lowrank(x, k),
-                    note="approximate: random projections; all rows at once",
-                ),
+                Implementation("scikit-learn IncrementalPCA", sklearn, note=note, needs=("sklearn", "threadpoolctl")),
+                Implementation("TorchDR IncrementalPCA", torchdr, note=note, needs=("torchdr",)),
+                Implementation("torch.pca_lowrank", lambda: lowrank(x, k), note=at_once),
             ),
             errors_against(x, k),
             tolerance=1e-2,
@@ -187,6 +156,16 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
 def lowrank(x: Tensor, k: int) -> Answer:
     _, values, vectors = torch.pca_lowrank(x, q=k + 6, niter=2)
     return answer(values[:k].square() / (len(x) - 1), vectors[:, :k].mT)
+
+
+def svd(rows: Any) -> tuple[Any, Any]:
+    """Singular values and right vectors of centred rows, by NumPy."""
+    return np.linalg.svd(rows - rows.mean(0), full_matrices=False)[1:]
+
+
+def fitted(pca: Any) -> Answer:
+    """That of a PCA of ours or of scikit-learn's kind."""
+    return answer(pca.explained_variance_, pca.components_)
 
 
 def answer(variances: Any, components: Any) -> Answer:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grokcurv.bench.check import Floor, Result
+from grokcurv.bench.check import Floor, Outcome, Result
 from grokcurv.bench.plan import Curve
 from grokcurv.bench.table import lines, rich_table
 from grokcurv.bench.timing import Times
@@ -66,15 +67,13 @@ class Bench:
 
     def everything(self) -> list[Result]:
         """All results, those of curves too, each once."""
-        found = {r.case.title: r for r in self.results}
-        for _, points in self.curves:
-            found |= {r.case.title: r for _, r in points}
-        return list(found.values())
+        on_curves = [r for _, points in self.curves for _, r in points]
+        return list({r.case.title: r for r in [*self.results, *on_curves]}.values())
 
 
-def plain(bench: Bench) -> dict[str, Any]:
-    """As JSON has it; NaN is null."""
-    return {
+def as_json(bench: Bench) -> str:
+    """``bench.json``; NaN is null."""
+    saved = {
         "schema": SCHEMA,
         "environment": dict(bench.environment),
         "peers": dict(bench.peers),
@@ -84,52 +83,34 @@ def plain(bench: Bench) -> dict[str, Any]:
             {"axis": one.axis, "title": one.title, "points": [[size, r.case.title] for size, r in points]}
             for one, points in bench.curves
         ],
-        "cases": [_plain_result(result) for result in bench.everything()],
+        "cases": bench.everything(),
     }
+    return json.dumps(saved, indent=1, allow_nan=False, default=_plain)
 
 
-def _plain_result(result: Result) -> dict[str, Any]:
-    return {
-        "case": result.case.name,
-        "title": result.case.title,
-        "problem": result.problem,
-        "wrong": result.wrong,
-        "floor": _plain_floor(result.floor),
-        "contenders": [
-            {
-                "name": outcome.name,
-                "note": outcome.note,
-                "problem": outcome.problem,
-                "seconds": _plain_times(outcome.times),
-                "ratio": _plain_times(outcome.ratio),
-                "errors": {name: _number(value) for name, value in outcome.errors.items()},
+def _plain(value: Result | Outcome | Floor | Times) -> dict[str, Any]:
+    """As JSON has it; what is in it may be another of these."""
+    match value:
+        case Result():
+            return {
+                "case": value.case.name,
+                "title": value.case.title,
+                "problem": value.problem,
+                "wrong": value.wrong,
+                "floor": value.floor,
+                "contenders": value.outcomes,
             }
-            for outcome in result.outcomes
-        ],
-    }
-
-
-def _plain_floor(floor: Floor | None) -> dict[str, Any] | None:
-    if floor is None:
-        return None
-    return {
-        "bytes": floor.moved,
-        "flops_float32": floor.flops,
-        "flops_float64": floor.flops64,
-        "bytes_per_second": _number(floor.read_rate),
-        "flops_float32_per_second": _number(floor.rate),
-        "flops_float64_per_second": _number(floor.rate64),
-        "seconds": floor.seconds,
-        "grokcurv_over_floor": _plain_times(floor.ratio),
-    }
-
-
-def _plain_times(times: Times | None) -> dict[str, Any] | None:
-    if times is None:
-        return None
-    low, high = times.spread
-    return {"median": times.median, "low": low, "high": high, "rounds": len(times.samples), "calls": times.calls}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        case Outcome():
+            return {
+                "name": value.name,
+                "note": value.note,
+                "problem": value.problem,
+                "seconds": value.times,
+                "ratio": value.ratio,
+                "errors": {name: error if math.isfinite(error) else None for name, error in value.errors.items()},
+            }
+        case Floor():
+            rates = {f"{name}_per_second": value.rates.get(name) for name in value.work}
+            return {**value.work, **rates, "seconds": value.seconds, "grokcurv_over_floor": value.ratio}
+    low, high = value.spread
+    return {"median": value.median, "low": low, "high": high, "rounds": len(value.samples), "calls": value.calls}

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("case, and error of what", "grokcurv", "beside it", "its time, and error", "ratio", "floor", "over floor")
 
+UNITS = (("bytes", 1e6, "MB"), ("flops_float32", 1e9, "Gflop"), ("flops_float64", 1e9, "Gflop64"))
+"""Of each kind of work."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -37,21 +40,14 @@ def _of(result: Result) -> Iterator[Line]:
         yield Line((result.case.title, result.problem, *[""] * 5), first=True)
         return
     ours, *others = result.outcomes
+    # Only the first line of a case has what all of them share.
+    left = result.case.title, clock(ours.times)
+    right = must(result.floor), factor(result.floor.ratio if result.floor else None)
     for index, outcome in enumerate(others):
-        first = index == 0
         name = outcome.name + (f" ({outcome.note})" if outcome.note else "")
-        yield Line(
-            (
-                result.case.title if first else "",
-                clock(ours.times) if first else "",
-                name,
-                clock(outcome.times) if outcome.times else outcome.problem,
-                factor(outcome.ratio),
-                must(result.floor) if first else "",
-                factor(result.floor.ratio) if first and result.floor else "",
-            ),
-            first=first,
-        )
+        cells = (name, clock(outcome.times) or outcome.problem, factor(outcome.ratio))
+        yield Line((*left, *cells, *right), first=index == 0)
+        left = right = ("", "")
         if not outcome.problem:
             yield Line((quantities(ours), errors(ours), "", errors(outcome), "", "", ""), accuracy=True)
 
@@ -82,9 +78,7 @@ def must(floor: Floor | None) -> str:
     """What must be done, and the time that takes."""
     if floor is None:
         return ""
-    known = [f"{significant(floor.moved / 1e6)} MB"] * (floor.moved > 0)
-    known += [f"{significant(floor.flops / 1e9)} Gflop"] * (floor.flops > 0)
-    known += [f"{significant(floor.flops64 / 1e9)} Gflop64"] * (floor.flops64 > 0)
+    known = [f"{significant(floor.work[name] / scale)} {unit}" for name, scale, unit in UNITS if floor.work[name]]
     return f"{', '.join(known)}: {seconds(floor.seconds)}"
 
 

@@ -11,7 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,6 +127,19 @@ def _on_device(run: Callable[[], object], calls: int) -> float:
     torch.cuda.synchronize()
     milliseconds = float(sum(start.elapsed_time(stop) for start, stop in events))
     return milliseconds / 1e3 / calls
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch, and, where threadpoolctl is there, for every BLAS and OpenMP that is loaded."""
+    with ExitStack() as stack:
+        with suppress(ImportError):
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(count))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(count)
+        yield
 
 
 @contextmanager
