@@ -46,9 +46,8 @@ def asked(result: Result) -> list[str]:
         peer, wanted = FASTER[title]
         times = {outcome.name: outcome.times.median for outcome in result.outcomes if outcome.times is not None}
         ours = min(time for name, time in times.items() if name.startswith("grokcurv"))
-        said.append(
-            (times[peer] >= wanted * ours, f"{times[peer] / ours:.1f}x beside {peer}; asked for: {wanted:.0f}x")
-        )
+        ratio = times[peer] / ours
+        said.append((ratio >= wanted, f"{ratio:.1f}x beside {peer}; asked for: {wanted:.0f}x"))
     return [f"* {'met' if met else 'MISSED'}: {title}, {text}" for met, text in said]
 
 

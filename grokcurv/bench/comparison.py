@@ -91,8 +91,8 @@ def relative(got: Tensor | Iterable[Tensor], truth: Tensor | Iterable[Tensor]) -
 
 
 def worst(got: Tensor, truth: Tensor) -> float:
-    """Largest relative difference of single numbers."""
-    return float(((got.to(torch.float64) - truth) / truth).abs().max())
+    """Largest relative difference of single numbers, on the device of the truth, which is float64."""
+    return float(((got.to(truth) - truth) / truth).abs().max())
 
 
 def _vector(values: Tensor | Iterable[Tensor]) -> Tensor:

@@ -92,9 +92,8 @@ def run_bench(
         if all(case.title in found for _, case in one.points)
     )
     taking_part = {package: problems[name] or metadata.version(package) for name, package in PEERS.items()}
-    bench = Bench(
-        path, path / "report.html", environment, results, curves, taking_part, round(time.monotonic() - began, 1)
-    )
+    taken = round(time.monotonic() - began, 1)
+    bench = Bench(path, path / "report.html", environment, results, curves, taking_part, taken)
     write_atomically(path / "bench.json", as_json(bench).encode())
     write_atomically(path / "table.md", markdown(lines(results)).encode())
     write(bench)

@@ -195,13 +195,11 @@ def training(forward: Forward = MODULE) -> Case:
 
         def implementation(name: str, note: str = "", **options: Any) -> Implementation:
             loop = Loop(seed, device, **options)
-            return Implementation(
-                name,
-                lambda: loop.run(CHECK_EVERY),
-                lambda: Loop(seed, device, **options).run(COMPARED),
-                note=note,
-                times=1 / CHECK_EVERY,
-            )
+
+            def checked() -> Loop:
+                return Loop(seed, device, **options).run(COMPARED)
+
+            return Implementation(name, lambda: loop.run(CHECK_EVERY), checked, note=note, times=1 / CHECK_EVERY)
 
         def error(got: Loop) -> float:
             defects = got.defects()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _drawings(bench: Bench) -> Iterator[Drawing]:
         curves = [(curve, points) for curve, points in bench.curves if curve.axis == axis and _drawable(points)]
         if curves:
             alt = " ".join(f"{curve.title}: {'; '.join(_ends(points))}." for curve, points in curves)
-            yield draw_twice(axis, alt, lambda theme, axis=axis, curves=curves: costs(axis, curves, theme))  # type: ignore[misc]
+            yield draw_twice(axis, alt, partial(costs, axis, curves))
 
 
 def _drawable(points: tuple[tuple[int, Result], ...]) -> bool:

@@ -82,16 +82,11 @@ def history(n: int, size: int) -> Case:
             return torch.stack([share(torch.from_numpy(svd(part.numpy())[0]).double().square()) for part in parts])
 
         truth = torch.stack([share(spectrum(part)[0]) for part in parts])
+        note, scale = f"{SAMPLES} timed, scaled to all", (n - 1) / SAMPLES
         return Comparison(
             (
                 Implementation(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
-                Implementation(
-                    "NumPy SVD of each",
-                    numpy,
-                    note=f"{SAMPLES} timed, scaled to all",
-                    needs=("threadpoolctl",),
-                    times=(n - 1) / SAMPLES,
-                ),
+                Implementation("NumPy SVD of each", numpy, note=note, needs=("threadpoolctl",), times=scale),
             ),
             {"share of PC1, largest error": lambda got: float((got - truth).abs().max())},
             tolerance=1e-5,
