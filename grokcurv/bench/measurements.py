@@ -325,7 +325,7 @@ def loss(forward: Forward) -> Callable[[nn.Module, Any], Tensor]:
     return lambda model, batch: functional.cross_entropy(forward(model, batch[0]), batch[1])
 
 
-def network(seed: int, device: torch.device) -> Transformer:
+def network(seed: int, device: torch.device | str = "cpu") -> Transformer:
     """The demo's, without a trace in the caller's random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
