@@ -63,7 +63,7 @@ def test_bench() -> None:
     """`make bench` but for the whole measurements, which test_bench.py has at small size."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("threadpoolctl")
-    slow = ("model", "trainer", "prefix", "program", "100000000")
+    slow = ("model", "trainer", "prefix", "program", "PCA", "100000000")
     chosen = " and ".join(f"not {word}" for word in slow)
     printed = execute("-m", "pytest", "-q", str(BENCHES), "--shrink", "1000", "-k", chosen)
     assert "ratios" in printed
