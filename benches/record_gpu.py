@@ -155,13 +155,21 @@ def sanitizer(tool: str, limit: float) -> Outcome:
     return verdict(execute(tool, command, limit, **uncached))
 
 
+REFUSAL = re.compile(
+    r"^=+ .*(?:Internal Sanitizer Error|Unable to|[Nn]ot supported|[Pp]ermission|[Uu]nrecogni[sz]ed|unknown option"
+    r"|terminated before first instrumented|No attachable process|Failed to)",
+    re.M,
+)
+EVIDENCE = re.compile(r"^=+ .*(?:Invalid __\w+__|[Rr]ace reported|hazard at|Barrier error)", re.M)
+
+
 def verdict(done: Done) -> Outcome:
-    """Clean only where tests ran under the tool: one that a host refuses may print a clean summary too."""
+    """Of a tool that a host refuses neither a clean summary counts nor a test that fails for want of a device."""
     found = [int(count) for count in re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) ", done.output, re.M)]
-    ran = RAN.search(done.output)
-    if any(found) or (ran and done.code):
-        return Outcome("NOT CLEAN", tail(done.output, 100))
-    if done.code == 0 and ran and found:
+    ran, refused = RAN.search(done.output), REFUSAL.search(done.output)
+    if EVIDENCE.search(done.output) or (not refused and (any(found) or (ran and done.code))):
+        return Outcome("ERRORS FOUND", tail(done.output, 100))
+    if done.code == 0 and ran and found and not refused:
         return Outcome("clean", tail(done.output, 3))
     return Outcome("out of time" if done.code is None else "no verdict", tail(done.output, 10))
 

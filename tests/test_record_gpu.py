@@ -35,15 +35,16 @@ REFUSED = "========= Error: Internal Sanitizer Error: device not supported\n"
     [
         (BANNER + RAN + NO_ERROR, 0, "clean"),
         (BANNER + RAN + NO_HAZARD, 0, "clean"),
-        (BANNER + RAN + HAZARD, 0, "NOT CLEAN"),
-        (BANNER + FAILED + INVALID, 1, "NOT CLEAN"),
-        (BANNER + INVALID, 1, "NOT CLEAN"),  # and Python died of it
-        (BANNER + INVALID, None, "NOT CLEAN"),
-        (BANNER + FAILED + NO_ERROR, 1, "NOT CLEAN"),  # results were wrong
+        (BANNER + RAN + HAZARD, 0, "ERRORS FOUND"),
+        (BANNER + FAILED + INVALID, 1, "ERRORS FOUND"),
+        (BANNER + INVALID, 1, "ERRORS FOUND"),  # and Python died of it
+        (BANNER + INVALID, None, "ERRORS FOUND"),
+        (BANNER + FAILED + NO_ERROR, 1, "ERRORS FOUND"),  # results were wrong
         (BANNER + NO_ERROR, 0, "no verdict"),  # nothing ran under it
         (BANNER + SKIPPED + NO_ERROR, 0, "no verdict"),
         (BANNER + RAN, 0, "no verdict"),
         (BANNER + NOT_STARTED + NO_ERROR, 0, "no verdict"),
+        (BANNER + REFUSED + FAILED + "========= ERROR SUMMARY: 1 error\n", 1, "no verdict"),
         (BANNER + REFUSED + SKIPPED + NO_ERROR, 0, "no verdict"),
         (BANNER, None, "out of time"),
         ("No such file or directory: 'compute-sanitizer'", 127, "no verdict"),

@@ -36,5 +36,7 @@ def test_gpu_benches() -> None:
     printed = run("benches/on_gpu.py", "--rehearse")
     for title in titles:
         assert f"| {title}<br>" in printed
+    times = re.findall(r"\d (?:us|ms|s) ± \d+ %<br>", printed)
+    assert len(times) > 40
     asked = FLOOR.keys() | FASTER.keys()
     assert asked <= {case.title for case in on_gpu()}
