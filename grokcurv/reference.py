@@ -8,7 +8,8 @@ Two shapes describe parts of the P coordinates:
 
 * ``segments`` (S, 2) int64: ``(start, length)`` of each.
 * a basis is block-sparse: ``rows`` (K, 3) int64 holds ``(start, length, offset)``; row j is ``values[offset : offset +
-  length]`` on ``[start, start + length)`` and zero elsewhere. ``values`` is 1-D, of type C.
+  length]`` on ``[start, start + length)`` and zero elsewhere. ``values`` is (nnz,), of type C; or (N, nnz), a row for
+  each of N vectors, whose bases differ in their numbers alone.
 """
 
 from __future__ import annotations
@@ -46,18 +47,18 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense_basis(values: Tensor, rows: Tensor, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The block-sparse basis as a matrix (K, size) of ``dtype``."""
-    basis = values.new_zeros((len(rows), size), dtype=dtype)
-    for row, (start, length, offset) in zip(basis, rows.tolist(), strict=True):
-        row[start : start + length] = values[offset : offset + length]
+    """The block-sparse basis as a matrix (K, size) of ``dtype``; N of them, (N, K, size), where values is (N, nnz)."""
+    basis = values.new_zeros((*values.shape[:-1], len(rows), size), dtype=dtype)
+    for j, (start, length, offset) in enumerate(rows.tolist()):
+        basis[..., j, start : start + length] = values[..., offset : offset + length]
     return basis
 
 
 def perturb(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
-    """``theta - eta_i d_i`` for N directions.
+    """``theta_i - eta_i d_i`` for N directions.
 
-    theta (P,), directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C with every operation
-    rounded (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
+    theta (N, P), or (P,) for all, and directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C
+    with every operation rounded (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
     """
     c = compute_type(theta.dtype)
     return (theta.to(c) - eta.to(c)[:, None] * directions.to(c)).to(theta.dtype)
@@ -88,8 +89,8 @@ def commutator(
     Sums over the P coordinates: ``aa = |g_a|^2``, ``bb = |g_b|^2``, ``ab = g_a . g_b``, ``dd = |delta|^2``; ``ha = |a2
     - g_a|^2`` and ``hb = |b2 - g_b|^2`` (difference) or ``ha = |a2|^2`` and ``hb = |b2|^2`` (bracket).
 
-    ``theta`` (P,), with the difference form only, adds what rounding did. Let ``<.>`` round every operation to the
-    inputs' dtype:
+    ``theta`` (N, P), or (P,) for all, with the difference form only, adds what rounding did. Let ``<.>`` round every
+    operation to the inputs' dtype:
 
     * ``r = <<theta - eta g_a> - eta b2> - <<theta - eta g_b> - eta a2>``: the commutator as the direct formula computes
       it; ``rr = |r|^2`` and ``re = |r - delta|^2``.
@@ -115,7 +116,7 @@ def commutator(
 
     coefficients = delta.new_zeros((len(delta), 0))
     if values is not None and rows is not None:
-        coefficients = delta @ dense_basis(values, rows, delta.shape[1]).T
+        _, coefficients = subspace_split(delta, values, rows)
     energies = delta.new_zeros((len(delta), 0))
     if segments is not None:
         parts = [delta[:, start : start + length].square().sum(-1) for start, length in segments.tolist()]
@@ -137,14 +138,14 @@ def _direct(theta: Tensor, first: Tensor, second: Tensor, eta: Tensor) -> Tensor
 def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of vectors v (N, P)."""
     x = v.double()
-    return x.square().sum(-1), x @ dense_basis(values, rows, v.shape[1]).T
+    return x.square().sum(-1), (dense_basis(values, rows, v.shape[1]) @ x[..., None])[..., 0]
 
 
 def subspace_filter(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> Tensor:
     """``g_par + (1 - s) g_perp = (1 - s) g + s sum_j (b_j . g) b_j``, in the dtype of g (N, P), for orthonormal b."""
-    basis = dense_basis(values, rows, g.shape[1])
-    x = g.double()
-    return ((1 - strength) * x + strength * (x @ basis.T) @ basis).to(g.dtype)
+    _, coefficients = subspace_split(g, values, rows)
+    inside = (dense_basis(values, rows, g.shape[1]).mT @ coefficients[..., None])[..., 0]
+    return ((1 - strength) * g.double() + strength * inside).to(g.dtype)
 
 
 def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
