@@ -14,6 +14,8 @@ from grokcurv import ops, reference
 
 Inputs = dict[str, Any]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OWNERS = ((), (3,))
+"""What comes before the shape of what three vectors share, and of what each of them has of its own."""
 SHAPES = ((2, 4099), (3, 129), (1, 1), (0, 5), (2, 0))
 """(N, P): a second chunk and a tail; a tail; a single coordinate; nothing."""
 
@@ -38,21 +40,27 @@ def spans(count: int, size: int, generator: Generator) -> Tensor:
     return torch.stack([starts, lengths], dim=1)
 
 
-def basis(count: int, size: int, dtype: torch.dtype, generator: Generator) -> Inputs:
-    """Block-sparse vectors, neither orthogonal nor normalised."""
+def basis(count: int, size: int, dtype: torch.dtype, generator: Generator, owners: tuple[int, ...] = ()) -> Inputs:
+    """Block-sparse vectors, neither orthogonal nor normalised; `owners` is (N,) where each of N has its own."""
     blocks = spans(count, size, generator)
     offsets = blocks[:, 1].cumsum(0) - blocks[:, 1] + 3
-    values = numbers((int(blocks[:, 1].sum()) + 5,), reference.compute_type(dtype), generator)
+    values = numbers((*owners, int(blocks[:, 1].sum()) + 5), reference.compute_type(dtype), generator)
     return {"values": values, "rows": torch.cat([blocks, offsets[:, None]], dim=1)}
 
 
-def orthonormal_basis(size: int, dtype: torch.dtype, generator: Generator) -> Inputs:
+def orthonormal_basis(size: int, dtype: torch.dtype, generator: Generator, owners: tuple[int, ...] = ()) -> Inputs:
     """Four orthonormal vectors, two on each half of the coordinates."""
     half = size // 2
-    blocks = [torch.linalg.qr(torch.randn(half, 2, generator=generator, dtype=torch.float64)).Q.T for _ in range(2)]
+    shape = (*owners, half, 2)
+    blocks = [torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q.mT for _ in range(2)]
     starts = torch.tensor([0, 0, half, half])
     rows = torch.stack([starts, torch.full((4,), half), torch.arange(4) * half], dim=1)
-    return {"values": torch.cat(blocks).flatten().to(reference.compute_type(dtype)), "rows": rows}
+    return {"values": torch.cat(blocks, -2).flatten(-2).to(reference.compute_type(dtype)), "rows": rows}
+
+
+def on_basis(x: Tensor, dense: Tensor) -> Tensor:
+    """(N, K): each row of x times each vector of the basis, (K, P) for all or (N, K, P)."""
+    return (dense @ x[..., None])[..., 0]
 
 
 UNIT = 2.0**-53
@@ -72,6 +80,7 @@ def gradients(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Input
 def _perturb(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
     theta, directions = numbers((p,), dtype, generator), numbers((n, p), dtype, generator)
     yield {"theta": theta, "directions": directions, "eta": step_sizes(n, generator)}
+    yield {"theta": numbers((n, p), dtype, generator), "directions": directions, "eta": step_sizes(n, generator)}
 
 
 def _commutator(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
@@ -85,15 +94,18 @@ def _commutator(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Ite
         "keep_delta": True,
     }
     yield {**inputs, "form": "bracket", "segments": spans(0, p, generator)}
+    yield {**inputs, **basis(3, p, dtype, generator, (n,)), "theta": numbers((n, p), dtype, generator)}
 
 
 def _subspace_split(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
     yield {"v": numbers((n, p), dtype, generator), **basis(5, p, dtype, generator)}
+    yield {"v": numbers((n, p), dtype, generator), **basis(3, p, dtype, generator, (n,))}
 
 
 def _subspace_filter_(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
-    space = orthonormal_basis(p, dtype, generator) if p >= 4 else basis(2, p, dtype, generator)
-    yield {"g": numbers((n, p), dtype, generator), **space, "strength": 0.75}
+    for owners in ((), (n,)):
+        space = orthonormal_basis(p, dtype, generator, owners) if p >= 4 else basis(2, p, dtype, generator, owners)
+        yield {"g": numbers((n, p), dtype, generator), **space, "strength": 0.75}
 
 
 def _gram(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
@@ -169,6 +181,14 @@ def sample_inputs(op: str, generator: Generator, shapes: Iterable[tuple[int, int
     for dtype in DTYPES:
         for n, p in shapes:
             yield from _SAMPLES[op](n, p, dtype, generator)
+
+
+def of_one(inputs: Inputs, i: int) -> Inputs:
+    """Those of vector i alone, to whom all is shared."""
+    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
+    alone = {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()}
+    own = {name: inputs[name][i] for name in ("theta", "values") if name in inputs and inputs[name].dim() == 2}
+    return alone | own
 
 
 def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

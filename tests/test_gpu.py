@@ -132,11 +132,10 @@ def test_bits_do_not_depend_on_alignment(op: str, generator: Generator) -> None:
 
 @pytest.mark.parametrize("op", ["perturb", "commutator", "subspace_split", "subspace_filter_"])
 def test_bits_do_not_depend_on_the_batch(op: str, generator: Generator) -> None:
-    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
     for inputs in map(there, samples(op, generator)):
         together = cases.run(op, inputs)
         for i in range(len(together[0])):
-            alone = cases.run(op, {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()})
+            alone = cases.run(op, cases.of_one(inputs, i))
             assert_equal(alone, tuple(x[i : i + 1] for x in together))
 
 
@@ -340,7 +339,8 @@ def test_more_than_2_to_the_31_numbers(much_memory: None, odd: int, generator: G
     combined = ops.rotate(x, torch.eye(MANY, dtype=torch.float64, device=gpu.DEVICE)[None, last:].contiguous())
     assert torch.equal(combined[0], u.float())
 
-    assert_equal((ops.perturb(u, y, eta)[last],), (ops.perturb(u, v[None], eta[:1])[0],))
+    for theta in (u, x):  # of all, and of each its own
+        assert_equal((ops.perturb(theta, y, eta)[last],), (ops.perturb(u, v[None], eta[:1])[0],))
     alone = ops.subspace_filter_(y[last:].clone(), values, rows, 0.75)
     assert_equal((ops.subspace_filter_(y, values, rows, 0.75)[last:],), (alone,))
 

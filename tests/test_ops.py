@@ -98,12 +98,10 @@ def test_bits_do_not_depend_on_the_instruction_set() -> None:
 
 @pytest.mark.parametrize("op", ["perturb", "commutator", "subspace_split", "subspace_filter_"])
 def test_bits_do_not_depend_on_the_batch(op: str, generator: torch.Generator) -> None:
-    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
     for inputs in cases.sample_inputs(op, generator):
         together = cases.run(op, inputs)
         for i in range(len(together[0])):
-            alone = cases.run(op, {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()})
-            for a, b in zip(together, alone, strict=True):
+            for a, b in zip(together, cases.run(op, cases.of_one(inputs, i)), strict=True):
                 assert_same_bits(a[i : i + 1], b)
 
 
@@ -174,9 +172,21 @@ BAD_VECTORS = [
 ]
 BAD_SHAPES = [
     ("perturb", "directions", shortened, ValueError, "directions must have shape"),
-    ("perturb", "theta", torch.atleast_2d, ValueError, "theta must have shape"),
+    ("perturb", "theta", torch.atleast_2d, ValueError, r"theta must have shape \(4099\) or \(2, 4099\), got \(1, "),
+    ("perturb", "theta", torch.sum, ValueError, r"theta must have shape \(P\) or \(N, P\), got \(\)"),
+    ("perturb", "theta", lambda x: torch.stack([x, x], dim=1).T, ValueError, "theta must be contiguous"),
     ("commutator", "a2", shortened, ValueError, "a2 must have shape"),
     ("commutator", "theta", shortened, ValueError, "theta must have shape"),
+    ("commutator", "theta", lambda x: x.repeat(3, 1), ValueError, r"theta must have shape \(4099\) or \(2, 4099\)"),
+    *(
+        (op, "values", replace, ValueError, message)
+        for op in ("commutator", "subspace_split", "subspace_filter_")
+        for replace, message in (
+            (lambda x: x.repeat(3, 1), r"values must have shape \(nnz\) or \(2, nnz\), got \(3, "),
+            (lambda x: torch.stack([x, x], dim=1).T, "values must be contiguous"),
+            (lambda x: x.repeat(2, 1)[:, :5].contiguous(), r"rows\[\d\] reads values.* but there are 5 values"),
+        )
+    ),
     ("subspace_split", "v", torch.flatten, ValueError, "v must have shape"),
     ("gram", "y", shortened, ValueError, "y must have shape"),
     ("gram", "origin", shortened, ValueError, "origin must have shape"),

@@ -64,19 +64,25 @@ def spans(draw: st.DrawFn, size: int, disjoint: bool = False) -> Tensor:
 
 
 @st.composite
-def basis(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Inputs:
+def owned(draw: st.DrawFn, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Numbers that n vectors share, or that each has of its own."""
+    return draw(numbers((*draw(st.sampled_from([(), (n,)])), *shape), dtype))
+
+
+@st.composite
+def basis(draw: st.DrawFn, n: int, size: int, dtype: torch.dtype) -> Inputs:
     """Rows that may share their values."""
     blocks = draw(spans(size))
     longest = int(blocks[:, 1].max()) if len(blocks) else 0
-    values = draw(numbers((longest + draw(st.integers(0, 9)),), reference.compute_type(dtype)))
-    offsets = [draw(st.integers(0, len(values) - length)) for length in blocks[:, 1].tolist()]
+    values = draw(owned(n, (longest + draw(st.integers(0, 9)),), reference.compute_type(dtype)))
+    offsets = [draw(st.integers(0, values.shape[-1] - length)) for length in blocks[:, 1].tolist()]
     return {"values": values, "rows": torch.cat([blocks, torch.tensor(offsets, dtype=torch.int64)[:, None]], dim=1)}
 
 
 @st.composite
 def perturb(draw: st.DrawFn) -> Inputs:
     dtype, n, p = draw(st.sampled_from(DTYPES)), draw(COUNTS), draw(SIZES)
-    theta, directions = draw(numbers((p,), dtype)), draw(numbers((n, p), dtype))
+    theta, directions = draw(owned(n, (p,), dtype)), draw(numbers((n, p), dtype))
     return {"theta": theta, "directions": directions, "eta": draw(numbers((n,), FLOAT64, special=False))}
 
 
@@ -89,9 +95,9 @@ def commutator(draw: st.DrawFn) -> Inputs:
     inputs["form"] = draw(st.sampled_from(["difference", "bracket"]))
     inputs["keep_delta"] = draw(st.booleans())
     if inputs["form"] == "difference" and draw(st.booleans()):
-        inputs["theta"] = draw(numbers((p,), dtype))
+        inputs["theta"] = draw(owned(n, (p,), dtype))
     if draw(st.booleans()):
-        inputs |= draw(basis(p, dtype))
+        inputs |= draw(basis(n, p, dtype))
     if draw(st.booleans()):
         inputs["segments"] = draw(spans(p))
     return inputs
@@ -99,8 +105,8 @@ def commutator(draw: st.DrawFn) -> Inputs:
 
 @st.composite
 def subspace_split(draw: st.DrawFn) -> Inputs:
-    dtype, p = draw(st.sampled_from(DTYPES)), draw(SIZES)
-    return {"v": draw(numbers((draw(COUNTS), p), dtype)), **draw(basis(p, dtype))}
+    dtype, n, p = draw(st.sampled_from(DTYPES)), draw(COUNTS), draw(SIZES)
+    return {"v": draw(numbers((n, p), dtype)), **draw(basis(n, p, dtype))}
 
 
 @st.composite
@@ -188,7 +194,7 @@ def assert_sums(got: Tensor, u: Tensor, v: Tensor) -> None:
 def assert_coefficients(got: Tensor, v: Tensor, values: Tensor, rows: Tensor) -> None:
     assert got.shape == (len(v), len(rows))
     for j, (start, length, offset) in enumerate(rows.tolist()):
-        assert_sums(got[:, j], v[:, start : start + length], values[offset : offset + length].double())
+        assert_sums(got[:, j], v[:, start : start + length], values[..., offset : offset + length].double())
 
 
 def assert_same(got: Tensor, wanted: Tensor) -> None:
@@ -245,7 +251,7 @@ def test_subspace_filter(inputs: Inputs) -> None:
     wanted = (1 - s) * x
     terms = wanted.abs()
     for start, length, offset in rows.tolist():
-        here, b = slice(start, start + length), values[offset : offset + length]
+        here, b = slice(start, start + length), values[..., offset : offset + length]
         wanted[:, here] += s * (x[:, here] * b).sum(-1, keepdim=True) * b
         terms[:, here] += abs(s) * (x[:, here] * b).abs().sum(-1, keepdim=True) * b.abs()
     rounding = torch.finfo(g.dtype)
@@ -346,7 +352,7 @@ def spread(x: Tensor) -> Tensor:
 WRONG_ARRAYS: list[Callable[[Tensor], Any]] = [
     *(lambda x, t=dtype: x.to(t) for dtype in (torch.float16, torch.int32, torch.complex64, torch.bool)),
     lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint8),
-    lambda x: x[None],
+    lambda x: x.expand(9, *x.shape).contiguous(),  # more of them than there are vectors
     lambda x: x.sum(),
     Tensor.to_sparse,
     Tensor.tolist,

@@ -7,6 +7,7 @@
   what an op writes into, ``out`` or in place, is returned as the object that was given.
 * Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no
   input. Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
+* ``theta`` and the ``values`` of a basis are one-dimensional for all N vectors, or have a row for each.
 * Tables of indices (``segments``, ``rows``) are on the CPU wherever the vectors are: so they are checked before the
   launch, and a GPU is never waited for.
 * Results are bitwise the same for any number of threads, any instruction set and any batching of the N vectors; on
