@@ -29,6 +29,7 @@ NO_PEERS = dict.fromkeys(PEERS, "not asked for")
 
 KERNELS = [
     kernels.perturb(5000),
+    kernels.perturb(700, runs=3),
     kernels.defect(5000),
     kernels.rounding_terms(5000),
     kernels.defect_on_basis(40_000),

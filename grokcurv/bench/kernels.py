@@ -29,19 +29,20 @@ CHUNK = 1 << 20
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def perturb(size: int) -> Case:
-    """``theta - eta d``."""
+def perturb(size: int, runs: int = 1) -> Case:
+    """``theta - eta d``; of several runs, each has its own of both."""
 
     def build(generator: Generator) -> Comparison:
-        theta, direction = normal(generator, size), normal(generator, 1, size)
-        eta, out = step(generator), torch.empty_like(direction)
-        truth = theta.double() - ETA * direction[0].double()
-        ours = Implementation(OURS, lambda: ops.perturb(theta, direction, eta, out=out))
-        plain = Implementation(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out))
+        theta, directions = normal(generator, runs, size), normal(generator, runs, size)
+        eta, out = step(generator).repeat(runs), torch.empty_like(directions)
+        truth = theta.double() - ETA * directions.double()
+        ours = Implementation(OURS, lambda: ops.perturb(theta, directions, eta, out=out))
+        plain = Implementation(PLAIN, lambda: torch.sub(theta, ETA * directions, out=out))
         errors = {"vector, relative error": lambda got: relative(got, truth)}
         return Comparison((ours, plain), errors, tolerance=1e-6, moved=3 * theta.nbytes)
 
-    return Case("perturb", f"perturbed parameters, P = {size:,}", 36 * size, build)
+    of = f" of {runs} runs" if runs > 1 else ""
+    return Case("perturb", f"perturbed parameters{of}, P = {size:,}", 36 * runs * size, build)
 
 
 def defect(size: int) -> Case:

@@ -118,6 +118,7 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
     rehearsed = shrink > 1
     return (
         *(case(size) for size in (large, demo) for case in by_size),
+        kernels.perturb(demo, runs=64),
         kernels.gram_matrix(32, wide),
         kernels.gram_row(64, wide),
         kernels.gram_matrix(48, demo),
@@ -139,6 +140,7 @@ def everything(shrink: int = 1) -> tuple[Case, ...]:
     return (
         *of_table(30_000_000, 400, shrink),
         measurements.program(4, measured=True),
+        kernels.perturb(demo, runs=64),
         *(kernels.gram_matrix(n, size) for n, size in ((300, matrix), (48, demo))),
         *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
         kernels.rotate(48, 16, demo),
