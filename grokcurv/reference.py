@@ -13,6 +13,7 @@ Two shapes describe parts of the P coordinates:
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Literal, NamedTuple
 
 import torch
@@ -237,8 +238,8 @@ def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
     is negative, so it is at most the sum over all c and d of ``(x_c^2 y_d^2 + x_c y_c x_d y_d) / size``.
     """
     c = torch.arange(x.shape[1]) + start
-    words = _draw(c // 128, 0, seed)[torch.arange(len(c)), c % 128 // 32]
-    shifts = _draw(c // size // 4, 1, seed)[torch.arange(len(c)), c // size % 4]
+    words = _words(c // 128, 0, seed)[torch.arange(len(c)), c % 128 // 32]
+    shifts = _words(c // size // 4, 1, seed)[torch.arange(len(c)), c // size % 4]
     signs = 1.0 - 2.0 * (words >> c % 32 & 1)
     out = x.new_zeros((len(x), size), dtype=torch.float64)
     for z, row in zip(out, x.double(), strict=True):
@@ -246,12 +247,45 @@ def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
     return out
 
 
-def _draw(indices: Tensor, purpose: int, seed: int) -> Tensor:
+def _words(indices: Tensor, purpose: int, seed: int) -> Tensor:
     """The four words (len, 4) of each counter."""
     key = (seed % 2**32, seed >> 32)
     different, which = indices.unique(return_inverse=True)
     words = [philox((i % 2**32, i >> 32, 0, purpose), key) for i in different.tolist()]
     return torch.tensor(words, dtype=torch.int64).reshape(-1, 4)[which]
+
+
+def draw(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int) -> Tensor:
+    """Random integers without a state: (R, rows) int64, entry (r, i) uniform on [0, n_r), or 64 bits where n_r is 0.
+
+    seeds (R,) int64 of any bits, purpose in [0, 2**32), steps (R,) int64 in [0, 2**32), n (R,) int64 in [0, 2**32]. An
+    entry is a function of r's own numbers, the purpose and i alone. Its attempts 0, 1, ... are ``w``, word ``i % 4`` of
+    ``philox((i // 4, attempt, step, purpose), (seed low, seed high))``. The first with ``w n mod 2**32 >= 2**32 mod n``
+    counts, and is worth ``w n // 2**32`` (Lemire, Fast random integer generation in an interval, ACM TOMACS 29, 2019).
+
+    So every number is equally likely: the w that are worth v have products ``w n`` in ``[v 2**32, (v + 1) 2**32)``, in
+    steps of n. What is left of that range without its first ``2**32 mod n`` numbers is as long as ``2**32 // n`` such
+    steps, so it has that many products wherever they begin.
+
+    n = 0 stands for 2**64, as an int64 of the same bits: words ``2 (i % 2)``, low, and ``2 (i % 2) + 1``, high, of
+    counter ``(i // 2, 0, step, purpose)``.
+    """
+    runs = zip(seeds.tolist(), steps.tolist(), n.tolist(), strict=True)
+    entries = [[_entry(i, seed % 2**64, purpose, step, below) for i in range(rows)] for seed, step, below in runs]
+    return torch.tensor(entries, dtype=torch.int64, device=seeds.device).reshape(len(seeds), rows)
+
+
+def _entry(i: int, seed: int, purpose: int, step: int, n: int) -> int:
+    key = (seed % 2**32, seed >> 32)
+    if n == 0:
+        words = philox((i // 2, 0, step, purpose), key)
+        value = words[2 * (i % 2)] + (words[2 * (i % 2) + 1] << 32)
+        return value if value < 2**63 else value - 2**64
+    for attempt in count():
+        product = philox((i // 4, attempt, step, purpose), key)[i % 4] * n
+        if product % 2**32 >= 2**32 % n:
+            break
+    return product >> 32
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

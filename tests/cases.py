@@ -148,6 +148,19 @@ def _sketch(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterato
     yield {"x": x, "size": 256, "seed": int(torch.randint(2**31, (), generator=generator))}
 
 
+def _draw(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    """R = N runs, rows = P: numbers for which hardly a word is refused, half of them, or none; and 64 bits."""
+    if dtype == torch.float64:
+        for below in ([4704, 2**31 + 1, 2**32], [0, 97, 2**32 - 5]):
+            yield {
+                "seeds": torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator),
+                "purpose": int(torch.randint(2**32, (), generator=generator)),
+                "steps": torch.randint(2**32, (n,), generator=generator),
+                "n": torch.tensor(below)[torch.arange(n) % 3],
+                "rows": p,
+            }
+
+
 _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs]]] = {
     "perturb": _perturb,
     "commutator": _commutator,
@@ -158,6 +171,7 @@ _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs
     "rotate": _rotate,
     "rotate_": _rotate_,
     "sketch": _sketch,
+    "draw": _draw,
 }
 OPS = tuple(_SAMPLES)
 WRITES = {"subspace_filter_": ("g",), "rotate_": ("rows", "mean")}

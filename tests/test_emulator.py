@@ -17,6 +17,7 @@ from typing import Any
 import cases
 import pytest
 import test_commutator_op
+import test_draw
 import test_eigh
 import test_gram
 import test_ops
@@ -49,7 +50,15 @@ REPEATED: dict[ModuleType, set[str]] = {
         "test_what_is_not_finite_yields_nan_and_harms_no_other",
         "test_scale_does_not_matter",
     },
-    test_sketch: {"test_definition", "test_whole_numbers_are_exact", "test_moments", "test_generator"},
+    test_sketch: {"test_definition", "test_whole_numbers_are_exact", "test_moments"},
+    test_draw: {
+        "test_generator",
+        "test_uniform",
+        "test_refusing_is_what_makes_numbers_uniform",
+        "test_bits_are_uniform",
+        "test_independent",
+        "test_entries_are_independent",
+    },
 }
 """Whose tests run here once more, but for those that take long; they have shorter ones below."""
 
@@ -91,7 +100,7 @@ def bits(outputs: tuple[Tensor, ...]) -> list[bytes]:
 # ----------------------------------------------------------------------------------------------- beside the CPU kernels
 
 
-@pytest.mark.parametrize("op", ["perturb", "sketch"])
+@pytest.mark.parametrize("op", ["perturb", "sketch", "draw"])
 def test_bits_of_the_cpu(op: str, generator: Generator) -> None:
     for inputs in cases.sample_inputs(op, generator):
         assert bits(cases.run(op, inputs)) == bits(on_cpu(op, inputs))

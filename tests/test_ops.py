@@ -233,6 +233,25 @@ BAD_OPTIONS = [
     ("sketch", "seed", -1, ValueError, "seed must lie in"),
     ("sketch", "start", -1, ValueError, "start must lie in"),
     ("sketch", "start", 2**62, ValueError, "start must lie in"),
+    *(
+        ("draw", name, replacement, error, message)
+        for name in ("seeds", "steps", "n")
+        for replacement, error, message in (
+            (torch.Tensor.int, TypeError, f"^{name} must be int64, got int32"),
+            (torch.Tensor.double, TypeError, f"^{name} must be int64, got float64"),
+            (torch.atleast_2d, ValueError, f"^{name} must have shape"),
+            (lambda x: x.repeat(2)[::2], ValueError, f"^{name} must be contiguous"),
+        )
+    ),
+    *(("draw", name, shortened, ValueError, rf"^{name} must have shape \(2\)") for name in ("steps", "n")),
+    *(("draw", name, lambda x: x.to("meta"), ValueError, f"^{name} must be on cpu") for name in ("steps", "n")),
+    ("draw", "steps", torch.tensor([0, -1]), ValueError, r"^steps\[1\] must lie in 0\.\.4294967295, got -1"),
+    ("draw", "steps", torch.tensor([2**32, 0]), ValueError, r"^steps\[0\] must lie in 0\.\.4294967295, got 4294967296"),
+    ("draw", "n", torch.tensor([-1, 0]), ValueError, r"^n\[0\] must lie in 0\.\.4294967296, got -1"),
+    ("draw", "n", torch.tensor([5, 2**32 + 1]), ValueError, r"^n\[1\] must lie in .*, got 4294967297"),
+    *(("draw", "purpose", purpose, ValueError, r"^purpose must lie in 0\.\.2\*\*32 - 1") for purpose in (-1, 2**32)),
+    ("draw", "purpose", 2.5, TypeError, "^purpose must be an integer"),
+    *(("draw", "rows", rows, ValueError, r"^rows must lie in 0\.\.2\*\*33") for rows in (-1, 2**33 + 1)),
     ("rotate_", "mean", None, ValueError, "mean and weights belong together"),
     ("rotate_", "coefficients", lambda x: x.repeat(1, 2, 1), ValueError, "28 rows, which do not fit over 18"),
 ]

@@ -158,10 +158,21 @@ def sketch(draw: st.DrawFn) -> Inputs:
     return {"x": x, "size": size, "seed": seed, "start": draw(st.integers(0, 300) | st.integers(0, 2**62 - 1))}
 
 
+@st.composite
+def drawn(draw: st.DrawFn) -> Inputs:
+    count = draw(COUNTS)
+    below = st.sampled_from([0, 1, 97, 2**31 + 1, 2**32]) | st.integers(0, 2**32)
+    values = {"seeds": st.integers(-(2**63), 2**63 - 1), "steps": st.integers(0, 2**32 - 1), "n": below}
+    lists = {name: draw(st.lists(each, min_size=count, max_size=count)) for name, each in values.items()}
+    tensors = {name: torch.tensor(each, dtype=torch.int64) for name, each in lists.items()}
+    return {**tensors, "purpose": draw(st.integers(0, 2**32 - 1)), "rows": draw(st.integers(0, 70))}
+
+
 VALID: dict[str, Callable[[], st.SearchStrategy[Inputs]]] = {
     **{"perturb": perturb, "commutator": commutator, "subspace_split": subspace_split},
     **{"subspace_filter_": subspace_filter_, "gram": gram, "eigh": eigh, "rotate": rotate, "rotate_": rotate_},
     "sketch": sketch,
+    "draw": drawn,
 }
 
 
@@ -310,6 +321,12 @@ def test_sketch(inputs: Inputs) -> None:
 
 
 @many
+@given(drawn())
+def test_draw(inputs: Inputs) -> None:
+    assert_same(ops.draw(**inputs), reference.draw(**inputs))
+
+
+@many
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
 def test_an_output_lies_apart_or_is_refused(n: int, p: int, one: int, other: int) -> None:
     memory = torch.randn(100)
@@ -333,6 +350,8 @@ WRONG_SCALARS: dict[str, list[Any]] = {
     "size": [*NO_INTEGER, 0, -64, 96, 2**21],
     "seed": [*NO_INTEGER, -1, 2**63],
     "start": [*NO_INTEGER, -1, 2**62],
+    "purpose": [*NO_INTEGER, -1, 2**32],
+    "rows": [*NO_INTEGER, -1, 2**33 + 1],
     "strength": ["2", None, 1j, torch.nan, -torch.inf, 10**400, [1], torch.ones(2)],
     "form": ["brackets", None, 3],
 }
@@ -367,13 +386,14 @@ def wrong(draw: st.DrawFn, op: str) -> tuple[Inputs, str]:
     x = inputs[name]
     if not isinstance(x, Tensor):
         return {**inputs, name: draw(st.sampled_from(WRONG_SCALARS[name]))}, name
-    table = x.dtype == torch.int64
-    if table and len(x) and draw(st.booleans()):
-        j, column = draw(st.integers(0, len(x) - 1)), draw(st.integers(0, x.shape[1] - 1))
+    integers = x.dtype == torch.int64
+    if integers and name != "seeds" and len(x) and draw(st.booleans()):
         changed = x.clone()
-        changed[j, column] = draw(st.sampled_from([-1, 10_000, 2**63 - 1, -(2**63)]))
+        changed.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(
+            st.sampled_from([-1, 10_000 if x.dim() == 2 else 2**32 + 1, 2**63 - 1, -(2**63)])
+        )
         return {**inputs, name: changed}, name
-    if not table and draw(st.integers(0, 9)) == 0:
+    if not integers and draw(st.integers(0, 9)) == 0:
         return {**inputs, name: x.clone().requires_grad_()}, name
     changed = draw(st.sampled_from(WRONG_ARRAYS))(x)
     if changed is None and name in optional:

@@ -111,6 +111,11 @@ void define_kernels(py::module_& m) {
       +[](int type, Index vectors, Index size, Index outputs, std::uint64_t seed, Index start, Address x, Address out) {
         return Sketch{Type{type}, vectors, size, outputs, seed, start, x, out};
       });
+  define(
+      m, "draw", core::draw_workspace, core::draw,
+      +[](Index runs, Index rows, std::uint32_t purpose, Address seeds, Address steps, Address n, Address out) {
+        return Draw{runs, rows, purpose, seeds, steps, n, out};
+      });
 }
 
 }  // namespace
