@@ -40,6 +40,7 @@ KERNELS = [
     kernels.eigh_prefixes(12),
     kernels.rotate(9, 4, 3000),
     kernels.sketch(2, 64, 5000),
+    kernels.draw(3, 5000),
     pca.whole(20, 3000),
     pca.history(20, 3000),
     pca.incremental(40, 3000, 3),

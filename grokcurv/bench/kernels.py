@@ -314,6 +314,35 @@ def sketch(n: int, size: int, length: int) -> Case:
     return Case("sketch", f"sketch of {n} x {length:,} into {size:,}", (20 + 12 * n) * length, build)
 
 
+def draw(runs: int, rows: int, n: int = 4704) -> Case:
+    """A batch of every run, beside one generator for all of them, which has a state."""
+
+    def build(generator: Generator) -> Comparison:
+        seeds = torch.arange(runs, device=generator.device)
+        steps, below = torch.zeros_like(seeds), torch.full_like(seeds, n)
+
+        def plain() -> Tensor:
+            return torch.randint(n, (runs, rows), generator=generator, device=generator.device)
+
+        def error(got: Tensor) -> float:
+            """Chi-squared has mean n - 1 and variance 2 (n - 1) where all n are equally likely."""
+            expected = got.numel() / n
+            uneven = (got.flatten().bincount(minlength=n) - expected).square().sum() / expected
+            return abs(float(uneven) - (n - 1)) / math.sqrt(2 * (n - 1))
+
+        return Comparison(
+            (
+                Implementation(OURS, lambda: ops.draw(seeds, 3, steps, below, rows)),
+                Implementation("torch.randint", plain, note="one generator, which has a state"),
+            ),
+            {"chi-squared of how often each came, off its mean in standard deviations": error},
+            tolerance=6.0,
+            moved=8 * runs * rows,
+        )
+
+    return Case("draw", f"{runs} x {rows:,} integers below {n:,}", 32 * runs * rows, build)
+
+
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 

@@ -93,6 +93,7 @@ def of_table(large: int, streamed: int, shrink: int = 1) -> tuple[Case, ...]:
         kernels.eigh_prefixes(300),
         kernels.rotate(24, 12, demo),
         kernels.sketch(1, 1 << 16, large),
+        kernels.draw(64, large // 64),
     )
 
 
@@ -128,6 +129,8 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
         kernels.eigh(128, 128, batch=1 if rehearsed else 64),
         kernels.eigh(150 if rehearsed else 450, 8, batch=1),
         kernels.sketch(1, 1 << 16, large),
+        kernels.draw(64, large // 64),
+        kernels.draw(256, 512),
         measurements.whole(1 if rehearsed else 9),
         *(measurements.program(n, m) for n in ((2,) if rehearsed else (1, 16, 64, 256)) for m in (False, True)),
     )
@@ -142,5 +145,6 @@ def everything(shrink: int = 1) -> tuple[Case, ...]:
         *(kernels.gram_matrix(n, size) for n, size in ((300, matrix), (48, demo))),
         *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
         kernels.rotate(48, 16, demo),
+        kernels.draw(256, 512),
         *(kernels.sketch(n, size, 30_000_000 // n // shrink) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
     )
