@@ -14,7 +14,7 @@ HOUSE = Path(grokcurv.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("reference", "flat", "partition", "device_buffer", "storage", "progress", "random_subspace", "losses"),
     ("ops",),
-    ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace"),
+    ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace", "optim"),
     ("commutator", "samplers", "lookahead"),
     ("loggers", "monitor", "interventions", "runs"),
     ("modular", "integrations"),
