@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -25,11 +26,15 @@ from torch import Tensor
 
 from grokcurv import ops
 from grokcurv.admission import Traits
-from grokcurv.device_buffer import capturing, is_asynchronous
-from grokcurv.evaluation import Check, LossFn
+from grokcurv.checks import GIVEN, Checks
+from grokcurv.device_buffer import is_asynchronous
+from grokcurv.evaluation import LOCK, Check, LossFn
 from grokcurv.flat import Segment
-from grokcurv.gradients import Asking, Distributed, GradientEngine, Model, Strategy, Wanted, carry_out
-from grokcurv.reference import compute_type
+from grokcurv.gradients import Distributed, GradientEngine, Model, Strategy
+from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums
+from grokcurv.pairs import Pair as Pair
+from grokcurv.pairs import Sampler as Sampler
+from grokcurv.reference import Form, compute_type
 from grokcurv.state import Snapshot
 from grokcurv.subspace import Subspace
 
@@ -42,9 +47,6 @@ RENAMED: dict[str, Method] = {"reference": "published"}
 Design = Literal["independent", "chain"]
 DESIGNS: tuple[Design, ...] = ("independent", "chain")
 
-Pair = tuple[Any, Any]
-Sampler = Callable[[], Pair]
-
 REFERENCE_GUARD = 1e-12
 """Added to the denominator by the published float32 formula, and by nothing else here."""
 
@@ -54,46 +56,17 @@ AUTO_STEP = 3e-6
 RELIABLE_RATIO = 10.0
 """A defect is called reliable when it is at least this many times its noise floor."""
 
-GIVEN = "given"
-"""Where :attr:`CommutatorProbe.errors` has (3,) the distance of a given first gradient from that in float64, the
-greatest such distance of the probe's own evaluations beside it, and the gradient's length."""
-
 FLOOR_MARGIN = 3.0
 """How many times its estimated size the error vector is allowed; ``docs/numerics.md`` says why three."""
-
-STALE_MARGIN = 4.0
-"""How many times larger an error may be than those of the latest check, in a pair that is not checked itself."""
-
-SATURATED = 0.02
-"""Relative error of an evaluation from which on float64's own rounding is looked at: digits may be lost there too."""
-
-FAINT = 1e-9
-"""Length of a gradient below which the same is done: where everything is saturated, both precisions may agree on it."""
 
 LAST_BITS = 1e4
 """Roundoffs by which two gradients of one float64 model may differ, relative to their length."""
 
-MOVED = 0.5
-"""A check is too old when the parameters have moved by this share of their length since."""
-
-CHANGED = 10.0
-"""Or when the length of a gradient has changed by this factor."""
-
-GROWN = 3.0
-"""Or when what is in the batches has grown by this one, below :data:`STALE_MARGIN`: a sum errs as what is summed."""
-
-FEW = 16
-"""Tensors of fewer integers name things more often than they measure them, and are not looked at for that."""
-
 PADDING = 16
 """Rows of scratch memory begin at multiples of so many numbers, for the kernels' sake."""
 
-ALARM = 8.0
-"""A gradient that is given is looked at when the change from it exceeds, or is below, that of the other batch's by this
-factor. Honest training was seen to span 0.4 to 2.2."""
-
-SAMPLED = 1 << 12
-"""From about so many coordinates it is seen how far the parameters have moved."""
+TOGETHER = 1 << 25
+"""Bytes of a run's vectors up to which its pairs are evaluated together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +130,15 @@ class CommutatorStats:
     def __len__(self) -> int:
         return len(self.defect)
 
+    def __getitem__(self, rows: slice) -> CommutatorStats:
+        """Some of the pairs."""
+        return self.each(lambda x: x[rows])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> CommutatorStats:
+        """With each of its tensors changed."""
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
+
 
 def current_method(method: str) -> Method:
     """A method by its name, or, with a warning, by the one that it had in an older version.
@@ -179,9 +161,10 @@ class CommutatorProbe:
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
     Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
     and one parameter's gradient on its way to them (a kept ``delta`` aside; eight and a half when a bracket is admitted
-    or checked). ``errors`` holds what the latest check has found, by the form it was made for: (2, 2), the
-    greatest absolute and relative error of the two gradients at theta, and of the two other vectors; and
-    ``errors["given"]`` how far a gradient that was given was from that in float64.
+    or checked); short vectors, of several pairs, are evaluated together, in at most 32 MB for each run. ``errors``
+    holds what the latest check of each run has found, by the form it was made for: (R, 2, 2), the greatest absolute and
+    relative error of the two gradients at theta, and of the two other vectors; and ``errors["given"]`` how far a
+    gradient that was given was from that in float64.
 
     A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.is_nonsmooth`) is evaluated in
     float64 throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a
@@ -228,10 +211,8 @@ class CommutatorProbe:
             self.gradients = GradientEngine(model, loss_fn, strategy=strategy)
         self.eta = eta
         self.method = current_method(method)
-        self.noise_floor = noise_floor and self.gradients.checked
-        self.errors: dict[str, Tensor] = {}
-        # Where they were found: gradients' lengths and some coordinates of theta; magnitudes of what is in the batches.
-        self.origins: dict[str, tuple[Tensor, list[float]]] = {}
+        self.checks = Checks(self.gradients, noise_floor and self.gradients.checked)
+        self._refresh: Callable[[], object] | None = None
         self.basis = basis
         self.segments = segments or ()
 
@@ -248,38 +229,74 @@ class CommutatorProbe:
                 raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {size}")
         self._segments = tuple(map(self.gradients.partition.local_part, segments))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the latest checks have found, and where."""
-        return {"errors": dict(self.errors), "origins": dict(self.origins)}
+    @property
+    def noise_floor(self) -> bool:
+        """Whether rows have one."""
+        return self.checks.noise_floor
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.errors = {form: found.to(self.gradients.device) for form, found in state["errors"].items()}
-        self.origins = dict(state["origins"])
+    @noise_floor.setter
+    def noise_floor(self, noise_floor: bool) -> None:
+        self.checks.noise_floor = noise_floor
+
+    @property
+    def errors(self) -> dict[str, Tensor]:
+        """What the latest checks have found: :class:`grokcurv.checks.Checks`."""
+        return self.checks.errors
 
     @property
     def basis(self) -> Subspace | None:
-        """The subspace on which every ``delta`` is projected; may be replaced between measurements."""
-        return self._basis
+        """The subspace on which every ``delta`` is projected; may be replaced between measurements.
+
+        Of several runs, that of the first.
+        """
+        return self.bases[0] if self.bases else None
 
     @basis.setter
     def basis(self, basis: Subspace | None) -> None:
-        if basis is not None:
-            if basis.size != self.gradients.size:
-                raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
-            basis = basis.to(self.gradients.device, compute_type(self.gradients.dtype))
-        self._basis = basis
+        self._bases = () if basis is None else (self._fitting(basis),) * self.gradients.runs
+        self._stack()
 
-    def update_basis(self, basis: Subspace) -> None:
-        """Go on with a later basis of the same shape; on an accelerator in the memory of the one before.
+    @property
+    def bases(self) -> tuple[Subspace, ...]:
+        """For each run its subspace; none if there is none."""
+        if self._refresh is not None:
+            self._refresh()
+        return self._bases
 
-        A captured measurement looks for it there. A basis that was given is not to be overwritten: use this where the
-        one before is nobody else's.
+    def follow(self, refresh: Callable[[], object]) -> None:
+        """Have ``refresh`` called before bases are looked at: it may :meth:`update_bases`."""
+        self._refresh = refresh
+
+    def update_bases(self, bases: Sequence[Subspace]) -> None:
+        """Go on with later bases, one for each run, of one shape; on an accelerator in the memory of those before.
+
+        A captured measurement looks for them there. Bases that were given are not to be overwritten: use this where the
+        ones before are nobody else's.
         """
-        if is_asynchronous(self.gradients.device) and self._basis is not None:
-            self._basis.values.copy_(basis.values)
+        if is_asynchronous(self.gradients.device) and self._bases:
+            for mine, basis in zip(self._bases, bases, strict=True):
+                mine.values.copy_(basis.values)
+            if len(bases) > 1:
+                assert self._values is not None
+                self._values.copy_(torch.stack([basis.values for basis in self._bases]))
         else:
-            self.basis = basis
+            self._bases = tuple(map(self._fitting, bases))
+            self._stack()
+
+    def _fitting(self, basis: Subspace) -> Subspace:
+        if basis.size != self.gradients.size:
+            raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
+        return basis.to(self.gradients.device, compute_type(self.gradients.dtype))
+
+    def _stack(self) -> None:
+        values = [basis.values for basis in self._bases]
+        self._values = torch.stack(values) if len(values) > 1 else values[0] if values else None
+
+    def keep(self, runs: list[int]) -> None:
+        """Go on with these runs alone, renumbered in this order, as the engine does."""
+        self._bases = tuple(self._bases[run] for run in runs) if self._bases else ()
+        self._stack()
+        self.checks.keep(runs)
 
     def measure(
         self,
@@ -316,378 +333,378 @@ class CommutatorProbe:
         Raises:
             ValueError: no pair, a chain with a gap, or a loss that is not a scalar.
         """
-        work = self.measuring(
-            source,
-            pairs,
+        if first_gradient is not None and first_gradient.shape != (self.gradients.size,):
+            raise ValueError(
+                f"first_gradient must have shape ({self.gradients.size},), got {tuple(first_gradient.shape)}"
+            )
+        return self.measure_runs(
+            (([a], [b]) for a, b in _take(source, pairs)),
             keep_delta=keep_delta,
             method=method,
-            first_gradient=first_gradient,
+            first_gradients=None if first_gradient is None else first_gradient[None],
             design=design,
             check=check,
             seed=seed,
         )
-        (stats,) = carry_out(self.gradients, [work])
-        return stats
 
-    def measuring(
+    def measure_runs(
         self,
-        source: Iterable[Pair] | Sampler,
-        pairs: int | None = None,
+        source: Iterable[PairOfRuns],
+        runs: Sequence[int] | None = None,
         *,
         keep_delta: bool = False,
         method: Method | None = None,
-        first_gradient: Tensor | None = None,
+        first_gradients: Tensor | None = None,
         design: Design = "independent",
         check: bool = True,
         seed: int = 0,
-    ) -> Asking[CommutatorStats]:
-        """:meth:`measure`, stopping where it needs gradients, so that several probes' can be computed at once."""
+    ) -> CommutatorStats:
+        """:meth:`measure` for an engine of several runs: row ``k R + r`` is pair k of run r.
+
+        Args:
+            source: K pairs, each of R batches and R batches.
+            runs: which of the engine's runs are measured, R of them; all by default.
+            first_gradients: (R, P), as ``first_gradient``.
+            keep_delta, method, design, check, seed: as for :meth:`measure`.
+        """
+        engine = self.gradients
         method = current_method(method) if method else self.method
         if design not in DESIGNS:
             raise ValueError(f"design must be one of {', '.join(DESIGNS)}, got {design!r}")
-        engine = self.gradients
-        if first_gradient is not None and first_gradient.shape != (engine.size,):
-            raise ValueError(f"first_gradient must have shape ({engine.size},), got {tuple(first_gradient.shape)}")
         # The first use of a given gradient is always held against float64, whatever check_every says: an error there is
         # one of what the user passes (another loss, a clipped gradient), which no rounding explains.
-        form = "bracket" if method == "bracket" else "difference"
-        uncompared = first_gradient is not None and form == "difference" and GIVEN not in self.errors
-        check = self.noise_floor and (check or form not in self.errors or uncompared)
-        shared: _Shared | None = None
-        rows = []
-        chained, end = design == "chain", None
-        for index, pair in enumerate(_take(source, pairs)):
-            if chained and index and pair[0] is not end:
-                raise ValueError(
-                    f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}"
-                )
-            end = pair[1]
-            # Seeds belong to batches, not to pairs: in a chain the batch that ends one pair begins the next one, and
-            # must meet the same masks in both.
-            first = 2 * seed + index if chained else 2 * (seed + index)
-            known = first_gradient if index == 0 else None
-            # The gradient at theta on the batch in the middle of a chain is the second of the pair before: this is the
-            # one gradient in four that a chain saves.
-            if chained and shared is not None and form == "difference":
-                known = shared.work[1]
-            with engine.evaluator.session():  # nobody else changes the model until the pair is done
-                _note_batches(engine, pair)
-                while True:
-                    traits = self._admit(form, pair[0], first)
-                    shared = shared or self._share(form)
-                    generation = engine.evaluator.generation
-                    shared.pair, shared.seeds = pair, (first, first + 1)
-                    shared.given = known is first_gradient and known is not None
-                    row = yield from self._pair(shared, method, keep_delta, known, check and index == 0, traits)
-                    if generation == engine.evaluator.generation:
-                        break
-                    # The model was seen to do what it had not done before, such as to draw: what was computed before
-                    # that, or was given, may not be of one function with what came after.
-                    known = None
-            rows.append(row)
+        form: Form = "bracket" if method == "bracket" else "difference"
+        uncompared = first_gradients is not None and form == "difference" and GIVEN not in self.checks.errors
+        check = self.noise_floor and (check or form not in self.checks.errors or uncompared)
+        runs = tuple(range(engine.runs) if runs is None else runs)
+        chained = design == "chain"
+        pairs: Pairs | None = None
+        rows: list[CommutatorStats] = []
+        # All is done outside the caller's torch.autocast, which would round what is computed from the gradients; a
+        # loss_fn that is to be evaluated under it enters it itself.
+        kind = engine.device.type
+        outside = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        numbered = enumerate(_linked(source) if chained else source)
+        with outside, LOCK, torch.inference_mode(False):
+            # A pair that is checked comes first and alone: the others are judged by what it shows.
+            while taken := list(islice(numbered, 1 if check and not rows else self._at_once)):
+                with engine.evaluator.session():  # nobody else changes the model until the pairs are done
+                    for traits, those in self._admitted(form, taken, chained, seed):
+                        engine.traits = traits
+                        first = those[0].number == 0
+                        # The gradient at theta on the batch in the middle of a chain is the second of the pair before:
+                        # this is the one gradient in four that a chain saves.
+                        linked = pairs.ends if chained and pairs is not None and form == "difference" else None
+                        known = first_gradients if first else linked
+                        while True:
+                            generation = engine.evaluator.generation
+                            pairs = self._prepare(form, runs, those, chained, pairs)
+                            found = self._measured(pairs, method, keep_delta, known, first and check)
+                            if generation == engine.evaluator.generation:
+                                break
+                            # The model was seen to do what it had not done before, such as to draw: what was computed
+                            # before that, or was given, may not be of one function with what came after.
+                            known = None
+                        rows += found
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
         return _concatenate(rows)
 
-    def _admit(self, form: str, batch: Any, seed: int) -> Traits:
-        """How the structure of model and batch is evaluated; brackets are looked at if they are to be vouched for."""
+    @property
+    def _at_once(self) -> int:
+        """How many pairs of each run are evaluated together: one where vectors are long, which are streamed."""
+        return max(1, TOGETHER // (7 * self.gradients.size * self.gradients.dtype.itemsize))
+
+    def _admitted(
+        self, form: Form, taken: Sequence[tuple[int, PairOfRuns]], chained: bool, seed: int
+    ) -> list[tuple[Traits, list[NumberedPair]]]:
+        """The pairs, those of one structure in a row together, with how it is evaluated."""
         # brackets: true for bracket rows that are to be vouched for; others need no second derivatives, or are called
         # unreliable anyway.
         brackets = form == "bracket" and self.noise_floor
-        return self.gradients.admit(batch, seed=seed, exact=self.noise_floor, brackets=brackets)
+        groups: list[tuple[Traits, list[NumberedPair]]] = []
+        for index, (a, b) in taken:
+            # Seeds belong to batches, not to pairs: in a chain the batch that ends one pair begins the next one, and
+            # must meet the same masks in both.
+            first = 2 * seed + index if chained else 2 * (seed + index)
+            for pair in zip(a, b, strict=True):
+                _note_batches(self.gradients, pair)
+            traits = self.gradients.admit(a[0], seed=first, exact=self.noise_floor, brackets=brackets)
+            if not groups or groups[-1][0] is not traits:
+                groups.append((traits, []))
+            groups[-1][1].append(NumberedPair(index, (a, b), (first, first + 1)))
+        return groups
 
-    def _share(self, form: str) -> _Shared:
-        """Memory for one pair: four vectors and a scratch of two, or of one in float64, beyond the model's own."""
-        engine = self.gradients
+    def _prepare(
+        self, form: Form, runs: tuple[int, ...], those: list[NumberedPair], chained: bool, before: Pairs | None
+    ) -> Pairs:
+        """Memory for some pairs, that of the ones before if it fits: four vectors for each, and a scratch of two, or of
+        one in float64, beyond the model's own."""
+        engine, vectors = self.gradients, len(those) * len(runs)
+        if before is not None and before.work.shape[1] == vectors:
+            return replace(before, those=those, begun=False, given=False)
         wide = torch.finfo(torch.float64).bits // torch.finfo(engine.dtype).bits if self.noise_floor else 1
         padded = -(-engine.size // PADDING) * PADDING
-        return _Shared(
-            form,
-            self._segment_table(),
-            torch.empty(4, engine.size, dtype=engine.dtype, device=engine.device),
-            torch.empty(max(2, wide), padded, dtype=engine.dtype, device=engine.device),
-        )
+        work = torch.empty(4, vectors, engine.size, dtype=engine.dtype, device=engine.device)
+        scratch = torch.empty(max(2, wide), padded, dtype=engine.dtype, device=engine.device)
+        return Pairs(form, self._segment_table(), runs, those, chained, work, scratch)
 
-    def _pair(
-        self,
-        shared: _Shared,
-        method: Method,
-        keep_delta: bool,
-        known: Tensor | None,
-        check: bool,
-        traits: Traits,
-    ) -> Asking[CommutatorStats]:
-        """One pair, in the model's own precision, and in float64 where that is due, or where there is doubt."""
-        engine = self.gradients
-        if shared.form == "bracket" and engine.brackets and traits.brackets is False:
-            shared.work.fill_(math.nan)
-            return self._stats(shared, self._step(*shared.work[:2]), shared.unknown(math.inf), method, keep_delta)
-        evaluate = self._brackets if shared.form == "bracket" else self._differences
+    def _measured(
+        self, pairs: Pairs, method: Method, keep_delta: bool, known: Tensor | None, check: bool
+    ) -> list[CommutatorStats]:
+        """The rows of some pairs, in the model's own precision, and in float64 where that is due, or in doubt."""
+        engine, traits, runs = self.gradients, self.gradients.traits, len(pairs.runs)
+        if pairs.form == "bracket" and engine.brackets and traits.brackets is False:
+            pairs.work.fill_(math.nan)
+            eta, errors = self._step(pairs), pairs.unknown(math.inf)
+            return [self._stats(pairs, eta, self._sums(pairs, eta, keep_delta), errors, method)]
         # floored: true where float64 can be evaluated, all of it, and the model repeats itself; only then has a row a
-        # floor. wide: true for float64 models, whose own evaluation is the exact one. exactly: true for losses with
-        # kinks, all of whose rows are evaluated in float64, since one unit that rounding switches moves a gradient by a
-        # jump.
+        # floor. exactly: true for losses with kinks, all of whose rows are evaluated in float64, since one unit that
+        # rounding switches moves a gradient by a jump; what training has computed is no good there.
         floored = self.noise_floor and traits.exact and traits.trusted
-        wide = engine.dtype == torch.float64
-        exactly = floored and traits.nonsmooth and not wide
-        published = None
+        exactly = floored and traits.nonsmooth and engine.dtype != torch.float64
+        pairs.given = known is not None and pairs.those[0].number == 0
+        pairs.begun = known is not None and not (exactly and pairs.given)
+        if known is not None and pairs.begun:
+            pairs.work[0, :runs].copy_(known)
+        if exactly:
+            rows = []
+            for v in range(len(pairs)):
+                one = pairs.part(v, v + 1)
+                if pairs.chained and v >= runs:
+                    one.work[0].copy_(pairs.work[1, v - runs : v - runs + 1])
+                    one.begun = True
+                rows.append(self._certified(one, method, keep_delta, check and v < runs))
+            return rows
         # First the four vectors in the model's own precision, as the user's training has them, with errors as the
         # latest check found them. That is all, unless a check is due or something in the row says that the latest one
         # does not speak of it.
-        if not exactly:
-            eta = yield from evaluate(shared, known)
-            stats = self._stats(shared, eta, self._expected(shared, floored), method, keep_delta)
-            if not floored or not (check or self._doubtful(shared, stats)):
-                return stats
-            published = stats.reference
-            del stats  # and its delta
-        # Then the same four in float64, along the float32 directions, each held part by part against what is there and
-        # written over it: the row that comes out is the better one, and its error is known, not predicted.
-        found = shared.unknown(0.0, 3)
+        eta = self._evaluated(pairs)
+        sums = self._sums(pairs, eta, keep_delta)
+        stats = self._stats(pairs, eta, sums, self.checks.expected(pairs, floored), method)
+        if not floored:
+            return [stats]
+        due = [True] * len(pairs) if check else self._doubtful(pairs, stats, sums)
+        if not any(due):
+            return [stats]
+        # Then the same four in float64, along the float32 directions: the row that comes out is the better one, and its
+        # error is known, not predicted.
+        together = len(pairs) if check and engine.strategy == "vmap" else 1
+        parts = [stats[v : v + together] for v in range(0, len(pairs), together)]
+        del stats, sums
+        for place, v in enumerate(range(0, len(pairs), together)):
+            if due[v]:
+                published, parts[place] = parts[place].reference, replace(parts[place], delta=None)  # it takes a vector
+                part = replace(pairs.part(v, v + together), begun=False)
+                parts[place] = self._certified(part, method, keep_delta, check, published)
+        return parts
+
+    def _certified(
+        self, pairs: Pairs, method: Method, keep_delta: bool, check: bool, published: Tensor | None = None
+    ) -> CommutatorStats:
+        """The rows of pairs that are evaluated in float64, all four vectors held part by part against what is there.
+
+        ``published`` are their defects by the published formula; None for losses with kinks, of which nothing is there.
+        """
+        engine, traits, exactly = self.gradients, self.gradients.traits, published is None
+        found = pairs.unknown(0.0, 3)
+        # wide: true for float64 models, whose own evaluation is the exact one. They have nothing better to be held
+        # against: only a gradient that was given is computed again, and may differ in its last bits.
+        wide = engine.dtype == torch.float64
         if wide and not traits.widened:
-            # A float64 model has nothing better to be held against: only a gradient that was given is computed again,
-            # and may differ in its last bits.
-            if shared.given:
-                yield [shared.wanted(0, engine.flatten(shared.theta), Check(found))]
-                found[1, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, 1]
-                self._compare_given(found)
-            eta = self._step(*shared.work[:2])
+            if pairs.given:
+                self._gradients(pairs, self._thetas(pairs), (0,), Check(found))
+                found[1, :, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, :, 1]
+                self.checks.compare_given(pairs, found)
+            eta = self._step(pairs)
         else:
-            kept = known if exactly and not shared.given else None
             keep = (method == "published" or not engine.certifies) and not exactly
-            eta = yield from evaluate(shared, kept, Check(found, keep))
-            if shared.given and shared.form == "difference" and not exactly:
-                self._compare_given(found)
-        # What was found becomes the errors of this pair, and the expectation for those that are not checked.
-        errors = yield from self._learn(shared, found, check, exactly, method)
-        stats = self._stats(shared, eta, errors, method, keep_delta)
-        if exactly and not check and self._doubtful(shared, stats):
-            errors = yield from self._learn(shared, found, True, exactly, method)
-            stats = self._stats(shared, eta, errors, method, keep_delta)
+            eta = self._evaluated(pairs, Check(found, keep))
+            if pairs.given and pairs.form == "difference" and not exactly:
+                self.checks.compare_given(pairs, found)
+        sums = self._sums(pairs, eta, keep_delta)
+        # What was found becomes the errors of these pairs, and the expectation for those that are not checked.
+        errors = self.checks.learn(pairs, found, check, exactly, method == "published", self._sampled)
+        stats = self._stats(pairs, eta, sums, errors, method)
+        if exactly and not check and any(self._doubtful(pairs, stats, sums)):
+            errors = self.checks.learn(pairs, found, True, exactly, method == "published", self._sampled)
+            stats = self._stats(pairs, eta, sums, errors, method)
         stats = replace(stats, exact=torch.ones_like(stats.exact))
         # The published formula is one of the model's own precision throughout.
         return stats if published is None or method == "published" else replace(stats, reference=published)
 
-    def _differences(self, shared: _Shared, known: Tensor | None = None, exact: Check | None = None) -> Asking[Tensor]:
-        """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A; the step's length is returned."""
-        engine, (g_a, g_b, _, _) = self.gradients, shared.work
-        theta = engine.flatten(shared.theta if exact is None else shared.point)
-        if known is None:
-            yield [shared.wanted(0, theta, exact), shared.wanted(1, theta, exact)]
-        else:
-            g_a.copy_(known)
-            yield [shared.wanted(1, theta, exact)]
-            if exact is not None:  # the end of the pair before, found as this one's was
-                exact.found[0] = exact.found[1]
-        eta = self._step(g_a, g_b)
+    def _doubtful(self, pairs: Pairs, stats: CommutatorStats, sums: Sums) -> list[bool]:
+        """For each pair, whether the latest check is not enough for it; of the published formula nobody asks."""
+        if stats.method == "published":
+            return [False] * len(pairs)
+        return self.checks.doubtful(pairs, sums, stats.defect, stats.reliable)
+
+    def _evaluated(self, pairs: Pairs, exact: Check | None = None) -> Tensor:
+        """Fill the four vectors of all pairs; (N,) the steps' lengths."""
+        return self._brackets(pairs, exact) if pairs.form == "bracket" else self._differences(pairs, exact)
+
+    def _differences(self, pairs: Pairs, exact: Check | None) -> Tensor:
+        """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A."""
+        (g_a, g_b, _, _), runs = pairs.work, len(pairs.runs)
+        self._gradients(pairs, self._thetas(pairs, exact), (0, 1), exact)
+        if exact is not None and pairs.begun:  # the end of the pair before, found as this one's was
+            exact.found[0] = exact.found[1]
+        if pairs.chained and len(pairs) > runs:
+            g_a[runs:].copy_(g_b[:-runs])
+        eta = self._step(pairs)
         # H_A g_B comes from the gradient on A past a step along g_B, and the other way round: the two steps cross.
-        past = ((2, g_b), (3, g_a))
-        # Points past a step need a vector each when both gradients are one program; one after the other they share one.
-        if engine.strategy == "vmap":
-            points = [(index, self._stepped(shared, direction, eta, exact)) for index, direction in past]
-            yield [shared.wanted(index, point, exact) for index, point in points]
-        else:  # one at a time, in memory for one
-            for index, direction in past:
-                point = self._stepped(shared, direction, eta, exact, shared.memory(exact))
-                yield [shared.wanted(index, point, exact)]
+        if self.gradients.strategy == "vmap":
+            self._gradients(pairs, self._points(pairs, eta, exact), (3, 2), exact)
+            return eta
+        # One after the other, in memory for one.
+        for index, direction in ((2, 1), (3, 0)):
+            batches, seeds = pairs.batches(index % 2), pairs.seeds(index % 2)
+            for v, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+                point = self._point(pairs.part(v, v + 1), direction, eta[v : v + 1], exact)
+                check = exact and exact.of((index, v))
+                self.gradients.gradient(point, batch, pairs.work[index, v], seed=seed, check=check)
         return eta
 
-    def _stepped(
-        self, shared: _Shared, direction: Tensor, eta: Tensor, exact: Check | None, out: Tensor | None = None
-    ) -> Tensor:
-        """``theta - eta direction``, rounded as the model's parameters are, or in float64 and as good as not at all."""
+    def _gradients(self, pairs: Pairs, points: Tensor, which: tuple[int, ...], exact: Check | None) -> None:
+        """Gradients at points (a row of R, or one for each vector), into these of the four vectors of each pair."""
+        batches: list[Any] = []
+        seeds: list[int] = []
+        out, checks = [], []
+        for index in which:
+            place = pairs.wanted(index)
+            batches += pairs.batches(index % 2)[place]
+            seeds += pairs.seeds(index % 2)[place]
+            out.append(pairs.work[index, place])
+            checks.append(exact and exact.of((index, place)))
+        self.gradients.gradients(points, batches, out, seeds=seeds, checks=checks)
+
+    def _thetas(self, pairs: Pairs, exact: Check | None = None) -> Tensor:
+        """(R, P) the parameters, in float64 for a check; in the scratch if they are of one run."""
+        return self.gradients.thetas(pairs.runs, pairs.theta if exact is None else pairs.point)
+
+    def _points(self, pairs: Pairs, eta: Tensor, exact: Check | None) -> Tensor:
+        """(2 N, P) ``theta - eta g_A`` and ``theta - eta g_B``, rounded as the parameters are, or as good as not."""
+        thetas, eta = self._thetas(pairs, exact), eta.repeat(2)
+        directions = pairs.work[:2].reshape(len(eta), -1)
         if exact is not None:
-            out = torch.empty_like(shared.point) if out is None else out
-            return self.gradients.step_exactly(out, direction, eta)
-        out = torch.empty_like(shared.theta) if out is None else out
-        ops.perturb(shared.theta, direction[None], eta, out=out[None])
-        return out
+            return thetas.repeat(len(eta) // len(thetas), 1).sub_(eta[:, None] * directions)
+        return ops.perturb(self._spread(thetas, len(eta)), directions, eta)
 
-    def _brackets(self, shared: _Shared, known: Tensor | None = None, exact: Check | None = None) -> Asking[Tensor]:
-        """g_A, g_B, H_A g_B and H_B g_A at the model's own parameters; the step's length is returned."""
-        engine, (g_a, g_b, h_a, h_b) = self.gradients, shared.work
-        theta = engine.flatten(shared.theta if exact is None else shared.point)
-        if known is None:
-            yield [shared.wanted(0, theta, exact)]
-        else:
-            g_a.copy_(known)
-        (a, b), seeds = shared.pair, shared.seeds
-        engine.product(theta, b, g_a, g_b, h_b, seeds[1], exact and exact.of(slice(1, 4, 2)))
-        engine.product(theta, a, g_b, None, h_a, seeds[0], exact and exact.of(slice(2, 3)))
-        return self._step(g_a, g_b)
+    def _point(self, pairs: Pairs, direction: int, eta: Tensor, exact: Check | None) -> Tensor:
+        """(P,) the same of one pair alone, in the scratch."""
+        theta, along = self._thetas(pairs, exact), pairs.work[direction]
+        if exact is not None:  # part by part
+            return self.gradients.step_(theta, along, eta)[0]
+        return ops.perturb(theta[0], along, eta, out=pairs.past)[0]
 
-    def _learn(self, shared: _Shared, found: Tensor, check: bool, exactly: bool, method: Method) -> Asking[Tensor]:
-        """(4,) the sizes of the errors of a pair that was evaluated in float64; for later pairs, those of its own.
+    @staticmethod
+    def _spread(rows: Tensor, count: int) -> Tensor:
+        """(P,) what all vectors share, or (count, P), a row for each, of the rows (R, P) of all runs."""
+        return rows[0] if len(rows) == 1 else rows.repeat(count // len(rows), 1)
 
-        An evaluation in float64 errs less than one in the model's precision by the ratio of the roundoffs, unless both
-        have lost all digits of something: where float32 has lost most of them, and where there is nothing to compare
-        with, float64's own error is sampled.
-        """
-        engine = self.gradients
-        distance, length, lost = found.unbind(1)
-        wide = engine.dtype == torch.float64
-        # float64 errs less than float32 by the ratio of the roundoffs, provided that both lose digits alike. Where
-        # float32 has lost most of them (saturated logits), or gradients are so small that both may have underflowed
-        # alike, the ratio says nothing, and float64's own rounding is sampled instead.
-        relative = distance / length
-        own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
-        # On an accelerator nobody looks at the numbers to decide: where a sample would be needed the error counts as
-        # large as the vector, and the row is NaN.
-        if is_asynchronous(engine.device):
-            own = torch.where((relative > SATURATED) | (length < FAINT), length, own)
-            sample = exactly and check
-        else:
-            faint = (relative > SATURATED) | (length < FAINT)
-            sample = (exactly and check) or wide or shared.form == "bracket"
-            sample = sample or (not capturing(engine.device) and bool(faint.any()))
-        if exactly and not check:
-            return torch.hypot(lost, self._expected(shared, True))
-        noise = None
-        if sample and not capturing(engine.device) and engine.device.type != "meta":
-            noise = yield from self._sampled(shared, lost)
-            own = noise
-        # The published formula is reported in the model's own precision, and so is what only a twin can check.
-        kept = (method == "published" or not engine.certifies) and not exactly
-        errors = distance if kept else torch.maximum(lost, own)
-        if exactly or (wide and noise is not None):
-            distance = torch.maximum(distance, errors) if wide else errors
-            length = _lengths(engine, shared.work)
-        relative = (distance / length).nan_to_num(nan=math.inf)
-        self._remember(shared, torch.stack([distance, relative], 1).view(2, 2, 2).amax(1))
-        return errors
+    def _brackets(self, pairs: Pairs, exact: Check | None) -> Tensor:
+        """g_A, g_B, H_A g_B and H_B g_A at the parameters."""
+        engine, thetas = self.gradients, self._thetas(pairs, exact)
+        self._gradients(pairs, thetas, (0,), exact)
+        batches, seeds = (list(zip(of(0), of(1), strict=True)) for of in (pairs.batches, pairs.seeds))
+        for v, ((a, b), (seed_a, seed_b)) in enumerate(zip(batches, seeds, strict=True)):
+            g_a, g_b, h_a, h_b = pairs.work[:, v]
+            theta = thetas[v % len(thetas)]
+            engine.product(theta, b, g_a, g_b, h_b, seed_b, exact and exact.of((slice(1, 4, 2), v)))
+            engine.product(theta, a, g_b, None, h_a, seed_a, exact and exact.of((slice(2, 3), v)))
+        return self._step(pairs)
 
-    def _sampled(self, shared: _Shared, lost: Tensor) -> Asking[Tensor]:
-        """(4,) how far the evaluations move when float64's rounding errors are made larger at random.
+    def _sampled(self, pairs: Pairs, lost: Tensor) -> Tensor:
+        """(4,) how far one pair's evaluations move when float64's rounding errors are made larger at random.
 
         They are held against vectors that may have been rounded to the model's precision, and have ``lost`` (4,) by it.
         """
-        engine, (g_a, g_b, h_a, h_b), seeds = self.gradients, shared.work, shared.seeds
-        moved = shared.unknown(0.0, 3)
+        engine, seeds, (pair,) = self.gradients, pairs.those[0].seeds, pairs.those
+        moved = pairs.unknown(0.0, 3)
         shake = torch.Generator(engine.device).manual_seed(seeds[0])
-        theta, check = engine.shake_(engine.flatten(shared.point), shake), Check(moved, keep=True, shake=shake)
-        if shared.form == "bracket":
-            engine.product(theta, shared.pair[1], g_a, g_b, h_b, seeds[1], check.of(slice(1, 4, 2)))
-            engine.product(theta, shared.pair[0], g_b, g_a, h_a, seeds[0], check.of(slice(0, 4, 2)))
+        theta = engine.shake_(self._thetas(pairs, Check(moved))[0], shake)
+        check = Check(moved, keep=True, shake=shake)
+        if pairs.form == "bracket":
+            (a,), (b,) = pair.batches
+            g_a, g_b, h_a, h_b = pairs.work[:, 0]
+            engine.product(theta, b, g_a, g_b, h_b, seeds[1], check.of((slice(1, 4, 2), 0)))
+            engine.product(theta, a, g_b, g_a, h_a, seeds[0], check.of((slice(0, 4, 2), 0)))
         else:
-            for index in range(2):
-                yield [shared.wanted(index, theta, check)]
+            self._gradients(replace(pairs, begun=False), theta[None], (0, 1), check)
         # The evaluations were held against vectors that have lost something in rounding; that much of the distance is
         # not of the evaluation.
-        noise = (moved[:, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
-        if shared.form == "difference":
+        noise = (moved[:, 0, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
+        if pairs.form == "difference":
             noise[2:] = noise[:2]
         return noise
 
-    def _expected(self, shared: _Shared, floored: bool) -> Tensor:
-        """(4,) errors as large as any that the latest check has found, absolute or relative, and then some."""
-        if not self.noise_floor:
-            return shared.unknown(math.nan)
-        if not floored or shared.form not in self.errors:
-            return shared.unknown(math.inf)
-        # Late in training gradients shrink and absolute errors with them; early they grow, and errors in proportion.
-        # The larger of the two predictions covers both ways, and the margin what lies between two checks.
-        absolute, relative = self.errors[shared.form].repeat_interleave(2, 0).unbind(1)
-        return STALE_MARGIN * torch.maximum(absolute, relative * _lengths(self.gradients, shared.work))
-
-    def _compare_given(self, found: Tensor) -> None:
-        """Note how far a gradient that was given is from float64, and how far the probe's own evaluations are."""
-        if GIVEN not in self.errors:
-            self.errors[GIVEN] = torch.full((3,), math.nan, dtype=torch.float64, device=found.device)
-        # The fourth was taken along the gradient that was given, and errs with it.
-        self.errors[GIVEN][0], self.errors[GIVEN][1] = found[0, 0], found[1:3, 0].max()
-        self.errors[GIVEN][2] = found[0, 1]
-
-    def _remember(self, shared: _Shared, found: Tensor) -> None:
-        """Keep what a check has found, where a captured measurement finds it again, and of where it is true."""
-        form = shared.form
-        if form not in self.errors:
-            self.errors[form] = torch.full_like(found, math.nan)
-        self.errors[form].copy_(found)
-        if not is_asynchronous(self.gradients.device):
-            self.origins[form] = self._whereabouts(shared), _magnitudes(shared.pair)
-
-    def _whereabouts(self, shared: _Shared) -> Tensor:
-        """float64: the lengths of the two gradients, and some thousand coordinates of theta, equally spaced."""
-        theta = self.gradients.flatten(shared.theta)
-        lengths = _lengths(self.gradients, shared.work[:2])
-        return torch.cat([lengths, theta[:: max(1, len(theta) // SAMPLED)].to(torch.float64)])
-
-    def _doubtful(self, shared: _Shared, stats: CommutatorStats) -> bool:
-        """Whether the latest check is not enough for this pair. On an accelerator nobody waits to see."""
-        if is_asynchronous(self.gradients.device) or stats.method == "published":
-            return False
-        # From the cheapest question to the dearest; the first that is answered with doubt ends it. A row that is not a
-        # number, or without gradients, is not made better by float64.
-        if not bool(stats.defect.isfinite().all() & (stats.grad_norm_a * stats.grad_norm_b > 0).all()):
-            return False
-        if not bool(stats.reliable.all()):
-            return True
-        if shared.given and bool((shared.changes[0] / shared.changes[1]).log().abs() > math.log(ALARM)):
-            return True
-        if shared.form not in self.origins:
-            return True
-        # A check speaks of where it was made: of gradients of that length, of parameters near those, of batches of that
-        # magnitude. Ranks must decide alike, or one of them would wait for the others' evaluation for ever.
-        (origin, before), now = self.origins[shared.form], self._whereabouts(shared)
-        if bool((now[:2] / origin[:2]).log().abs().max() > math.log(CHANGED)):
-            return True
-        norm = self.gradients.partition.norm
-        if bool(norm(now[2:] - origin[2:]) > MOVED * norm(origin[2:])):
-            return True
-        sizes = zip_longest(_magnitudes(shared.pair), before, fillvalue=0.0)
-        return self.gradients.anywhere(any(size > GROWN * then for size, then in sizes))
-
-    def _step(self, g_a: Tensor, g_b: Tensor) -> Tensor:
-        """(1,) float64: eta, the same whichever batch comes first."""
+    def _step(self, pairs: Pairs) -> Tensor:
+        """(N,) float64: eta, the same whichever batch comes first."""
         if self.eta != "auto":
-            return torch.full((1,), self.eta, dtype=torch.float64, device=g_a.device)
-        scale = AUTO_STEP * math.sqrt(torch.finfo(g_a.dtype).eps / torch.finfo(torch.float32).eps)
-        theta = [p.detach() for p in self.gradients.model.parameters() if p.requires_grad]
-        norm = self.gradients.partition.norm
-        eta: Tensor = scale * norm(*theta) / (norm(g_a) * norm(g_b)).sqrt()
-        return eta[None]
+            return torch.full((len(pairs),), self.eta, dtype=torch.float64, device=pairs.work.device)
+        scale = AUTO_STEP * math.sqrt(torch.finfo(pairs.work.dtype).eps / torch.finfo(torch.float32).eps)
+        n_a, n_b = (self.gradients.partition.norms(rows) for rows in pairs.work[:2])
+        theta = self.gradients.theta_norms(pairs.runs).repeat(len(pairs.those))
+        return scale * theta / (n_a * n_b).sqrt()
 
     def _segment_table(self) -> Tensor | None:
         """(S, 2) int64 on the CPU: the probe's segments, then the basis's support."""
-        table = [(s.start, s.length) for s in self.segments] + (list(self.basis.support) if self.basis else [])
+        table = [(s.start, s.length) for s in self.segments] + (list(self.bases[0].support) if self.bases else [])
         return torch.tensor(table, dtype=torch.int64) if table else None
 
-    def _stats(self, shared: _Shared, eta: Tensor, errors: Tensor, method: Method, keep_delta: bool) -> CommutatorStats:
-        """What the kernel makes of the four vectors; ``errors`` (4,) are the lengths of theirs."""
-        bracket = shared.form == "bracket"
-        g_a, g_b, a2, b2 = shared.work
+    def _sums(self, pairs: Pairs, eta: Tensor, keep_delta: bool) -> Sums:
+        """What the kernel makes of the four vectors."""
+        g_a, g_b, a2, b2 = pairs.work
+        thetas = None if pairs.form == "bracket" else self._thetas(pairs)
+        if thetas is not None:
+            thetas = self._spread(thetas, len(pairs))
         out = ops.commutator(
-            g_a[None],
-            g_b[None],
-            a2[None],
-            b2[None],
+            g_a,
+            g_b,
+            a2,
+            b2,
             eta,
-            form="bracket" if bracket else "difference",
-            theta=None if bracket else self.gradients.flatten(shared.theta),
-            values=self.basis.values if self.basis else None,
-            rows=self.basis.rows if self.basis else None,
-            segments=shared.segments,
+            form=pairs.form,
+            theta=thetas,
+            values=self._basis_values(pairs),
+            rows=self._bases[0].rows if self._bases else None,
+            segments=pairs.segments,
             keep_delta=keep_delta,
         )
-        sums, coefficients, energies = self.gradients.partition.all_reduce_sum(out.sums, out.coefficients, out.energies)
-        aa, bb, ab, dd, ha, hb = sums[:, :6].unbind(1)
-        shared.changes = ha[0].sqrt(), hb[0].sqrt()
+        own = out.sums, out.coefficients, out.energies
+        sums, coefficients, energies = self.gradients.partition.all_reduce_sum(*own)
+        return Sums(sums, coefficients, energies, out.delta if keep_delta else None)
+
+    def _basis_values(self, pairs: Pairs) -> Tensor | None:
+        """(n,) the values of the basis that all pairs share, or (N, n)."""
+        values = self._values
+        if values is None or values.ndim == 1:
+            return values
+        if len(pairs.runs) < len(values):
+            values = values[list(pairs.runs)]
+        return self._spread(values, len(pairs))
+
+    def _stats(self, pairs: Pairs, eta: Tensor, sums: Sums, errors: Tensor, method: Method) -> CommutatorStats:
+        """The rows of some pairs; ``errors`` (4, N) are the lengths of their vectors'."""
+        bracket = pairs.form == "bracket"
+        aa, bb, ab, dd, ha, hb = sums.sums[:, :6].unbind(1)
         area = (aa * bb).sqrt()
         defect = dd.sqrt() / (eta.square() * area)
         # Rounding enters through the vectors that are subtracted, through the lengths that are divided by, and through
         # the directions of the steps; an error of a direction changes its difference, or product, in proportion.
         scale = area if bracket else eta * area
-        rounding = errors[2:].norm() if bracket else errors.norm()
+        rounding = (errors[2:] if bracket else errors).norm(dim=0)
         n_a, n_b = errors[0] / aa.sqrt(), errors[1] / bb.sqrt()
         directions = torch.hypot(n_b * ha.sqrt(), n_a * hb.sqrt()) / scale
         lengths = defect * torch.hypot(n_a, n_b)
         floor = FLOOR_MARGIN * torch.hypot(torch.hypot(rounding / scale, directions), lengths)
         reference = torch.full_like(defect, math.nan)
         if not bracket:
-            rounded, distance = sums[:, 6:8].sqrt().unbind(1)
+            rounded, distance = sums.sums[:, 6:8].sqrt().unbind(1)
             reference = rounded / (eta.square() * area + REFERENCE_GUARD)
             if method == "published":
                 defect, floor = reference, floor + distance / (eta.square() * area)
+        energies, count = sums.energies, len(self.segments)
         stats = CommutatorStats(
             method=method,
             eta=eta,
@@ -700,18 +717,18 @@ class CommutatorProbe:
             noise_floor=floor,
             exact=torch.zeros_like(floor, dtype=torch.bool),
             reference=reference,
-            energies=energies[:, : len(self.segments)] if self.segments else None,
-            delta=out.delta if keep_delta else None,
+            energies=energies[:, :count] if count else None,
+            delta=sums.delta,
         )
-        if self.basis is None:
+        if not self._bases:
             return stats
-        inside = coefficients.square().sum(1)
+        inside = sums.coefficients.square().sum(1)
         return replace(
             stats,
             parallel=inside.sqrt(),
             residual=(dd - inside).clamp_min(0).sqrt(),
-            coefficients=coefficients,
-            support=energies[:, len(self.segments) :].sum(1).sqrt(),
+            coefficients=sums.coefficients,
+            support=energies[:, count:].sum(1).sqrt(),
         )
 
 
@@ -731,75 +748,6 @@ def commutator_defect(
 def quantile(values: Tensor, q: float) -> Tensor:
     """Quantile ``q`` over the last dimension, linearly interpolated; NaN if any value is."""
     return torch.quantile(values, q, dim=-1)
-
-
-@dataclass
-class _Shared:
-    """What the pairs of one measurement share, and the pair that is its turn.
-
-    Attributes:
-        form: ``"difference"`` or ``"bracket"``.
-        segments: (S, 2) int64, or None.
-        work: (4, P), the vectors of one pair after another.
-        scratch: memory for a point and one past a step, or for one of them in float64.
-        pair, seeds: the two batches, and the seeds of their randomness.
-        given: true for a pair whose first gradient was given, by training.
-        changes: () how much the gradient on each batch has changed along the step.
-    """
-
-    form: str
-    segments: Tensor | None
-    work: Tensor
-    scratch: Tensor
-    pair: Pair = (None, None)
-    seeds: tuple[int, int] = (0, 0)
-    given: bool = False
-    changes: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
-
-    @property
-    def theta(self) -> Tensor:
-        """(P,) where the parameters go; the next use of the scratch in float64 overwrites it."""
-        return self.scratch[0, : self.work.shape[1]]
-
-    @property
-    def point(self) -> Tensor:
-        """(P,) float64, in the memory of everything else in the scratch."""
-        return self.scratch.view(-1).view(torch.float64)[: self.work.shape[1]]
-
-    def memory(self, exact: Check | None) -> Tensor:
-        """(P,) where a point past a step goes."""
-        return self.scratch[1, : self.work.shape[1]] if exact is None else self.point
-
-    def wanted(self, index: int, point: Tensor, check: Check | None) -> Wanted:
-        """The gradient at a point that goes to this row: on A, on B, on A past a step, on B past a step."""
-        return Wanted(point, self.pair[index % 2], self.work[index], self.seeds[index % 2], check and check.of(index))
-
-    def unknown(self, value: float, columns: int | None = None) -> Tensor:
-        """(4,) or (4, columns) float64: one row for each vector of a pair."""
-        shape = (4,) if columns is None else (4, columns)
-        return torch.full(shape, value, dtype=torch.float64, device=self.work.device)
-
-
-def _lengths(engine: GradientEngine, rows: Tensor) -> Tensor:
-    """(N,) float64"""
-    return torch.stack([engine.partition.norm(row) for row in rows])
-
-
-def _magnitudes(pair: Pair) -> list[float]:
-    """Root mean squares of the tensors in two batches, in their order; the greater of the two."""
-    return [max(both) for both in zip_longest(*map(_root_mean_squares, pair), fillvalue=0.0)]
-
-
-def _root_mean_squares(batch: Any) -> Iterator[float]:
-    """Of each tensor in a batch; zero where numbers are names, or not laid out one after another."""
-    for tensor in Snapshot([batch]).tensors:
-        least = 1 if tensor.is_floating_point() or tensor.is_complex() else FEW
-        if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype == torch.bool or tensor.numel() < least:
-            yield 0.0
-            continue
-        values = (tensor.detach().abs() if tensor.is_complex() else tensor.detach()).to(torch.float32)
-        size = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(tensor.numel())
-        yield size if math.isfinite(size) else math.inf
 
 
 def _note_batches(engine: GradientEngine, pair: Pair) -> None:
@@ -825,7 +773,20 @@ def _take(source: Iterable[Pair] | Sampler, pairs: int | None) -> Iterable[Pair]
     return (source() for _ in range(pairs))
 
 
+def _linked(source: Iterable[PairOfRuns]) -> Iterator[PairOfRuns]:
+    """The pairs of a chain; ValueError for one with a gap."""
+    end: Sequence[Any] | None = None
+    for index, pair in enumerate(source):
+        if end is not None and any(first is not last for first, last in zip(pair[0], end, strict=True)):
+            raise ValueError(f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}")
+        end = pair[1]
+        yield pair
+
+
 def _concatenate(rows: Sequence[CommutatorStats]) -> CommutatorStats:
+    if len(rows) == 1:
+        return rows[0]
+
     def joined(name: str) -> Any:
         values = [getattr(row, name) for row in rows]
         return torch.cat(values) if isinstance(values[0], Tensor) else values[0]

@@ -98,6 +98,13 @@ def _assert_agrees(op: str, *inputs: Any, **options: Any) -> None:
     _assert_close(got, wanted)
 
 
+def _assert_has_the_bits(op: str, *inputs: Any) -> None:
+    """That the op gives its definition to the bit."""
+    got, wanted = (getattr(module, op)(*inputs) for module in (ops, reference))
+    if not torch.equal(got, wanted):
+        raise AssertionError("bits differ from the definition")
+
+
 def _rows(*shape: int) -> Tensor:
     """Float32 numbers that need no generator."""
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).mul(0.7).sin().float().reshape(shape)
@@ -107,13 +114,8 @@ _ETA = torch.tensor([1e-3, 0.5], dtype=torch.float64)
 _SIZE = 5001
 _ROWS = _rows(5, _SIZE)
 _PAIR = _ROWS[:2]
+_INTEGERS = torch.tensor([[5, -1, 2**40], [0, 7, 2**32 - 1], [97, 2**31 + 1, 0]])
 _BASIS = (_rows(300), torch.tensor([[10, 100, 0], [4000, 200, 100]]))
-
-
-def _test_perturb() -> None:
-    inputs = (_rows(_SIZE), _PAIR, _ETA)
-    if not torch.equal(ops.perturb(*inputs), reference.perturb(*inputs)):
-        raise AssertionError("bits differ from the definition")
 
 
 def _test_commutator() -> None:
@@ -143,13 +145,14 @@ def _test_rotate() -> None:
 
 
 SELF_TESTS: dict[str, Callable[[], None]] = {
-    "perturb": _test_perturb,
+    "perturb": partial(_assert_has_the_bits, "perturb", _rows(_SIZE), _PAIR, _ETA),
     "commutator": _test_commutator,
     "subspace": _test_subspace,
     "gram": partial(_assert_agrees, "gram", _ROWS, _PAIR, origin=_ROWS[0]),
     "eigh": _test_eigh,
     "rotate": _test_rotate,
     "sketch": partial(_assert_agrees, "sketch", _PAIR, 64, 1),
+    "draw": partial(_assert_has_the_bits, "draw", _INTEGERS[0], 3, *_INTEGERS[1:], 9),
 }
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Check:
     keep: bool = False
     shake: torch.Generator | None = None
 
-    def of(self, which: int | slice) -> Check:
+    def of(self, which: int | slice | tuple[int | slice, ...]) -> Check:
         """The check of one of several vectors, or of some of them."""
         return replace(self, found=self.found[which])
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,6 @@ GRAPHS = 16
 PIECE = 1 << 18
 """Numbers of a parameter that are compared at a time."""
 
-T = TypeVar("T")
-
-Vectors = tuple[Tensor, ...]
-
 
 class GradientEngine:
     """Gradients of ``loss_fn(model, batch)`` at any parameter vectors.
@@ -86,6 +82,9 @@ class GradientEngine:
         traits: how the structure of model and batch admitted last is evaluated.
     """
 
+    # runs: of how many runs the engine has the parameters. shared: true for those that know several, whose batches come
+    # in lists.
+    runs, shared = 1, False
     # All true for a model that this process has whole. An engine of shards differentiates once only, and evaluates in
     # float64 a copy that it was given, if it was given one.
     partition: Partition = WHOLE
@@ -163,12 +162,24 @@ class GradientEngine:
                 view.copy_(parameter)
         return out
 
-    def step_exactly(self, out: Tensor, direction: Tensor, eta: Tensor) -> Tensor:
-        """(P,) float64 ``theta - eta direction`` into ``out``, from the model's own parameters, part by part."""
-        self.flatten(out)
-        for view, part in zip(self._views(out), self._views(direction), strict=True):
+    def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """(R, P) the parameters of these runs; of one run in the memory of ``out`` (P,), if given, and in its dtype."""
+        return self.flatten(out)[None]
+
+    def training_gradients(self, runs: Sequence[int]) -> Tensor:
+        """(R, P) what training has left in the ``.grad`` of these runs' parameters."""
+        return self.flatten_grad()[None]
+
+    def theta_norms(self, runs: Sequence[int]) -> Tensor:
+        """(R,) float64: lengths of the parameters of these runs."""
+        parameters = [parameter.detach() for parameter in self.evaluator.parameters()]
+        return self.partition.norm(*parameters)[None]
+
+    def step_(self, theta: Tensor, direction: Tensor, eta: Tensor) -> Tensor:
+        """``theta - eta direction`` over a float64 vector (1, P), part by part."""
+        for view, part in zip(self._views(theta[0]), self._views(direction[0]), strict=True):
             view.sub_(eta * part)
-        return out
+        return theta
 
     def flatten_grad(self) -> Tensor:
         """(P,) what training has left in their ``.grad``, zero where one has none; in the same order."""
@@ -226,7 +237,7 @@ class GradientEngine:
         theta = self.flatten()
         rows = theta.new_empty(2, self.size)
         loop = self._one(theta, batch, torch.empty_like(theta))
-        self._batched(theta, [batch, batch], rows)
+        self._batched(theta[None], [batch, batch], rows)
         distance = max(relative_distance(row, loop) for row in rows)
         passed = distance <= GRADIENT_TOLERANCE
         self._admission.find(
@@ -267,32 +278,52 @@ class GradientEngine:
 
     # ---------------------------------------------------------------------------------------------------- gradients
 
-    def gradients(self, thetas: Tensor, batches: Sequence[Any], out: Tensor, *, seeds: Sequence[int]) -> Tensor:
-        """Write the gradient at each parameter vector, on the batch beside it, into the rows of ``out``.
+    def gradients(
+        self,
+        thetas: Tensor,
+        batches: Sequence[Any],
+        out: Tensor | Sequence[Tensor],
+        *,
+        seeds: Sequence[int],
+        checks: Sequence[Check | None] | None = None,
+    ) -> None:
+        """Write the gradients at parameter vectors, each on the batch beside it, into the rows of ``out``.
 
         Args:
-            thetas: (N, P), or (P,) for all batches.
+            thetas: (N, P), or (R, P) for N a multiple of R: vector i is row ``i % R``; or (P,) for all.
             batches: N of whatever ``loss_fn`` takes.
-            out: (N, P) of the dtype of ``thetas``; overwritten.
+            out: (N, P), or several (n, P) with N rows in all; overwritten.
             seeds: of the model's own randomness, one per batch.
+            checks: for each of several ``out`` what :meth:`gradient` takes, of its rows.
 
         Raises:
             ValueError: as :meth:`gradient`; other numbers of vectors, batches, rows or seeds; with ``vmap``, batches of
                 different shapes.
             RuntimeError: with ``vmap``, a model or loss that :func:`torch.func.vmap` cannot run.
         """
-        n = len(batches)
-        if len(seeds) != n or out.shape != (n, self.size) or thetas.shape not in ((self.size,), (n, self.size)):
+        blocks = [out] if isinstance(out, Tensor) else list(out)
+        n, rows, thetas = len(batches), sum(map(len, blocks)), thetas if thetas.ndim == 2 else thetas[None]
+        if len(seeds) != n or rows != n or thetas.shape[1] != self.size or n % len(thetas):
             raise ValueError(
-                f"thetas, batches, out and seeds must agree: {n} batches ask for thetas of shape ({self.size},) or "
-                f"({n}, {self.size}), out of shape ({n}, {self.size}) and {n} seeds; got {tuple(thetas.shape)}, "
-                f"{tuple(out.shape)} and {len(seeds)}"
+                f"thetas, batches, out and seeds must agree: {n} batches ask for thetas of shape (R, {self.size}), R a "
+                f"divisor of {n}, for {n} rows and {n} seeds; got {tuple(thetas.shape)}, {rows} and {len(seeds)}"
             )
-        if self.strategy == "vmap" and n > 1:
-            return self._batched(thetas, batches, out)
-        for theta, batch, row, seed in zip(thetas.expand(n, -1), batches, out, seeds, strict=True):
-            self.gradient(theta, batch, row, seed=seed)
-        return out
+        checks = [None] * len(blocks) if checks is None else checks
+        # A comparison that keeps what is there streams through one gradient's memory, which a batch of rows would not.
+        if self.strategy == "vmap" and n > 1 and not any(check and check.keep for check in checks):
+            if len(blocks) == 1 and checks[0] is None and blocks[0].dtype == thetas.dtype:
+                self._batched(thetas, batches, blocks[0])
+                return
+            found = self._batched(thetas, batches, thetas.new_empty(n, self.size))
+            for part, block, check in zip(found.split(list(map(len, blocks))), blocks, checks, strict=True):
+                deliver_rows(part, block, check)
+            return
+        i = 0
+        for block, check in zip(blocks, checks, strict=True):
+            for j, row in enumerate(block):
+                own = check and check.of(j)
+                self.gradient(thetas[i % len(thetas)], batches[i], row, seed=seeds[i], check=own)
+                i += 1
 
     def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0, check: Check | None = None) -> Tensor:
         """Write the gradient at ``theta`` on ``batch`` into ``out``.
@@ -450,7 +481,8 @@ class GradientEngine:
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
         """All gradients as one program. Generators are left alone: ``vmap`` refuses to draw."""
-        shared = thetas.ndim == 1
+        shared = len(thetas) == 1
+        thetas = thetas[0] if shared else thetas.repeat(len(batches) // len(thetas), 1)
         leaves = tuple(thetas.detach()[..., s.start : s.stop].unflatten(-1, s.shape) for s in self.segments)
         stacked = _stack(batches)
         if thetas.dtype != self.dtype:
@@ -463,9 +495,7 @@ class GradientEngine:
                 rows = torch.func.vmap(torch.func.grad(self.evaluator.loss_at), in_dims=(None if shared else 0, 0))(
                     leaves, stacked
                 )
-        for segment, values in zip(self.segments, rows, strict=True):
-            out[:, segment.start : segment.stop].copy_(values.flatten(1))
-        return out
+        return torch.cat([values.flatten(1) for values in rows], 1, out=out)
 
     # ------------------------------------------------------------------------------------- Hessian-vector products
 
@@ -628,71 +658,6 @@ class Distributed:
 Model = nn.Module | Distributed
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A gradient that a measurement waits for: at ``theta`` on ``batch``, into ``out``; the rest as there."""
-
-    theta: Tensor
-    batch: Any
-    out: Tensor
-    seed: int
-    check: Check | None = None
-
-
-Asking = Generator[list[Wanted], None, T]
-"""Work that stops wherever it needs gradients, and goes on once they are there; so several can wait for one program."""
-
-
-def carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list[T]:
-    """The results of works that ask ``engine`` for gradients, which gets at once what they ask for together.
-
-    None does for works that ask for nothing. All is done outside the caller's ``torch.autocast``, which would round
-    what is computed from the gradients; a ``loss_fn`` that is to be evaluated under it enters it itself.
-    """
-    kind = engine.device.type if engine else "cpu"
-    with (
-        torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext(),
-        LOCK,
-        torch.inference_mode(False),
-    ):
-        try:
-            return _carry_out(engine, works)
-        finally:
-            for work in works:  # one that waits for a gradient that has failed lets go of the model
-                work.close()
-
-
-def _carry_out(engine: GradientEngine | None, works: Sequence[Asking[T]]) -> list[T]:
-    results: dict[int, T] = {}
-    waiting = dict(enumerate(works))
-    while waiting:
-        wanted: list[Wanted] = []
-        for index, work in list(waiting.items()):
-            try:
-                wanted += next(work)
-            except StopIteration as end:
-                results[index] = end.value
-                del waiting[index]
-        # Works in float32 and works whose check is due may wait at the same time; one program is of one precision.
-        for dtype in {w.theta.dtype for w in wanted}:
-            assert engine is not None
-            _serve(engine, [w for w in wanted if w.theta.dtype == dtype])
-    return [results[index] for index in range(len(works))]
-
-
-def _serve(engine: GradientEngine, wanted: Sequence[Wanted]) -> None:
-    # A comparison that keeps what is there streams through one gradient's memory, which a batch of rows would not.
-    batched = engine.strategy == "vmap" and len(wanted) > 1 and not any(w.check and w.check.keep for w in wanted)
-    if not batched:
-        for w in wanted:
-            engine.gradient(w.theta, w.batch, w.out, seed=w.seed, check=w.check)
-        return
-    thetas = torch.stack([w.theta for w in wanted])
-    rows = engine.gradients(thetas, [w.batch for w in wanted], torch.empty_like(thetas), seeds=[w.seed for w in wanted])
-    for w, row in zip(wanted, rows, strict=True):
-        deliver_whole(row, w.out, w.check)
-
-
 def deliver_whole(vector: Tensor, out: Tensor, check: Check | None, partition: Partition = WHOLE) -> None:
     """A vector into ``out``, as :class:`Delivery` does with parts of one."""
     norms = [partition.norm(out - vector), partition.norm(vector)] if check else []
@@ -700,6 +665,19 @@ def deliver_whole(vector: Tensor, out: Tensor, check: Check | None, partition: P
         out.copy_(vector)
     if check:
         check.found.copy_(torch.stack([*norms, partition.norm(out - vector)]))
+
+
+def deliver_rows(rows: Tensor, out: Tensor, check: Check | None) -> None:
+    """Vectors (n, P) into ``out``, as :func:`deliver_whole` does with one; ``found`` is (n, 3)."""
+
+    def lengths(x: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(x, dim=1).to(torch.float64)
+        return norms
+
+    norms = [lengths(out - rows), lengths(rows)] if check else []
+    out.copy_(rows)
+    if check:
+        check.found.copy_(torch.stack([*norms, lengths(out - rows)], 1))
 
 
 class _Graph:

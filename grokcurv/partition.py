@@ -32,6 +32,11 @@ class Partition:
         whole: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         return whole.to(torch.float64)
 
+    def norms(self, rows: Tensor) -> Tensor:
+        """(N,) float64: lengths of vectors (N, P)."""
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms.to(torch.float64)
+
     def all_reduce_max(self, values: Tensor) -> Tensor:
         """Elementwise, the greatest number that any process found."""
         return values

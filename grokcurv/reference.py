@@ -8,11 +8,13 @@ Two shapes describe parts of the P coordinates:
 
 * ``segments`` (S, 2) int64: ``(start, length)`` of each.
 * a basis is block-sparse: ``rows`` (K, 3) int64 holds ``(start, length, offset)``; row j is ``values[offset : offset +
-  length]`` on ``[start, start + length)`` and zero elsewhere. ``values`` is 1-D, of type C.
+  length]`` on ``[start, start + length)`` and zero elsewhere. ``values`` is (nnz,), of type C; or (N, nnz), a row for
+  each of N vectors, whose bases differ in their numbers alone.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,18 +48,18 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense_basis(values: Tensor, rows: Tensor, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The block-sparse basis as a matrix (K, size) of ``dtype``."""
-    basis = values.new_zeros((len(rows), size), dtype=dtype)
-    for row, (start, length, offset) in zip(basis, rows.tolist(), strict=True):
-        row[start : start + length] = values[offset : offset + length]
+    """The block-sparse basis as a matrix (K, size) of ``dtype``; N of them, (N, K, size), where values is (N, nnz)."""
+    basis = values.new_zeros((*values.shape[:-1], len(rows), size), dtype=dtype)
+    for j, (start, length, offset) in enumerate(rows.tolist()):
+        basis[..., j, start : start + length] = values[..., offset : offset + length]
     return basis
 
 
 def perturb(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
-    """``theta - eta_i d_i`` for N directions.
+    """``theta_i - eta_i d_i`` for N directions.
 
-    theta (P,), directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C with every operation
-    rounded (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
+    theta (N, P), or (P,) for all, and directions (N, P) of one dtype, eta (N,) float64. Returns (N, P): computed in C
+    with every operation rounded (eta, product, difference; no fused multiply-add), then rounded to the dtype of theta.
     """
     c = compute_type(theta.dtype)
     return (theta.to(c) - eta.to(c)[:, None] * directions.to(c)).to(theta.dtype)
@@ -88,8 +90,8 @@ def commutator(
     Sums over the P coordinates: ``aa = |g_a|^2``, ``bb = |g_b|^2``, ``ab = g_a . g_b``, ``dd = |delta|^2``; ``ha = |a2
     - g_a|^2`` and ``hb = |b2 - g_b|^2`` (difference) or ``ha = |a2|^2`` and ``hb = |b2|^2`` (bracket).
 
-    ``theta`` (P,), with the difference form only, adds what rounding did. Let ``<.>`` round every operation to the
-    inputs' dtype:
+    ``theta`` (N, P), or (P,) for all, with the difference form only, adds what rounding did. Let ``<.>`` round every
+    operation to the inputs' dtype:
 
     * ``r = <<theta - eta g_a> - eta b2> - <<theta - eta g_b> - eta a2>``: the commutator as the direct formula computes
       it; ``rr = |r|^2`` and ``re = |r - delta|^2``.
@@ -115,7 +117,7 @@ def commutator(
 
     coefficients = delta.new_zeros((len(delta), 0))
     if values is not None and rows is not None:
-        coefficients = delta @ dense_basis(values, rows, delta.shape[1]).T
+        _, coefficients = subspace_split(delta, values, rows)
     energies = delta.new_zeros((len(delta), 0))
     if segments is not None:
         parts = [delta[:, start : start + length].square().sum(-1) for start, length in segments.tolist()]
@@ -137,14 +139,14 @@ def _direct(theta: Tensor, first: Tensor, second: Tensor, eta: Tensor) -> Tensor
 def subspace_split(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of vectors v (N, P)."""
     x = v.double()
-    return x.square().sum(-1), x @ dense_basis(values, rows, v.shape[1]).T
+    return x.square().sum(-1), (dense_basis(values, rows, v.shape[1]) @ x[..., None])[..., 0]
 
 
 def subspace_filter(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> Tensor:
     """``g_par + (1 - s) g_perp = (1 - s) g + s sum_j (b_j . g) b_j``, in the dtype of g (N, P), for orthonormal b."""
-    basis = dense_basis(values, rows, g.shape[1])
-    x = g.double()
-    return ((1 - strength) * x + strength * (x @ basis.T) @ basis).to(g.dtype)
+    _, coefficients = subspace_split(g, values, rows)
+    inside = (dense_basis(values, rows, g.shape[1]).mT @ coefficients[..., None])[..., 0]
+    return ((1 - strength) * g.double() + strength * inside).to(g.dtype)
 
 
 def gram(x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
@@ -237,8 +239,8 @@ def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
     is negative, so it is at most the sum over all c and d of ``(x_c^2 y_d^2 + x_c y_c x_d y_d) / size``.
     """
     c = torch.arange(x.shape[1]) + start
-    words = _draw(c // 128, 0, seed)[torch.arange(len(c)), c % 128 // 32]
-    shifts = _draw(c // size // 4, 1, seed)[torch.arange(len(c)), c // size % 4]
+    words = _words(c // 128, 0, seed)[torch.arange(len(c)), c % 128 // 32]
+    shifts = _words(c // size // 4, 1, seed)[torch.arange(len(c)), c // size % 4]
     signs = 1.0 - 2.0 * (words >> c % 32 & 1)
     out = x.new_zeros((len(x), size), dtype=torch.float64)
     for z, row in zip(out, x.double(), strict=True):
@@ -246,12 +248,45 @@ def sketch(x: Tensor, size: int, seed: int, *, start: int = 0) -> Tensor:
     return out
 
 
-def _draw(indices: Tensor, purpose: int, seed: int) -> Tensor:
+def _words(indices: Tensor, purpose: int, seed: int) -> Tensor:
     """The four words (len, 4) of each counter."""
     key = (seed % 2**32, seed >> 32)
     different, which = indices.unique(return_inverse=True)
     words = [philox((i % 2**32, i >> 32, 0, purpose), key) for i in different.tolist()]
     return torch.tensor(words, dtype=torch.int64).reshape(-1, 4)[which]
+
+
+def draw(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int) -> Tensor:
+    """Random integers without a state: (R, rows) int64, entry (r, i) uniform on [0, n_r), or 64 bits where n_r is 0.
+
+    seeds (R,) int64 of any bits, purpose in [0, 2**32), steps (R,) int64 in [0, 2**32), n (R,) int64 in [0, 2**32]. An
+    entry is a function of r's own numbers, the purpose and i alone. Its attempts 0, 1, ... are ``w``, word ``i % 4`` of
+    ``philox((i // 4, attempt, step, purpose), (seed low, seed high))``. The first with ``w n mod 2**32 >= 2**32 mod n``
+    counts, and is worth ``w n // 2**32`` (Lemire, Fast random integer generation in an interval, ACM TOMACS 29, 2019).
+
+    So every number is equally likely: the w that are worth v have products ``w n`` in ``[v 2**32, (v + 1) 2**32)``, in
+    steps of n. What is left of that range without its first ``2**32 mod n`` numbers is as long as ``2**32 // n`` such
+    steps, so it has that many products wherever they begin.
+
+    n = 0 stands for 2**64, as an int64 of the same bits: words ``2 (i % 2)``, low, and ``2 (i % 2) + 1``, high, of
+    counter ``(i // 2, 0, step, purpose)``.
+    """
+    runs = zip(seeds.tolist(), steps.tolist(), n.tolist(), strict=True)
+    entries = [[_entry(i, seed % 2**64, purpose, step, below) for i in range(rows)] for seed, step, below in runs]
+    return torch.tensor(entries, dtype=torch.int64, device=seeds.device).reshape(len(seeds), rows)
+
+
+def _entry(i: int, seed: int, purpose: int, step: int, n: int) -> int:
+    key = (seed % 2**32, seed >> 32)
+    if n == 0:
+        words = philox((i // 2, 0, step, purpose), key)
+        value = words[2 * (i % 2)] + (words[2 * (i % 2) + 1] << 32)
+        return value if value < 2**63 else value - 2**64
+    for attempt in count():
+        product = philox((i // 4, attempt, step, purpose), key)[i % 4] * n
+        if product % 2**32 >= 2**32 % n:
+            break
+    return product >> 32
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -14,6 +14,8 @@ from grokcurv import ops, reference
 
 Inputs = dict[str, Any]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OWNERS = ((), (3,))
+"""What comes before the shape of what three vectors share, and of what each of them has of its own."""
 SHAPES = ((2, 4099), (3, 129), (1, 1), (0, 5), (2, 0))
 """(N, P): a second chunk and a tail; a tail; a single coordinate; nothing."""
 
@@ -38,21 +40,27 @@ def spans(count: int, size: int, generator: Generator) -> Tensor:
     return torch.stack([starts, lengths], dim=1)
 
 
-def basis(count: int, size: int, dtype: torch.dtype, generator: Generator) -> Inputs:
-    """Block-sparse vectors, neither orthogonal nor normalised."""
+def basis(count: int, size: int, dtype: torch.dtype, generator: Generator, owners: tuple[int, ...] = ()) -> Inputs:
+    """Block-sparse vectors, neither orthogonal nor normalised; `owners` is (N,) where each of N has its own."""
     blocks = spans(count, size, generator)
     offsets = blocks[:, 1].cumsum(0) - blocks[:, 1] + 3
-    values = numbers((int(blocks[:, 1].sum()) + 5,), reference.compute_type(dtype), generator)
+    values = numbers((*owners, int(blocks[:, 1].sum()) + 5), reference.compute_type(dtype), generator)
     return {"values": values, "rows": torch.cat([blocks, offsets[:, None]], dim=1)}
 
 
-def orthonormal_basis(size: int, dtype: torch.dtype, generator: Generator) -> Inputs:
+def orthonormal_basis(size: int, dtype: torch.dtype, generator: Generator, owners: tuple[int, ...] = ()) -> Inputs:
     """Four orthonormal vectors, two on each half of the coordinates."""
     half = size // 2
-    blocks = [torch.linalg.qr(torch.randn(half, 2, generator=generator, dtype=torch.float64)).Q.T for _ in range(2)]
+    shape = (*owners, half, 2)
+    blocks = [torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q.mT for _ in range(2)]
     starts = torch.tensor([0, 0, half, half])
     rows = torch.stack([starts, torch.full((4,), half), torch.arange(4) * half], dim=1)
-    return {"values": torch.cat(blocks).flatten().to(reference.compute_type(dtype)), "rows": rows}
+    return {"values": torch.cat(blocks, -2).flatten(-2).to(reference.compute_type(dtype)), "rows": rows}
+
+
+def on_basis(x: Tensor, dense: Tensor) -> Tensor:
+    """(N, K): each row of x times each vector of the basis, (K, P) for all or (N, K, P)."""
+    return (dense @ x[..., None])[..., 0]
 
 
 UNIT = 2.0**-53
@@ -92,8 +100,12 @@ def _subspace_split(n: int, p: int, dtype: torch.dtype, generator: Generator) ->
 
 
 def _subspace_filter_(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
-    space = orthonormal_basis(p, dtype, generator) if p >= 4 else basis(2, p, dtype, generator)
-    yield {"g": numbers((n, p), dtype, generator), **space, "strength": 0.75}
+    yield _filtered(n, p, dtype, generator, ())
+
+
+def _filtered(n: int, p: int, dtype: torch.dtype, generator: Generator, owners: tuple[int, ...]) -> Inputs:
+    space = orthonormal_basis(p, dtype, generator, owners) if p >= 4 else basis(2, p, dtype, generator, owners)
+    return {"g": numbers((n, p), dtype, generator), **space, "strength": 0.75}
 
 
 def _gram(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
@@ -148,6 +160,19 @@ def _sketch(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterato
     yield {"x": x, "size": 256, "seed": int(torch.randint(2**31, (), generator=generator))}
 
 
+def _draw(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    """R = N runs, rows = P: numbers for which hardly a word is refused, half of them, or none; and 64 bits."""
+    if dtype == torch.float64:
+        for below in ([4704, 2**31 + 1, 2**32], [0, 97, 2**32 - 5]):
+            yield {
+                "seeds": torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator),
+                "purpose": int(torch.randint(2**32, (), generator=generator)),
+                "steps": torch.randint(2**32, (n,), generator=generator),
+                "n": torch.tensor(below)[torch.arange(n) % 3],
+                "rows": p,
+            }
+
+
 _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs]]] = {
     "perturb": _perturb,
     "commutator": _commutator,
@@ -159,16 +184,57 @@ _SAMPLES: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs
     "rotate_": _rotate_,
     "sketch": _sketch,
 }
-OPS = tuple(_SAMPLES)
+
+
+def _perturb_of_runs(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    theta, directions = (numbers((n, p), dtype, generator) for _ in range(2))
+    yield {"theta": theta, "directions": directions, "eta": step_sizes(n, generator)}
+
+
+def _commutator_of_runs(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    own = {**basis(3, p, dtype, generator, (n,)), "theta": numbers((n, p), dtype, generator)}
+    yield {**gradients(n, p, dtype, generator), **own, "segments": spans(2, p, generator), "keep_delta": True}
+
+
+def _subspace_split_of_runs(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    yield {"v": numbers((n, p), dtype, generator), **basis(3, p, dtype, generator, (n,))}
+
+
+def _subspace_filter_of_runs(n: int, p: int, dtype: torch.dtype, generator: Generator) -> Iterator[Inputs]:
+    yield _filtered(n, p, dtype, generator, (n,))
+
+
+_OF_RUNS: dict[str, Callable[[int, int, torch.dtype, Generator], Iterator[Inputs]]] = {
+    "perturb": _perturb_of_runs,
+    "commutator": _commutator_of_runs,
+    "subspace_split": _subspace_split_of_runs,
+    "subspace_filter_": _subspace_filter_of_runs,
+    "draw": _draw,
+}
+"""Where each of N vectors is a run's, with parameters or a basis of its own."""
+
+OPS = tuple(_SAMPLES | _OF_RUNS)
+KINDS = (_SAMPLES, _OF_RUNS)
 WRITES = {"subspace_filter_": ("g",), "rotate_": ("rows", "mean")}
 """The arguments that an op writes to, the one that it returns first."""
 
 
-def sample_inputs(op: str, generator: Generator, shapes: Iterable[tuple[int, int]] = SHAPES) -> Iterator[Inputs]:
-    """Keyword arguments of `ops.<op>`, over dtypes, shapes and options."""
-    for dtype in DTYPES:
-        for n, p in shapes:
-            yield from _SAMPLES[op](n, p, dtype, generator)
+def sample_inputs(
+    op: str, generator: Generator, shapes: Iterable[tuple[int, int]] = SHAPES, kinds: Iterable[int] = (0, 1)
+) -> Iterator[Inputs]:
+    """Keyword arguments of `ops.<op>`, over dtypes, shapes and options; of both :data:`KINDS`, or of some."""
+    for samples in (KINDS[kind] for kind in kinds if op in KINDS[kind]):
+        for dtype in DTYPES:
+            for n, p in shapes:
+                yield from samples[op](n, p, dtype, generator)
+
+
+def of_one(inputs: Inputs, i: int) -> Inputs:
+    """Those of vector i alone, to whom all is shared."""
+    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
+    alone = {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()}
+    own = {name: inputs[name][i] for name in ("theta", "values") if name in inputs and inputs[name].dim() == 2}
+    return alone | own
 
 
 def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -187,11 +253,11 @@ def define(op: str, inputs: Inputs) -> tuple[Tensor, ...]:
     return run(op, inputs, getattr(reference, op, None) or getattr(reference, op.rstrip("_")))
 
 
-def digest(seed: int) -> str:
-    """One hash of the bits of every output of every op on the samples of a seed."""
+def digest(seed: int, *kinds: int) -> str:
+    """One hash of the bits of every output of every op on the samples of a seed, of both kinds or of some."""
     bits = hashlib.sha256()
     for op in OPS:
-        for inputs in sample_inputs(op, torch.Generator().manual_seed(seed)):
+        for inputs in sample_inputs(op, torch.Generator().manual_seed(seed), kinds=kinds or (0, 1)):
             for output in run(op, inputs):
                 bits.update(output.contiguous().view(torch.uint8).numpy().tobytes())
     return bits.hexdigest()

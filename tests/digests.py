@@ -80,7 +80,11 @@ def torchs() -> str:
 
 
 def kernels() -> str:
-    return cases.digest(0)
+    return cases.digest(0, 0)
+
+
+def kernels_of_runs() -> str:
+    return cases.digest(0, 1)
 
 
 def pca() -> str:
@@ -141,7 +145,7 @@ def sweep() -> str:
         return digest(files, [[run.metrics, run.curvature, run.pca_history] for run in runs])
 
 
-DIGESTS: tuple[Callable[[], str], ...] = (torchs, kernels, pca, run, monitored, sweep)
+DIGESTS: tuple[Callable[[], str], ...] = (torchs, kernels, kernels_of_runs, pca, run, monitored, sweep)
 
 
 def digests() -> dict[str, str]:

@@ -37,11 +37,16 @@ def name() -> str:
     return f"{torch.cuda.get_device_name(DEVICE)} (sm_{major}{minor})"
 
 
+def is_table(x: Any) -> bool:
+    """Whether an op takes this as a table of indices, which stays on the CPU: its rows say so."""
+    return isinstance(x, Tensor) and x.dtype == torch.int64 and x.dim() == 2
+
+
 def there(x: Any) -> Any:
     """A copy of a tensor on the GPU; tables of indices stay where they are, and so does what is no tensor."""
     if isinstance(x, dict):
         return {key: there(value) for key, value in x.items()}
-    return x.to(DEVICE, copy=True) if isinstance(x, Tensor) and x.dtype != torch.int64 else x
+    return x.to(DEVICE, copy=True) if isinstance(x, Tensor) and not is_table(x) else x
 
 
 def back(x: Any) -> Any:

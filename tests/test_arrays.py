@@ -163,9 +163,19 @@ def test_the_documentation_is_right() -> None:
     text = KERNELS.read_text()
     assert all(re.search(rf"^## .*\b{op}\b", text, re.MULTILINE) for op in cases.OPS)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names: dict[str, Any] = {}
-    checks = {"gram": 0, "perturb": 1, "commutator": 2, "split": 3, "filter": 4, "lengths": 5, "pca": 6, "turn": 7}
+    checks = {
+        "gram": 0,
+        "perturb": 1,
+        "commutator": 2,
+        "split": 3,
+        "filter": 4,
+        "lengths": 5,
+        "pca": 6,
+        "turn": 7,
+        "draw": 9,
+    }
     for number, block in enumerate(blocks):
         before = {name: x.copy() for name, x in names.items() if isinstance(x, np.ndarray)}
         exec(block, names)
@@ -199,5 +209,10 @@ def test_the_documentation_is_right() -> None:
         elif number == checks["turn"]:
             np.testing.assert_allclose(n["mean"], before["x"].mean(0), atol=1e-6)
             np.testing.assert_array_equal(n["x"], before["x"])
+        elif number == checks["draw"]:
+            assert n["batches"].shape == (3, 512)
+            assert (n["batches"].min(1) >= 0).all()
+            assert (n["batches"].max(1) < n["n"]).all()
+            np.testing.assert_array_equal(n["again"][0], n["batches"][2, :10])
         else:
             np.testing.assert_allclose(n["sum_of_parts"], n["whole"], atol=1e-9)

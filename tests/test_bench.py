@@ -29,6 +29,7 @@ NO_PEERS = dict.fromkeys(PEERS, "not asked for")
 
 KERNELS = [
     kernels.perturb(5000),
+    kernels.perturb(700, runs=3),
     kernels.defect(5000),
     kernels.rounding_terms(5000),
     kernels.defect_on_basis(40_000),
@@ -40,6 +41,7 @@ KERNELS = [
     kernels.eigh_prefixes(12),
     kernels.rotate(9, 4, 3000),
     kernels.sketch(2, 64, 5000),
+    kernels.draw(3, 5000),
     pca.whole(20, 3000),
     pca.history(20, 3000),
     pca.incremental(40, 3000, 3),

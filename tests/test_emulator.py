@@ -17,6 +17,7 @@ from typing import Any
 import cases
 import pytest
 import test_commutator_op
+import test_draw
 import test_eigh
 import test_gram
 import test_ops
@@ -24,7 +25,7 @@ import test_perturb
 import test_sketch
 import test_subspace_op
 import torch
-from cases import DTYPES, Inputs, basis, gamma, gradients, numbers, spans
+from cases import DTYPES, OWNERS, Inputs, basis, gamma, gradients, numbers, spans
 from torch import Generator, Tensor
 
 from grokcurv import _cpu, ops, reference
@@ -49,7 +50,15 @@ REPEATED: dict[ModuleType, set[str]] = {
         "test_what_is_not_finite_yields_nan_and_harms_no_other",
         "test_scale_does_not_matter",
     },
-    test_sketch: {"test_definition", "test_whole_numbers_are_exact", "test_moments", "test_generator"},
+    test_sketch: {"test_definition", "test_whole_numbers_are_exact", "test_moments"},
+    test_draw: {
+        "test_generator",
+        "test_uniform",
+        "test_refusing_is_what_makes_numbers_uniform",
+        "test_bits_are_uniform",
+        "test_independent",
+        "test_entries_are_independent",
+    },
 }
 """Whose tests run here once more, but for those that take long; they have shorter ones below."""
 
@@ -91,7 +100,7 @@ def bits(outputs: tuple[Tensor, ...]) -> list[bytes]:
 # ----------------------------------------------------------------------------------------------- beside the CPU kernels
 
 
-@pytest.mark.parametrize("op", ["perturb", "sketch"])
+@pytest.mark.parametrize("op", ["perturb", "sketch", "draw"])
 def test_bits_of_the_cpu(op: str, generator: Generator) -> None:
     for inputs in cases.sample_inputs(op, generator):
         assert bits(cases.run(op, inputs)) == bits(on_cpu(op, inputs))
@@ -104,16 +113,18 @@ def test_delta_has_the_bits_of_the_cpu(dtype: torch.dtype, form: str, generator:
     assert bits(cases.run("commutator", inputs)[3:]) == bits(on_cpu("commutator", inputs)[3:])
 
 
+@pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_filter_has_the_bits_of_the_cpu(dtype: torch.dtype, generator: Generator) -> None:
+def test_a_filter_has_the_bits_of_the_cpu(dtype: torch.dtype, owners: tuple[int, ...], generator: Generator) -> None:
     """Given the same coefficients, which themselves are summed in another order."""
-    g, space = numbers((3, 4099), dtype, generator), basis(200, 4099, dtype, generator)
+    g, space = numbers((3, 4099), dtype, generator), basis(200, 4099, dtype, generator, owners)
+    values, stride = _dispatch.strided(space["values"])
     coefficients, workspace = numbers((3, 200), FLOAT64, generator), torch.empty(600, dtype=FLOAT64)
 
     def filtered(core: Any) -> Tensor:
         out = g.clone()
-        pointers = (out.data_ptr(), space["values"].data_ptr(), space["rows"].data_ptr(), 200, coefficients.data_ptr())
-        core.subspace_filter(lambda _: workspace.data_ptr(), 1, _dispatch.TYPES[dtype], *g.shape, *pointers, 0.75)
+        task = (out.data_ptr(), values.data_ptr(), stride, space["rows"].data_ptr(), 200, coefficients.data_ptr(), 0.75)
+        core.subspace_filter(lambda _: workspace.data_ptr(), 1, _dispatch.TYPES[dtype], *g.shape, *task)
         return out
 
     assert bits((filtered(_emulator),)) == bits((filtered(_cpu),))
@@ -269,32 +280,34 @@ WIDE_OPS = ("perturb", "commutator", "subspace_split", "subspace_filter_")
 @pytest.mark.parametrize("op", WIDE_OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_alignment(op: str, dtype: torch.dtype, generator: Generator) -> None:
-    """Four coordinates at once, or one by one where vectors do not begin at 16 bytes."""
+    """Four coordinates at once, or one by one where vectors do not begin at 16 bytes, all of them or one alone."""
 
-    def moved(x: Any, by: int) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        view = x.new_empty(x.numel() + by)[by:].view(x.shape)
-        return view.copy_(x)
+    def moved(x: Tensor, by: int) -> Tensor:
+        return x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
 
     for inputs in cases._SAMPLES[op](2, 4100, dtype, generator):
-        aligned, *others = (
-            cases.outputs(getattr(ops, op)(**{name: moved(x, by) for name, x in inputs.items()})) for by in (0, 1, 3)
-        )
-        for other in others:
-            assert bits(aligned) == bits(other)
+        vectors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+
+        def shifted(by: dict[str, int]) -> list[bytes]:
+            moves = {name: moved(x, by.get(name, 0)) for name, x in vectors.items()}  # noqa: B023
+            return bits(cases.outputs(getattr(ops, op)(**inputs | moves)))  # noqa: B023
+
+        aligned = shifted({})
+        for by in (dict.fromkeys(vectors, 1), dict.fromkeys(vectors, 3), *({name: 1} for name in vectors)):
+            assert shifted(by) == aligned
 
 
 @pytest.mark.parametrize("threads", [64, 96])
 def test_fewer_threads(threads: int, generator: Generator) -> None:
     _emulator.set_order(seed=5, threads=threads)
-    for inputs in islice(cases.sample_inputs("perturb", generator), 0, None, 2):
+    for inputs in islice(cases.sample_inputs("perturb", generator), 0, None, 3):
         assert bits(cases.run("perturb", inputs)) == bits(on_cpu("perturb", inputs))
     for inputs in islice(cases.sample_inputs("commutator", generator), 0, None, 2):
         test_commutator_op.assert_equals_definition(**inputs)
-    for inputs in islice(cases.sample_inputs("subspace_split", generator), 0, None, 2):
+    for inputs in islice(cases.sample_inputs("subspace_split", generator), 0, None, 3):
         test_subspace_op.assert_split(**inputs)
-    test_subspace_op.test_filter(torch.float32, 4097, 0.75, generator)
+    for owners in OWNERS:
+        test_subspace_op.test_filter(torch.float32, 4097, 0.75, owners, generator)
     test_eigh.assert_leading_pairs(test_eigh.gram_matrices(2, 30, 32, generator), 30)
 
 
@@ -321,7 +334,7 @@ def barrier_inputs(generator: Generator) -> list[tuple[str, Inputs]]:
 
 def test_bits_do_not_depend_on_the_order_of_threads(generator: Generator) -> None:
     samples = [
-        (op, x) for op in cases.OPS if op != "eigh" for x in islice(cases.sample_inputs(op, generator), 0, None, 4)
+        (op, x) for op in cases.OPS if op != "eigh" for x in islice(cases.sample_inputs(op, generator), 0, None, 5)
     ]
     for op, inputs in samples + barrier_inputs(generator):
         _emulator.set_order()

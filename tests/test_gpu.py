@@ -15,6 +15,7 @@ import cases
 import gpu
 import pytest
 import test_commutator_op
+import test_draw
 import test_eigh
 import test_gram
 import test_perturb
@@ -23,11 +24,11 @@ import test_sketch
 import test_subspace_op
 import torch
 from cases import Inputs
-from gpu import there
+from gpu import is_table, there
 from test_ops import assert_same_bits, raw_arguments
 from torch import Generator, Tensor
 
-from grokcurv import ops
+from grokcurv import ops, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +61,7 @@ def other_numbers(inputs: Inputs, generator: Generator) -> Inputs:
     """The same shapes, tables and options; every tensor holds its numbers in another order."""
 
     def shuffle(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dtype == torch.int64:
+        if not isinstance(x, Tensor) or is_table(x):
             return x
         return x.flatten()[torch.randperm(x.numel(), generator=generator)].view(x.shape)
 
@@ -70,7 +71,7 @@ def other_numbers(inputs: Inputs, generator: Generator) -> Inputs:
 def fill(tensors: Inputs, numbers: Inputs) -> None:
     """Copies to the GPU, into tensors that are there."""
     for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.dtype != torch.int64:
+        if isinstance(x, Tensor) and not is_table(x):
             x.copy_(numbers[name])
 
 
@@ -121,7 +122,7 @@ def test_bits_do_not_depend_on_alignment(op: str, generator: Generator) -> None:
     """Vectors that begin 2, 4 or 8 bytes after a multiple of 16 take other loads."""
 
     def shifted(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dtype == torch.int64:
+        if not isinstance(x, Tensor) or is_table(x):
             return x
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
@@ -132,11 +133,10 @@ def test_bits_do_not_depend_on_alignment(op: str, generator: Generator) -> None:
 
 @pytest.mark.parametrize("op", ["perturb", "commutator", "subspace_split", "subspace_filter_"])
 def test_bits_do_not_depend_on_the_batch(op: str, generator: Generator) -> None:
-    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
     for inputs in map(there, samples(op, generator)):
         together = cases.run(op, inputs)
         for i in range(len(together[0])):
-            alone = cases.run(op, {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()})
+            alone = cases.run(op, cases.of_one(inputs, i))
             assert_equal(alone, tuple(x[i : i + 1] for x in together))
 
 
@@ -172,6 +172,20 @@ def test_capture_and_replay_with_new_numbers(op: str, generator: Generator) -> N
         replay()
         for result, new in zip(results, numbers, strict=True):
             assert_equal(result, cases.run(op, there(new)))
+
+
+def test_a_replay_draws_for_the_step_that_it_finds() -> None:
+    seeds, steps, n = (torch.tensor(x, device=gpu.DEVICE) for x in ([5, -1, 2**40], [0, 7, 2**31], [97, 0, 2**31 + 1]))
+
+    def step() -> Tensor:
+        drawn = ops.draw(seeds, 3, steps, n, 33)
+        steps.add_(1)
+        return drawn
+
+    drawn, replay = gpu.capture(step)
+    for _ in range(3):
+        replay()
+        assert torch.equal(drawn.cpu(), reference.draw(seeds.cpu(), 3, steps.cpu() - 1, n.cpu(), 33))
 
 
 FIRST_CALL_IN_A_CAPTURE = """
@@ -274,7 +288,7 @@ def test_tables_on_the_gpu_are_refused(op: str, name: str, generator: Generator)
 @pytest.mark.parametrize("op", cases.OPS)
 def test_vectors_left_on_the_cpu_are_refused(op: str, generator: Generator) -> None:
     for inputs in one_of_each_dtype(op, generator):
-        _, *others = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.dtype != torch.int64]
+        _, *others = [name for name, x in inputs.items() if isinstance(x, Tensor) and not is_table(x)]
         for name in others:
             mixed = {**there(inputs), name: inputs[name]}
             with pytest.raises(ValueError, match=f"{name} must be on {gpu.DEVICE} like the other tensors, got cpu"):
@@ -340,7 +354,8 @@ def test_more_than_2_to_the_31_numbers(much_memory: None, odd: int, generator: G
     combined = ops.rotate(x, torch.eye(MANY, dtype=torch.float64, device=gpu.DEVICE)[None, last:].contiguous())
     assert torch.equal(combined[0], u.float())
 
-    assert_equal((ops.perturb(u, y, eta)[last],), (ops.perturb(u, v[None], eta[:1])[0],))
+    for theta in (u, x):  # of all, and of each its own
+        assert_equal((ops.perturb(theta, y, eta)[last],), (ops.perturb(u, v[None], eta[:1])[0],))
     alone = ops.subspace_filter_(y[last:].clone(), values, rows, 0.75)
     assert_equal((ops.subspace_filter_(y, values, rows, 0.75)[last:],), (alone,))
 
@@ -396,3 +411,4 @@ TestGram = on_the_gpu(test_gram)
 TestRotate = on_the_gpu(test_rotate)
 TestEigh = on_the_gpu(test_eigh)
 TestSketch = on_the_gpu(test_sketch)
+TestDraw = on_the_gpu(test_draw)

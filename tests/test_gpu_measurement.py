@@ -1,4 +1,4 @@
-"""The whole measurement on a GPU: nothing waits for it, and what test_device.py captures with a tape, a graph does."""
+"""Measurements and steps on a GPU: nothing waits for them, and what others capture with a tape, a graph does."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import pytest
 import torch
 from models import PROBLEMS
 from test_device import Place, drawn, test_a_captured_block, test_a_captured_measurement, test_a_captured_step
+from test_optim import test_captured_steps_of_rows
 from torch import Generator
 
 import grokcurv as gc
 from grokcurv.flat import attention_segments
 
 pytestmark = pytest.mark.gpu
-__all__ = ["test_a_captured_block", "test_a_captured_measurement", "test_a_captured_step"]
+__all__ = [
+    "test_a_captured_block",
+    "test_a_captured_measurement",
+    "test_a_captured_step",
+    "test_captured_steps_of_rows",
+]
 
 PROBLEM = PROBLEMS["tied attention"]
 STEPS = 40

@@ -14,8 +14,8 @@ HOUSE = Path(grokcurv.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("reference", "flat", "partition", "device_buffer", "storage", "progress", "random_subspace", "losses"),
     ("ops",),
-    ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace"),
-    ("commutator", "samplers", "lookahead"),
+    ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace", "optim", "draws"),
+    ("pairs", "checks", "commutator", "measures", "samplers", "lookahead"),
     ("loggers", "monitor", "interventions", "runs"),
     ("modular", "integrations"),
     ("sweep", "analysis", "upstream"),

@@ -13,7 +13,7 @@ from models import PROBLEMS, cross_entropy, cross_entropy64
 from torch import nn
 
 import grokcurv as gc
-from grokcurv import commutator
+from grokcurv import checks, commutator
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.monitor import ALIGNMENT_FIELDS, FIELDS
 from grokcurv.subspace import RandomBaseline
@@ -110,7 +110,7 @@ def test_successive_steps_use_the_training_gradient(generator):
     problem.loss_fn(model, a).backward()
     monitor.probe.noise_floor = False
     monitor.probe.gradients.gradient = lambda *args, **kw: calls.append(args) or gradient(*args, **kw)
-    monitor._falls_back = False  # no repetition as a bracket
+    monitor.commutator._falls_back = False  # no repetition as a bracket
     monitor.step(a, b)
     assert len(calls) == 3
     monitor.probe.gradients.gradient = gradient
@@ -351,12 +351,12 @@ def test_a_floor_from_an_earlier_check_is_the_earlier_error_over_the_new_gradien
     pairs = [[(problem.batch(generator), problem.batch(generator))] for _ in range(2)]
     probe = gc.CommutatorProbe(model, problem.loss_fn)
     probe.measure(pairs[0])
-    (absolute, relative), (past_absolute, past_relative) = probe.errors["difference"].tolist()
+    (absolute, relative), (past_absolute, past_relative) = probe.errors["difference"][0].tolist()
     stats = probe.measure(pairs[1], check=False, keep_delta=True)
     assert not stats.exact
     a, b = stats.grad_norm_a.item(), stats.grad_norm_b.item()
-    at_theta = [commutator.STALE_MARGIN * max(absolute, relative * size) for size in (a, b)]
-    past = [commutator.STALE_MARGIN * max(past_absolute, past_relative * size) for size in (a, b)]
+    at_theta = [checks.STALE_MARGIN * max(absolute, relative * size) for size in (a, b)]
+    past = [checks.STALE_MARGIN * max(past_absolute, past_relative * size) for size in (a, b)]
     vectors = np.linalg.norm([*at_theta, *past]) / (1e-3 * a * b)
     lengths = stats.defect.item() * np.hypot(at_theta[0] / a, at_theta[1] / b)
     # The directions of the steps are wrong by as much, but what they do to the differences is not known from outside.

@@ -98,12 +98,10 @@ def test_bits_do_not_depend_on_the_instruction_set() -> None:
 
 @pytest.mark.parametrize("op", ["perturb", "commutator", "subspace_split", "subspace_filter_"])
 def test_bits_do_not_depend_on_the_batch(op: str, generator: torch.Generator) -> None:
-    batched = {"directions", "eta", "g_a", "g_b", "a2", "b2", "v", "g"}
     for inputs in cases.sample_inputs(op, generator):
         together = cases.run(op, inputs)
         for i in range(len(together[0])):
-            alone = cases.run(op, {name: x[i : i + 1] if name in batched else x for name, x in inputs.items()})
-            for a, b in zip(together, alone, strict=True):
+            for a, b in zip(together, cases.run(op, cases.of_one(inputs, i)), strict=True):
                 assert_same_bits(a[i : i + 1], b)
 
 
@@ -174,9 +172,21 @@ BAD_VECTORS = [
 ]
 BAD_SHAPES = [
     ("perturb", "directions", shortened, ValueError, "directions must have shape"),
-    ("perturb", "theta", torch.atleast_2d, ValueError, "theta must have shape"),
+    ("perturb", "theta", torch.atleast_2d, ValueError, r"theta must have shape \(4099\) or \(2, 4099\), got \(1, "),
+    ("perturb", "theta", torch.sum, ValueError, r"theta must have shape \(P\) or \(N, P\), got \(\)"),
+    ("perturb", "theta", lambda x: torch.stack([x, x], dim=1).T, ValueError, "theta must be contiguous"),
     ("commutator", "a2", shortened, ValueError, "a2 must have shape"),
     ("commutator", "theta", shortened, ValueError, "theta must have shape"),
+    ("commutator", "theta", lambda x: x.repeat(3, 1), ValueError, r"theta must have shape \(4099\) or \(2, 4099\)"),
+    *(
+        (op, "values", replace, ValueError, message)
+        for op in ("commutator", "subspace_split", "subspace_filter_")
+        for replace, message in (
+            (lambda x: x.repeat(3, 1), r"values must have shape \(nnz\) or \(2, nnz\), got \(3, "),
+            (lambda x: torch.stack([x, x], dim=1).T, "values must be contiguous"),
+            (lambda x: x.repeat(2, 1)[:, :5].contiguous(), r"rows\[\d\] reads values.* but there are 5 values"),
+        )
+    ),
     ("subspace_split", "v", torch.flatten, ValueError, "v must have shape"),
     ("gram", "y", shortened, ValueError, "y must have shape"),
     ("gram", "origin", shortened, ValueError, "origin must have shape"),
@@ -233,6 +243,25 @@ BAD_OPTIONS = [
     ("sketch", "seed", -1, ValueError, "seed must lie in"),
     ("sketch", "start", -1, ValueError, "start must lie in"),
     ("sketch", "start", 2**62, ValueError, "start must lie in"),
+    *(
+        ("draw", name, replacement, error, message)
+        for name in ("seeds", "steps", "n")
+        for replacement, error, message in (
+            (torch.Tensor.int, TypeError, f"^{name} must be int64, got int32"),
+            (torch.Tensor.double, TypeError, f"^{name} must be int64, got float64"),
+            (torch.atleast_2d, ValueError, f"^{name} must have shape"),
+            (lambda x: x.repeat(2)[::2], ValueError, f"^{name} must be contiguous"),
+        )
+    ),
+    *(("draw", name, shortened, ValueError, rf"^{name} must have shape \(2\)") for name in ("steps", "n")),
+    *(("draw", name, lambda x: x.to("meta"), ValueError, f"^{name} must be on cpu") for name in ("steps", "n")),
+    ("draw", "steps", torch.tensor([0, -1]), ValueError, r"^steps\[1\] must lie in 0\.\.4294967295, got -1"),
+    ("draw", "steps", torch.tensor([2**32, 0]), ValueError, r"^steps\[0\] must lie in 0\.\.4294967295, got 4294967296"),
+    ("draw", "n", torch.tensor([-1, 0]), ValueError, r"^n\[0\] must lie in 0\.\.4294967296, got -1"),
+    ("draw", "n", torch.tensor([5, 2**32 + 1]), ValueError, r"^n\[1\] must lie in .*, got 4294967297"),
+    *(("draw", "purpose", purpose, ValueError, r"^purpose must lie in 0\.\.2\*\*32 - 1") for purpose in (-1, 2**32)),
+    ("draw", "purpose", 2.5, TypeError, "^purpose must be an integer"),
+    *(("draw", "rows", rows, ValueError, r"^rows must lie in 0\.\.2\*\*33") for rows in (-1, 2**33 + 1)),
     ("rotate_", "mean", None, ValueError, "mean and weights belong together"),
     ("rotate_", "coefficients", lambda x: x.repeat(1, 2, 1), ValueError, "28 rows, which do not fit over 18"),
 ]

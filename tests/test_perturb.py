@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, numbers, sample_inputs, step_sizes
+from cases import DTYPES, OWNERS, numbers, sample_inputs, step_sizes
 
 from grokcurv import ops, reference
 
@@ -16,10 +16,13 @@ def test_equals_its_definition(generator: torch.Generator) -> None:
         assert torch.equal(ops.perturb(**inputs), reference.perturb(**inputs))
 
 
+@pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_sizes_around_chunks(dtype: torch.dtype, size: int, generator: torch.Generator) -> None:
-    theta, directions = numbers((size,), dtype, generator), numbers((3, size), dtype, generator)
+def test_sizes_around_chunks(
+    dtype: torch.dtype, size: int, owners: tuple[int, ...], generator: torch.Generator
+) -> None:
+    theta, directions = numbers((*owners, size), dtype, generator), numbers((3, size), dtype, generator)
     eta, out = step_sizes(3, generator), torch.empty_like(directions)
     ops.perturb(theta, directions, eta, out=out)
     assert torch.equal(out, reference.perturb(theta, directions, eta))
@@ -28,9 +31,12 @@ def test_sizes_around_chunks(dtype: torch.dtype, size: int, generator: torch.Gen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_expression_in_torch(dtype: torch.dtype, generator: torch.Generator) -> None:
     """So a probe stores the very parameters that `theta - eta * g` would give."""
-    theta, direction = numbers((1001,), dtype, generator), numbers((1, 1001), dtype, generator)
-    result = ops.perturb(theta, direction, torch.tensor([1e-3], dtype=torch.float64))
-    assert torch.equal(result[0], theta - 1e-3 * direction[0])
+    theta, directions = numbers((2, 1001), dtype, generator), numbers((2, 1001), dtype, generator)
+    eta = torch.tensor([1e-3, 0.3], dtype=torch.float64)
+    shared, own = ops.perturb(theta[1], directions, eta), ops.perturb(theta, directions, eta)
+    for i, step in enumerate(eta.tolist()):
+        assert torch.equal(shared[i], theta[1] - step * directions[i])
+        assert torch.equal(own[i], theta[i] - step * directions[i])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,3 +49,10 @@ def test_nan_infinity_and_overflow_stay_where_they_are(dtype: torch.dtype) -> No
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result.nan_to_num(0.0), expected.nan_to_num(0.0))
     assert torch.signbit(result[0, -1])
+
+
+def test_nan_in_one_theta_harms_no_other(generator: torch.Generator) -> None:
+    theta, directions = numbers((3, 4099), torch.float32, generator), numbers((3, 4099), torch.float32, generator)
+    theta[1] = torch.nan
+    result = ops.perturb(theta, directions, step_sizes(3, generator))
+    assert result.isnan().sum(1).tolist() == [0, 4099, 0]

@@ -16,6 +16,7 @@ from models import PROBLEMS, Problem, cross_entropy
 from torch import Tensor, nn
 
 import grokcurv as gc
+from grokcurv import commutator
 from grokcurv.flat import Segment, flatten, segments_of
 
 ETA = 1e-2
@@ -521,3 +522,19 @@ def test_a_chain_has_no_gap(generator):
         probe.measure(pairs, design="chain")
     with pytest.raises(ValueError, match="design must be one of independent, chain, got 'star'"):
         probe.measure(pairs, design="star")
+
+
+@pytest.mark.parametrize("design", ["independent", "chain"])
+@pytest.mark.parametrize("method", ["difference", "bracket", "published"])
+def test_pairs_together_are_what_they_are_one_by_one(generator, monkeypatch, method, design):
+    problem = PROBLEMS["perceptron"]
+    model = problem.model()
+    batches = [problem.batch(generator) for _ in range(6)]
+    pairs = list(pairwise(batches))
+    probe = gc.CommutatorProbe(model, problem.loss_fn, method=method, noise_floor=False)
+    together = probe.measure(pairs, design=design, keep_delta=True)
+    monkeypatch.setattr(commutator, "TOGETHER", 0)
+    alone = probe.measure(pairs, design=design, keep_delta=True)
+    for name, value in vars(together).items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, getattr(alone, name), rtol=0, atol=0, equal_nan=True)

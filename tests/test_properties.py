@@ -64,19 +64,25 @@ def spans(draw: st.DrawFn, size: int, disjoint: bool = False) -> Tensor:
 
 
 @st.composite
-def basis(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Inputs:
+def owned(draw: st.DrawFn, n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Numbers that n vectors share, or that each has of its own."""
+    return draw(numbers((*draw(st.sampled_from([(), (n,)])), *shape), dtype))
+
+
+@st.composite
+def basis(draw: st.DrawFn, n: int, size: int, dtype: torch.dtype) -> Inputs:
     """Rows that may share their values."""
     blocks = draw(spans(size))
     longest = int(blocks[:, 1].max()) if len(blocks) else 0
-    values = draw(numbers((longest + draw(st.integers(0, 9)),), reference.compute_type(dtype)))
-    offsets = [draw(st.integers(0, len(values) - length)) for length in blocks[:, 1].tolist()]
+    values = draw(owned(n, (longest + draw(st.integers(0, 9)),), reference.compute_type(dtype)))
+    offsets = [draw(st.integers(0, values.shape[-1] - length)) for length in blocks[:, 1].tolist()]
     return {"values": values, "rows": torch.cat([blocks, torch.tensor(offsets, dtype=torch.int64)[:, None]], dim=1)}
 
 
 @st.composite
 def perturb(draw: st.DrawFn) -> Inputs:
     dtype, n, p = draw(st.sampled_from(DTYPES)), draw(COUNTS), draw(SIZES)
-    theta, directions = draw(numbers((p,), dtype)), draw(numbers((n, p), dtype))
+    theta, directions = draw(owned(n, (p,), dtype)), draw(numbers((n, p), dtype))
     return {"theta": theta, "directions": directions, "eta": draw(numbers((n,), FLOAT64, special=False))}
 
 
@@ -89,9 +95,9 @@ def commutator(draw: st.DrawFn) -> Inputs:
     inputs["form"] = draw(st.sampled_from(["difference", "bracket"]))
     inputs["keep_delta"] = draw(st.booleans())
     if inputs["form"] == "difference" and draw(st.booleans()):
-        inputs["theta"] = draw(numbers((p,), dtype))
+        inputs["theta"] = draw(owned(n, (p,), dtype))
     if draw(st.booleans()):
-        inputs |= draw(basis(p, dtype))
+        inputs |= draw(basis(n, p, dtype))
     if draw(st.booleans()):
         inputs["segments"] = draw(spans(p))
     return inputs
@@ -99,8 +105,8 @@ def commutator(draw: st.DrawFn) -> Inputs:
 
 @st.composite
 def subspace_split(draw: st.DrawFn) -> Inputs:
-    dtype, p = draw(st.sampled_from(DTYPES)), draw(SIZES)
-    return {"v": draw(numbers((draw(COUNTS), p), dtype)), **draw(basis(p, dtype))}
+    dtype, n, p = draw(st.sampled_from(DTYPES)), draw(COUNTS), draw(SIZES)
+    return {"v": draw(numbers((n, p), dtype)), **draw(basis(n, p, dtype))}
 
 
 @st.composite
@@ -158,10 +164,21 @@ def sketch(draw: st.DrawFn) -> Inputs:
     return {"x": x, "size": size, "seed": seed, "start": draw(st.integers(0, 300) | st.integers(0, 2**62 - 1))}
 
 
+@st.composite
+def drawn(draw: st.DrawFn) -> Inputs:
+    count = draw(COUNTS)
+    below = st.sampled_from([0, 1, 97, 2**31 + 1, 2**32]) | st.integers(0, 2**32)
+    values = {"seeds": st.integers(-(2**63), 2**63 - 1), "steps": st.integers(0, 2**32 - 1), "n": below}
+    lists = {name: draw(st.lists(each, min_size=count, max_size=count)) for name, each in values.items()}
+    tensors = {name: torch.tensor(each, dtype=torch.int64) for name, each in lists.items()}
+    return {**tensors, "purpose": draw(st.integers(0, 2**32 - 1)), "rows": draw(st.integers(0, 70))}
+
+
 VALID: dict[str, Callable[[], st.SearchStrategy[Inputs]]] = {
     **{"perturb": perturb, "commutator": commutator, "subspace_split": subspace_split},
     **{"subspace_filter_": subspace_filter_, "gram": gram, "eigh": eigh, "rotate": rotate, "rotate_": rotate_},
     "sketch": sketch,
+    "draw": drawn,
 }
 
 
@@ -188,7 +205,7 @@ def assert_sums(got: Tensor, u: Tensor, v: Tensor) -> None:
 def assert_coefficients(got: Tensor, v: Tensor, values: Tensor, rows: Tensor) -> None:
     assert got.shape == (len(v), len(rows))
     for j, (start, length, offset) in enumerate(rows.tolist()):
-        assert_sums(got[:, j], v[:, start : start + length], values[offset : offset + length].double())
+        assert_sums(got[:, j], v[:, start : start + length], values[..., offset : offset + length].double())
 
 
 def assert_same(got: Tensor, wanted: Tensor) -> None:
@@ -245,7 +262,7 @@ def test_subspace_filter(inputs: Inputs) -> None:
     wanted = (1 - s) * x
     terms = wanted.abs()
     for start, length, offset in rows.tolist():
-        here, b = slice(start, start + length), values[offset : offset + length]
+        here, b = slice(start, start + length), values[..., offset : offset + length]
         wanted[:, here] += s * (x[:, here] * b).sum(-1, keepdim=True) * b
         terms[:, here] += abs(s) * (x[:, here] * b).abs().sum(-1, keepdim=True) * b.abs()
     rounding = torch.finfo(g.dtype)
@@ -310,6 +327,12 @@ def test_sketch(inputs: Inputs) -> None:
 
 
 @many
+@given(drawn())
+def test_draw(inputs: Inputs) -> None:
+    assert_same(ops.draw(**inputs), reference.draw(**inputs))
+
+
+@many
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
 def test_an_output_lies_apart_or_is_refused(n: int, p: int, one: int, other: int) -> None:
     memory = torch.randn(100)
@@ -333,6 +356,8 @@ WRONG_SCALARS: dict[str, list[Any]] = {
     "size": [*NO_INTEGER, 0, -64, 96, 2**21],
     "seed": [*NO_INTEGER, -1, 2**63],
     "start": [*NO_INTEGER, -1, 2**62],
+    "purpose": [*NO_INTEGER, -1, 2**32],
+    "rows": [*NO_INTEGER, -1, 2**33 + 1],
     "strength": ["2", None, 1j, torch.nan, -torch.inf, 10**400, [1], torch.ones(2)],
     "form": ["brackets", None, 3],
 }
@@ -346,7 +371,7 @@ def spread(x: Tensor) -> Tensor:
 WRONG_ARRAYS: list[Callable[[Tensor], Any]] = [
     *(lambda x, t=dtype: x.to(t) for dtype in (torch.float16, torch.int32, torch.complex64, torch.bool)),
     lambda x: torch.quantize_per_tensor(x.float(), 1.0, 0, torch.qint8),
-    lambda x: x[None],
+    lambda x: x.expand(9, *x.shape).contiguous(),  # more of them than there are vectors
     lambda x: x.sum(),
     Tensor.to_sparse,
     Tensor.tolist,
@@ -367,13 +392,14 @@ def wrong(draw: st.DrawFn, op: str) -> tuple[Inputs, str]:
     x = inputs[name]
     if not isinstance(x, Tensor):
         return {**inputs, name: draw(st.sampled_from(WRONG_SCALARS[name]))}, name
-    table = x.dtype == torch.int64
-    if table and len(x) and draw(st.booleans()):
-        j, column = draw(st.integers(0, len(x) - 1)), draw(st.integers(0, x.shape[1] - 1))
+    integers = x.dtype == torch.int64
+    if integers and name != "seeds" and len(x) and draw(st.booleans()):
         changed = x.clone()
-        changed[j, column] = draw(st.sampled_from([-1, 10_000, 2**63 - 1, -(2**63)]))
+        changed.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(
+            st.sampled_from([-1, 10_000 if x.dim() == 2 else 2**32 + 1, 2**63 - 1, -(2**63)])
+        )
         return {**inputs, name: changed}, name
-    if not table and draw(st.integers(0, 9)) == 0:
+    if not integers and draw(st.integers(0, 9)) == 0:
         return {**inputs, name: x.clone().requires_grad_()}, name
     changed = draw(st.sampled_from(WRONG_ARRAYS))(x)
     if changed is None and name in optional:

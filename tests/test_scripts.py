@@ -50,6 +50,15 @@ def test_cost_model() -> None:
     assert printed.count("|") == 6 * 8  # of its table
 
 
+def test_operators_hardly_grow_with_the_runs() -> None:
+    printed = run("operators.py", "--runs", "2", "6", "--p", "7", "--d-model", "16")
+    (runs, _, few, few_checked), (more, _, many, many_checked) = (
+        map(int, line.split()) for line in printed.splitlines()[1:]
+    )
+    assert (many - few) / (more - runs) < 10  # six of them draw the run's batches
+    assert (many_checked - few_checked) / (more - runs) < 10
+
+
 def test_sweep_throughput(tmp_path: Path) -> None:
     settings = {"p": 7, "d_model": 8, "d_ff": 8, "heads": 2, "batch_size": 8, "steps": 10, "measure_every": 5}
     text = "\n".join(f"{name} = {value}" for name, value in settings.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, basis, gamma, numbers, orthonormal_basis, sample_inputs
+from cases import DTYPES, OWNERS, basis, gamma, numbers, on_basis, orthonormal_basis, sample_inputs
 from torch import Tensor
 
 from grokcurv import ops, reference
@@ -17,7 +17,7 @@ def assert_split(v: Tensor, values: Tensor, rows: Tensor) -> None:
     wanted_norm2, wanted = reference.subspace_split(v, values, rows)
     bound = 2 * gamma(v.shape[1])
     assert ((norm2 - wanted_norm2).abs() <= bound * wanted_norm2).all()
-    magnitude = v.double().abs() @ reference.dense_basis(values, rows, v.shape[1]).abs().T
+    magnitude = on_basis(v.double().abs(), reference.dense_basis(values, rows, v.shape[1]).abs())
     assert ((coefficients - wanted).abs() <= bound * magnitude).all()
 
 
@@ -26,22 +26,28 @@ def test_split_samples(generator: torch.Generator) -> None:
         assert_split(**inputs)
 
 
+@pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_split_sizes_around_chunks(dtype: torch.dtype, size: int, generator: torch.Generator) -> None:
-    assert_split(numbers((3, size), dtype, generator), **basis(7, size, dtype, generator))
+def test_split_sizes_around_chunks(
+    dtype: torch.dtype, size: int, owners: tuple[int, ...], generator: torch.Generator
+) -> None:
+    assert_split(numbers((3, size), dtype, generator), **basis(7, size, dtype, generator, owners))
 
 
+@pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_filter(dtype: torch.dtype, size: int, strength: float, generator: torch.Generator) -> None:
+def test_filter(
+    dtype: torch.dtype, size: int, strength: float, owners: tuple[int, ...], generator: torch.Generator
+) -> None:
     """Float64 arithmetic, then one rounding, which two nearby numbers may take to neighbours: half an ulp each."""
-    g, space = numbers((3, size), dtype, generator), orthonormal_basis(size, dtype, generator)
+    g, space = numbers((3, size), dtype, generator), orthonormal_basis(size, dtype, generator, owners)
     wanted = reference.subspace_filter(g, **space, strength=strength).double()
     dense = reference.dense_basis(**space, size=size).abs()
     x = g.double().abs()
-    terms = (1 - strength) * x + strength * (x @ dense.T) @ dense
+    terms = (1 - strength) * x + strength * on_basis(on_basis(x, dense), dense.mT)
     bound = 2 * gamma(size + 8) * terms + torch.finfo(dtype).eps * wanted.abs()
     assert ((ops.subspace_filter_(g, **space, strength=strength).double() - wanted).abs() <= bound).all()
 

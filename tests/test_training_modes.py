@@ -135,7 +135,7 @@ def test_a_given_gradient_that_is_another_s_is_not_relied_on(generator):
     probe = gc.CommutatorProbe(model, problem.loss_fn)
     checked = probe.measure([pair], first_gradient=rough, keep_delta=True)
     assert checked.reliable.all()  # a check computes the gradient all the same
-    distance, own_error, length = probe.errors["given"].tolist()
+    distance, own_error, length = probe.errors["given"][0].tolist()
     assert 1e-4 * length < distance < 0.1 * length
     assert own_error < 1e-5 * length
     used = probe.measure([pair], first_gradient=rough, check=False, keep_delta=True)

@@ -65,30 +65,32 @@ void define_kernels(py::module_& m) {
 
   define(
       m, "perturb", core::perturb_workspace, core::perturb,
-      +[](int type, Index vectors, Index size, Address theta, Address directions, Address eta, Address out) {
-        return Perturb{Type{type}, vectors, size, theta, directions, eta, out};
-      });
+      +[](int type, Index vectors, Index size, Address theta, Index theta_stride, Address directions, Address eta,
+          Address out) { return Perturb{Type{type}, vectors, size, {theta, theta_stride}, directions, eta, out}; });
   define(
       m, "commutator", core::commutator_workspace, core::commutator,
       +[](int type, Index vectors, Index size, bool bracket, Address g_a, Address g_b, Address a2, Address b2,
-          Address eta, Address theta, Address values, Address rows, Index row_count, Address spans, Index span_count,
-          Address sums, Address coefficients, Address energies, Address delta) {
-        const Basis basis{values, rows, row_count};
+          Address eta, Address theta, Index theta_stride, Address values, Index values_stride, Address rows,
+          Index row_count, Address spans, Index span_count, Address sums, Address coefficients, Address energies,
+          Address delta) {
+        const Basis basis{{values, values_stride}, rows, row_count};
         const Segments segments{spans, span_count};
-        return Commutator{Type{type}, vectors, size,  bracket,  g_a,  g_b,          a2,       b2,
-                          eta,        theta,   basis, segments, sums, coefficients, energies, delta};
+        return Commutator{Type{type}, vectors,  size, bracket,      g_a,      g_b,  a2, b2, eta, {theta, theta_stride},
+                          basis,      segments, sums, coefficients, energies, delta};
       });
   define(
       m, "subspace_split", core::subspace_split_workspace, core::subspace_split,
-      +[](int type, Index vectors, Index size, Address v, Address values, Address rows, Index row_count, Address norm2,
-          Address coefficients) {
-        return SubspaceSplit{Type{type}, vectors, size, v, {values, rows, row_count}, norm2, coefficients};
+      +[](int type, Index vectors, Index size, Address v, Address values, Index values_stride, Address rows,
+          Index row_count, Address norm2, Address coefficients) {
+        const Basis basis{{values, values_stride}, rows, row_count};
+        return SubspaceSplit{Type{type}, vectors, size, v, basis, norm2, coefficients};
       });
   define(
       m, "subspace_filter", core::subspace_filter_workspace, core::subspace_filter,
-      +[](int type, Index vectors, Index size, Address g, Address values, Address rows, Index row_count,
-          Address coefficients, double strength) {
-        return SubspaceFilter{Type{type}, vectors, size, g, {values, rows, row_count}, coefficients, strength};
+      +[](int type, Index vectors, Index size, Address g, Address values, Index values_stride, Address rows,
+          Index row_count, Address coefficients, double strength) {
+        const Basis basis{{values, values_stride}, rows, row_count};
+        return SubspaceFilter{Type{type}, vectors, size, g, basis, coefficients, strength};
       });
   define(
       m, "gram", core::gram_workspace, core::gram,
@@ -110,6 +112,11 @@ void define_kernels(py::module_& m) {
       m, "sketch", core::sketch_workspace, core::sketch,
       +[](int type, Index vectors, Index size, Index outputs, std::uint64_t seed, Index start, Address x, Address out) {
         return Sketch{Type{type}, vectors, size, outputs, seed, start, x, out};
+      });
+  define(
+      m, "draw", core::draw_workspace, core::draw,
+      +[](Index runs, Index rows, std::uint32_t purpose, Address seeds, Address steps, Address n, Address out) {
+        return Draw{runs, rows, purpose, seeds, steps, n, out};
       });
 }
 

@@ -196,15 +196,15 @@ void fold(Device& device, const Fold& task) {
 
 // --------------------------------------------------------------------------------------------- a basis, and segments
 
-// totals[j * stride] = sums over the coordinates of `here`, which x[0], x[1], ... hold: of basis[j] . x, then of x^2 by
-// segment; added to what is there unless `first`. A warp takes one at a time.
+// totals[j * stride] = sums over the coordinates of `here` of a vector, which x[0], x[1], ... hold: of basis[j] . x,
+// then of x^2 by segment; added to what is there unless `first`. A warp takes one at a time.
 //
 // `first` is true for the first chunk of a range, when totals are memory that nobody has written: then even a row that
 // does not meet the chunk must write its zero. The same warp comes back to the same j in every chunk, and its thread 0
 // reads what it wrote itself, so totals need no barrier. x does, before and after: the caller has them.
 template <class C, class Block>
-GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& segments, Span here, const double* x,
-                            double* totals, Index stride, bool first) {
+GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& segments, Index vector, Span here,
+                            const double* x, double* totals, Index stride, bool first) {
   const int lane = block.thread() % warp, warps = block.threads() / warp;
   for (Index j = block.thread() / warp; j < basis.count + segments.count; j += warps) {
     const bool is_row = j < basis.count;
@@ -212,7 +212,7 @@ GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& se
     const Span both = Span{entry[0], entry[0] + entry[1]} & here;
     // What misses the chunk adds nothing. All threads of the warp agree on that, so none waits alone in warp_sum.
     if (both.length() == 0 && !first) continue;
-    const C* values = static_cast<const C*>(basis.values);
+    const C* values = basis.values.of<C>(vector);
     const Index shift = is_row ? entry[2] - entry[0] : 0;
     // Coordinate i is lane (i - both.start) % 32's, so an order that the row and the chunk determine.
     double sum = 0.0;

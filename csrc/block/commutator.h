@@ -27,8 +27,8 @@ struct CommutatorRange {
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
-    // Blocks that run at the same time have a range in common: what vectors share, theta and the basis, is in the
-    // cache.
+    // Blocks that run at the same time have a range in common: what vectors share, such as theta and the basis, is in
+    // the cache.
     const Index vector = block.index() % task.vectors, range = block.index() / task.vectors;
     const Span all = ranges[range];
     const double eta = task.eta[vector];
@@ -49,7 +49,7 @@ struct CommutatorRange {
         const Quad<T> a2 = load<wide>(static_cast<const T*>(task.a2) + at, left);
         const Quad<T> b2 = load<wide>(static_cast<const T*>(task.b2) + at, left);
         Quad<T> theta{};
-        if constexpr (with_theta) theta = load<wide>(static_cast<const T*>(task.theta) + i, left);
+        if constexpr (with_theta) theta = load<wide>(task.theta.of<T>(vector) + i, left);
         Quad<C> kept;
         GROKCURV_UNROLL
         for (Index e = 0; e < quad; ++e) {
@@ -62,7 +62,7 @@ struct CommutatorRange {
       if (projects) {
         // Every thread has written its deltas before any reads those of others.
         block.sync();
-        project<C>(block, task.basis, task.segments, here, deltas, column + sums * ranges.count, ranges.count,
+        project<C>(block, task.basis, task.segments, vector, here, deltas, column + sums * ranges.count, ranges.count,
                    start == all.start);
         // Every warp has read them before the next chunk is written over them.
         block.sync();
@@ -122,7 +122,7 @@ void commutator(Device& device, const Commutator& given) {
     const auto fits = [&](const void* x) { return aligned<T>(x, task.vectors, task.size); };
     // One vector out of line, and all are read one by one.
     const bool wide = fits(task.g_a) && fits(task.g_b) && fits(task.a2) && fits(task.b2) &&
-                      aligned<T>(task.theta, 1, task.size) &&
+                      aligned<T>(task.theta.data, task.vectors, task.theta.stride) &&
                       (task.delta == nullptr || aligned<Compute<T>>(task.delta, task.vectors, task.size));
     with_flag(wide, [&](auto flag) {
       const auto launch = [&](auto body) {
@@ -131,7 +131,7 @@ void commutator(Device& device, const Commutator& given) {
       };
       if (task.bracket) {
         launch(CommutatorRange<T, true, false, flag>{task, ranges, partials});
-      } else if (task.theta == nullptr) {
+      } else if (task.theta.data == nullptr) {
         launch(CommutatorRange<T, false, false, flag>{task, ranges, partials});
       } else {
         launch(CommutatorRange<T, false, true, flag>{task, ranges, partials});

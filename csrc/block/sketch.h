@@ -5,28 +5,6 @@
 
 namespace grokcurv::block {
 
-// The draws of one counter.
-struct Words {
-  std::uint32_t word[4];
-};
-
-// As grokcurv/sketch.h defines it, in registers of 32 bits; the CPU's kernel has it for eight counters at once.
-GROKCURV_BLOCK Words philox(std::uint64_t seed, std::uint64_t index, std::uint32_t purpose) {
-  std::uint32_t c0 = static_cast<std::uint32_t>(index), c1 = static_cast<std::uint32_t>(index >> 32), c2 = 0;
-  std::uint32_t c3 = purpose, k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
-  GROKCURV_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t p0 = std::uint64_t{0xD2511F53} * c0, p1 = std::uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<std::uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<std::uint32_t>(p1);
-    c2 = static_cast<std::uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<std::uint32_t>(p0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return {{c0, c1, c2, c3}};
-}
-
 // A range of one vector, for up to 1024 outputs. An output takes one coordinate from each block of the range: it reads
 // where the CPU's kernel writes, in the same order.
 //
@@ -35,6 +13,7 @@ GROKCURV_BLOCK Words philox(std::uint64_t seed, std::uint64_t index, std::uint32
 // order, so the bits are the CPU's without an atomic.
 template <class T>
 struct SketchRange {
+  using Words = RandomWords<std::uint32_t>;
   static constexpr int threads = 256, resident = 2;
   static constexpr Index width = 1024;
   static constexpr Index batch = 32;  // blocks of the range for which numbers are drawn together
@@ -66,7 +45,7 @@ struct SketchRange {
     double sum[width / threads] = {};
     for (Index first = all.start / outputs; first * outputs < all.stop; first += batch) {
       for (Index b = block.thread(); b < batch; b += block.threads()) {
-        const Words words = philox(task.seed, static_cast<std::uint64_t>(first + b) / 4, 1);
+        const Words words = philox<std::uint32_t>(task.seed, static_cast<std::uint64_t>(first + b) / 4, 0, 1);
         const std::uint32_t two[2] = {(first + b) & 1 ? words.word[1] : words.word[0],
                                       (first + b) & 1 ? words.word[3] : words.word[2]};
         shifts[b] = ((first + b) & 2 ? two[1] : two[0]) & (outputs - 1);
@@ -75,7 +54,8 @@ struct SketchRange {
       block.sync();
       for (Index item = block.thread(); item < batch * counters; item += block.threads()) {
         const Index b = item / counters, c = (first_counter(first_output, shifts[b]) + item % counters) % in_block;
-        signs[item] = philox(task.seed, static_cast<std::uint64_t>((first + b) * outputs / 128 + c), 0);
+        signs[item] =
+            philox<std::uint32_t>(task.seed, static_cast<std::uint64_t>((first + b) * outputs / 128 + c), 0, 0);
       }
       // Signs are used by other threads than those that drew them.
       block.sync();

@@ -37,7 +37,7 @@ struct SplitRange {
       }
       // A row reads coordinates that all threads have put there.
       block.sync();
-      project<Compute<T>>(block, task.basis, Segments{}, here, x, column + ranges.count, ranges.count,
+      project<Compute<T>>(block, task.basis, Segments{}, vector, here, x, column + ranges.count, ranges.count,
                           start == all.start);
       // Without this, the next chunk would be written over what a slower warp still reads.
       block.sync();
@@ -80,7 +80,7 @@ struct FilterChunk {
     const Index vector = block.index() % task.vectors, start = block.index() / task.vectors * chunk;
     const Span here = Span{start, start + chunk} & Span{0, task.size};
     const double* coefficients = task.coefficients + vector * task.basis.count;
-    const auto* values = static_cast<const Compute<T>*>(task.basis.values);
+    const auto* values = task.basis.values.of<Compute<T>>(vector);
     T* g = static_cast<T*>(task.g) + vector * task.size;
     for (Index i = here.start + quad * block.thread(); i < here.stop; i += quad * block.threads()) {
       Quad<T> q = load<wide>(g + i, here.stop - i);

@@ -7,7 +7,7 @@
 namespace grokcurv::cpu::GROKCURV_ISA {
 
 // Calls body(chunk, vector) for all chunks of all vectors. The vectors of a chunk come in turn, so that what they
-// share, theta and the basis, is read from memory once.
+// share, such as theta and the basis, is read from memory once.
 template <class Body>
 void for_each_chunk(Index size, Index vectors, int threads, const Body& body) {
 #pragma omp parallel for num_threads(threads)
@@ -17,10 +17,10 @@ void for_each_chunk(Index size, Index vectors, int threads, const Body& body) {
   }
 }
 
-// sums[j] = basis[j] . x over the coordinates of the chunk, which x[0], x[1], ... hold.
+// sums[j] = basis[j] . x over the coordinates of the chunk of a vector, which x[0], x[1], ... hold.
 template <class C>
-GROKCURV_INLINE void dot_rows(const Basis& basis, Span here, const double* x, double* sums) {
-  const C* values = static_cast<const C*>(basis.values);
+GROKCURV_INLINE void dot_rows(const Basis& basis, Index vector, Span here, const double* x, double* sums) {
+  const C* values = basis.values.of<C>(vector);
   for (Index j = 0; j < basis.count; ++j) {
     const Span both = basis[j] & here;
     sums[j] = 0.0;

@@ -61,7 +61,7 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
   const Index n = here.length();
   const auto at = [&](const void* x) { return static_cast<const T*>(x) + vector * task.size + here.start; };
   const T *g_a = at(task.g_a), *g_b = at(task.g_b), *a2 = at(task.a2), *b2 = at(task.b2);
-  const T* theta = with_theta ? static_cast<const T*>(task.theta) + here.start : nullptr;
+  const T* theta = with_theta ? task.theta.of<T>(vector) + here.start : nullptr;
 
   Accumulator<T, bracket, with_theta> accumulator(task.eta[vector]);
   // A chunk of deltas fills the first cache, so they are stored only for those who read them.
@@ -85,7 +85,7 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
 #pragma GCC unroll 10  // constant subscripts keep the sums in registers
   for (Index j = 0; j < accumulator.columns; ++j) partials[j] = accumulator.sum[j].fold();
   partials += accumulator.columns;
-  dot_rows<C>(task.basis, here, delta, partials);
+  dot_rows<C>(task.basis, vector, here, delta, partials);
   partials += task.basis.count;
   for (Index s = 0; s < task.segments.count; ++s) {
     const Span both = task.segments[s] & here;
@@ -117,7 +117,8 @@ void run(const Commutator& task, int threads) {
 
 void commutator(const Commutator& task, int threads) {
   with_type(task.type, [&]<class T>() {
-    const auto kernel = task.bracket ? run<T, true, false> : task.theta ? run<T, false, true> : run<T, false, false>;
+    const bool with_theta = task.theta.data != nullptr;
+    const auto kernel = task.bracket ? run<T, true, false> : with_theta ? run<T, false, true> : run<T, false, false>;
     kernel(task, threads);
   });
 }

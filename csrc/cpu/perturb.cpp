@@ -9,9 +9,8 @@ namespace {
 template <class T>
 void run(const Perturb& task, int threads) {
   using C = Compute<T>;
-  const T* theta = static_cast<const T*>(task.theta);
-
   for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
+    const T* theta = task.theta.of<T>(vector);
     const T* direction = static_cast<const T*>(task.directions) + vector * task.size;
     T* out = static_cast<T*>(task.out) + vector * task.size;
     const C eta = static_cast<C>(task.eta[vector]);

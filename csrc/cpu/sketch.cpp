@@ -1,39 +1,11 @@
 #include "grokcurv/sketch.h"
 
 #include "cpu/chunks.h"
+#include "cpu/philox.h"
 
 namespace grokcurv::cpu::GROKCURV_ISA {
 
 namespace {
-
-using Word = std::uint32_t;
-using Words = std::uint64_t;  // two of them, or a product
-
-// Eight counters at once, one to a lane, and for each four words of output.
-struct Philox {
-  Words key[2];
-
-  GROKCURV_INLINE void draw(Index first, Word purpose, Word (&out)[4][lanes]) const {
-    for (int k = 0; k < lanes; ++k) {
-      const Words index = static_cast<Words>(first + k);
-      Words c0 = static_cast<Word>(index), c1 = index >> 32, c2 = 0, c3 = purpose;
-      Words k0 = key[0], k1 = key[1];
-      for (int round = 0; round < 10; ++round) {
-        const Words p0 = Words{0xD2511F53} * c0, p1 = Words{0xCD9E8D57} * c2;
-        c0 = (p1 >> 32) ^ c1 ^ k0;
-        c1 = static_cast<Word>(p1);
-        c2 = (p0 >> 32) ^ c3 ^ k1;
-        c3 = static_cast<Word>(p0);
-        k0 = static_cast<Word>(k0 + 0x9E3779B9);
-        k1 = static_cast<Word>(k1 + 0xBB67AE85);
-      }
-      out[0][k] = static_cast<Word>(c0);
-      out[1][k] = static_cast<Word>(c1);
-      out[2][k] = static_cast<Word>(c2);
-      out[3][k] = static_cast<Word>(c3);
-    }
-  }
-};
 
 // The signs and shifts of a piece, drawn once for all vectors. A piece is long beside the outputs where that can be, so
 // that the sums of one vector stay in the cache.
@@ -46,12 +18,12 @@ struct Draws {
   Index first, first_block;  // the coordinate of the first sign, the block of the first shift
 
   // `here` begins at a multiple of 128.
-  void draw(const Philox& random, Span here, Index outputs) {
+  void draw(Words seed, Span here, Index outputs) {
     Word words[4][lanes];
     first = here.start;
     Words* sign = signs;
     for (Index c = here.start; c < here.stop; c += signs_at_once) {
-      random.draw(c / 128, 0, words);
+      philox_lanes(seed, c / 128, 0, 0, words);
       for (int k = 0; k < lanes; ++k) {
         *sign++ = words[0][k] | Words{words[1][k]} << 32;
         *sign++ = words[2][k] | Words{words[3][k]} << 32;
@@ -61,7 +33,7 @@ struct Draws {
     first_block = here.start / outputs / 4 * 4;
     Word* shift = shifts;
     for (Index block = first_block; block * outputs < here.stop; block += shifts_at_once) {
-      random.draw(block / 4, 1, words);
+      philox_lanes(seed, block / 4, 0, 1, words);
       for (int k = 0; k < lanes; ++k) {
         for (int w = 0; w < 4; ++w) *shift++ = words[w][k];
       }
@@ -140,7 +112,6 @@ void run(const Sketch& task, int threads) {
   const T* x = static_cast<const T*>(task.x);
   const SketchRanges ranges = sketch_ranges(task.size, task.outputs, task.start);
   const Index sums = task.vectors * task.outputs;
-  const Philox random{{static_cast<Word>(task.seed), task.seed >> 32}};
   const Span all{task.start, task.start + task.size};
 
 #pragma omp parallel num_threads(threads)
@@ -155,7 +126,7 @@ void run(const Sketch& task, int threads) {
         const Span drawn = Span{c, c + piece} & range & Span{range.start, all.stop};
         const Span here = drawn & all;
         if (here.length() == 0) continue;
-        draws.draw(random, drawn, task.outputs);
+        draws.draw(task.seed, drawn, task.outputs);
         for (Index i = 0; i < task.vectors; ++i) {
           const Index p = here.start - task.start;
           add_piece(draws, here, task.outputs, x + i * task.size + p, task.size - p, z + i * task.outputs);

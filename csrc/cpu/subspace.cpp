@@ -17,7 +17,7 @@ void split(const SubspaceSplit& task, int threads) {
     for (Index i = 0; i < here.length(); ++i) x[i] = widen(v[i]);
     double* partials = task.workspace + (vector * count + here.start / chunk) * columns;
     partials[0] = dot(x, x, here.length());
-    dot_rows<Compute<T>>(task.basis, here, x, partials + 1);
+    dot_rows<Compute<T>>(task.basis, vector, here, x, partials + 1);
   });
   fold(task.workspace, task.vectors, count, {{task.norm2, 1}, {task.coefficients, task.basis.count}});
 }
@@ -25,10 +25,9 @@ void split(const SubspaceSplit& task, int threads) {
 template <class T>
 void filter(const SubspaceFilter& task, int threads) {
   using C = Compute<T>;
-  const C* values = static_cast<const C*>(task.basis.values);
-
   for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
     T* g = static_cast<T*>(task.g) + vector * task.size + here.start;
+    const C* values = task.basis.values.of<C>(vector);
     double x[chunk];
     for (Index i = 0; i < here.length(); ++i) x[i] = (1.0 - task.strength) * widen(g[i]);
     for (Index j = 0; j < task.basis.count; ++j) {

@@ -1,6 +1,7 @@
 #include "emulator/kernels.h"
 
 #include "block/commutator.h"
+#include "block/draw.h"
 #include "block/eigh.h"
 #include "block/gram.h"
 #include "block/perturb.h"

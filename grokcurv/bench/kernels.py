@@ -29,19 +29,20 @@ CHUNK = 1 << 20
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def perturb(size: int) -> Case:
-    """``theta - eta d``."""
+def perturb(size: int, runs: int = 1) -> Case:
+    """``theta - eta d``; of several runs, each has its own of both."""
 
     def build(generator: Generator) -> Comparison:
-        theta, direction = normal(generator, size), normal(generator, 1, size)
-        eta, out = step(generator), torch.empty_like(direction)
-        truth = theta.double() - ETA * direction[0].double()
-        ours = Implementation(OURS, lambda: ops.perturb(theta, direction, eta, out=out))
-        plain = Implementation(PLAIN, lambda: torch.sub(theta, ETA * direction, out=out))
+        theta, directions = normal(generator, runs, size), normal(generator, runs, size)
+        eta, out = step(generator).repeat(runs), torch.empty_like(directions)
+        truth = theta.double() - ETA * directions.double()
+        ours = Implementation(OURS, lambda: ops.perturb(theta, directions, eta, out=out))
+        plain = Implementation(PLAIN, lambda: torch.sub(theta, ETA * directions, out=out))
         errors = {"vector, relative error": lambda got: relative(got, truth)}
         return Comparison((ours, plain), errors, tolerance=1e-6, moved=3 * theta.nbytes)
 
-    return Case("perturb", f"perturbed parameters, P = {size:,}", 36 * size, build)
+    of = f" of {runs} runs" if runs > 1 else ""
+    return Case("perturb", f"perturbed parameters{of}, P = {size:,}", 36 * runs * size, build)
 
 
 def defect(size: int) -> Case:
@@ -312,6 +313,35 @@ def sketch(n: int, size: int, length: int) -> Case:
         )
 
     return Case("sketch", f"sketch of {n} x {length:,} into {size:,}", (20 + 12 * n) * length, build)
+
+
+def draw(runs: int, rows: int, n: int = 4704) -> Case:
+    """A batch of every run, beside one generator for all of them, which has a state."""
+
+    def build(generator: Generator) -> Comparison:
+        seeds = torch.arange(runs, device=generator.device)
+        steps, below = torch.zeros_like(seeds), torch.full_like(seeds, n)
+
+        def plain() -> Tensor:
+            return torch.randint(n, (runs, rows), generator=generator, device=generator.device)
+
+        def error(got: Tensor) -> float:
+            """Chi-squared has mean n - 1 and variance 2 (n - 1) where all n are equally likely."""
+            expected = got.numel() / n
+            uneven = (got.flatten().bincount(minlength=n) - expected).square().sum() / expected
+            return abs(float(uneven) - (n - 1)) / math.sqrt(2 * (n - 1))
+
+        return Comparison(
+            (
+                Implementation(OURS, lambda: ops.draw(seeds, 3, steps, below, rows)),
+                Implementation("torch.randint", plain, note="one generator, which has a state"),
+            ),
+            {"chi-squared of how often each came, off its mean in standard deviations": error},
+            tolerance=6.0,
+            moved=8 * runs * rows,
+        )
+
+    return Case("draw", f"{runs} x {rows:,} integers below {n:,}", 32 * runs * rows, build)
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs

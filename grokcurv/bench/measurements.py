@@ -27,11 +27,12 @@ from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, re
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import Strategy, capture
+from grokcurv.measures.commutator import CHECK_EVERY
 from grokcurv.modular import TrainConfig, Transformer, fast
 from grokcurv.modular.ensemble import Buffers, Ensemble
 from grokcurv.modular.evaluation import evaluate
 from grokcurv.modular.trainer import Training
-from grokcurv.monitor import CHECK_EVERY, CurvatureMonitor
+from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import Subspace
 
@@ -234,7 +235,7 @@ def program(runs: int, measured: bool) -> Case:
         def stepper(count: int, measured: bool, strategy: Strategy) -> tuple[Callable[[], object], Callable[[], float]]:
             """What takes a step of so many runs, and the loss of the first of them afterwards."""
             configs = [replace(base, seed=seed + i, measure_every=int(measured)) for i in range(count)]
-            together = Ensemble([Training(config, None) for config in configs], strategy)
+            together = Ensemble([Training(config) for config in configs], {}, strategy)
             buffers, first = Buffers(together.runs), together.runs[0]
 
             def step() -> None:

@@ -93,6 +93,7 @@ def of_table(large: int, streamed: int, shrink: int = 1) -> tuple[Case, ...]:
         kernels.eigh_prefixes(300),
         kernels.rotate(24, 12, demo),
         kernels.sketch(1, 1 << 16, large),
+        kernels.draw(64, large // 64),
     )
 
 
@@ -118,6 +119,7 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
     rehearsed = shrink > 1
     return (
         *(case(size) for size in (large, demo) for case in by_size),
+        kernels.perturb(demo, runs=64),
         kernels.gram_matrix(32, wide),
         kernels.gram_row(64, wide),
         kernels.gram_matrix(48, demo),
@@ -128,6 +130,8 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
         kernels.eigh(128, 128, batch=1 if rehearsed else 64),
         kernels.eigh(150 if rehearsed else 450, 8, batch=1),
         kernels.sketch(1, 1 << 16, large),
+        kernels.draw(64, large // 64),
+        kernels.draw(256, 512),
         measurements.whole(1 if rehearsed else 9),
         *(measurements.program(n, m) for n in ((2,) if rehearsed else (1, 16, 64, 256)) for m in (False, True)),
     )
@@ -139,8 +143,10 @@ def everything(shrink: int = 1) -> tuple[Case, ...]:
     return (
         *of_table(30_000_000, 400, shrink),
         measurements.program(4, measured=True),
+        kernels.perturb(demo, runs=64),
         *(kernels.gram_matrix(n, size) for n, size in ((300, matrix), (48, demo))),
         *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
         kernels.rotate(48, 16, demo),
+        kernels.draw(256, 512),
         *(kernels.sketch(n, size, 30_000_000 // n // shrink) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
     )

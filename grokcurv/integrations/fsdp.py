@@ -121,6 +121,10 @@ class Sharding(Partition):
         squares = [torch.linalg.vector_norm(_local(part), dtype=torch.float64).square() for part in parts]
         return self.all_reduce_sum(torch.stack(squares).sum())[0].sqrt()
 
+    def norms(self, rows: Tensor) -> Tensor:
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        return self.all_reduce_sum(squares)[0].sqrt()
+
     def all_reduce_max(self, values: Tensor) -> Tensor:
         # Gathered too, so that the NaN of any rank reaches all: torch's own maximum passes it on.
         return self._gather(values).amax(0)

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grokcurv.evaluation import LossFn
 from grokcurv.flat import flatten
-from grokcurv.gradients import GradientEngine, Strategy, carry_out
+from grokcurv.gradients import Distributed, GradientEngine, Strategy
 from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.network import Batch
 from grokcurv.modular.process import ctrl_c, threads_of
-from grokcurv.modular.trainer import Training
+from grokcurv.modular.trainer import Training, default_monitor
+from grokcurv.pairs import PairOfRuns
 from grokcurv.runs import Run
 from grokcurv.storage import RunError
 
@@ -43,6 +46,18 @@ SHARED = (
     "threads",
 )
 """Settings in which the runs of an ensemble must agree; all others are each run's own."""
+
+MEASURED_ALIKE = (
+    "measure_every",
+    "measure_rows",
+    "pairs",
+    "design",
+    "method",
+    "eta",
+    "alignment",
+    "pca_every",
+)
+"""Settings in which runs must agree to be measured together."""
 
 ALIGNMENT = 16
 """Rows of an ensemble's buffers begin at multiples of this many numbers: 64 bytes in float32."""
@@ -89,12 +104,13 @@ def train_ensemble(
     _check(configs, outs, resume)
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads_of(configs[0].threads))
-        ensemble = Ensemble([Training(config, None) for config in configs], strategy)
-        for training, out in zip(ensemble.runs, outs or (), strict=outs is not None):
-            held = ensemble.held[training] = stack.enter_context(contextlib.ExitStack())
-            training.enter(out, resume, held)
-        statuses = ensemble.train(on_progress, on_end)
-    return [training.result(statuses[training]) for training in ensemble.runs]
+        runs = [Training(config) for config in configs]
+        held = {}
+        for training, out in zip(runs, outs or (), strict=outs is not None):
+            held[training] = stack.enter_context(contextlib.ExitStack())
+            training.enter(out, resume, held[training])
+        statuses = Ensemble(runs, held, strategy).train(on_progress, on_end)
+    return [training.result(statuses[training]) for training in runs]
 
 
 def _check(configs: Sequence[TrainConfig], outs: Sequence[object] | None, resume: bool) -> None:
@@ -111,22 +127,29 @@ def _check(configs: Sequence[TrainConfig], outs: Sequence[object] | None, resume
 
 
 class Ensemble:
-    """Runs in progress."""
+    """Runs in progress: one program that trains them, and one for each group of them that is measured alike.
 
-    def __init__(self, runs: Sequence[Training], strategy: Strategy) -> None:
+    Args:
+        runs: as their folders, or their beginnings, have them.
+        held: for those with a folder what lets go of it.
+        strategy: of the gradients.
+    """
+
+    def __init__(
+        self, runs: Sequence[Training], held: Mapping[Training, contextlib.ExitStack], strategy: Strategy
+    ) -> None:
         first = runs[0]
-        self.runs = list(runs)
-        self.held: dict[Training, contextlib.ExitStack] = {}
+        self.runs, self.held, self.active = runs, held, list(runs)
         if strategy == "auto":
             strategy = "vmap" if torch.device(first.config.device).type == "cuda" else "loop"
         self.engine = GradientEngine(first.model, first.loss, strategy=strategy)
         if strategy == "vmap" and len({run.config.batch_size or run.config.train_rows for run in runs}) > 1:
             raise ValueError("strategy 'vmap' needs batches of one size: full batches of these runs differ in theirs")
+        alike: dict[Any, list[Training]] = {}
         for run in runs:
-            if run.monitor is not None:
-                run.monitor.probe.gradients.use(self.engine.strategy)
-        # What the monitors measure is the same loss, that of the first that has one.
-        self.measuring = next((run.monitor.probe.gradients for run in runs if run.monitor is not None), None)
+            settings = tuple(getattr(run.config, name) for name in MEASURED_ALIKE)
+            alike.setdefault((settings, run.step, bool(run.rows)), []).append(run)
+        self.groups = [Group(group, strategy) for group in alike.values() if group[0].config.measure_every]
 
     def train(self, on_progress: Progress | None, on_end: Callable[[int, str], object] | None) -> dict[Training, str]:
         """Go on until every run has ended; their statuses."""
@@ -137,6 +160,9 @@ class Ensemble:
 
         def end(run: Training, status: str) -> None:
             statuses[run] = status
+            self.active.remove(run)
+            for group in self.groups:
+                group.leave(run)
             if run in self.held:
                 with contextlib.suppress(RunError):  # of a full disk, whose runs say so when they are read
                     assert run.writer is not None
@@ -146,41 +172,40 @@ class Ensemble:
                 on_end(place[run], status)
 
         with ctrl_c() as interrupted:
-            new = [run for run in self.runs if not run.rows]
-            bad = self._unhealthy(new, [run.observing() for run in new])
-            active = list(self.runs)
-            buffers: Buffers | None = None
+            buffers = Buffers(self.active)
+            bad = self.observe([run for run in self.runs if not run.rows], buffers)
             while True:
-                for run in list(active):
+                for run in list(self.active):
                     try:
                         status = run.failed() if run in bad else "finished" if run.pause(False) else None
                     except RunError as error:
                         status = f"failed: {error}"
                     if status is not None:
                         end(run, status)
-                        active.remove(run)
                 if interrupted.is_set():
-                    self._interrupt(active)
-                if not active:
+                    self._interrupt()
+                if not self.active:
                     return statuses
-                if buffers is None or buffers.runs != active:
-                    buffers = Buffers(active)
+                if buffers.runs != self.active:
+                    buffers = Buffers(self.active)
                 bad = self.update(buffers)
-                well = [run for run in active if run not in bad]
+                well = [run for run in self.active if run not in bad]
                 for run in well:
                     run.step += 1
-                bad |= self._unhealthy(well, [run.observing() for run in well])
-                for run in active if on_progress else ():
+                bad |= self.observe(well, buffers)
+                for run in self.active if on_progress else ():
                     if run.progress_due and on_progress:
                         on_progress(place[run], run.progress((run.step - starts[run]) / (time.perf_counter() - began)))
 
     def update(self, buffers: Buffers) -> set[Training]:
         """Take one step of every run; those that a measurement has found not finite stay, and are returned."""
-        batches = [run.training_batch() for run in buffers.runs]
-        self.engine.gradients(buffers.theta, batches, buffers.gradient, seeds=range(len(batches)))
-        bad = self._unhealthy(
-            buffers.runs, [run.looking_ahead(batch) for run, batch in zip(buffers.runs, batches, strict=True)]
-        )
+        batches = {run: run.training_batch() for run in buffers.runs}
+        seeds = range(len(batches))
+        self.engine.gradients(buffers.theta, list(batches.values()), buffers.gradient, seeds=seeds)
+        bad: set[Training] = set()
+        for group in self.groups:
+            if group.looks_ahead:
+                bad |= group.measure(buffers, batches)
         buffers.clip()
         with contextlib.ExitStack() as around:
             for run in buffers.runs:
@@ -189,15 +214,108 @@ class Ensemble:
             buffers.step()
         return bad
 
-    def _unhealthy(self, runs: Sequence[Training], works: Sequence[Any]) -> set[Training]:
-        healthy = carry_out(self.measuring, works)
-        return {run for run, well in zip(runs, healthy, strict=True) if not well}
-
-    def _interrupt(self, runs: Sequence[Training]) -> None:
+    def observe(self, runs: Sequence[Training], buffers: Buffers) -> set[Training]:
+        """Evaluate and measure what is due of these runs; those that cannot go on."""
+        bad = {run for run in runs if not run.evaluate_due()}
+        for group in self.groups:
+            for run in bad:
+                group.leave(run)
+            if not group.looks_ahead and group.runs and group.runs[0] in runs:
+                bad |= group.measure(buffers)
         for run in runs:
+            run.note_defect()
+        return bad
+
+    def _interrupt(self) -> None:
+        for run in self.active:
             with contextlib.suppress(KeyboardInterrupt):
                 run.pause(True)
         raise KeyboardInterrupt
+
+
+class Group:
+    """Runs that stand at one step and are measured alike, and the monitor that measures them together."""
+
+    def __init__(self, runs: Sequence[Training], strategy: Strategy) -> None:
+        self.runs = list(runs)
+        first = runs[0]
+
+        def engine(loss: LossFn, strategy: Strategy) -> RunsEngine:
+            return RunsEngine(first.model, loss, strategy, len(runs))
+
+        def draw() -> PairOfRuns:
+            pairs = [run.measurement_pair() for run in self.runs]
+            return [a for a, _ in pairs], [b for _, b in pairs]
+
+        monitor = default_monitor(first.config, first.model, draw, Distributed(engine), len(runs), strategy)
+        assert monitor is not None
+        assert isinstance(monitor.probe.gradients, RunsEngine)
+        self.monitor, self.engine = monitor, monitor.probe.gradients
+        self.looks_ahead = monitor.sampler is None
+        for place, run in enumerate(runs):
+            run.attach(monitor, place)
+
+    def measure(self, buffers: Buffers, batches: Mapping[Training, Batch] | None = None) -> set[Training]:
+        """Have the monitor do what is due; the runs that had to leave since their weights are not finite."""
+        self.engine.adopt(buffers.theta, buffers.gradient, [buffers.runs.index(run) for run in self.runs])
+        bad = {run for run in self.runs if self.monitor.feeds and not run.finite()}
+        for run in bad:
+            run.evaluate_bad()
+            self.leave(run)
+        if self.runs and batches is not None:
+            self.monitor.step([batches[run] for run in self.runs], [run.peek() for run in self.runs])
+        elif self.runs:
+            self.monitor.step()
+        return bad
+
+    def leave(self, run: Training) -> None:
+        """Go on without a run."""
+        if run not in self.runs:
+            return
+        run.detach()
+        left = [place for place, other in enumerate(self.runs) if other is not run]
+        self.runs.remove(run)
+        if left:
+            self.monitor.keep(left)
+            self.engine.keep(left)
+        for place, other in enumerate(self.runs):
+            other.place = (place,)
+
+
+class RunsEngine(GradientEngine):
+    """Gradients of several runs of one network, whose parameters are rows of :class:`Buffers`."""
+
+    shared = True
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, runs: int) -> None:
+        self.runs = runs
+        super().__init__(model, loss_fn, strategy=strategy)
+        self._rows: list[int] = []
+
+    def adopt(self, theta: Tensor, gradient: Tensor, rows: list[int]) -> None:
+        """Find the parameters, and the gradients that training leaves, in these rows of two buffers (R, P)."""
+        self._theta, self._gradient, self._rows = theta, gradient, rows
+
+    def keep(self, runs: list[int]) -> None:
+        self.runs, self._rows = len(runs), [self._rows[run] for run in runs if self._rows]
+
+    def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
+        theta = self._of(self._theta, runs)
+        if out is None:
+            return theta
+        return out.copy_(theta[0])[None] if len(runs) == 1 else theta.to(out.dtype)
+
+    def theta_norms(self, runs: Sequence[int]) -> Tensor:
+        return self.partition.norms(self._of(self._theta, runs))
+
+    def training_gradients(self, runs: Sequence[int]) -> Tensor:
+        return self._of(self._gradient, runs)
+
+    def _of(self, buffer: Tensor, runs: Sequence[int]) -> Tensor:
+        """Rows of some runs; where they stand together, without a copy."""
+        rows = [self._rows[run] for run in runs]
+        together = rows == list(range(rows[0], rows[0] + len(rows)))
+        return buffer[rows[0] : rows[0] + len(rows)] if together else buffer[rows]
 
 
 class Buffers:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments
-from grokcurv.gradients import Asking, carry_out
+from grokcurv.gradients import Distributed, Strategy
 from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
 from grokcurv.modular.config import TrainConfig
 from grokcurv.modular.draws import draws_of
@@ -94,7 +95,9 @@ def train(
         raise TypeError(f"monitor must be a function (model, sampler) -> monitor; got {type(monitor).__name__}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads_of(config.threads))
-        training = Training(config, monitor)
+        training = Training(config)
+        build = monitor or partial(default_monitor, config)
+        training.attach(build(training.model, training.measurement_pair))
         if out is not None:
             training.enter(out, resume, stack)
         status = training.run(on_progress)
@@ -109,7 +112,7 @@ def train(
 class Training:
     """A run in progress: all that a checkpoint holds, and how to take one step."""
 
-    def __init__(self, config: TrainConfig, monitor: MonitorFactory | None) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.environment = {"device": describe_device(config.device), "threads": torch.get_num_threads()}
         self.writer: RunWriter | None = None
@@ -124,10 +127,10 @@ class Training:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
-        if monitor is not None:
-            self.monitor: CurvatureMonitor | None = monitor(self.model, self._measurement_pair)
-        else:
-            self.monitor = _default_monitor(config, self.model, self._measurement_pair)
+        self.monitor: CurvatureMonitor | None = None
+        self.place: tuple[int, ...] = ()  # among the runs of a monitor that has several
+        self._saved_monitor: Mapping[str, Any] | None = None  # its state in a checkpoint, until there is a monitor
+        self._tables: dict[str, pd.DataFrame] | None = None  # of a run that has left its monitor
         self._intervention_stream = torch.Generator(device).manual_seed(self.draws.intervening_seed)
         self.intervention = self._make_intervention()
         self.step = 0
@@ -137,6 +140,17 @@ class Training:
         self.defect: float | None = None
         self.saved: int | None = None
         self.started = time.perf_counter()
+
+    def attach(self, monitor: CurvatureMonitor | None, *place: int) -> None:
+        """Be measured by a monitor, as the run of this number; where a checkpoint was loaded, go on as it says."""
+        self.monitor, self.place = monitor, place
+        if monitor is not None and self._saved_monitor is not None:
+            monitor.load_state_dict(self._saved_monitor, *place)
+            self._saved_monitor = None
+
+    def detach(self) -> None:
+        """Leave the monitor, which may be renumbered: what it knows of this run is kept."""
+        self._tables, self.monitor = self.tables(), None
 
     @property
     def last_step(self) -> int:
@@ -167,7 +181,7 @@ class Training:
         """Go on to the end; the status."""
         first, began = self.step, time.perf_counter()
         with ctrl_c() as interrupted:
-            healthy = bool(self.rows) or self._alone(self.observing())
+            healthy = bool(self.rows) or self.observe()
             while healthy:
                 if self.pause(interrupted.is_set()):
                     return "finished"
@@ -175,7 +189,7 @@ class Training:
                 if not healthy:
                     break
                 self.step += 1
-                healthy = self._alone(self.observing())
+                healthy = self.observe()
                 if on_progress and self.progress_due:
                     on_progress(self.progress((self.step - first) / (time.perf_counter() - began)))
         return self.failed()
@@ -211,9 +225,11 @@ class Training:
     def tables(self) -> dict[str, pd.DataFrame]:
         import pandas as pd
 
+        if self._tables is not None:
+            return self._tables
         tables = {"metrics": pd.DataFrame(self.rows), "curvature": pd.DataFrame(), "pca": pd.DataFrame()}
         if self.monitor is not None:
-            tables |= {"curvature": self.monitor.records(), "pca": self.monitor.pca_records()}
+            tables |= {"curvature": self.monitor.records(*self.place), "pca": self.monitor.pca_records(*self.place)}
         return tables
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,7 +240,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "draws": self.draws.state_dict(),
-            "monitor": self.monitor.state_dict() if self.monitor is not None else None,
+            "monitor": self.monitor.state_dict(*self.place) if self.monitor is not None else None,
             "intervention": self.intervention.state_dict() if self.intervention is not None else None,
         }
 
@@ -233,41 +249,52 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.draws.load_state_dict(state["draws"])
-        if self.monitor is not None:
-            self.monitor.load_state_dict(state["monitor"])
+        self._saved_monitor = state["monitor"]
+        self.attach(self.monitor, *self.place)
         if self.intervention is not None:
             self.intervention.load_state_dict(state["intervention"])
         self.rows = [{str(name): value for name, value in row.items()} for row in metrics.to_dict("records")]
         self.started = time.perf_counter() - self.rows[-1]["seconds"]
         self.saved = self.step
 
-    def observing(self) -> Asking[bool]:
+    def observe(self) -> bool:
         """Evaluate and measure what is due at this step; False if the loss is not finite."""
-        self._warm_up()
-        evaluated = self._evaluation_due()
-        if evaluated:
-            self._evaluate()
-            if not math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]):
-                return False
-        if self.monitor is not None:
-            if self.monitor.sampler is not None and not (yield from self._measuring()):
-                return False
-            if evaluated and self.monitor.last is not None:
-                self.defect = self.monitor.last["defect_median"]
-        return True
+        well = self.evaluate_due()
+        if well and self.monitor is not None and self.monitor.sampler is not None:
+            well = self._measure()
+        self.note_defect()
+        return well
 
-    def _measuring(self, *batches: Batch) -> Asking[bool]:
+    def evaluate_due(self) -> bool:
+        """Set the learning rate, and evaluate if that is due at this step; False if the loss is not finite."""
+        self._warm_up()
+        if not self._evaluation_due():
+            return True
+        self._evaluate()
+        return math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"])
+
+    def note_defect(self) -> None:
+        """What progress says of the defect; read where an evaluation has waited for the device anyway."""
+        if self.monitor is not None and self._evaluation_due():
+            latest = self.monitor.latest(*self.place) if self.place else self.monitor.last
+            self.defect = self.defect if latest is None else latest["defect_median"]
+
+    def _measure(self, *batches: Batch) -> bool:
         """Have the monitor do what is due; False if it met weights that are not finite."""
         assert self.monitor is not None
         try:
-            yield from self.monitor.stepping(*batches)
+            self.monitor.step(*batches)
         except ValueError:
-            if self._finite():
+            if self.finite():
                 raise
-            if self.rows[-1]["step"] != self.step:
-                self._evaluate()  # the monitor met the bad weights before an evaluation did
+            self.evaluate_bad()
             return False
         return True
+
+    def evaluate_bad(self) -> None:
+        """Evaluate weights that are not finite, if no evaluation has met them yet."""
+        if self.rows[-1]["step"] != self.step:
+            self._evaluate()
 
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every == 0 or self.step == self.last_step
@@ -288,7 +315,7 @@ class Training:
         batch = self.training_batch()
         self.optimizer.zero_grad()
         self.loss(self.model, batch).backward()
-        if not self._alone(self.looking_ahead(batch)):
+        if not self.look_ahead(batch):
             return False
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -307,36 +334,32 @@ class Training:
         elif self.step == self.config.warmup:
             self.optimizer.param_groups[0]["lr"] = self.config.lr
 
-    def looking_ahead(self, batch: Batch) -> Asking[bool]:
+    def look_ahead(self, batch: Batch) -> bool:
         """Measure ``batch``, whose gradient is in ``.grad``, against the next one, if that is what is measured."""
         if self.monitor is None or self.monitor.sampler is not None:
             return True
-        return (yield from self._measuring(batch, self._peek()))
-
-    def _alone(self, work: Asking[bool]) -> bool:
-        (done,) = carry_out(self.monitor.probe.gradients if self.monitor else None, [work])
-        return done
+        return self._measure(batch, self.peek())
 
     def training_batch(self) -> Batch:
         if self.config.batch_size == 0:
             return self.data.train_pairs, self.data.train_answers
         return self._rows_of(self.draws.training(len(self.data.train_answers), self.config.batch_size))
 
-    def _peek(self) -> Batch:
+    def peek(self) -> Batch:
         """The next training batch, left to be drawn again."""
         state = self.draws.state_dict()
         batch = self.training_batch()
         self.draws.load_state_dict(state)
         return batch
 
-    def _measurement_pair(self) -> tuple[Batch, Batch]:
+    def measurement_pair(self) -> tuple[Batch, Batch]:
         n, rows = len(self.data.train_answers), self.config.measure_rows
         first = self._rows_of(self.draws.measuring(n, rows))
         return first, self._rows_of(self.draws.measuring(n, rows))
 
     def _kick_pair(self) -> tuple[Batch, Batch]:
         if self.config.faithful and self.config.rng == "paper":
-            return self._measurement_pair()
+            return self.measurement_pair()
         shape = (2, self.config.measure_rows)
         generator = self._intervention_stream
         index = torch.randint(len(self.data.train_answers), shape, generator=generator, device=generator.device)
@@ -368,7 +391,10 @@ class Training:
         return Projection(self.model, space, config.strength, of=of, **schedule)
 
     def _basis_so_far(self) -> Subspace | None:
-        return self.monitor.probe.basis if self.monitor is not None else None
+        if self.monitor is None or not self.place:
+            return None if self.monitor is None else self.monitor.probe.basis
+        bases = self.monitor.probe.bases
+        return bases[self.place[0]] if bases else None
 
     def _rows_of(self, index: Tensor) -> Batch:
         return self.data.train_pairs[index], self.data.train_answers[index]
@@ -376,14 +402,13 @@ class Training:
     def _save(self, writer: RunWriter) -> None:
         """Tables first, then the checkpoint; no checkpoint of weights that are not finite."""
         self._write_tables(writer)
-        if self.monitor is not None and self.monitor.probe.basis is not None:
-            basis = self.monitor.probe.basis
+        if (basis := self._basis_so_far()) is not None:
             writer.write_basis({"values": basis.values, "rows": basis.rows, "size": basis.size})
-        if self._finite():
+        if self.finite():
             writer.write_checkpoint(self.state_dict())
             self.saved = self.step
 
-    def _finite(self) -> bool:
+    def finite(self) -> bool:
         return all(bool((p.abs() < DIVERGED).all()) for p in self.model.parameters())
 
     def _write_tables(self, writer: RunWriter) -> None:
@@ -408,24 +433,35 @@ class Training:
         }
 
 
-def _default_monitor(config: TrainConfig, model: nn.Module, sampler: Sampler) -> CurvatureMonitor | None:
-    """The monitor ``config`` describes: PCA over the attention matrices, or over everything where there are none."""
+def default_monitor(
+    config: TrainConfig,
+    network: nn.Module,
+    sampler: Callable[[], tuple[Any, Any]],
+    model: Distributed | None = None,
+    runs: int = 1,
+    strategy: Strategy = "auto",
+) -> CurvatureMonitor | None:
+    """The monitor ``config`` describes: PCA over the attention matrices, or over everything where there are none.
+
+    Of several runs: ``model`` says where their parameters are.
+    """
     if not config.measure_every:
         return None
-    segments = attention_segments(model) if config.architecture == "transformer" else None
-    pca = StreamingPCA(segments=segments) if config.pca_every else None
+    segments = attention_segments(network) if config.architecture == "transformer" else None
+    pcas = [StreamingPCA(segments=segments) for _ in range(runs)] if config.pca_every else None
     return CurvatureMonitor(
-        model,
+        model or network,
         training_loss(config if config.successive else replace(config, float64_logits=True)),
         every=config.measure_every,
         pairs=config.pairs,
-        pca=pca,
+        pca=pcas,
         pca_every=config.pca_every or 1,
         sampler=None if config.successive else sampler,
         design=config.design,
         alignment=config.alignment,
         method=config.method,
         eta=config.eta,
+        strategy=strategy,
         gradient="trusted",  # it is that of this very loss, before clipping
     )
 

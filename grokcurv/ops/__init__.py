@@ -7,8 +7,10 @@
   what an op writes into, ``out`` or in place, is returned as the object that was given.
 * Every tensor is contiguous, on one device and requires no gradient (the ops have no derivative); outputs overlap no
   input. Anything else is a ``TypeError`` or ``ValueError`` that names the argument.
+* ``theta`` and the ``values`` of a basis are one-dimensional for all N vectors, or have a row for each.
 * Tables of indices (``segments``, ``rows``) are on the CPU wherever the vectors are: so they are checked before the
-  launch, and a GPU is never waited for.
+  launch, and a GPU is never waited for. The integers of ``draw`` are numbers like those of vectors: on a GPU nobody
+  looks at them, so that a graph may change them.
 * Results are bitwise the same for any number of threads, any instruction set and any batching of the N vectors; on
   GPUs from run to run and for any GPU. Between CPU and GPU the order of sums differs.
 * On a GPU work goes to the current stream; memory comes from torch's allocator; nothing waits, so that all of it can be
@@ -21,6 +23,7 @@ fill them in.
 
 from grokcurv.ops._arguments import Array
 from grokcurv.ops.commutator import commutator
+from grokcurv.ops.draw import draw
 from grokcurv.ops.eigh import eigh
 from grokcurv.ops.gram import gram
 from grokcurv.ops.perturb import perturb
@@ -31,6 +34,7 @@ from grokcurv.ops.subspace import subspace_filter_, subspace_split
 __all__ = [
     "Array",
     "commutator",
+    "draw",
     "eigh",
     "gram",
     "perturb",

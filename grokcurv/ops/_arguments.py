@@ -89,13 +89,20 @@ def check(
     dtype: torch.dtype | tuple[torch.dtype, ...],
     shape: tuple[int | str, ...],
     beside: Tensor | None = None,
+    rows: int | str | None = None,
 ) -> None:
-    """Raises unless ``t`` has one of the dtypes, the shape (a letter is any size) and the device of ``beside``."""
+    """Raises unless ``t`` has one of the dtypes, the shape (a letter is any size) and the device of ``beside``.
+
+    With ``rows``, one for each of so many vectors is as good as the one that they share.
+    """
     wanted = dtype if isinstance(dtype, tuple) else (dtype,)
     if t.dtype not in wanted:
         raise TypeError(f"{name} must be {' or '.join(map(_short, wanted))}, got {_short(t.dtype)}")
-    if t.dim() != len(shape) or any(n != m for n, m in zip(t.shape, shape, strict=True) if not isinstance(m, str)):
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(t.shape)}")
+    whole = shape if rows is None or t.dim() == len(shape) else (rows, *shape)
+    if t.dim() != len(whole) or any(n != m for n, m in zip(t.shape, whole, strict=True) if not isinstance(m, str)):
+        shapes = [shape] if rows is None else [shape, (rows, *shape)]
+        said = " or ".join(f"({', '.join(map(str, one))})" for one in shapes)
+        raise ValueError(f"{name} must have shape {said}, got {tuple(t.shape)}")
     if beside is not None and t.device != beside.device:
         raise ValueError(f"{name} must be on {beside.device} like the other tensors, got {t.device}")
     if not t.is_contiguous():
@@ -122,17 +129,16 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def check_basis(values: Tensor, rows: Tensor, vectors: Tensor) -> None:
-    check("values", values, compute_type(vectors.dtype), ("nnz",), vectors)
+    check("values", values, compute_type(vectors.dtype), ("nnz",), vectors, rows=vectors.shape[0])
     check_table("rows", rows, ("K", 3))
 
 
 def check_row_values(values: Tensor, rows: Tensor, size: int) -> None:
     check_spans("rows", rows, size)
+    nnz = values.shape[-1]
     for j, (_, length, offset) in enumerate(rows.tolist()):
-        if not 0 <= offset <= values.numel() - length:
-            raise ValueError(
-                f"rows[{j}] reads values[{offset}:{offset + length}], but there are {values.numel()} values"
-            )
+        if not 0 <= offset <= nnz - length:
+            raise ValueError(f"rows[{j}] reads values[{offset}:{offset + length}], but there are {nnz} values")
 
 
 def check_spans(name: str, spans: Tensor, size: int) -> None:

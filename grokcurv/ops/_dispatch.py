@@ -102,6 +102,11 @@ def call(kernel: str, beside: Tensor, *args: Tensor | float | None) -> None:
         getattr(core.kernels, kernel)(allocate, core.where, *addresses)
 
 
+def strided(t: Tensor | None) -> tuple[Tensor | None, int]:
+    """One array for all vectors, or two-dimensional with a row for each: as a kernel takes it, with its stride."""
+    return t, 0 if t is None or t.dim() == 1 else t.shape[1]
+
+
 _anywhere = torch.empty(1)
 
 

@@ -18,7 +18,7 @@ from grokcurv.ops._arguments import (
     check_spans,
     check_table,
 )
-from grokcurv.ops._dispatch import TYPES, call, define
+from grokcurv.ops._dispatch import TYPES, call, define, strided
 from grokcurv.reference import SUMS, THETA_SUMS, Commutator, Form, compute_type
 
 
@@ -38,10 +38,10 @@ def commutator(
 ) -> Commutator:
     """Norms, inner products, coefficients and segment energies of N commutators, in a pass over four gradients (N, P).
 
-    :func:`grokcurv.reference.commutator` defines every number. eta (N,) float64; theta (P,) adds the rounding terms
-    (difference form only); values (float32, or float64 with float64 vectors) and rows (K, 3) int64 are a block-sparse
-    basis; segments (S, 2) int64. ``delta`` is written out, in float32 (float64 with float64 vectors), only if
-    ``keep_delta``.
+    :func:`grokcurv.reference.commutator` defines every number. eta (N,) float64; theta, (P,) for all or (N, P), adds
+    the rounding terms (difference form only); values, (nnz,) for all or (N, nnz), float32 (float64 with float64
+    vectors), and rows (K, 3) int64 are a block-sparse basis; segments (S, 2) int64. ``delta`` is written out, in
+    float32 (float64 with float64 vectors), only if ``keep_delta``.
     """
     vectors = [as_tensor(name, x) for name, x in (("g_a", g_a), ("g_b", g_b), ("a2", a2), ("b2", b2), ("eta", eta))]
     named = ("theta", theta), ("values", values), ("rows", rows), ("segments", segments)
@@ -75,7 +75,7 @@ def _commutator_fake(
     if theta is not None:
         if form == "bracket":
             raise ValueError("theta belongs to form='difference': the bracket rounds no parameters; pass theta=None")
-        check("theta", theta, g_a.dtype, (p,), g_a)
+        check("theta", theta, g_a.dtype, (p,), g_a, rows=n)
     if (values is None) != (rows is None):
         raise ValueError("values and rows make the basis together: pass both or neither")
     if values is not None and rows is not None:
@@ -111,8 +111,8 @@ def _commutator_run(*inputs: Any) -> _CommutatorTensors:
         n,
         p,
         form == "bracket",
-        *(g_a, g_b, a2, b2, eta, theta),
-        *(values, rows, coefficients.shape[1]),
+        *(g_a, g_b, a2, b2, eta, *strided(theta)),
+        *(*strided(values), rows, coefficients.shape[1]),
         *(segments, energies.shape[1]),
         *(sums, coefficients, energies, delta if keep_delta else None),
     )

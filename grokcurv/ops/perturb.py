@@ -1,4 +1,4 @@
-"""Points past steps from one parameter vector: csrc/include/grokcurv/perturb.h."""
+"""Points past steps from parameter vectors: csrc/include/grokcurv/perturb.h."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grokcurv.ops._arguments import FLOATS, A, Array, as_tensor, as_writable, check, check_apart
-from grokcurv.ops._dispatch import TYPES, bump_version, call, define
+from grokcurv.ops._dispatch import TYPES, bump_version, call, define, strided
 
 
 @overload
@@ -16,10 +16,10 @@ def perturb(theta: Array, directions: Array, eta: Array, *, out: None = None) ->
 @overload
 def perturb(theta: Array, directions: Array, eta: Array, *, out: A) -> A: ...
 def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = None) -> Array:
-    """``theta - eta_i d_i`` for N directions, reading theta once: theta (P,), directions (N, P), eta (N,) float64.
+    """``theta_i - eta_i d_i`` for N directions: theta (N, P), directions (N, P), eta (N,) float64.
 
-    Returns (N, P) in the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`; ``out``, if given,
-    filled.
+    theta (P,) is the same for all, and read once. Returns (N, P) in the dtype of theta, bitwise equal to
+    :func:`grokcurv.reference.perturb`; ``out``, if given, filled.
     """
     inputs = as_tensor("theta", theta), as_tensor("directions", directions), as_tensor("eta", eta)
     if out is None:
@@ -29,15 +29,18 @@ def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = 
 
 
 def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
-    check("theta", theta, FLOATS, ("P",))
-    check("directions", directions, theta.dtype, ("N", theta.shape[0]), theta)
-    check("eta", eta, torch.float64, (directions.shape[0],), theta)
+    check("theta", theta, FLOATS, ("P",), rows="N")
+    check("directions", directions, theta.dtype, ("N", theta.shape[-1]), theta)
+    n, p = directions.shape
+    if theta.dim() == 2:
+        check("theta", theta, FLOATS, (p,), rows=n)
+    check("eta", eta, torch.float64, (n,), theta)
     return torch.empty_like(directions)
 
 
 def _perturb_run(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
     out = _perturb_fake(theta, directions, eta)
-    call("perturb", theta, TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    call("perturb", theta, TYPES[theta.dtype], *directions.shape, *strided(theta), directions, eta, out)
     return out
 
 
@@ -49,7 +52,7 @@ def _perturb_out_fake(theta: Tensor, directions: Tensor, eta: Tensor, out: Tenso
 def _perturb_out_run(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
     _perturb_out_fake(theta, directions, eta, out)
     check_apart("out", out, theta=theta, directions=directions, eta=eta)
-    call("perturb", theta, TYPES[theta.dtype], *directions.shape, theta, directions, eta, out)
+    call("perturb", theta, TYPES[theta.dtype], *directions.shape, *strided(theta), directions, eta, out)
     bump_version(out)
 
 

@@ -19,11 +19,14 @@ from grokcurv.ops._arguments import (
     check_basis,
     check_row_values,
 )
-from grokcurv.ops._dispatch import TYPES, bump_version, call, define
+from grokcurv.ops._dispatch import TYPES, bump_version, call, define, strided
 
 
 def subspace_split(v: Array, values: Array, rows: Array) -> tuple[Tensor, Tensor]:
-    """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis."""
+    """``|v_i|^2`` (N,) and the coefficients ``b_j . v_i`` (N, K), float64, of v (N, P) on a block-sparse basis.
+
+    Its values are (nnz,) for all vectors, or (N, nnz); its rows (K, 3) they share.
+    """
     return _subspace_split(as_tensor("v", v), as_tensor("values", values), as_tensor("rows", rows))
 
 
@@ -38,14 +41,15 @@ def _subspace_split_run(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor
     norm2, coefficients = _subspace_split_fake(v, values, rows)
     (n, p), k = v.shape, len(rows)
     check_row_values(values, rows, p)
-    call("subspace_split", v, TYPES[v.dtype], n, p, v, values, rows, k, norm2, coefficients)
+    call("subspace_split", v, TYPES[v.dtype], n, p, v, *strided(values), rows, k, norm2, coefficients)
     return norm2, coefficients
 
 
 def subspace_filter_(g: A, values: Array, rows: Array, strength: float) -> A:
     """``g <- g_par + (1 - strength) g_perp`` in place, for g (N, P) and an orthonormal block-sparse basis; returns g.
 
-    Coefficients and the new coordinates are formed in float64 and rounded once, to the dtype of g.
+    Its values are (nnz,) for all vectors, or (N, nnz); its rows (K, 3) they share. Coefficients and the new coordinates
+    are formed in float64 and rounded once, to the dtype of g.
     """
     basis = as_tensor("values", values), as_tensor("rows", rows)
     _subspace_filter_(as_writable("g", g), *basis, as_number("strength", strength))
@@ -63,7 +67,8 @@ def _subspace_filter_run(g: Tensor, values: Tensor, rows: Tensor, strength: floa
     _subspace_filter_fake(g, values, rows, strength)
     check_apart("g", g, values=values, rows=rows)
     _, coefficients = _subspace_split_run(g, values, rows)
-    call("subspace_filter", g, TYPES[g.dtype], *g.shape, g, values, rows, len(rows), coefficients, strength)
+    basis = *strided(values), rows, len(rows)
+    call("subspace_filter", g, TYPES[g.dtype], *g.shape, g, *basis, coefficients, strength)
     bump_version(g)
 
 

@@ -20,7 +20,7 @@ struct Commutator {
   bool bracket;
   const void *g_a, *g_b, *a2, *b2;  // (vectors, size)
   const double* eta;                // (vectors)
-  const void* theta;                // (size) or null
+  Strided theta;                    // (vectors, size), (size) for all, or null
   Basis basis;
   Segments segments;
   double* sums;          // (vectors, 6), or (vectors, 10) with theta
@@ -36,7 +36,7 @@ GROKCURV_INLINE constexpr int commutator_sums(bool with_theta) {
 
 // Of sums, coefficients and energies.
 GROKCURV_INLINE Index commutator_columns(const Commutator& task) {
-  return commutator_sums(task.theta != nullptr) + task.basis.count + task.segments.count;
+  return commutator_sums(task.theta.data != nullptr) + task.basis.count + task.segments.count;
 }
 
 namespace cpu {

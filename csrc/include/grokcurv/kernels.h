@@ -3,6 +3,7 @@
 // Every kernel, named once: whatever goes through all of them goes through this list.
 
 #include "grokcurv/commutator.h"
+#include "grokcurv/draw.h"
 #include "grokcurv/eigh.h"
 #include "grokcurv/gram.h"
 #include "grokcurv/perturb.h"
@@ -20,7 +21,8 @@
   of(Gram, gram, core)                      \
   of(Eigh, eigh, core)                      \
   of(Rotate, rotate, core)                  \
-  of(Sketch, sketch, core)
+  of(Sketch, sketch, core)                  \
+  of(Draw, draw, core)
 // clang-format on
 
 // Every kernel has two functions for each device: `<stem>_workspace` says how many doubles of workspace a task needs

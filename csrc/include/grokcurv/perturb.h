@@ -4,11 +4,12 @@
 
 namespace grokcurv {
 
-// out[i] = theta - eta[i] directions[i], every operation rounded to the compute type, the result to the type of theta.
+// out[i] = theta[i] - eta[i] directions[i], every operation rounded to the compute type, the result to the type of
+// theta.
 struct Perturb {
   Type type;
   Index vectors, size;
-  const void* theta;       // (size)
+  Strided theta;           // (vectors, size), or (size) for all
   const void* directions;  // (vectors, size)
   const double* eta;       // (vectors)
   void* out;               // (vectors, size), apart from the inputs

@@ -1,14 +1,14 @@
 #pragma once
 
-#include "grokcurv/vectors.h"
+#include "grokcurv/philox.h"
 
 namespace grokcurv {
 
 // Count sketches out[i] = Omega x[i], with nothing of Omega stored. Coordinate c = start + p lies in block c / outputs
 // at place c % outputs and is added, with a random sign, to output (place + shift of the block) % outputs.
 //
-// Signs and shifts are the words of Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1,
-// 2, 3, 2011), keyed by the seed, low word first, on counters (index low, index high, 0, purpose):
+// Signs and shifts are the words of Philox (grokcurv/philox.h), keyed by the seed, on counters (index low, index high,
+// 0, purpose):
 //   purpose 0: bit k of the 128, the lowest of the first word first, is set where coordinate 128 index + k is negated;
 //   purpose 1: word k, modulo outputs, is the shift of block 4 index + k.
 //

@@ -35,15 +35,27 @@ struct Span {
   }
 };
 
+// Numbers that all vectors of a task share, or that each has of its own, `stride` after those of the one before.
+// Shared, they have a stride of 0.
+struct Strided {
+  const void* data;
+  Index stride;
+
+  template <class T>
+  GROKCURV_INLINE const T* of(Index vector) const {
+    return static_cast<const T*>(data) + vector * stride;
+  }
+};
+
 // K block-sparse vectors: row j is values[offset, offset + length) on coordinates [start, start + length), zero
-// elsewhere.
+// elsewhere. Vectors with values of their own have the rows in common.
 struct Basis {
-  const void* values;  // of the compute type
-  const Index* rows;   // (count, 3): start, length, offset
+  Strided values;     // of the compute type
+  const Index* rows;  // (count, 3): start, length, offset
   Index count;
 
   GROKCURV_INLINE Span operator[](Index j) const { return {rows[3 * j], rows[3 * j] + rows[3 * j + 1]}; }
-  // values[i + shift(j)] is that of row j at coordinate i.
+  // The value at i + shift(j) is that of row j at coordinate i.
   GROKCURV_INLINE Index shift(Index j) const { return rows[3 * j + 2] - rows[3 * j]; }
 };
 

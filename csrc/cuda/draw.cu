@@ -1,0 +1,5 @@
+#include "block/draw.h"
+
+#include "cuda/device.cuh"
+
+GROKCURV_BY_LAUNCHES(Draw, draw, grokcurv::cuda)

@@ -1,0 +1,320 @@
+"""Commutator defects at a step of training, and how they lie to the trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grokcurv import ops
+from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
+from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
+from grokcurv.measures.base import clear, quantiles
+from grokcurv.measures.training_gradient import TrainingGradient
+from grokcurv.measures.trajectory import Trajectory
+from grokcurv.pairs import PairOfRuns
+from grokcurv.subspace import RandomBaseline, alignment
+
+VERDICT_LAG = 2
+"""On an accelerator, after how many more measurements the host learns whether one was reliable."""
+
+CHECK_EVERY = 25
+"""Steps after which the float64 evaluations behind the noise floor are made anew; ``docs/numerics.md`` says why 25."""
+
+FIELDS = (
+    "defect_median",
+    "defect_p25",
+    "defect_p75",
+    "noise_floor",
+    "reliable",
+    "grad_norm",
+    "grad_cosine",
+    "bracket_norm",
+    "rho",
+    "exec_fraction",
+    "exec_random_ratio",
+    "exec_matched_ratio",
+    "attention_fraction",
+    "reference_median",
+    "reference_p25",
+    "reference_p75",
+    "share_error",
+    "grad_cosine_error",
+)
+"""What one measurement records, each the median over its pairs unless its name says otherwise."""
+
+REFERENCE_FIELDS = ("reference_median", "reference_p25", "reference_p75")
+"""Those of the published arithmetic, which are recorded whether they are right or not."""
+
+ALIGNMENT_FIELDS = (
+    "step_alignment",
+    "step_alignment_ratio",
+    "step_share",
+    "step_share_ratio",
+    "step_alignment_error",
+    "step_share_error",
+)
+"""What it records besides, with ``alignment=True``."""
+
+
+SHARES = {
+    "exec_random_ratio": "exec_fraction",
+    "step_alignment_ratio": "step_alignment",
+    "step_share_ratio": "step_share",
+}
+"""Ratios to what chance would give, and the column that each is in its units."""
+
+
+class Commutator:
+    """Commutator defects of R runs: what :data:`FIELDS` names.
+
+    A measurement whose difference form drowns in rounding is repeated as the exact bracket of the same pairs, run by
+    run; a row that neither can vouch for is NaN. On an accelerator nothing waits: the host knows of it two measurements
+    later, and from then on measures the bracket of that run.
+
+    Args:
+        probe: of R runs.
+        trajectory: on whose execution bases the probe projects, if there is one.
+        training_gradient: what is known of the gradients that training leaves.
+        pairs, design, check_every, alignment: as for :class:`grokcurv.CurvatureMonitor`.
+    """
+
+    def __init__(
+        self,
+        probe: CommutatorProbe,
+        trajectory: Trajectory | None,
+        training_gradient: TrainingGradient,
+        *,
+        pairs: int,
+        design: Design,
+        check_every: int,
+        alignment: bool,
+    ) -> None:
+        self.probe, self.trajectory, self.training_gradient = probe, trajectory, training_gradient
+        self.pairs, self.design, self.check_every, self.alignment = pairs, design, check_every, alignment
+        self.columns = FIELDS + ALIGNMENT_FIELDS if alignment else FIELDS
+        self._floored = probe.noise_floor  # otherwise rows are numbers that nobody vouches for
+        self._falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
+        runs = probe.gradients.runs
+        self._gave_up = [False] * runs  # the difference form
+        self._verdicts: deque[Callable[[], Tensor]] = deque()  # (R,) of the latest rows, whether they were reliable
+        self._checked: list[dict[str, int]] = [{} for _ in range(runs)]  # the step of the latest check, by method
+        self._before: Tensor | None = None  # for alignment: (R, P) at the call before one that measures
+
+    @property
+    def cost(self) -> float:
+        return 3.0 * self.pairs + 1.0 if self.design == "chain" else 4.0 * self.pairs
+
+    def remember(self, wanted: bool) -> None:
+        """Keep the parameters as they are, for the alignment of the training step that follows."""
+        engine = self.probe.gradients
+        self._before = engine.thetas(range(engine.runs)).clone() if wanted and self.alignment else None
+
+    def observe(self, step: int, pairs: Sequence[PairOfRuns]) -> Tensor:
+        """(R, 2 + columns) float64 on the device: the method, by its place, what the row has to do with ``.grad``, and
+        the numbers."""
+        if self.trajectory is not None:
+            self.trajectory.update_basis()
+        rows: dict[int, Tensor] = {}
+        groups: dict[tuple[Method, bool], list[int]] = {}
+        for run, method in enumerate(self._methods()):
+            groups.setdefault((method, self._check_due(method, step, run)), []).append(run)
+        for (method, check), runs in groups.items():
+            rows |= zip(runs, self._observe(step, pairs, runs, method, check).unbind(0), strict=True)
+        row = torch.stack([rows[run] for run in range(len(rows))])
+        if not capturing(self.probe.gradients.device):
+            self._note(row[:, 2 + FIELDS.index("reliable")])
+        return row
+
+    def _observe(self, step: int, pairs: Sequence[PairOfRuns], runs: list[int], method: Method, check: bool) -> Tensor:
+        """The rows of some runs, all by one method."""
+        probe, engine = self.probe, self.probe.gradients
+        source = pairs if len(runs) == engine.runs else [_of_runs(pair, runs) for pair in pairs]
+        known = None if method == "bracket" else self.training_gradient.offered(runs, check)
+        options: dict[str, Any] = {"design": self.design, "seed": step, "keep_delta": self.alignment}
+        stats = probe.measure_runs(source, runs, method=method, check=check, first_gradients=known, **options)
+        gradient = self.training_gradient.judge(known, stats, runs, check)
+        reference = stats.reference.view(-1, len(runs))
+        rows = self._rows(stats, runs, reference, gradient)
+        if not self._falls_back or method == "bracket" or is_asynchronous(engine.device):
+            return rows
+        # On a CPU, where the difference form has lost its digits the bracket of the same pairs takes the row, if the
+        # model has second derivatives. On an accelerator the host learns of it later (_methods).
+        well = stats.reliable.view(-1, len(runs)).all(0).tolist()
+        del stats  # and its deltas
+        for place, run in enumerate(runs):
+            pair = source[0][0][place]
+            if well[place] or not engine.has_true_brackets(pair, seed=2 * step):
+                continue
+            again = self._check_due("bracket", step, run)
+            alone = [_of_runs(pair, [place]) for pair in source]
+            stats = probe.measure_runs(alone, [run], method="bracket", check=again, **options)
+            own = self.training_gradient.unused(gradient[place : place + 1])
+            rows[place] = self._rows(stats, [run], reference[:, place : place + 1], own)[0]
+            del stats
+        return rows
+
+    def forget_checks(self) -> None:
+        """Have the next measurement make the check that is not due yet."""
+        for checked in self._checked:
+            checked.clear()
+
+    def _check_due(self, method: Method, step: int, run: int) -> bool:
+        """Whether the errors of a run's latest check are too old for this step; if so, it is taken to be made."""
+        # Every replay of a captured step checks: whether a check is due is not something that a graph can decide.
+        age = step - self._checked[run].get(method, -self.check_every)
+        due = age >= self.check_every or capturing(self.probe.gradients.device)
+        if due:
+            self._checked[run][method] = step
+        return due
+
+    def _methods(self) -> list[Method]:
+        """For each run the probe's, or on an accelerator the bracket, once its difference form is known to fail."""
+        # The verdict on a row arrives while later ones are launched; reading it a fixed number of measurements later
+        # makes a resumed run decide at the same step as an undisturbed one.
+        while len(self._verdicts) >= VERDICT_LAG and not capturing(self.probe.gradients.device):
+            verdict = self._verdicts.popleft()().tolist()
+            self._gave_up = [gave or not well for gave, well in zip(self._gave_up, verdict, strict=True)]
+        return ["bracket" if gave else self.probe.method for gave in self._gave_up]
+
+    def _note(self, reliable: Tensor) -> None:
+        """Have the host learn, in its own time, which runs' measurements were reliable."""
+        if self._falls_back and is_asynchronous(self.probe.gradients.device) and not all(self._gave_up):
+            self._verdicts.append(copy_to_host_async(reliable))
+
+    def _rows(self, stats: CommutatorStats, runs: list[int], reference: Tensor, gradient: Tensor) -> Tensor:
+        """(R, 2 + columns): what rests on an unreliable delta is NaN."""
+        of = stats.each(lambda x: x.view(-1, len(runs), *x.shape[1:]))  # (K, R, ...) each
+        reliable = of.reliable.all(0)
+        delta = of.bracket_norm * of.eta.square()
+        # Of a unit vector along delta, and so of the length of any part of it.
+        share_error = of.noise_floor / of.defect
+        pairs = {
+            "defect": of.defect,
+            "bracket_norm": of.bracket_norm,
+            "noise_floor": of.noise_floor,
+            "grad_cosine": of.grad_cosine,
+            "reference": reference,
+        }
+        errors = {"grad_cosine": of.grad_cosine_error}
+        if of.energies is not None:
+            pairs["attention_fraction"] = of.energies.sum(2).sqrt() / delta
+            errors["attention_fraction"] = share_error
+        baselines = self.trajectory and self.trajectory.baselines
+        if of.parallel is not None and of.residual is not None and of.support is not None and baselines:
+            full, matched = baselines
+            inside, support = of.parallel / delta, of.support / delta
+            # The rows of the basis are of length one to their own rounding only: a rho below its root is none.
+            least = math.sqrt(2.0 * full.dim * torch.finfo(self.probe.bases[0].values.dtype).eps)
+            rho = of.residual / delta
+            pairs["rho"], errors["rho"] = torch.where(rho < least, math.nan, rho), share_error
+            pairs["exec_fraction"], errors["exec_fraction"] = inside, share_error
+            pairs["exec_random_ratio"] = inside / full.mean
+            pairs["exec_matched_ratio"] = inside / support / matched.mean
+            errors["exec_matched_ratio"] = share_error * (1.0 + inside / support) / support / matched.mean
+        # A table (columns, K, R), of which each column has its quantiles over the pairs.
+        lower, middle, upper = quantiles(torch.stack(list(pairs.values())), 0.25, 0.5, 0.75, dim=1)
+        row = dict(zip(pairs, middle, strict=True))
+        for name in ("defect", "reference"):
+            place = list(pairs).index(name)
+            row |= {f"{name}_median": row.pop(name), f"{name}_p25": lower[place], f"{name}_p75": upper[place]}
+        row |= {"share_error": share_error.amax(0), "grad_cosine_error": of.grad_cosine_error.amax(0)}
+        bounds = {name: error.amax(0) for name, error in errors.items()}
+        if of.delta is not None and self._before is not None:
+            aligned, aligned_bounds = self._aligned(of.delta, runs, row["share_error"])
+            row |= aligned
+            bounds |= aligned_bounds
+        # A row is a number or NaN: what rests on a delta that drowned is not shown. What is kept is true whatever
+        # became of delta: the floor itself, the angle of the gradients, which has an error of its own, and the
+        # published formula, which is reported with its faults. Columns that have a bound are NaN alone where that is
+        # too wide.
+        if self._floored:
+            kept = ("noise_floor", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
+            row = {name: x if name in kept else torch.where(reliable, x, math.nan) for name, x in row.items()}
+            row |= {name: clear(row[name], bound) for name, bound in bounds.items()}
+            for ratio, share in SHARES.items():  # which is the same, in other units
+                if ratio in row:
+                    row[ratio] = torch.where(row[share].isnan(), math.nan, row[ratio])
+        row["reliable"] = reliable.to(torch.float64)
+        (row["grad_norm"],) = quantiles(torch.cat([of.grad_norm_a, of.grad_norm_b]), 0.5)
+        missing = torch.full_like(row["reliable"], math.nan)
+        method = torch.full_like(row["reliable"], METHODS.index(stats.method))
+        return torch.stack([method, gradient, *(row.get(name, missing) for name in self.columns)], 1)
+
+    def _aligned(
+        self, delta: Tensor, runs: list[int], share_error: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each, and bounds of errors."""
+        engine = self.probe.gradients
+        assert self._before is not None
+        steps = engine.thetas(runs).to(delta.dtype) - self._before[runs]
+        found = [alignment(step, of, engine.partition) for step, of in zip(steps, delta.unbind(1), strict=True)]
+        cosines, shares, correlations = (torch.stack(x) for x in zip(*found, strict=True))
+        count, size = len(delta), engine.segments[-1].stop
+        mean = cosines.abs().mean(1)
+        chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))
+        # The span of n unit vectors turns by at most the length of all their errors over their least singular value.
+        values, _ = ops.eigh(correlations, count)
+        spread = share_error * math.sqrt(count) / values.amin(1).clamp(min=0.0).sqrt()
+        row = {
+            "step_alignment": mean,
+            "step_alignment_ratio": mean / chance,
+            "step_share": shares,
+            "step_share_ratio": shares / share_chance,
+            "step_alignment_error": torch.where(mean.isnan(), math.nan, share_error),
+            "step_share_error": torch.where(mean.isnan(), math.nan, spread.clamp(max=1.0)),
+        }
+        return row, {"step_alignment": share_error, "step_share": spread}
+
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
+        before = None if self._before is None else self._before[run].clone()
+        return {"checked": dict(self._checked[run]), "before": before, **self.probe.checks.state_dict(run)}
+
+    def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
+        """Restore :meth:`state_dict`; ``reliable`` says of all rows so far whether they were."""
+        engine = self.probe.gradients
+        self._checked[run] = dict(state["checked"])
+        self.probe.checks.load_state_dict(state, run)
+        if state["before"] is not None:
+            if self._before is None:
+                self._before = torch.empty(engine.runs, engine.size, dtype=engine.dtype, device=engine.device)
+            self._before[run] = state["before"].to(engine.device)
+        elif engine.runs == 1:
+            self._before = None
+        self._recall(state["reliable"], run)
+
+    def _recall(self, reliable: Sequence[bool], run: int) -> None:
+        """Have the verdicts on a run's rows come in as they did."""
+        if not (self._falls_back and is_asynchronous(self.probe.gradients.device)):
+            return
+        settled = len(reliable) - VERDICT_LAG
+        self._gave_up[run] = not all(reliable[: max(settled, 0)])
+        latest = [verdict() for verdict in self._verdicts] if run else []
+        while len(latest) < min(len(reliable), VERDICT_LAG):
+            latest.append(torch.ones(self.probe.gradients.runs, dtype=torch.float64))
+        for verdicts, well in zip(latest, reliable[max(settled, 0) :], strict=False):
+            verdicts[run] = float(well)
+        self._verdicts = deque(partial(_given, verdicts) for verdicts in latest)
+
+    def keep(self, runs: list[int]) -> None:
+        self._gave_up = [self._gave_up[run] for run in runs]
+        self._checked = [self._checked[run] for run in runs]
+        self._verdicts = deque(partial(_given, verdict()[runs]) for verdict in self._verdicts)
+        if self._before is not None:
+            self._before = self._before[runs]
+        self.probe.keep(runs)
+
+
+def _given(verdict: Tensor) -> Tensor:
+    return verdict
+
+
+def _of_runs(pair: PairOfRuns, places: Sequence[int]) -> PairOfRuns:
+    """The batches of some of the runs."""
+    a, b = pair
+    return [a[place] for place in places], [b[place] for place in places]

@@ -1,0 +1,131 @@
+"""Pairs of batches that are evaluated together, and what the kernel makes of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grokcurv.reference import Form
+
+Pair = tuple[Any, Any]
+Sampler = Callable[[], Pair]
+
+PairOfRuns = tuple[Sequence[Any], Sequence[Any]]
+"""The first batches of a pair, one for each run, and the second ones."""
+
+
+class NumberedPair(NamedTuple):
+    """A pair of batches of every run, its number, and the seeds of the batches' randomness."""
+
+    number: int
+    batches: PairOfRuns
+    seeds: tuple[int, int]
+
+
+@dataclass
+class Pairs:
+    """K pairs of batches of R runs that are evaluated together: vector ``k R + r`` is that of pair k of run r.
+
+    Attributes:
+        segments: (S, 2) int64, or None.
+        runs: the runs, by their numbers in the engine.
+        chained: whether each pair begins with the batch that the one before ended with.
+        work: (4, K R, P): the gradients on A and on B, and those past a step, or products.
+        scratch: memory for a point and one past a step, or for one of them in float64.
+        begun: whether the first pairs' first gradients are in ``work`` already.
+        given: whether training has given them.
+    """
+
+    form: Form
+    segments: Tensor | None
+    runs: tuple[int, ...]
+    those: list[NumberedPair]
+    chained: bool
+    work: Tensor
+    scratch: Tensor
+    begun: bool = False
+    given: bool = False
+
+    def __len__(self) -> int:
+        return self.work.shape[1]
+
+    @property
+    def theta(self) -> Tensor:
+        """(P,) where the parameters of one run go; the next use of the scratch in float64 overwrites it."""
+        return self.scratch[0, : self.work.shape[2]]
+
+    @property
+    def past(self) -> Tensor:
+        """(1, P) where a point past a step goes."""
+        return self.scratch[1:2, : self.work.shape[2]]
+
+    @property
+    def point(self) -> Tensor:
+        """(P,) float64, in the memory of everything else in the scratch."""
+        return self.scratch.view(-1).view(torch.float64)[: self.work.shape[2]]
+
+    @property
+    def ends(self) -> Tensor:
+        """(R, P) the gradients on the batches that ended the last pairs."""
+        return self.work[1, -len(self.runs) :]
+
+    def batches(self, which: int) -> list[Any]:
+        """Those on A, or on B, of all vectors."""
+        return [batch for pair in self.those for batch in pair.batches[which]]
+
+    def seeds(self, which: int) -> list[int]:
+        return [pair.seeds[which] for pair in self.those for _ in self.runs]
+
+    def pair(self, v: int) -> Pair:
+        """The two batches of one vector."""
+        k, r = divmod(v, len(self.runs))
+        a, b = self.those[k].batches
+        return a[r], b[r]
+
+    def wanted(self, index: int) -> slice:
+        """For which vectors this one of their four is to be computed: not where it is that of another, or there."""
+        runs = len(self.runs)
+        if index or self.form == "bracket":
+            return slice(runs if index == 0 and self.begun else 0, len(self))
+        return slice(runs if self.begun else 0, runs if self.chained else len(self))
+
+    def part(self, start: int, stop: int) -> Pairs:
+        """Some vectors alone: of one pair, or whole pairs."""
+        k, r = divmod(start, len(self.runs))
+        here = slice(r, r + stop - start)
+        those = [
+            pair._replace(batches=(pair.batches[0][here], pair.batches[1][here]))
+            for pair in self.those[k : -(-stop // len(self.runs))]
+        ]
+        begun, given = self.begun and k == 0, self.given and k == 0
+        work = self.work[:, start:stop]
+        return replace(self, runs=self.runs[here], those=those, work=work, begun=begun, given=given)
+
+    def unknown(self, value: float, columns: int | None = None) -> Tensor:
+        """(4, N) or (4, N, columns) float64: an entry for each of all vectors."""
+        shape = (4, len(self)) if columns is None else (4, len(self), columns)
+        return torch.full(shape, value, dtype=torch.float64, device=self.work.device)
+
+
+@dataclass
+class Sums:
+    """What :func:`grokcurv.ops.commutator` makes of N pairs, completed to sums over all coordinates."""
+
+    sums: Tensor
+    coefficients: Tensor
+    energies: Tensor
+    delta: Tensor | None
+
+    def part(self, start: int, stop: int) -> Sums:
+        """Those of some pairs."""
+        rows = {name: x[start:stop] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **rows)
+
+    @property
+    def changes(self) -> Tensor:
+        """(2, N) how much the gradients on A and on B change along the step; the products' lengths in a bracket."""
+        return self.sums[:, 4:6].sqrt().T
