@@ -140,7 +140,7 @@ class CurvatureMonitor:
                 "under fully_shard, a StreamingPCA otherwise"
             )
         self.runs = engine.runs
-        self.trajectory = Trajectory(self.probe, pcas, pca_every) if pcas else None
+        self.trajectory = Trajectory(self.probe, pcas) if pcas else None
         if self.trajectory is not None:
             self.probe.follow(self.trajectory.update_basis)
         self.training_gradient = TrainingGradient(self.probe, gradient if sampler is None else "own")
@@ -153,7 +153,8 @@ class CurvatureMonitor:
             check_every=check_every,
             alignment=alignment,
         )
-        self.every, self.pairs, self.sampler, self.design = every, pairs, sampler, design
+        self.every, self.pca_every, self.pairs = every, pca_every, pairs
+        self.sampler, self.design = sampler, design
         self.fields = self.commutator.columns
         self.loggers = tuple(loggers)
         self._steps = 0  # without those of replays
@@ -289,7 +290,7 @@ class CurvatureMonitor:
     @property
     def feeds(self) -> bool:
         """Whether the next call of :meth:`step` feeds the PCA."""
-        return self.trajectory is not None and self._steps % self.trajectory.every == 0
+        return self.trajectory is not None and self._steps % self.pca_every == 0
 
     @property
     def steps(self) -> int:

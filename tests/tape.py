@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-MODULES = ("monitor", "device_buffer", "pca.streaming", "gradients", "commutator", "evaluation")
+MODULES = (
+    *("device_buffer", "pca.streaming", "evaluation", "gradients", "checks", "commutator", "monitor"),
+    *("measures.commutator", "measures.training_gradient", "measures.trajectory"),
+)
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -69,7 +69,7 @@ def test_a_measurement_looks_at_no_number(method: Any, generator: Generator) -> 
 def test_a_monitored_loop_looks_at_no_number(
     method: str, sampler: bool, monkeypatch: pytest.MonkeyPatch, generator: Generator
 ) -> None:
-    monkeypatch.setattr("grokcurv.monitor.VERDICT_LAG", 100)  # there is no verdict to read
+    monkeypatch.setattr("grokcurv.measures.commutator.VERDICT_LAG", 100)  # there is no verdict to read
     model = PROBLEM.model().to("meta")
     optimizer = torch.optim.AdamW(model.parameters())
     loader = [on("meta", PROBLEM.batch(generator)) for _ in range(12)]

@@ -294,14 +294,14 @@ def test_lightning_measures_the_batch_that_training_will_see(lightning, generato
             super().on_fit_start(trainer, pl_module)
             self.pairs = []
             measure = self.monitor._measure
-            self.monitor._measure = lambda step, *pair: self.pairs.append(pair) or measure(step, *pair)
+            self.monitor._measure = lambda step, pairs, start: self.pairs.extend(pairs) or measure(step, pairs, start)
 
     callback = Noted(loss_of, log=False)
     module = awkward(lightning)()
     module.watched = []
     loader = DataLoader(data(generator, 3), batch_size=4)
     lightning_trainer(lightning, callback, max_epochs=1).fit(module, callback.lookahead(loader))
-    seen = [(batch[0], following[0]) for batch, following in callback.pairs]
+    seen = [(batch[0], following[0]) for (batch,), (following,) in callback.pairs]
     for (batch, following), (now, then) in zip(seen, pairwise(module.watched), strict=True):
         assert torch.equal(batch, now)
         assert torch.equal(following, then)

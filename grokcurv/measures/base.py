@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+VERDICT_LAG = 2
+"""On an accelerator, after how many more measurements the host learns of a verdict on one."""
+
 CLEAR = (0.01, 0.1)
 """A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
 

@@ -14,14 +14,11 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.base import clear, quantiles
+from grokcurv.measures.base import VERDICT_LAG, clear, quantiles
 from grokcurv.measures.training_gradient import TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
 from grokcurv.pairs import PairOfRuns
 from grokcurv.subspace import RandomBaseline, alignment
-
-VERDICT_LAG = 2
-"""On an accelerator, after how many more measurements the host learns whether one was reliable."""
 
 CHECK_EVERY = 25
 """Steps after which the float64 evaluations behind the noise floor are made anew; ``docs/numerics.md`` says why 25."""

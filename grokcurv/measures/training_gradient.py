@@ -13,6 +13,7 @@ from torch import Tensor
 from grokcurv.checks import GIVEN
 from grokcurv.commutator import CommutatorProbe, CommutatorStats
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
+from grokcurv.measures.base import VERDICT_LAG
 
 GRADIENT_TOLERANCE = 0.05
 """Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""
@@ -22,9 +23,6 @@ GRADIENT_MARGIN = 5.0
 
 CONFIRMATIONS = 2
 """So many checks must have found ``.grad`` right before it is used."""
-
-VERDICT_LAG = 2
-"""On an accelerator, after how many more measurements the host learns of a verdict."""
 
 Gradient = Literal["checked", "trusted", "own"]
 

@@ -28,14 +28,13 @@ class Trajectory:
     Args:
         probe: what measures the runs, and projects on their bases.
         pcas: for each run what is fed with its parameters; ``method="sketch"`` has no basis.
-        every: feed at every this many steps.
 
     Attributes:
         baselines: of random subspaces like the basis, in all of R^P and on its support; None before there is one.
     """
 
-    def __init__(self, probe: CommutatorProbe, pcas: Sequence[StreamingPCA], every: int) -> None:
-        self.probe, self.pcas, self.every = probe, list(pcas), every
+    def __init__(self, probe: CommutatorProbe, pcas: Sequence[StreamingPCA]) -> None:
+        self.probe, self.pcas = probe, list(pcas)
         self.steps: list[list[Tensor]] = [[] for _ in self.pcas]  # of the feeds of each run
         self.baselines: tuple[RandomBaseline, RandomBaseline] | None = None
         self._stale = False
@@ -47,6 +46,8 @@ class Trajectory:
             pca.partial_fit(theta)
             steps.append(clock.clone())
         self._stale = True
+        if is_asynchronous(engine.device):  # replays of a captured measurement ask for nothing
+            self.update_basis()
 
     def update_basis(self) -> None:
         """Have the probe project on the bases so far. Two rows span one direction: they wait until every block is full.
