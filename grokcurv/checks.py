@@ -89,6 +89,8 @@ class Checks:
         for form, found in state["errors"].items():
             self._write(self.errors, form, (run,), found[None].to(self.engine.device))
         for form, origin in state["origins"].items():
+            if len(origin) == 2:  # of an older version: lengths and place in one
+                origin = origin[0][:2].tolist(), origin[0][2:], origin[1]
             self.origins.setdefault(form, {})[run] = Origin(*origin)
 
     def lengths(self, pairs: Pairs) -> Tensor:

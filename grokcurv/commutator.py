@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -237,6 +237,14 @@ class CommutatorProbe:
     @noise_floor.setter
     def noise_floor(self, noise_floor: bool) -> None:
         self.checks.noise_floor = noise_floor
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the latest checks have found, and where; of several runs, for the first."""
+        return self.checks.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.checks.load_state_dict(state)
 
     @property
     def errors(self) -> dict[str, Tensor]:

@@ -109,8 +109,10 @@ class Commutator:
 
     def remember(self, wanted: bool) -> None:
         """Keep the parameters as they are, for the alignment of the training step that follows."""
-        engine = self.probe.gradients
-        self._before = engine.thetas(range(engine.runs)).clone() if wanted and self.alignment else None
+        engine, self._before = self.probe.gradients, None
+        if wanted and self.alignment:
+            theta = engine.thetas(range(engine.runs))
+            self._before = theta.clone() if engine.shared else theta  # a copy already
 
     def observe(self, step: int, pairs: Sequence[PairOfRuns]) -> Tensor:
         """(R, 2 + columns) float64 on the device: the method, by its place, what the row has to do with ``.grad``, and
@@ -249,7 +251,8 @@ class Commutator:
         """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each, and bounds of errors."""
         engine = self.probe.gradients
         assert self._before is not None
-        steps = engine.thetas(runs).to(delta.dtype) - self._before[runs]
+        before = self._before if len(runs) == len(self._before) else self._before[runs]
+        steps = engine.thetas(runs).to(delta.dtype) - before
         found = [alignment(step, of, engine.partition) for step, of in zip(steps, delta.unbind(1), strict=True)]
         cosines, shares, correlations = (torch.stack(x) for x in zip(*found, strict=True))
         count, size = len(delta), engine.segments[-1].stop
