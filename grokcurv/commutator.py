@@ -125,7 +125,7 @@ class CommutatorStats:
 
     def quantile(self, q: float) -> Tensor:
         """Quantile ``q`` of the defect over the pairs, linearly interpolated: a scalar, NaN if any pair is."""
-        return quantile(self.defect, q)
+        return torch.quantile(self.defect, q)
 
     def __len__(self) -> int:
         return len(self.defect)
@@ -751,11 +751,6 @@ def commutator_defect(
 ) -> CommutatorStats:
     """Measure one pair of batches and keep ``delta``: :class:`CommutatorProbe` in one call, with its arguments."""
     return CommutatorProbe(model, loss_fn, eta=eta, method=method).measure([(batch_a, batch_b)], keep_delta=True)
-
-
-def quantile(values: Tensor, q: float) -> Tensor:
-    """Quantile ``q`` over the last dimension, linearly interpolated; NaN if any value is."""
-    return torch.quantile(values, q, dim=-1)
 
 
 def _note_batches(engine: GradientEngine, pair: Pair) -> None:

@@ -148,7 +148,6 @@ class CurvatureMonitor:
             self.probe,
             self.trajectory,
             self.training_gradient,
-            pairs=pairs,
             design=design,
             check_every=check_every,
             alignment=alignment,

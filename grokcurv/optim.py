@@ -122,7 +122,7 @@ class Optimizer:
 
     def _update(self, factor: Tensor) -> None:
         """Move theta, with this share (R,) of the learning rates; the step is counted already."""
-        raise NotImplementedError
+        raise NotImplementedError  # this class has what all share; the step itself is each optimiser's own
 
     def state_dict(self, run: int) -> dict[str, Tensor]:
         """What a checkpoint of a run holds beside its parameters: copies of its rows; no settings."""

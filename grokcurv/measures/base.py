@@ -1,9 +1,6 @@
-"""What a measure is: numbers of a training step, for all runs at once."""
+"""What measures share: when the host learns of a verdict, what is too uncertain to be shown, and quantiles."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,30 +10,6 @@ VERDICT_LAG = 2
 
 CLEAR = (0.01, 0.1)
 """A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
-
-
-class Measure(Protocol):
-    """Numbers of a step of R runs: what ``observe`` of each measure returns is a row (R, columns), float64, NaN where
-    there is no number that could be trusted. Nothing is read by the host on the way.
-
-    Attributes:
-        columns: their names.
-        cost: gradients that one observation of a run takes, float64 checks aside.
-    """
-
-    columns: tuple[str, ...]
-
-    @property
-    def cost(self) -> float: ...
-
-    def state_dict(self, run: int = 0) -> dict[str, Any]:
-        """What a checkpoint of one run needs of it."""
-
-    def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
-        """Restore :meth:`state_dict`."""
-
-    def keep(self, runs: list[int]) -> None:
-        """Go on with these runs alone, renumbered in this order."""
 
 
 def clear(value: Tensor, bound: Tensor) -> Tensor:

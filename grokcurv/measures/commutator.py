@@ -78,7 +78,7 @@ class Commutator:
         probe: of R runs.
         trajectory: on whose execution bases the probe projects, if there is one.
         training_gradient: what is known of the gradients that training leaves.
-        pairs, design, check_every, alignment: as for :class:`grokcurv.CurvatureMonitor`.
+        design, check_every, alignment: as for :class:`grokcurv.CurvatureMonitor`.
     """
 
     def __init__(
@@ -87,13 +87,12 @@ class Commutator:
         trajectory: Trajectory | None,
         training_gradient: TrainingGradient,
         *,
-        pairs: int,
         design: Design,
         check_every: int,
         alignment: bool,
     ) -> None:
         self.probe, self.trajectory, self.training_gradient = probe, trajectory, training_gradient
-        self.pairs, self.design, self.check_every, self.alignment = pairs, design, check_every, alignment
+        self.design, self.check_every, self.alignment = design, check_every, alignment
         self.columns = FIELDS + ALIGNMENT_FIELDS if alignment else FIELDS
         self._floored = probe.noise_floor  # otherwise rows are numbers that nobody vouches for
         self._falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
@@ -102,10 +101,6 @@ class Commutator:
         self._verdicts: deque[Callable[[], Tensor]] = deque()  # (R,) of the latest rows, whether they were reliable
         self._checked: list[dict[str, int]] = [{} for _ in range(runs)]  # the step of the latest check, by method
         self._before: Tensor | None = None  # for alignment: (R, P) at the call before one that measures
-
-    @property
-    def cost(self) -> float:
-        return 3.0 * self.pairs + 1.0 if self.design == "chain" else 4.0 * self.pairs
 
     def remember(self, wanted: bool) -> None:
         """Keep the parameters as they are, for the alignment of the training step that follows."""
