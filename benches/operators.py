@@ -15,8 +15,8 @@ import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grokcurv.modular import TrainConfig
-from grokcurv.modular.ensemble import Buffers, Ensemble
-from grokcurv.modular.trainer import Training
+from grokcurv.modular.program import Program
+from grokcurv.modular.run import Training
 
 
 class Operators(TorchDispatchMode):
@@ -37,17 +37,16 @@ def steps(config: TrainConfig, runs: int) -> tuple[int, int, int]:
     counts = []
     for every, checked in ((0, False), (1, False), (1, True)):
         each = [dataclasses.replace(config, seed=seed, measure_every=every) for seed in range(runs)]
-        program = Ensemble([Training(one) for one in each], {}, "vmap" if runs > 1 else "loop")
-        buffers = Buffers(program.runs)
-        program.observe(program.runs, buffers)  # with admission, and the first check
-        program.update(buffers)
+        program = Program([Training(one) for one in each], "vmap" if runs > 1 else "loop")
+        program.observe(program.runs)  # with admission, and the first check
+        program.update()
         for group in program.groups if checked else ():
             group.monitor.commutator.forget_checks()
         with Operators() as seen:
-            program.update(buffers)
+            program.update()
             for group in program.groups:
                 if not group.looks_ahead:
-                    group.measure(buffers)
+                    group.measure()
         counts.append(seen.count)
     return counts[0], counts[1], counts[2]
 

@@ -134,10 +134,13 @@ class Intervention:
         return {"acted": self.acted, "norm": self.norm, "generator": drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`; the intervention must have been built with the same settings."""
+        """Restore :meth:`state_dict`; the intervention must have been built with the same settings.
+
+        A generator whose state is None there is left alone: whoever seeds it before every step need not keep it.
+        """
         self.acted = state["acted"]
         self.norm = state["norm"].to(self.device)
-        if self.generator is not None:
+        if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"])
 
     def _note(self, norm: Tensor) -> None:

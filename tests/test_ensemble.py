@@ -14,8 +14,8 @@ import pytest
 import torch
 from models import TINY
 
-from grokcurv.modular import TrainConfig, train
-from grokcurv.modular.ensemble import SHARED, train_ensemble
+from grokcurv.modular import TrainConfig, train, train_ensemble
+from grokcurv.modular.trainer import SHARED
 from grokcurv.runs import Run, RunError, open_run
 
 MIXED = [

@@ -102,7 +102,9 @@ def test_metrics_are_those_of_the_plain_loop() -> None:
                     assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-6)
                     assert row[f"{name}_acc"] == (logits.argmax(1) == y).double().mean().item()
                 norm = torch.cat([p.flatten() for p in model.parameters()]).double().norm().item()
-                assert row["weight_norm"] == pytest.approx(norm, rel=1e-12)
+                # A length that is rounded otherwise moves clipped gradients by some 1e-7 of themselves, and AdamW's steps
+                # of 1e-3 by no more: in 30 steps that is less than 30 * 1e-3 * sqrt(P) * 1e-7 of a length of 10.
+                assert row["weight_norm"] == pytest.approx(norm, rel=1e-8)
         index = torch.from_numpy(stream.randint(0, 24, 16))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(data.train_pairs[index]), data.train_answers[index]).backward()
@@ -112,7 +114,7 @@ def test_metrics_are_those_of_the_plain_loop() -> None:
     assert run.metrics["seconds"].is_monotonic_increasing
 
 
-@pytest.mark.parametrize("rng", ["torch", "paper"])
+@pytest.mark.parametrize("rng", ["philox", "paper"])
 def test_same_seed_same_run_and_nothing_global_is_touched(rng: str) -> None:
     before = global_state()
     first, second = train(changed(rng=rng)), train(changed(rng=rng))
@@ -133,8 +135,7 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
     a, b = measured.checkpoint(), unmeasured.checkpoint()
     for name, value in a["model"].items():
         assert value.equal(b["model"][name]), name
-    for index, state in a["optimizer"]["state"].items():
-        assert all(value.equal(b["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert all(value.equal(b["optimizer"][name]) for name, value in a["optimizer"].items())
 
 
 def test_with_the_papers_draws_measuring_takes_from_the_training_stream() -> None:
@@ -227,7 +228,7 @@ def test_ones_own_monitor_with_a_sampler_is_called_before_every_update() -> None
     assert not pairs_a.equal(pairs_b)
 
 
-@pytest.mark.parametrize("rng", ["torch", "paper"])
+@pytest.mark.parametrize("rng", ["philox", "paper"])
 def test_ones_own_monitor_without_a_sampler_sees_batch_next_batch_and_gradient(rng: str) -> None:
     made: list[Recorder] = []
 
@@ -356,7 +357,7 @@ def test_unknown_device(device: str) -> None:
         ({"architecture": "rnn"}, "architecture must be one of 'transformer', 'mlp'; got 'rnn'"),
         ({"sequence": "b a"}, "sequence must be one of"),
         ({"activation": "tanh"}, "activation must be one of"),
-        ({"rng": "numpy"}, "rng must be one of 'torch', 'paper'"),
+        ({"rng": "numpy"}, "rng must be one of 'philox', 'paper', 'torch'"),
         ({"method": "exact"}, "method must be one of"),
         ({"batch_size": 25}, r"batch_size is larger than the training set: 25 of 24 rows"),
         ({"batch_size": -1}, "batch_size must be at least 0; got -1"),
@@ -371,6 +372,8 @@ def test_unknown_device(device: str) -> None:
         ({"weight_decay": -0.1}, "weight_decay must be a number, not negative"),
         ({"clip": float("inf")}, "clip must be a number"),
         ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\)"),
+        ({"optimizer": "lion"}, "optimizer must be one of 'adamw', 'sgd', 'muon'; got 'lion'"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
         ({"seed": -1}, "seed must lie between"),
         ({"seed": 2**32}, "seed must lie between"),
     ],

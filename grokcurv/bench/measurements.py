@@ -29,9 +29,9 @@ from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import Strategy, capture
 from grokcurv.measures.commutator import CHECK_EVERY
 from grokcurv.modular import TrainConfig, Transformer, fast
-from grokcurv.modular.ensemble import Buffers, Ensemble
 from grokcurv.modular.evaluation import evaluate
-from grokcurv.modular.trainer import Training
+from grokcurv.modular.program import Program
+from grokcurv.modular.run import Training
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import Subspace
@@ -235,19 +235,14 @@ def program(runs: int, measured: bool) -> Case:
         def stepper(count: int, measured: bool, strategy: Strategy) -> tuple[Callable[[], object], Callable[[], float]]:
             """What takes a step of so many runs, and the loss of the first of them afterwards."""
             configs = [replace(base, seed=seed + i, measure_every=int(measured)) for i in range(count)]
-            together = Ensemble([Training(config) for config in configs], {}, strategy)
-            buffers, first = Buffers(together.runs), together.runs[0]
-
-            def step() -> None:
-                together.update(buffers)
-                for run in together.runs:
-                    run.step += 1
+            together = Program([Training(config) for config in configs], strategy)
+            first = together.runs[0]
 
             def loss() -> float:
-                step()
+                together.update()
                 return evaluate(first.config, first.model, first.data, {})["train_loss"]
 
-            return step, loss
+            return together.update, loss
 
         (_, truth), alone, ours = stepper(1, True, "loop"), stepper(1, False, "loop"), stepper(runs, measured, "auto")
         wanted, first = truth(), batch(generator)

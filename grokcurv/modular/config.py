@@ -13,7 +13,8 @@ from grokcurv.modular.model import Activation, Sequence
 from grokcurv.modular.tasks import check_operation, train_size
 
 Architecture = Literal["transformer", "mlp"]
-Rng = Literal["torch", "paper"]
+Rng = Literal["philox", "paper", "torch"]
+OptimizerName = Literal["adamw", "sgd", "muon"]
 InterventionKind = Literal["none", "project", "project-update", "kick", "noise"]
 Basis = Literal["oracle", "causal", "random", "matched"]
 
@@ -33,14 +34,23 @@ class TrainConfig:
     """Name of the preset these settings started from; on the command line, the one to start from."""
     seed: int = 42
     """Of everything random in the run; 0 to 2^32 - 1."""
+    optimizer: OptimizerName = "adamw"
+    """AdamW; SGD with momentum, whose decay is part of the gradient; or Muon on the matrices between the embeddings and
+    the head, with AdamW on everything else."""
     lr: float = 1e-3
-    """Learning rate of AdamW."""
+    """Learning rate; of Muon, that of its matrices."""
     weight_decay: float = 1.0
-    """Of AdamW, on every parameter."""
+    """Of the optimiser, on every parameter."""
     beta1: float = 0.9
     """Of AdamW."""
     beta2: float = 0.98
     """Of AdamW."""
+    momentum: float = 0.95
+    """Of SGD and Muon."""
+    nesterov: bool = True
+    """Whether SGD and Muon look ahead along the momentum."""
+    adamw_lr: float = 1e-3
+    """Learning rate of what Muon leaves to AdamW."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly."""
     float64_logits: bool = False
@@ -77,10 +87,11 @@ class TrainConfig:
     """Evaluations in a row that must reach it; the run has grokked at the last of them."""
     steps_after_grok: int = 1000
     """The run ends this many steps after it has grokked."""
-    rng: Rng = "torch"
-    """torch: a generator each for split, weights, batches and measurements, so that measuring changes nothing.
-    paper: the draws of the paper's code in its order; measurements share the stream of the training batches, and
-    the network runs as the module itself, to meet published digits; otherwise a transformer runs by a shorter way."""
+    rng: Rng = "philox"
+    """philox: split, batches and measurements are functions of seed and step alone, so that neither measuring nor other
+    runs beside this one change anything. paper: the draws of the paper's code in its order; measurements share the
+    stream of the training batches, and the network runs as the module itself, to meet published digits; otherwise a
+    transformer runs by a shorter way. torch: of older versions, whose folders are read, but not gone on with."""
     method: Method = "difference"
     """How the commutator is computed."""
     eta: float = 1e-3
@@ -205,9 +216,9 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (NOT_NEGATIVE, lambda x: x >= 0, "be at least 0"),
     (POSITIVE + NOT_NEGATIVE, lambda x: x < 2**63, "be below 2^63"),  # more than torch can count
     (("threads",), lambda x: x <= 1024, "be at most 1024"),  # more end the process, where the system has no room
-    (("lr", "eta"), lambda x: 0 < x < math.inf, "be a positive number"),
+    (("lr", "eta", "adamw_lr"), lambda x: 0 < x < math.inf, "be a positive number"),
     (("weight_decay", "clip", "grok_threshold", "strength"), lambda x: 0 <= x < math.inf, "be a number, not negative"),
-    (("beta1", "beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
+    (("beta1", "beta2", "momentum"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
     (("seed",), lambda x: 0 <= x < 2**32, "lie between 0 and 2^32 - 1"),
 )
 """Settings that are numbers, when one is in order, and the words for that."""

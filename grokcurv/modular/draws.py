@@ -1,63 +1,98 @@
-"""What a run draws at random, and in which order: independent streams, or those of the paper's code."""
+"""What runs draw at random: functions of a seed, a purpose and a step, or the stream of the paper's code."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grokcurv.modular.config import Rng
+from grokcurv import ops
+from grokcurv.draws import Purpose, shuffle
+from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.tasks import Order, check_operation
 
 
-class TorchDraws:
-    """Independent generators for the split, the weights, the batches, the measurements and the interventions."""
+def order_of(config: TrainConfig) -> Order:
+    """What shuffles the samples of a run, before they are split."""
+    if config.rng == "paper":
+        return random.Random(config.seed)
+    if config.rng == "torch":  # of older versions, whose folders are still read
+        root = torch.Generator().manual_seed(config.seed)
+        return torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=root)))
+    size = check_operation(config.op, config.p).size(config.p)
+    return shuffle(torch.tensor([config.seed]), Purpose.SPLIT, size)[0]
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        root = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**62, (4,), generator=root).tolist()
-        self.order = torch.Generator().manual_seed(seeds[0])
-        self.weights_seed: int = seeds[1]
-        self._training = torch.Generator(device).manual_seed(seeds[2])
-        self._measuring = torch.Generator(device).manual_seed(seeds[3])
-        # After the others, which it must not move.
-        self.intervening_seed = int(torch.randint(2**62, (), generator=root))
 
-    def training(self, n: int, rows: int) -> Tensor:
-        return torch.randint(n, (rows,), generator=self._training, device=self._training.device)
+def intervention_seed(config: TrainConfig, step: int, which: int = 0) -> int:
+    """Of the random numbers of an intervention at a step, or of another thing that is drawn for it there."""
+    seed, at, bits = torch.tensor([[config.seed], [step], [0]]).unbind()
+    return int(ops.draw(seed, Purpose.INTERVENTION, at, bits, which + 1)[0, which])
 
-    def measuring(self, n: int, rows: int) -> Tensor:
-        return torch.randint(n, (rows,), generator=self._measuring, device=self._measuring.device)
+
+class PhiloxDraws:
+    """Batches of R runs, each a function of the run's seed and of the step (:func:`grokcurv.ops.draw`).
+
+    Whether a run is measured, and with which others it is trained, changes nothing, and there is no state to keep.
+    """
+
+    stateless = True
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
+
+    def training(self, steps: Tensor, n: Tensor, rows: int, *, following: bool = False) -> Tensor:
+        """(R, rows) int64 below n (R,): the rows of the batches of these steps (R,), or of the ``following`` ones."""
+        return ops.draw(self._seeds, Purpose.TRAINING, steps + 1 if following else steps, n, rows)
+
+    def measuring(self, steps: Tensor, n: Tensor, rows: int) -> Tensor:
+        """(R, rows) int64 below n: what is measured with at these steps; fewer rows are the beginning of more."""
+        return ops.draw(self._seeds, Purpose.MEASUREMENT, steps, n, rows)
+
+    def of(self, places: Tensor) -> PhiloxDraws:
+        """Of some of the runs."""
+        some = PhiloxDraws((), self._seeds.device)
+        some._seeds = self._seeds[places]
+        return some
 
     def state_dict(self) -> dict[str, Any]:
-        return {"training": self._training.get_state(), "measuring": self._measuring.get_state()}
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._training.set_state(state["training"])
-        self._measuring.set_state(state["measuring"])
+        """There is none."""
 
 
 class PaperDraws:
-    """The draws of the paper's code: after the split, weights and batches from streams seeded alike.
+    """The draws of the paper's code, of one run: after the split, weights and batches from streams seeded alike.
 
     ``RandomState(seed)`` is the stream that ``np.random.seed(seed)`` starts globally. Measurements draw from it too,
-    and faithful kicks; other interventions draw from a generator that the paper does not have.
+    and faithful kicks.
     """
 
+    stateless = False
+
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.order = random.Random(seed)
-        self.weights_seed = seed
-        self.intervening_seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
         self._stream = np.random.RandomState(seed)
         self._device = device
 
-    def training(self, n: int, rows: int) -> Tensor:
-        return torch.from_numpy(self._stream.randint(0, n, rows)).to(self._device)
+    def training(self, steps: Tensor, n: Tensor, rows: int, *, following: bool = False) -> Tensor:
+        """As :class:`PhiloxDraws`, whatever the step is; what follows is left to be drawn again."""
+        state = self._stream.get_state()
+        drawn = self.measuring(steps, n, rows)
+        if following:
+            self._stream.set_state(state)
+        return drawn
 
-    measuring = training
+    def measuring(self, steps: Tensor, n: Tensor, rows: int) -> Tensor:
+        """The next of the stream."""
+        return torch.from_numpy(self._stream.randint(0, int(n), rows)).to(self._device)[None]
+
+    def of(self, places: Tensor) -> PaperDraws:
+        """The same: there is one run."""
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         state = self._stream.get_state(legacy=False)["state"]
@@ -68,8 +103,4 @@ class PaperDraws:
         self._stream.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": 0, "gauss": 0.0})
 
 
-Draws = TorchDraws | PaperDraws
-
-
-def draws_of(rng: Rng, seed: int, device: torch.device) -> Draws:
-    return PaperDraws(seed, device) if rng == "paper" else TorchDraws(seed, device)
+Draws = PhiloxDraws | PaperDraws

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grokcurv.flat import Segment, select_segments
 from grokcurv.losses import cross_entropy64
 from grokcurv.modular import fast
 from grokcurv.modular.config import TrainConfig
@@ -43,6 +44,12 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
         )
 
 
+def matrices(config: TrainConfig, model: nn.Module) -> tuple[Segment, ...]:
+    """The matrices that Muon orthogonalises: those between the embeddings, or the one-hot numbers, and the head."""
+    found = select_segments(model, "encoder.*weight" if config.architecture == "transformer" else "hidden.*")
+    return tuple(segment for segment in found if len(segment.shape) == 2)
+
+
 def load_model(run: Run, step: int | None = None) -> nn.Module:
     """The network of a run folder, on the CPU: at its latest checkpoint, or at a step among its snapshots.
 
@@ -60,7 +67,7 @@ def load_model(run: Run, step: int | None = None) -> nn.Module:
 
 def forward_of(config: TrainConfig) -> Forward:
     """``forward(model, pairs)`` -> logits: a transformer by the shorter way, unless published digits are to be met."""
-    if config.architecture == "transformer" and config.rng == "torch":
+    if config.architecture == "transformer" and config.rng != "paper":
         return fast.logits
     return lambda model, pairs: model(pairs)
 

@@ -42,6 +42,8 @@ OPERATIONS: dict[str, Operation] = {
 }
 """The six operations of the paper (Xu, arXiv 2602.16746, section 2), and division."""
 
+Order = random.Random | torch.Generator | Tensor
+
 LARGEST_P = 4096
 """The whole table lives in memory: p^2 rows."""
 
@@ -83,11 +85,12 @@ def table(op: str, p: int) -> tuple[Tensor, Tensor]:
     return pairs, operation.apply(pairs[:, 0], pairs[:, 1], p)
 
 
-def split(op: str, p: int, train_fraction: float, order: random.Random | torch.Generator) -> Dataset:
+def split(op: str, p: int, train_fraction: float, order: Order) -> Dataset:
     """Shuffle the table and cut it: the first ``int(train_fraction * n)`` rows train, the others test.
 
     Args:
-        order: what shuffles. ``random.Random(seed)`` gives the paper's split for that seed.
+        order: what shuffles, or (n,) int64, the order itself. ``random.Random(seed)`` gives the paper's split for that
+            seed.
 
     Raises:
         ValueError: as :func:`table`, or a fraction that leaves one of the sets empty.
@@ -99,8 +102,10 @@ def split(op: str, p: int, train_fraction: float, order: random.Random | torch.G
         rows = list(range(n))
         order.shuffle(rows)
         index = torch.tensor(rows)
-    else:
+    elif isinstance(order, torch.Generator):
         index = torch.randperm(n, generator=order)
+    else:
+        index = order
     train, test = index[:n_train], index[n_train:]
     return Dataset(pairs[train], answers[train], pairs[test], answers[test])
 

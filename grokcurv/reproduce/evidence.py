@@ -19,10 +19,10 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import GradientEngine
 from grokcurv.measures.trajectory import BASIS_COMPONENTS
-from grokcurv.modular import TrainConfig, build_model, load_model
+from grokcurv.modular import TrainConfig, build_model, load_model, split
+from grokcurv.modular.draws import order_of
 from grokcurv.modular.network import training_loss
 from grokcurv.modular.process import threads_of
-from grokcurv.modular.trainer import Training
 from grokcurv.pca import StreamingPCA
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.rules import GROKKED
@@ -218,7 +218,7 @@ def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Sn
     """
     config = replace(TrainConfig(**run.config), measure_every=0)
     with threads_of(1):
-        data = Training(config).data
+        data = split(config.op, config.p, config.train_fraction, order_of(config))
         before, model = flatten(load_model(run, since)), load_model(run, step)
         theta = flatten(model)
         generator = torch.Generator().manual_seed(config.seed)

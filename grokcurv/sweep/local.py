@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from grokcurv.modular.ensemble import SHARED
+from grokcurv.modular import TrainConfig
+from grokcurv.modular.trainer import together
 from grokcurv.storage import RunError
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute, execute_together
 
@@ -122,7 +123,8 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
     def _group(self) -> list[Task]:
         """The first task and those further ones that can be done together with it."""
         first = self._tasks.popleft()
-        alike = [t for t in self._tasks if all(t.config[name] == first.config[name] for name in SHARED)]
+        config = TrainConfig(**first.config)
+        alike = [task for task in self._tasks if together(config, TrainConfig(**task.config))]
         group = [first, *alike[: self.together - 1]]
         self._tasks = deque(task for task in self._tasks if task not in group)
         return group

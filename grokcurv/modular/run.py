@@ -1,0 +1,337 @@
+"""One run of a program: its data, network and intervention, its records, its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grokcurv.commutator import CommutatorProbe
+from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
+from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.draws import PaperDraws, intervention_seed, order_of
+from grokcurv.modular.evaluation import evaluate
+from grokcurv.modular.network import Batch, build_model, training_loss
+from grokcurv.modular.process import describe_device
+from grokcurv.modular.tasks import split
+from grokcurv.monitor import CurvatureMonitor
+from grokcurv.optim import Optimizer
+from grokcurv.runs import Run, RunWriter, describe_environment, open_run
+from grokcurv.storage import RunError
+from grokcurv.subspace import Subspace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PROGRESS_EVERY = 10
+"""Steps between calls of ``on_progress``."""
+
+
+DIVERGED = 1e30
+"""Weights from here on count as infinite: sums of squares of them are."""
+
+
+class Training:
+    """A run in progress: all that a checkpoint holds. Its steps are taken by a program, which has its parameters."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        if config.rng == "torch":
+            raise ValueError(
+                "rng 'torch' is that of older versions, whose runs are read and reported, but neither trained nor gone "
+                "on with: start anew with rng 'philox'"
+            )
+        self.config = config
+        self.environment = {"device": describe_device(config.device), "threads": torch.get_num_threads()}
+        self.writer: RunWriter | None = None
+        self.error: RunError | None = None  # what writing to the folder has met
+        self._held = contextlib.ExitStack()
+        device = torch.device(config.device)
+        self.draws = PaperDraws(config.seed, device) if config.rng == "paper" else None
+        self.data = split(config.op, config.p, config.train_fraction, order_of(config)).to(device)
+        self.model = build_model(config).to(device)
+        self.loss = training_loss(config)
+        self.monitor: CurvatureMonitor | None = None
+        self.place: tuple[int, ...] = ()  # among the runs of a monitor that has several
+        self._saved_monitor: Mapping[str, Any] | None = None  # its state in a checkpoint, until there is a monitor
+        self._tables: dict[str, pd.DataFrame] | None = None  # of a run that has left its monitor
+        self._optimizer: tuple[Optimizer, int] | None = None  # of the program, and this run's row of it
+        self._saved_optimizer: Mapping[str, Tensor] | None = None
+        self._stream = torch.Generator(device).manual_seed(intervention_seed(config, 0, 1))
+        self.intervention = self._make_intervention()
+        self.step = 0
+        self.streak = 0
+        self.grok_step: int | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.defect: float | None = None
+        self.saved: int | None = None
+        self.started = time.perf_counter()
+
+    def seat(self, theta: Tensor, gradient: Tensor, optimizer: Optimizer, row: int) -> None:
+        """Have parameters and their ``.grad`` in these rows (P,) of a program, and be moved by its optimiser."""
+        start = 0
+        with torch.no_grad():
+            for p in self.model.parameters():
+                here = slice(start, start + p.numel())
+                start = here.stop
+                p.data = theta[here].view(p.shape).copy_(p)
+                p.grad = gradient[here].view(p.shape)
+        self._optimizer = optimizer, row
+        if self._saved_optimizer is not None:
+            try:
+                optimizer.load_state_dict(row, self._saved_optimizer)
+            except ValueError as error:
+                raise RunError(f"its checkpoint is of an older version, which stepped otherwise: {error}") from error
+            self._saved_optimizer = None
+
+    def attach(self, monitor: CurvatureMonitor | None, *place: int) -> None:
+        """Be measured by a monitor, as the run of this number; where a checkpoint was loaded, go on as it says."""
+        self.monitor, self.place = monitor, place
+        if monitor is not None and self._saved_monitor is not None:
+            monitor.load_state_dict(self._saved_monitor, *place)
+            self._saved_monitor = None
+
+    def detach(self) -> None:
+        """Leave the monitor, which may be renumbered: what it knows of this run is kept."""
+        self._tables, self.monitor = self.tables(), None
+
+    @property
+    def last_step(self) -> int:
+        if self.grok_step is None:
+            return self.config.steps
+        return min(self.config.steps, self.grok_step + self.config.steps_after_grok)
+
+    def enter(self, out: str | PathLike[str], resume: bool, stack: contextlib.ExitStack) -> None:
+        """Take hold of the run's folder until ``stack`` closes, and go back to where the run in it stands."""
+        writer = RunWriter(out, asdict(self.config), resume=resume, environment=self.environment)
+        self._held = stack.enter_context(contextlib.ExitStack())
+        self.writer = self._held.enter_context(writer)
+        checkpoint = writer.read_checkpoint()
+        if checkpoint is not None:
+            writer.drop_after(checkpoint["step"])
+            metrics = writer.read_table("metrics")
+            if metrics.empty:
+                raise RunError(f"{writer.path} has a checkpoint, but its metrics.parquet is missing")
+            self.load_state_dict(checkpoint, metrics)
+
+    def result(self, status: str) -> Run:
+        """The run as its folder has it, or as it was kept in memory."""
+        if self.writer:
+            return open_run(self.writer.path)
+        environment = {**describe_environment(), **self.environment}
+        return Run(None, asdict(self.config), environment, status=status, tables=self.tables())
+
+    def pause(self, *, failed: bool, interrupted: bool) -> str | None:
+        """Between observation and update: write what is due, and let go of the folder at the end; its status then.
+
+        Args:
+            failed: the run cannot go on.
+            interrupted: a checkpoint is due, wherever the run stands.
+        """
+        try:
+            status = self._failed() if failed else "finished" if self._write(interrupted) else None
+            if self.writer is not None and status is not None:
+                self.writer.set_status(status)
+        except RunError as error:
+            self.error, status = error, f"failed: {error}"
+            with contextlib.suppress(RunError):  # the first is the one to report
+                assert self.writer is not None
+                self.writer.set_status(status)
+        if status is not None:
+            self._held.close()
+        return status
+
+    def _write(self, interrupted: bool) -> bool:
+        """Write what is due; True at the last step."""
+        last = self.step >= self.last_step
+        due = last or interrupted or self.step % self.config.checkpoint_every == 0
+        if self.writer and self.config.snapshot_every and self.step % self.config.snapshot_every == 0:
+            self.writer.write_snapshot(self.step, self.model.state_dict())
+        if self.writer and due and self.saved != self.step:
+            self._save(self.writer)
+        return last
+
+    def _failed(self) -> str:
+        """The status of a run that cannot go on; its tables are written."""
+        if self.writer:
+            self._write_tables(self.writer)
+        loss = self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"]
+        kept = "" if self.saved is None else f"; the last good checkpoint, of step {self.saved}, is kept"
+        if math.isfinite(loss):
+            what = f"a weight is beyond {DIVERGED:.0e}"
+        else:
+            what = f"loss is {'NaN' if math.isnan(loss) else 'infinite'}"
+        return f"failed: {what} at step {self.step}{kept}"
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        import pandas as pd
+
+        if self._tables is not None:
+            return self._tables
+        tables = {"metrics": pd.DataFrame(self.rows), "curvature": pd.DataFrame(), "pca": pd.DataFrame()}
+        if self.monitor is not None:
+            tables |= {"curvature": self.monitor.records(*self.place), "pca": self.monitor.pca_records(*self.place)}
+        return tables
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self._optimizer is not None
+        optimizer, row = self._optimizer
+        acted = None if self.intervention is None else self.intervention.state_dict()
+        return {
+            "step": self.step,
+            "streak": self.streak,
+            "grok_step": self.grok_step,
+            "model": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(row),
+            "draws": {} if self.draws is None else self.draws.state_dict(),
+            "monitor": self.monitor.state_dict(*self.place) if self.monitor is not None else None,
+            "intervention": acted and {**acted, "generator": None},  # which is seeded anew at every step
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], metrics: pd.DataFrame) -> None:
+        self.step, self.streak, self.grok_step = state["step"], state["streak"], state["grok_step"]
+        self.model.load_state_dict(state["model"])
+        self._saved_optimizer, self._saved_monitor = state["optimizer"], state["monitor"]
+        if self.draws is not None:
+            self.draws.load_state_dict(state["draws"])
+        if self.intervention is not None:
+            self.intervention.load_state_dict(state["intervention"])
+        self.rows = [{str(name): value for name, value in row.items()} for row in metrics.to_dict("records")]
+        self.started = time.perf_counter() - self.rows[-1]["seconds"]
+        self.saved = self.step
+
+    def evaluate_due(self) -> bool:
+        """Evaluate if that is due at this step; False if the loss is not finite."""
+        if not self._evaluation_due():
+            return True
+        self._evaluate()
+        return math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"])
+
+    def note_defect(self) -> None:
+        """What progress says of the defect; read where an evaluation has waited for the device anyway."""
+        if self.monitor is not None and self._evaluation_due():
+            latest = self.monitor.latest(*self.place) if self.place else self.monitor.last
+            self.defect = self.defect if latest is None else latest["defect_median"]
+
+    def evaluate_bad(self) -> None:
+        """Evaluate weights that are not finite, if no evaluation has met them yet."""
+        if self.rows[-1]["step"] != self.step:
+            self._evaluate()
+
+    def _evaluation_due(self) -> bool:
+        return self.step % self.config.eval_every == 0 or self.step == self.last_step
+
+    def _evaluate(self) -> None:
+        beside = {} if self.intervention is None else {"intervention_norm": self.intervention.norm}
+        found = evaluate(self.config, self.model, self.data, beside)
+        done = {} if self.intervention is None else {"interventions": self.intervention.acted}
+        moved = {name: found.pop(name) for name in beside}
+        risen = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
+        rate, seconds = self.config.lr * risen, time.perf_counter() - self.started
+        self.rows.append({"step": self.step, **found, "learning_rate": rate, "seconds": seconds, **done, **moved})
+        self.streak = self.streak + 1 if found["test_acc"] >= self.config.grok_threshold else 0
+        if self.grok_step is None and self.streak == self.config.grok_patience:
+            self.grok_step = self.step
+
+    def intervening(self) -> contextlib.AbstractContextManager[None]:
+        """What goes around the optimiser's step."""
+        if self.intervention is None or not self.intervention.due(self.step):
+            return contextlib.nullcontext()
+        self._stream.manual_seed(intervention_seed(self.config, self.step))
+        return self.intervention.at(self.step)
+
+    def _kick_pair(self) -> tuple[Batch, Batch]:
+        n, rows, generator = len(self.data.train_answers), self.config.measure_rows, self._stream
+        if self.config.faithful and self.draws is not None:
+            size = torch.tensor(n)
+            index = torch.cat([self.draws.measuring(size, size, rows) for _ in range(2)])
+        else:
+            index = torch.randint(n, (2, rows), generator=generator, device=generator.device)
+        first, second = zip(self.data.train_pairs[index], self.data.train_answers[index], strict=True)
+        return first, second
+
+    def _make_intervention(self) -> Intervention | None:
+        config = self.config
+        if config.intervention == "none":
+            return None
+        space: Space = self._basis_so_far
+        if config.basis != "causal":
+            space = _basis_from(config, self.model, self._stream)
+        schedule = {"start": config.intervene_from, "every": config.intervene_every, "times": config.intervene_times}
+        if config.intervention == "noise":
+            return Noise(self.model, config.strength, generator=self._stream, space=space, **schedule)
+        if config.intervention == "kick":
+            loss = training_loss(replace(config, float64_logits=True))
+            return Kick(
+                CommutatorProbe(self.model, loss, eta=config.eta, method=config.method),
+                self._kick_pair,
+                config.strength,
+                direction=config.direction,
+                space=space,
+                generator=self._stream,
+                faithful=config.faithful,
+                **schedule,
+            )
+        of: Part = "gradient" if config.intervention == "project" else "update"
+        return Projection(self.model, space, config.strength, of=of, **schedule)
+
+    def _basis_so_far(self) -> Subspace | None:
+        if self.monitor is None or not self.place:
+            return None if self.monitor is None else self.monitor.probe.basis
+        bases = self.monitor.probe.bases
+        return bases[self.place[0]] if bases else None
+
+    def _save(self, writer: RunWriter) -> None:
+        """Tables first, then the checkpoint; no checkpoint of weights that are not finite."""
+        self._write_tables(writer)
+        if (basis := self._basis_so_far()) is not None:
+            writer.write_basis({"values": basis.values, "rows": basis.rows, "size": basis.size})
+        if self.finite():
+            writer.write_checkpoint(self.state_dict())
+            self.saved = self.step
+
+    def finite(self) -> bool:
+        return all(bool((p.abs() < DIVERGED).all()) for p in self.model.parameters())
+
+    def _write_tables(self, writer: RunWriter) -> None:
+        for name, frame in self.tables().items():
+            writer.write_table(name, frame)
+
+    @property
+    def progress_due(self) -> bool:
+        return self.step % PROGRESS_EVERY == 0 or self._evaluation_due()
+
+    def progress(self, steps_per_second: float) -> dict[str, Any]:
+        row = self.rows[-1]
+        return {
+            "step": self.step,
+            "steps": self.last_step,
+            "train_loss": row["train_loss"],
+            "train_acc": row["train_acc"],
+            "test_acc": row["test_acc"],
+            "defect": self.defect,
+            "steps_per_second": steps_per_second,
+            "grok_step": self.grok_step,
+        }
+
+
+def _basis_from(config: TrainConfig, model: nn.Module, generator: torch.Generator) -> Subspace:
+    """The basis of the run in ``config.basis_from``, or a random one in its image."""
+    try:
+        oracle = Subspace.from_table(**open_run(config.basis_from).basis())
+    except RunError as error:
+        raise ValueError(f"basis_from: {error}") from error
+    size = sum(p.numel() for p in model.parameters())
+    if oracle.size != size:
+        raise ValueError(
+            f"basis_from: the basis of {config.basis_from} lives in R^{oracle.size}, this network has {size} parameters"
+        )
+    if config.basis == "random":
+        return Subspace.random(oracle.dim, oracle.size, generator)
+    return oracle.random_like(generator) if config.basis == "matched" else oracle
