@@ -51,7 +51,7 @@ class TrainingGradient:
         Not for models that draw at random, whose masks were others.
         """
         engine = self.probe.gradients
-        while len(self._verdicts) >= VERDICT_LAG:
+        while len(self._verdicts) >= VERDICT_LAG and not capturing(engine.device):
             self._take_verdict(bool(self._verdicts.popleft()().all()))
         if self.use == "own" or self._distrusted:
             return None

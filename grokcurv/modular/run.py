@@ -63,8 +63,7 @@ class Training:
         self._tables: dict[str, pd.DataFrame] | None = None  # of a run that has left its monitor
         self._optimizer: tuple[Optimizer, int] | None = None  # of the program, and this run's row of it
         self._saved_optimizer: Mapping[str, Tensor] | None = None
-        self._stream = torch.Generator(device).manual_seed(intervention_seed(config, 0, 1))
-        self.intervention = self._make_intervention()
+        self.intervention = None if config.intervention == "none" else self._make_intervention()
         self.step = 0
         self.streak = 0
         self.grok_step: int | None = None
@@ -256,10 +255,9 @@ class Training:
         first, second = zip(self.data.train_pairs[index], self.data.train_answers[index], strict=True)
         return first, second
 
-    def _make_intervention(self) -> Intervention | None:
+    def _make_intervention(self) -> Intervention:
         config = self.config
-        if config.intervention == "none":
-            return None
+        self._stream = torch.Generator(config.device).manual_seed(intervention_seed(config, 0, 1))
         space: Space = self._basis_so_far
         if config.basis != "causal":
             space = _basis_from(config, self.model, self._stream)
