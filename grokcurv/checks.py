@@ -93,10 +93,6 @@ class Checks:
                 origin = origin[0][:2].tolist(), origin[0][2:], origin[1]
             self.origins.setdefault(form, {})[run] = Origin(*origin)
 
-    def lengths(self, pairs: Pairs) -> Tensor:
-        """(4, N) float64: of the four vectors of all pairs."""
-        return torch.stack([self.engine.partition.norms(rows) for rows in pairs.work])
-
     def learn(
         self,
         pairs: Pairs,
@@ -142,7 +138,7 @@ class Checks:
         errors = distance if kept else torch.maximum(lost, own)
         if exactly or (wide and all(sample)):
             distance = torch.maximum(distance, errors) if wide else errors
-            length = self.lengths(pairs)
+            length = engine.partition.norms(pairs.work)
         relative = (distance / length).nan_to_num(nan=math.inf)
         self._remember(pairs, torch.stack([distance, relative], -1).view(2, 2, -1, 2).amax(1))
         return errors
@@ -157,8 +153,9 @@ class Checks:
         # The larger of the two predictions covers both ways, and the margin what lies between two checks.
         found = self.errors[pairs.form]
         found = found if len(pairs.runs) == len(found) else found[list(pairs.runs)]
-        absolute, relative = found.permute(2, 1, 0).repeat_interleave(2, 1).repeat(1, 1, len(pairs.those))
-        return STALE_MARGIN * torch.maximum(absolute, relative * self.lengths(pairs))
+        absolute, relative = found.permute(2, 1, 0)[:, :, None, None]
+        lengths = self.engine.partition.norms(pairs.work).view(2, 2, -1, len(pairs.runs))
+        return STALE_MARGIN * torch.maximum(absolute, relative * lengths).view(4, -1)
 
     def compare_given(self, pairs: Pairs, found: Tensor) -> None:
         """Note how far a gradient that was given is from float64, and how far the probe's own evaluations are."""
@@ -171,7 +168,7 @@ class Checks:
         """Keep what a check has found, (2, N, 2), and of where it is true."""
         self._write(self.errors, pairs.form, pairs.runs, found.transpose(0, 1)[: len(pairs.runs)])
         if not is_asynchronous(self.engine.device):
-            places, lengths = self._whereabouts(pairs), self.lengths(pairs)[:2].T.tolist()
+            places, lengths = self._whereabouts(pairs), self.engine.partition.norms(pairs.work[:2]).T.tolist()
             origins = self.origins.setdefault(pairs.form, {})
             for v, run in enumerate(pairs.runs):
                 sizes = [] if self.engine.shared else _magnitudes(pairs.pair(v))
@@ -195,22 +192,20 @@ class Checks:
         """For each pair, whether the latest check is not enough for it. On an accelerator nobody waits to see."""
         if is_asynchronous(self.engine.device):
             return [False] * len(pairs)
-        numbers = (defect, *self.lengths(pairs)[:2], reliable, *sums.changes)
-        table = torch.stack([column.to(torch.float64) for column in numbers], 1).tolist()
+        table = torch.stack([defect, reliable, *sums.lengths[:2], *sums.lengths[4:6]], 1).tolist()
         origins = self.origins.get(pairs.form, {})
-        known = [run in origins for run in pairs.runs]
-        moved = [True] * len(known)
-        if all(known):
+        moved = [True] * len(pairs.runs)
+        if all(run in origins for run in pairs.runs):
             there = torch.stack([origins[run].place for run in pairs.runs])
-            norms = self.engine.partition.norms
-            moved = (norms(self._whereabouts(pairs) - there) > MOVED * norms(there)).tolist()
+            ways = torch.stack([self._whereabouts(pairs) - there, there])
+            moved = [way > MOVED * length for way, length in self.engine.partition.norms(ways).T.tolist()]
         return [self._doubt(pairs, v, row, moved[v % len(moved)]) for v, row in enumerate(table)]
 
     def _doubt(self, pairs: Pairs, v: int, row: Sequence[float], moved: bool) -> bool:
         """Whether a pair, of the lengths and changes in its row, is one that the latest check does not speak of."""
         # From the cheapest question to the dearest; the first that is answered with doubt ends it. A row that is not a
         # number, or without gradients, is not made better by float64.
-        defect, n_a, n_b, reliable, change_a, change_b = row
+        defect, reliable, n_a, n_b, change_a, change_b = row
         if not (math.isfinite(defect) and n_a * n_b > 0):
             return False
         origin = self.origins.get(pairs.form, {}).get(pairs.runs[v % len(pairs.runs)])

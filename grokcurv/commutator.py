@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from grokcurv.checks import GIVEN, Checks
 from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import LOCK, Check, LossFn
 from grokcurv.flat import Segment
-from grokcurv.gradients import Distributed, GradientEngine, Model, Strategy
+from grokcurv.gradients import Distributed, GradientEngine, Model, Strategy, repeated
 from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums
 from grokcurv.pairs import Pair as Pair
 from grokcurv.pairs import Sampler as Sampler
@@ -110,13 +111,13 @@ class CommutatorStats:
     energies: Tensor | None = None
     delta: Tensor | None = None
 
-    @property
+    @cached_property
     def reliable(self) -> Tensor:
         """(N,) whether rounding can be ruled out: ``noise_floor <= defect / 10``. Says nothing of the finite eta.
 
         A defect that is zero, infinite or NaN never is.
         """
-        number = self.defect.isfinite() & (self.defect > 0)
+        number = (self.defect > 0) & (self.defect < math.inf)
         return number & (self.noise_floor <= self.defect / RELIABLE_RATIO)
 
     def median(self) -> Tensor:
@@ -136,7 +137,8 @@ class CommutatorStats:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> CommutatorStats:
         """With each of its tensors changed."""
-        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        columns = ((column.name, getattr(self, column.name)) for column in fields(self))
+        changed: dict[str, Any] = {name: change(x) for name, x in columns if isinstance(x, Tensor)}
         return replace(self, **changed)
 
 
@@ -608,7 +610,7 @@ class CommutatorProbe:
     @staticmethod
     def _spread(rows: Tensor, count: int) -> Tensor:
         """(P,) what all vectors share, or (count, P), a row for each, of the rows (R, P) of all runs."""
-        return rows[0] if len(rows) == 1 else rows.repeat(count // len(rows), 1)
+        return rows[0] if len(rows) == 1 else repeated(rows, count).contiguous()
 
     def _brackets(self, pairs: Pairs, exact: Check | None) -> Tensor:
         """g_A, g_B, H_A g_B and H_B g_A at the parameters."""
@@ -695,33 +697,34 @@ class CommutatorProbe:
     def _stats(self, pairs: Pairs, eta: Tensor, sums: Sums, errors: Tensor, method: Method) -> CommutatorStats:
         """The rows of some pairs; ``errors`` (4, N) are the lengths of their vectors'."""
         bracket = pairs.form == "bracket"
-        aa, bb, ab, dd, ha, hb = sums.sums[:, :6].unbind(1)
-        area = (aa * bb).sqrt()
-        defect = dd.sqrt() / (eta.square() * area)
+        aa, bb, ab, dd, *_ = sums.sums.unbind(1)
+        lengths, delta, changes = sums.lengths[:2], sums.lengths[3], sums.lengths[4:6]
+        area, square = (aa * bb).sqrt(), eta.square()
+        unit = square * area
+        defect = delta / unit
         # Rounding enters through the vectors that are subtracted, through the lengths that are divided by, and through
         # the directions of the steps; an error of a direction changes its difference, or product, in proportion.
         scale = area if bracket else eta * area
         rounding = (errors[2:] if bracket else errors).norm(dim=0)
-        n_a, n_b = errors[0] / aa.sqrt(), errors[1] / bb.sqrt()
-        directions = torch.hypot(n_b * ha.sqrt(), n_a * hb.sqrt()) / scale
-        lengths = defect * torch.hypot(n_a, n_b)
-        floor = FLOOR_MARGIN * torch.hypot(torch.hypot(rounding / scale, directions), lengths)
-        reference = torch.full_like(defect, math.nan)
-        if not bracket:
-            rounded, distance = sums.sums[:, 6:8].sqrt().unbind(1)
-            reference = rounded / (eta.square() * area + REFERENCE_GUARD)
+        n_a, n_b = errors[:2] / lengths
+        directions = torch.hypot(n_b * changes[0], n_a * changes[1]) / scale
+        floor = FLOOR_MARGIN * torch.hypot(torch.hypot(rounding / scale, directions), defect * torch.hypot(n_a, n_b))
+        if bracket:
+            reference = torch.full_like(defect, math.nan)
+        else:
+            reference = sums.lengths[6] / (unit + REFERENCE_GUARD)
             if method == "published":
-                defect, floor = reference, floor + distance / (eta.square() * area)
+                defect, floor = reference, floor + sums.lengths[7] / unit
         energies, count = sums.energies, len(self.segments)
         stats = CommutatorStats(
             method=method,
             eta=eta,
             defect=defect,
-            grad_norm_a=aa.sqrt(),
-            grad_norm_b=bb.sqrt(),
+            grad_norm_a=lengths[0],
+            grad_norm_b=lengths[1],
             grad_cosine=ab / area,
             grad_cosine_error=FLOOR_MARGIN * (n_a + n_b),
-            bracket_norm=dd.sqrt() / eta.square(),
+            bracket_norm=delta / square,
             noise_floor=floor,
             exact=torch.zeros_like(floor, dtype=torch.bool),
             reference=reference,

@@ -44,11 +44,14 @@ Strategy = Literal["auto", "loop", "vmap", "graph"]
 SMALL = 1 << 24
 """Up to so many parameters a step's time on a GPU goes into launching it."""
 
+SHORT = 1 << 20
+"""Up to so many parameters all of a gradient is there before it goes to its place, in one operator."""
+
 GRAPHS = 16
 """So many captured gradients are kept; the one not used for longest goes first."""
 
 PIECE = 1 << 18
-"""Numbers of a parameter that are compared at a time."""
+"""Numbers of a vector that are looked at, or moved, at a time."""
 
 
 class GradientEngine:
@@ -158,8 +161,7 @@ class GradientEngine:
         if out is None:
             out = torch.empty(self.segments[-1].stop, dtype=self.dtype, device=self.device)
         with torch.no_grad(), LOCK:
-            for view, parameter in zip(self._views(out), self.evaluator.parameters(), strict=True):
-                view.copy_(parameter)
+            torch._foreach_copy_(self._views(out), list(self.evaluator.parameters()))
         return out
 
     def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
@@ -176,9 +178,9 @@ class GradientEngine:
         return self.partition.norm(*parameters)[None]
 
     def step_(self, theta: Tensor, direction: Tensor, eta: Tensor) -> Tensor:
-        """``theta - eta direction`` over a float64 vector (1, P), part by part."""
-        for view, part in zip(self._views(theta[0]), self._views(direction[0]), strict=True):
-            view.sub_(eta * part)
+        """``theta - eta direction`` over a float64 vector (1, P), piece by piece."""
+        for piece, along in zip(theta.split(PIECE, 1), direction.split(PIECE, 1), strict=True):
+            piece.sub_(eta * along)
         return theta
 
     def flatten_grad(self) -> Tensor:
@@ -235,10 +237,8 @@ class GradientEngine:
     def _compare_vmap(self, batch: Any) -> None:
         """Hold a batched gradient against the loop's, once; where they differ the loop is what is used."""
         theta = self.flatten()
-        rows = theta.new_empty(2, self.size)
         loop = self._one(theta, batch, torch.empty_like(theta))
-        self._batched(theta[None], [batch, batch], rows)
-        distance = max(relative_distance(row, loop) for row in rows)
+        distance = max(relative_distance(row, loop) for row in self._batched(theta[None], [batch, batch]))
         passed = distance <= GRADIENT_TOLERANCE
         self._admission.find(
             "vmap", passed, f"the batched gradient is {distance:.1e} from that of the loop", "strategy 'loop' is used"
@@ -271,8 +271,7 @@ class GradientEngine:
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
             if out is not None:
-                out.zero_()
-                _accumulate(placed, self._views(out), loss, plain=plain)
+                self._differentiate(loss, placed, out, plain)
 
         return self.evaluator.observe(self._leaves(theta), batch, use, seed=seed)
 
@@ -314,7 +313,7 @@ class GradientEngine:
             if len(blocks) == 1 and checks[0] is None and blocks[0].dtype == thetas.dtype:
                 self._batched(thetas, batches, blocks[0])
                 return
-            found = self._batched(thetas, batches, thetas.new_empty(n, self.size))
+            found = self._batched(thetas, batches)
             for part, block, check in zip(found.split(list(map(len, blocks))), blocks, checks, strict=True):
                 deliver_rows(part, block, check)
             return
@@ -359,14 +358,33 @@ class GradientEngine:
     def _one(
         self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0, *, plain: bool | None = None, mode: Mode = None
     ) -> Tensor:
-        views, plain = self._views(out), self.traits.plain if plain is None else plain
+        plain = self.traits.plain if plain is None else plain
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
-            out.zero_()
-            _accumulate(placed, views, loss, plain=plain)
+            self._differentiate(loss, placed, out, plain)
 
         self.evaluator.evaluate(self._leaves(theta), batch, use, seed=seed, mode=mode or self._mode(theta.dtype))
         return out
+
+    def _differentiate(self, loss: Tensor, placed: list[Tensor], out: Tensor, plain: bool) -> None:
+        """Back-propagate into ``out`` and nowhere else.
+
+        A plain pass is not told where to stop. Re-entrant checkpoints want it so; other leaves of the graph then get
+        gradients too, of which those that the model and the loss hold are stand-ins.
+        """
+        views = self._views(out)
+        if self.size <= SHORT and not plain:
+            found = torch.autograd.grad(loss, placed, allow_unused=True, materialize_grads=True)
+            torch._foreach_copy_(views, list(map(_dense, found)))
+            return
+        # Autograd adds in place to a gradient that is there already, so the flat buffer, zeroed, is filled without a
+        # copy of any part.
+        out.zero_()
+        for parameter, view in zip(placed, views, strict=True):
+            parameter.grad = view
+        torch.autograd.backward(loss, inputs=None if plain else placed)
+        for parameter in placed:
+            parameter.grad = None
 
     def _survives(self, evaluate: Callable[[], None], theta: Tensor) -> bool:
         """Whether an evaluation, in float64 for the check's sake, can be made; that it cannot ends no training."""
@@ -479,10 +497,10 @@ class GradientEngine:
         self._pool = self._pool or graph.pool
         return graph
 
-    def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
+    def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None = None) -> Tensor:
         """All gradients as one program. Generators are left alone: ``vmap`` refuses to draw."""
         shared = len(thetas) == 1
-        thetas = thetas[0] if shared else thetas.repeat(len(batches) // len(thetas), 1)
+        thetas = thetas[0] if shared else repeated(thetas, len(batches))
         leaves = tuple(thetas.detach()[..., s.start : s.stop].unflatten(-1, s.shape) for s in self.segments)
         stacked = _stack(batches)
         if thetas.dtype != self.dtype:
@@ -593,11 +611,11 @@ class Delivery:
     def __init__(self, views: list[Tensor], check: Check | None = None) -> None:
         self._views, self._check = views, check
         self._missing: set[int] = set()
-        self._squares: list[Tensor] = []
+        self._norms: list[Tensor] = []
 
     def begin(self) -> None:
         """Nothing has arrived yet."""
-        self._missing, self._squares = set(range(len(self._views))), []
+        self._missing, self._norms = set(range(len(self._views))), []
 
     def attach(self, leaves: list[Tensor]) -> None:
         """Take each leaf's gradient when it is ready. Hooks are on the leaves alone, whatever they stand for."""
@@ -618,21 +636,21 @@ class Delivery:
             return  # nobody wants the vector
         view, part = self._views[index], part.detach()
         self._missing.discard(index)
-        norms = []
         if self._check:
-            norms = [_distance(view, part), _norm(part)]
+            self._norms += [_distance(view, part), _norm(part)]
         if not (self._check and self._check.keep):
             view.copy_(part)
         if self._check:
-            norms.append(_distance(view, part) if view.dtype != part.dtype else torch.zeros_like(norms[0]))
-            self._squares.append(torch.stack(norms).square())
+            self._norms.append(
+                _distance(view, part) if view.dtype != part.dtype else part.new_zeros((), dtype=torch.float64)
+            )
 
     def end(self) -> None:
         """What has not arrived is zero."""
         for index in sorted(self._missing):
             self.take(index, torch.zeros_like(self._views[index]))
-        if self._check and self._squares:
-            self._check.found.copy_(torch.stack(self._squares).sum(0).sqrt())
+        if self._check and self._norms:
+            self._check.found.copy_(torch.stack(self._norms).view(-1, 3).square().sum(0).sqrt())
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -665,6 +683,11 @@ def deliver_whole(vector: Tensor, out: Tensor, check: Check | None, partition: P
         out.copy_(vector)
     if check:
         check.found.copy_(torch.stack([*norms, partition.norm(out - vector)]))
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """(count, P) the rows (R, P) of all runs, over and over; themselves if they are so many."""
+    return rows if len(rows) == count else rows.repeat(count // len(rows), 1)
 
 
 def deliver_rows(rows: Tensor, out: Tensor, check: Check | None) -> None:
@@ -725,21 +748,6 @@ def _stack(batches: Sequence[Any]) -> Any:
     if any(s != first for s in structures) or any(row != shapes[0] or None in row for row in shapes):
         raise ValueError("strategy 'vmap' needs batches made of tensors of the same shapes and dtypes")
     return tree_unflatten([torch.stack(column) for column in zip(*leaves, strict=True)], first)
-
-
-def _accumulate(placed: list[Tensor], views: list[Tensor], roots: Tensor, *, plain: bool) -> None:
-    """Back-propagate into ``views`` and nowhere else: autograd adds in place to a gradient that is already there.
-
-    A plain pass is not told where to stop. Re-entrant checkpoints want it so; other leaves of the graph then get
-    gradients too, of which those that the model and the loss hold are stand-ins.
-    """
-    # Autograd adds in place to a gradient that is there already, so the flat buffer, zeroed, is filled without a copy
-    # of any part.
-    for parameter, view in zip(placed, views, strict=True):
-        parameter.grad = view
-    torch.autograd.backward(roots, inputs=None if plain else placed)
-    for parameter in placed:
-        parameter.grad = None
 
 
 def _dense(grad: Tensor) -> Tensor:

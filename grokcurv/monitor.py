@@ -408,10 +408,10 @@ class CurvatureMonitor:
 
     def _measure(self, step: int, pairs: Sequence[PairOfRuns], start: float) -> None:
         found, captured = self.commutator.observe(step, pairs), capturing(self.probe.gradients.device)
-        method, gradient, *_ = found.unbind(1)
-        seconds = math.nan if captured else time.perf_counter() - start
-        head = [self._clock.to(found.dtype).expand_as(method), method, torch.full_like(method, seconds), gradient]
-        self._records.append(torch.cat([torch.stack(head, 1), found[:, 2:]], 1).flatten())
+        method, gradient, *values = found.unbind(1)
+        seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)
+        row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values], 1)
+        self._records.append(row.flatten())
         if self.loggers and not captured:
             self._log()
 

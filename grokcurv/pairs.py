@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -120,12 +121,8 @@ class Sums:
     energies: Tensor
     delta: Tensor | None
 
-    def part(self, start: int, stop: int) -> Sums:
-        """Those of some pairs."""
-        rows = {name: x[start:stop] for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **rows)
-
-    @property
-    def changes(self) -> Tensor:
-        """(2, N) how much the gradients on A and on B change along the step; the products' lengths in a bracket."""
-        return self.sums[:, 4:6].sqrt().T
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(10, N), or (6, N): the roots of the sums: lengths of the gradients on A and on B, then, third, no length at
+        all, of delta, and of the changes of both gradients along the step (of the products in a bracket)."""
+        return self.sums.sqrt().T

@@ -33,8 +33,8 @@ class Partition:
         return whole.to(torch.float64)
 
     def norms(self, rows: Tensor) -> Tensor:
-        """(N,) float64: lengths of vectors (N, P)."""
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        """(..., N) float64: lengths of vectors (..., N, P)."""
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
         return norms.to(torch.float64)
 
     def all_reduce_max(self, values: Tensor) -> Tensor:

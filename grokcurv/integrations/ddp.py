@@ -86,11 +86,11 @@ class ReplicatedEngine(GradientEngine):
         # True on all ranks as soon as it is on one: the mean of gradients jumps where any of them does.
         return Traits(nonsmooth=self.anywhere(nonsmooth))
 
-    def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor) -> Tensor:
+    def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None = None) -> Tensor:
         # One collective for all N gradients, where the loop makes one for each.
         with self._together():
-            super()._batched(thetas, batches, out)
-        return self._average_(out)
+            found = super()._batched(thetas, batches, out)
+        return self._average_(found)
 
     def _average_(self, vectors: Tensor) -> Tensor:
         # Summed and then divided, since gloo knows no average; in the vectors' own dtype, whatever hook of training's

@@ -122,7 +122,7 @@ class Sharding(Partition):
         return self.all_reduce_sum(torch.stack(squares).sum())[0].sqrt()
 
     def norms(self, rows: Tensor) -> Tensor:
-        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
         return self.all_reduce_sum(squares)[0].sqrt()
 
     def all_reduce_max(self, values: Tensor) -> Tensor:

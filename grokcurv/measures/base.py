@@ -12,16 +12,19 @@ CLEAR = (0.01, 0.1)
 """A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
 
 
-def clear(value: Tensor, bound: Tensor) -> Tensor:
-    """The value, or NaN where its error may be too large to say anything."""
+def unclear(value: Tensor, bound: Tensor) -> Tensor:
+    """Whether an error may be too large for the value to say anything."""
     absolute, relative = CLEAR
-    return torch.where((bound > absolute) & (bound > relative * value.abs()), torch.nan, value)
+    return bound > (relative * value.abs()).clamp(min=absolute)
 
 
 def quantiles(values: Tensor, *levels: float, dim: int = 0) -> list[Tensor]:
     """Quantiles over a dimension, linearly interpolated; NaN if any value is."""
+    if values.shape[dim] == 1:  # the same at every level; interpolated, infinity is NaN, as it is between others
+        only = values.select(dim, 0)
+        return [only.lerp(only, 0.0)] * len(levels)
     ordered = values.sort(dim).values
-    missing = values.isnan().any(dim)
+    missing = ordered.select(dim, -1).isnan()  # NaN goes to the end
     found = []
     for level in levels:
         place = level * (values.shape[dim] - 1)

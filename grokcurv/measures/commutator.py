@@ -14,7 +14,7 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.base import VERDICT_LAG, clear, quantiles
+from grokcurv.measures.base import VERDICT_LAG, quantiles, unclear
 from grokcurv.measures.training_gradient import TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
 from grokcurv.pairs import PairOfRuns
@@ -66,6 +66,19 @@ SHARES = {
 }
 """Ratios to what chance would give, and the column that each is in its units."""
 
+BOUNDS = {
+    "grad_cosine": "grad_cosine_error",
+    **dict.fromkeys(("attention_fraction", "rho", "exec_fraction", "exec_random_ratio"), "share_error"),
+    "exec_matched_ratio": "exec_matched_error",
+    **dict.fromkeys(("step_alignment", "step_alignment_ratio"), "step_alignment_error"),
+    **dict.fromkeys(("step_share", "step_share_ratio"), "step_share_error"),
+}
+"""Columns that are NaN alone where an error is too wide for them, and that error."""
+
+KEPT = ("noise_floor", "reliable", "grad_norm", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
+"""Columns that are true whatever became of delta: the floor itself, the gradients' length and angle, which has an error
+of its own, and the published formula, which is reported with its faults."""
+
 
 class Commutator:
     """Commutator defects of R runs: what :data:`FIELDS` names.
@@ -94,6 +107,10 @@ class Commutator:
         self.probe, self.trajectory, self.training_gradient = probe, trajectory, training_gradient
         self.design, self.check_every, self.alignment = design, check_every, alignment
         self.columns = FIELDS + ALIGNMENT_FIELDS if alignment else FIELDS
+        # Constants of every row, on the device, where none is copied while it measures.
+        self._missing = torch.full((), math.nan, dtype=torch.float64, device=probe.gradients.device)
+        self._method = torch.arange(len(METHODS), dtype=torch.float64, device=probe.gradients.device)
+        self._rests = torch.tensor([[name not in KEPT] for name in self.columns], device=probe.gradients.device)
         self._floored = probe.noise_floor  # otherwise rows are numbers that nobody vouches for
         self._falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
         runs = probe.gradients.runs
@@ -134,12 +151,13 @@ class Commutator:
         stats = probe.measure_runs(source, runs, method=method, check=check, first_gradients=known, **options)
         gradient = self.training_gradient.judge(known, stats, runs, check)
         reference = stats.reference.view(-1, len(runs))
-        rows = self._rows(stats, runs, reference, gradient)
+        reliable = stats.reliable.view(-1, len(runs)).all(0)
+        rows = self._rows(stats, runs, reliable, reference, gradient)
         if not self._falls_back or method == "bracket" or is_asynchronous(engine.device):
             return rows
         # On a CPU, where the difference form has lost its digits the bracket of the same pairs takes the row, if the
         # model has second derivatives. On an accelerator the host learns of it later (_methods).
-        well = stats.reliable.view(-1, len(runs)).all(0).tolist()
+        well = reliable.tolist()
         del stats  # and its deltas
         for place, run in enumerate(runs):
             pair = source[0][0][place]
@@ -149,7 +167,8 @@ class Commutator:
             alone = [_of_runs(pair, [place]) for pair in source]
             stats = probe.measure_runs(alone, [run], method="bracket", check=again, **options)
             own = self.training_gradient.unused(gradient[place : place + 1])
-            rows[place] = self._rows(stats, [run], reference[:, place : place + 1], own)[0]
+            reliable = stats.reliable.all()[None]
+            rows[place] = self._rows(stats, [run], reliable, reference[:, place : place + 1], own)[0]
             del stats
         return rows
 
@@ -181,13 +200,12 @@ class Commutator:
         if self._falls_back and is_asynchronous(self.probe.gradients.device) and not all(self._gave_up):
             self._verdicts.append(copy_to_host_async(reliable))
 
-    def _rows(self, stats: CommutatorStats, runs: list[int], reference: Tensor, gradient: Tensor) -> Tensor:
+    def _rows(
+        self, stats: CommutatorStats, runs: list[int], reliable: Tensor, reference: Tensor, gradient: Tensor
+    ) -> Tensor:
         """(R, 2 + columns): what rests on an unreliable delta is NaN."""
         of = stats.each(lambda x: x.view(-1, len(runs), *x.shape[1:]))  # (K, R, ...) each
-        reliable = of.reliable.all(0)
         delta = of.bracket_norm * of.eta.square()
-        # Of a unit vector along delta, and so of the length of any part of it.
-        share_error = of.noise_floor / of.defect
         pairs = {
             "defect": of.defect,
             "bracket_norm": of.bracket_norm,
@@ -195,10 +213,11 @@ class Commutator:
             "grad_cosine": of.grad_cosine,
             "reference": reference,
         }
-        errors = {"grad_cosine": of.grad_cosine_error}
+        # share_error is of a unit vector along delta, and so of the length of any part of it.
+        share_error = of.noise_floor / of.defect
+        errors = {"grad_cosine_error": of.grad_cosine_error, "share_error": share_error}
         if of.energies is not None:
             pairs["attention_fraction"] = of.energies.sum(2).sqrt() / delta
-            errors["attention_fraction"] = share_error
         baselines = self.trajectory and self.trajectory.baselines
         if of.parallel is not None and of.residual is not None and of.support is not None and baselines:
             full, matched = baselines
@@ -206,44 +225,38 @@ class Commutator:
             # The rows of the basis are of length one to their own rounding only: a rho below its root is none.
             least = math.sqrt(2.0 * full.dim * torch.finfo(self.probe.bases[0].values.dtype).eps)
             rho = of.residual / delta
-            pairs["rho"], errors["rho"] = torch.where(rho < least, math.nan, rho), share_error
-            pairs["exec_fraction"], errors["exec_fraction"] = inside, share_error
+            pairs["rho"], pairs["exec_fraction"] = rho.masked_fill(rho < least, math.nan), inside
             pairs["exec_random_ratio"] = inside / full.mean
             pairs["exec_matched_ratio"] = inside / support / matched.mean
-            errors["exec_matched_ratio"] = share_error * (1.0 + inside / support) / support / matched.mean
-        # A table (columns, K, R), of which each column has its quantiles over the pairs.
+            errors["exec_matched_error"] = share_error * (1.0 + inside / support) / support / matched.mean
+        # Tables (columns, K, R), of which each column has its quantiles over the pairs, or its greatest error.
         lower, middle, upper = quantiles(torch.stack(list(pairs.values())), 0.25, 0.5, 0.75, dim=1)
         row = dict(zip(pairs, middle, strict=True))
+        row |= zip(errors, torch.stack(list(errors.values())).amax(1), strict=True)
         for name in ("defect", "reference"):
             place = list(pairs).index(name)
             row |= {f"{name}_median": row.pop(name), f"{name}_p25": lower[place], f"{name}_p75": upper[place]}
-        row |= {"share_error": share_error.amax(0), "grad_cosine_error": of.grad_cosine_error.amax(0)}
-        bounds = {name: error.amax(0) for name, error in errors.items()}
         if of.delta is not None and self._before is not None:
-            aligned, aligned_bounds = self._aligned(of.delta, runs, row["share_error"])
-            row |= aligned
-            bounds |= aligned_bounds
-        # A row is a number or NaN: what rests on a delta that drowned is not shown. What is kept is true whatever
-        # became of delta: the floor itself, the angle of the gradients, which has an error of its own, and the
-        # published formula, which is reported with its faults. Columns that have a bound are NaN alone where that is
-        # too wide.
-        if self._floored:
-            kept = ("noise_floor", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
-            row = {name: x if name in kept else torch.where(reliable, x, math.nan) for name, x in row.items()}
-            row |= {name: clear(row[name], bound) for name, bound in bounds.items()}
-            for ratio, share in SHARES.items():  # which is the same, in other units
-                if ratio in row:
-                    row[ratio] = torch.where(row[share].isnan(), math.nan, row[ratio])
-        row["reliable"] = reliable.to(torch.float64)
+            row |= self._aligned(of.delta, runs, row["share_error"])
+        row["reliable"] = reliable
         (row["grad_norm"],) = quantiles(torch.cat([of.grad_norm_a, of.grad_norm_b]), 0.5)
-        missing = torch.full_like(row["reliable"], math.nan)
-        method = torch.full_like(row["reliable"], METHODS.index(stats.method))
-        return torch.stack([method, gradient, *(row.get(name, missing) for name in self.columns)], 1)
 
-    def _aligned(
-        self, delta: Tensor, runs: list[int], share_error: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each, and bounds of errors."""
+        def table(of: Mapping[str, str]) -> Tensor:
+            """(columns, R): what stands for each."""
+            return torch.stack([row.get(of.get(name, name), missing) for name in self.columns])
+
+        missing = self._missing.expand(len(runs))
+        values = table({})
+        # A row is a number or NaN: what rests on a delta that drowned is not shown, nor what an error is too wide for;
+        # a ratio is not where the share is not that it is of.
+        if self._floored:
+            bounds = table({name: BOUNDS.get(name, "none") for name in self.columns})
+            values = values.masked_fill(unclear(table(SHARES), bounds) | (self._rests & ~reliable), math.nan)
+        method = self._method[METHODS.index(stats.method)].expand(len(runs))
+        return torch.stack([method, gradient, *values], 1)
+
+    def _aligned(self, delta: Tensor, runs: list[int], share_error: Tensor) -> dict[str, Tensor]:
+        """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each."""
         engine = self.probe.gradients
         assert self._before is not None
         before = self._before if len(runs) == len(self._before) else self._before[runs]
@@ -256,15 +269,14 @@ class Commutator:
         # The span of n unit vectors turns by at most the length of all their errors over their least singular value.
         values, _ = ops.eigh(correlations, count)
         spread = share_error * math.sqrt(count) / values.amin(1).clamp(min=0.0).sqrt()
-        row = {
+        return {
             "step_alignment": mean,
             "step_alignment_ratio": mean / chance,
             "step_share": shares,
             "step_share_ratio": shares / share_chance,
-            "step_alignment_error": torch.where(mean.isnan(), math.nan, share_error),
-            "step_share_error": torch.where(mean.isnan(), math.nan, spread.clamp(max=1.0)),
+            "step_alignment_error": share_error.masked_fill(mean.isnan(), math.nan),
+            "step_share_error": spread.clamp(max=1.0).masked_fill(mean.isnan(), math.nan),
         }
-        return row, {"step_alignment": share_error, "step_share": spread}
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         before = None if self._before is None else self._before[run].clone()

@@ -44,6 +44,7 @@ class TrainingGradient:
         self._confirmations = 0  # checks that have found .grad right
         self._distrusted = False  # since one has found it wrong
         self._verdicts: deque[Callable[[], Tensor]] = deque()
+        self._numbers = torch.arange(4.0, dtype=torch.float64, device=probe.gradients.device)  # OWN to REFUTED
 
     def offered(self, runs: list[int], check: bool) -> Tensor | None:
         """(R, P) ``.grad``, if it stands for that of ``loss_fn``, or is to be compared with it now.
@@ -61,21 +62,23 @@ class TrainingGradient:
             return None
         gradients = engine.training_gradients(runs)
         # One that overflowed, of a step that a GradScaler will skip, says nothing of the loss.
-        return gradients if is_asynchronous(engine.device) or bool(gradients.isfinite().all()) else None
+        finite = is_asynchronous(engine.device) or math.isfinite(gradients.sum(dtype=torch.float64))
+        return gradients if finite else None
 
     def judge(self, known: Tensor | None, stats: CommutatorStats, runs: list[int], check: bool) -> Tensor:
         """(R,) what these rows have to do with ``.grad``; a check that finds it wrong is the end of its use."""
-        own, engine = torch.full_like(stats.noise_floor[: len(runs)], OWN), self.probe.gradients
+        engine = self.probe.gradients
+        own, used, confirmed, refuted = self._numbers[:, None].expand(-1, len(runs)).unbind(0)
         exactly = engine.traits.nonsmooth and engine.dtype != torch.float64 and self.probe.noise_floor
         if known is None or exactly or engine.stochastic:
             return own  # the probe has not used it
         waits = is_asynchronous(engine.device)
         if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[: len(runs)].all())):
-            return own if self.use == "trusted" else own + USED
+            return own if self.use == "trusted" else used
         distance, error, length = self.probe.errors[GIVEN][runs].T
         # The yardstick is the probe's own rounding at the same parameters: a .grad further off than that is of another
         # loss, batch or mask.
-        right = (distance <= GRADIENT_MARGIN * error) | ~distance.isfinite()
+        right = (distance <= GRADIENT_MARGIN * error) | ~(distance < math.inf)
         if self._ratio is None:  # late in training rounding alone may make a gradient longer or shorter
             self._ratio = torch.where(right, 1.0, engine.partition.norms(known) / length)
             if not waits:
@@ -85,7 +88,7 @@ class TrainingGradient:
                 self._verdicts.append(copy_to_host_async(right))
             else:
                 self._take_verdict(bool(right.all()))
-        return torch.where(right, own + CONFIRMED, own + REFUTED)
+        return torch.where(right, confirmed, refuted)
 
     @staticmethod
     def unused(gradient: Tensor) -> Tensor:
