@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 import torch
 from test_pca import bits, every_dtype, every_kind, every_method, make, results, trajectory, whole_and_segments
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import grokcurv as gc
+from grokcurv.commutator import CommutatorProbe
+from grokcurv.gradients import Distributed, GradientEngine
+from grokcurv.measures.trajectory import Trajectory
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import Subspace
 
@@ -214,3 +219,52 @@ def test_shapes_that_are_refused(shape: tuple[int, ...]) -> None:
 def test_settings_that_are_refused() -> None:
     with pytest.raises(ValueError, match="runs must be at least 1, got 0"):
         StreamingPCA(runs=0)
+    with pytest.raises(ValueError, match="pca must have runs=1, as many as the model has; got 2"):
+        gc.CurvatureMonitor(nn.Linear(2, 1), lambda model, x: model(x).sum(), pca=StreamingPCA(runs=2))
+
+
+class Runs(GradientEngine):
+    """Parameters of R runs, in a buffer with room between its rows."""
+
+    shared = True
+
+    def __init__(self, model: nn.Module, loss_fn: Any, strategy: Any, runs: int) -> None:
+        self.runs = runs
+        super().__init__(model, loss_fn, strategy=strategy)
+        self.rows = torch.randn(runs, self.size + 8)[:, : self.size]
+
+    def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
+        return self.rows
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:basis. the PCA keeps a sketch")
+@whole_and_segments
+@every_method
+def test_feeds_and_bases_are_as_many_operators_for_any_number_of_runs(options: dict[str, Any], segments: Any) -> None:
+    calls = []
+    for runs in (2, 4):
+        model = nn.Linear(96, 1)
+        engine = Distributed(lambda loss, strategy, m=model, r=runs: Runs(m, loss, strategy, r))
+        probe = CommutatorProbe(engine, lambda model, x: model(x).mean())
+        trajectory = Trajectory(probe, make(options, segments=segments, runs=runs))
+        with Operators() as operators:
+            for step in range(7):
+                probe.gradients.rows += torch.randn_like(probe.gradients.rows)
+                trajectory.feed(torch.tensor(step))
+                trajectory.update_basis()
+        assert len(probe.bases) == (0 if options.get("method") == "sketch" else runs)
+        calls.append(operators.names)
+    assert calls[0] == calls[1]

@@ -448,13 +448,12 @@ def default_monitor(
     if not config.measure_every:
         return None
     segments = attention_segments(network) if config.architecture == "transformer" else None
-    pcas = [StreamingPCA(segments=segments) for _ in range(runs)] if config.pca_every else None
     return CurvatureMonitor(
         model or network,
         training_loss(config if config.successive else replace(config, float64_logits=True)),
         every=config.measure_every,
         pairs=config.pairs,
-        pca=pcas,
+        pca=StreamingPCA(segments=segments, runs=runs) if config.pca_every else None,
         pca_every=config.pca_every or 1,
         sampler=None if config.successive else sampler,
         design=config.design,
