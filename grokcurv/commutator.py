@@ -263,49 +263,38 @@ class CommutatorProbe:
 
     @basis.setter
     def basis(self, basis: Subspace | None) -> None:
-        self._bases = () if basis is None else (self._fitting(basis),) * self.gradients.runs
-        self._stack()
+        self._basis = None if basis is None else self._fitting(basis)
 
     @property
     def bases(self) -> tuple[Subspace, ...]:
         """For each run its subspace; none if there is none."""
         if self._refresh is not None:
             self._refresh()
-        return self._bases
+        return () if self._basis is None else tuple(map(self._basis.of, range(self.gradients.runs)))
 
     def follow(self, refresh: Callable[[], object]) -> None:
         """Have ``refresh`` called before bases are looked at: it may :meth:`update_bases`."""
         self._refresh = refresh
 
-    def update_bases(self, bases: Sequence[Subspace]) -> None:
-        """Go on with later bases, one for each run, of one shape; on an accelerator in the memory of those before.
+    def update_bases(self, bases: Subspace) -> None:
+        """Go on with later bases, those of all runs in one; on an accelerator in the memory of those before.
 
         A captured measurement looks for them there. Bases that were given are not to be overwritten: use this where the
         ones before are nobody else's.
         """
-        if is_asynchronous(self.gradients.device) and self._bases:
-            for mine, basis in zip(self._bases, bases, strict=True):
-                mine.values.copy_(basis.values)
-            if len(bases) > 1:
-                assert self._values is not None
-                self._values.copy_(torch.stack([basis.values for basis in self._bases]))
+        if is_asynchronous(self.gradients.device) and self._basis is not None:
+            self._basis.values.copy_(bases.values)
         else:
-            self._bases = tuple(map(self._fitting, bases))
-            self._stack()
+            self._basis = self._fitting(bases)
 
     def _fitting(self, basis: Subspace) -> Subspace:
         if basis.size != self.gradients.size:
             raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
         return basis.to(self.gradients.device, compute_type(self.gradients.dtype))
 
-    def _stack(self) -> None:
-        values = [basis.values for basis in self._bases]
-        self._values = torch.stack(values) if len(values) > 1 else values[0] if values else None
-
     def keep(self, runs: list[int]) -> None:
         """Go on with these runs alone, renumbered in this order, as the engine does."""
-        self._bases = tuple(self._bases[run] for run in runs) if self._bases else ()
-        self._stack()
+        self._basis = self._basis.of(runs) if self._basis else None
         self.checks.keep(runs)
 
     def measure(
@@ -659,7 +648,8 @@ class CommutatorProbe:
 
     def _segment_table(self) -> Tensor | None:
         """(S, 2) int64 on the CPU: the probe's segments, then the basis's support."""
-        table = [(s.start, s.length) for s in self.segments] + (list(self.bases[0].support) if self.bases else [])
+        basis = self.basis
+        table = [(s.start, s.length) for s in self.segments] + (list(basis.support) if basis else [])
         return torch.tensor(table, dtype=torch.int64) if table else None
 
     def _sums(self, pairs: Pairs, eta: Tensor, keep_delta: bool) -> Sums:
@@ -677,7 +667,7 @@ class CommutatorProbe:
             form=pairs.form,
             theta=thetas,
             values=self._basis_values(pairs),
-            rows=self._bases[0].rows if self._bases else None,
+            rows=self._basis.rows if self._basis else None,
             segments=pairs.segments,
             keep_delta=keep_delta,
         )
@@ -687,7 +677,7 @@ class CommutatorProbe:
 
     def _basis_values(self, pairs: Pairs) -> Tensor | None:
         """(n,) the values of the basis that all pairs share, or (N, n)."""
-        values = self._values
+        values = self._basis.values if self._basis else None
         if values is None or values.ndim == 1:
             return values
         if len(pairs.runs) < len(values):
@@ -731,7 +721,7 @@ class CommutatorProbe:
             energies=energies[:, :count] if count else None,
             delta=sums.delta,
         )
-        if not self._bases:
+        if not self._basis:
             return stats
         inside = sums.coefficients.square().sum(1)
         return replace(

@@ -65,8 +65,9 @@ class CurvatureMonitor:
         model, loss_fn, eta, method: as for :class:`grokcurv.CommutatorProbe`.
         every: measure at every this many steps, from the first (step 0) on.
         pairs: pairs of batches per measurement.
-        pca: a :class:`grokcurv.StreamingPCA` to feed with the parameters; its leading two directions per segment
-            are the execution basis on which every ``delta`` is projected (``method="sketch"`` has none).
+        pca: a :class:`grokcurv.StreamingPCA`, of the model's ``runs``, to feed with the parameters; its leading two
+            directions per segment are the execution basis on which every ``delta`` is projected (``method="sketch"``
+            has none).
         pca_every: feed ``pca`` at every this many steps.
         sampler: a function of no arguments that draws ``(batch_a, batch_b)``. One that has a method ``at`` is told the
             step before, so that it can draw the same whenever that step is measured again.
@@ -93,8 +94,9 @@ class CurvatureMonitor:
         memory: copies of the batches that training was given last, for losses that write to them.
 
     Raises:
-        ValueError: intervals or pairs below one; several pairs without a sampler; a model on several processes with a
-            ``pca`` that is not sharded as it is, or of which no row could be reliable.
+        ValueError: intervals or pairs below one; several pairs without a sampler; a ``pca`` of other runs than the
+            model has; a model on several processes with one that is not sharded as it is, or of which no row could be
+            reliable.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class CurvatureMonitor:
         *,
         every: int = 1,
         pairs: int = 1,
-        pca: StreamingPCA | Sequence[StreamingPCA] | None = None,
+        pca: StreamingPCA | None = None,
         pca_every: int = 100,
         sampler: Sampler | None = None,
         design: Design = "independent",
@@ -133,14 +135,15 @@ class CurvatureMonitor:
                 "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact), "
                 "or noise_floor=False for rows of which none is reliable"
             )
-        pcas = [] if pca is None else [pca] if isinstance(pca, StreamingPCA) else list(pca)
-        if any(one.partition != engine.partition for one in pcas):
+        if pca is not None and pca.runs != engine.runs:
+            raise ValueError(f"pca must have runs={engine.runs}, as many as the model has; got {pca.runs}")
+        if pca is not None and pca.partition != engine.partition:
             raise ValueError(
                 "pca must take the vectors that the model has on each process: a ShardedPCA(model) where the model is "
                 "under fully_shard, a StreamingPCA otherwise"
             )
         self.runs = engine.runs
-        self.trajectory = Trajectory(self.probe, pcas) if pcas else None
+        self.trajectory = None if pca is None else Trajectory(self.probe, pca)
         if self.trajectory is not None:
             self.probe.follow(self.trajectory.update_basis)
         self.training_gradient = TrainingGradient(self.probe, gradient if sampler is None else "own")
@@ -181,8 +184,8 @@ class CurvatureMonitor:
 
     @property
     def pca(self) -> StreamingPCA | None:
-        """The PCA that is fed; of several runs the first one's."""
-        return None if self.trajectory is None else self.trajectory.pcas[0]
+        """The PCA that is fed, of all runs."""
+        return None if self.trajectory is None else self.trajectory.pca
 
     def lookahead(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Each batch of ``loader`` with the one after it; the last comes with None, and is not measured.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def alignment(v: Tensor, rows: Tensor, partition: Partition = WHOLE) -> Alignmen
 
 
 class Subspace:
-    """The span of K orthonormal rows in R^P.
+    """The span of K orthonormal rows in R^P; or R of them, of one shape, in one tensor.
 
     A row is kept on the interval where it may differ from zero, so that a basis which lives on a few parameters costs
     as much memory and time as those. :attr:`values` and :attr:`rows` are the form that :mod:`grokcurv.ops` takes: row j
@@ -82,7 +82,8 @@ class Subspace:
             :meth:`from_pca`, :meth:`from_singular_vectors`, :meth:`random`.
 
     Attributes:
-        values: 1-D, the dtype of the basis.
+        values: (n,), the dtype of the basis; (R, n) where :meth:`from_pca` made it of R runs. Vectors to split or to
+            filter are then (R, P), one for each.
         rows: (K, 3) int64 on the CPU, wherever the values are.
         size: P.
         support: the disjoint intervals ``(start, length)`` on which the basis lives, in order.
@@ -118,10 +119,10 @@ class Subspace:
         """The leading components of a fitted PCA, of every segment if it has segments.
 
         Components without variance are left out, so K can be less than the number asked for. On an accelerator they
-        stay, as rows of zeros, since nobody waits to see which those are.
+        stay, as rows of zeros, since nobody waits to see which those are; and of several runs where another has some.
 
         Args:
-            pca: a fitted :class:`grokcurv.StreamingPCA`.
+            pca: a fitted :class:`grokcurv.StreamingPCA`, of one run or several.
             n_components: how many per segment; all that the PCA keeps by default.
             size: P; by default the length of the vectors the PCA has seen.
 
@@ -218,17 +219,20 @@ class Subspace:
         first, stop = blocks[0][1], 0
         table, offset = [], 0
         for start, rows in blocks:
+            if check and rows.dim() != 2:
+                raise ValueError(f"rows must have shape (k, length), got {tuple(rows.shape)}")
             _check_block(start, rows, first, stop, size)
             if check:
                 _check_orthonormal(rows)
-            stop = start + rows.shape[1]
-            for _ in range(len(rows)):
-                table.append((start, rows.shape[1], offset))
-                offset += rows.shape[1]
-        self.values = torch.cat([rows.view(-1) for _, rows in blocks]) if len(blocks) > 1 else first.view(-1)
+            count, length = rows.shape[-2:]
+            stop = start + length
+            for _ in range(count):
+                table.append((start, length, offset))
+                offset += length
+        self.values = torch.cat([rows.flatten(-2) for _, rows in blocks], -1) if len(blocks) > 1 else first.flatten(-2)
         self.rows = torch.tensor(table, dtype=torch.int64).reshape(-1, 3)
         self.size = size
-        self.support = tuple((start, rows.shape[1]) for start, rows in blocks if len(rows))
+        self.support = tuple((start, rows.shape[-1]) for start, rows in blocks if rows.shape[-2])
 
     @property
     def dim(self) -> int:
@@ -241,14 +245,20 @@ class Subspace:
         return sum(length for _, length in self.support)
 
     def to_dense(self) -> Tensor:
-        """The basis as a matrix (K, P)."""
+        """The basis as a matrix (K, P); of R runs (R, K, P)."""
         return dense_basis(self.values, self.rows, self.size, self.values.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Subspace:
         """The same subspace in another floating dtype or on another device; arguments as for ``Tensor.to``."""
+        return self._with(self.values.to(*args, **kwargs))
+
+    def of(self, runs: int | Sequence[int]) -> Subspace:
+        """Of those of R runs that of one, which shares their memory, or those of some; what is one for all stays so."""
+        return self if self.values.dim() == 1 else self._with(self.values[runs])
+
+    def _with(self, values: Tensor) -> Subspace:
         space = Subspace.__new__(Subspace)
-        space.values = self.values.to(*args, **kwargs)
-        space.rows, space.size, space.support = self.rows, self.size, self.support
+        space.values, space.rows, space.size, space.support = values, self.rows, self.size, self.support
         return space
 
     def split(self, v: Tensor) -> Split:
@@ -302,8 +312,6 @@ class Subspace:
 
 def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) -> None:
     """``first`` is the first block's rows, ``stop`` where the block before this one ends."""
-    if rows.dim() != 2:
-        raise ValueError(f"rows must have shape (k, length), got {tuple(rows.shape)}")
     if rows.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"rows must be float32 or float64, got {rows.dtype}")
     if rows.dtype != first.dtype or rows.device != first.device:
@@ -311,7 +319,7 @@ def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) 
             "blocks must have one dtype and one device, "
             f"got {first.dtype} on {first.device} and {rows.dtype} on {rows.device}"
         )
-    length = rows.shape[1]
+    length = rows.shape[-1]
     if start < stop or start + length > size:
         raise ValueError(f"blocks must be disjoint and lie in 0..{size}; one spans {start}..{start + length}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,43 +21,43 @@ BASIS_COMPONENTS = 2
 
 
 class Trajectory:
-    """The PCA of each run's trajectory; its leading two directions per segment are the execution basis.
+    """The PCA of the runs' trajectories; its leading two directions per segment are the execution basis of each.
 
     The basis is made when somebody asks for it after a feed, not at every feed, and goes to the probe.
 
     Args:
         probe: what measures the runs, and projects on their bases.
-        pcas: for each run what is fed with its parameters; ``method="sketch"`` has no basis.
+        pca: what is fed with the parameters, of as many runs as the probe's; ``method="sketch"`` has no basis.
 
     Attributes:
         baselines: of random subspaces like the basis, in all of R^P and on its support; None before there is one.
     """
 
-    def __init__(self, probe: CommutatorProbe, pcas: Sequence[StreamingPCA]) -> None:
-        self.probe, self.pcas = probe, list(pcas)
-        self.steps: list[list[Tensor]] = [[] for _ in self.pcas]  # of the feeds of each run
+    def __init__(self, probe: CommutatorProbe, pca: StreamingPCA) -> None:
+        self.probe, self.pca = probe, pca
+        self.steps: list[list[Tensor]] = [[] for _ in range(pca.runs)]  # of the feeds of each run
         self.baselines: tuple[RandomBaseline, RandomBaseline] | None = None
         self._stale = False
 
     def feed(self, clock: Tensor) -> None:
-        """Feed each PCA with its run's parameters as they are; ``clock`` () is the step."""
-        engine = self.probe.gradients
-        for pca, steps, theta in zip(self.pcas, self.steps, engine.thetas(range(engine.runs)), strict=True):
-            pca.partial_fit(theta)
-            steps.append(clock.clone())
+        """Feed the PCA with the parameters as they are; ``clock`` () is the step."""
+        engine, step = self.probe.gradients, clock.clone()
+        self.pca.partial_fit(engine.thetas(range(engine.runs)))
+        for steps in self.steps:
+            steps.append(step)
         self._stale = True
         if is_asynchronous(engine.device):  # replays of a captured measurement ask for nothing
             self.update_basis()
 
     def update_basis(self) -> None:
-        """Have the probe project on the bases so far. Two rows span one direction: they wait until every block is full.
+        """Have the probe project on the basis so far. Two rows span one direction: it waits until every block is full.
 
         In a program of several runs all of them have been fed at the same steps.
         """
         if not self._stale:
             return
         self._stale = False
-        engine, pca = self.probe.gradients, self.pcas[0]
+        engine, pca = self.probe.gradients, self.pca
         if pca.method_ == "sketch":
             engine.note(
                 "basis",
@@ -68,26 +68,25 @@ class Trajectory:
             return
         # On an accelerator the count of rows is there, and reading it would wait; how often the PCA was fed is known
         # here.
-        asynchronous = is_asynchronous(engine.device)
-        seen = [len(s) if asynchronous else p.n_samples_seen_ for p, s in zip(self.pcas, self.steps, strict=True)]
-        if min(seen) <= BASIS_COMPONENTS:
+        seen = len(self.steps[0]) if is_asynchronous(engine.device) else pca.n_samples_seen_
+        if seen <= BASIS_COMPONENTS:
             return
-        bases = [Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=engine.size) for pca in self.pcas]
+        basis = Subspace.from_pca(pca, n_components=BASIS_COMPONENTS, size=engine.size)
         if self.baselines is None:
-            sizes = torch.tensor([bases[0].size, bases[0].support_size], dtype=torch.float64)
+            sizes = torch.tensor([basis.size, basis.support_size], dtype=torch.float64)
             full, matched = engine.partition.all_reduce_sum(sizes)[0].tolist()
-            self.baselines = RandomBaseline(bases[0].dim, int(full)), RandomBaseline(bases[0].dim, int(matched))
-        self.probe.update_bases(bases)
+            self.baselines = RandomBaseline(basis.dim, int(full)), RandomBaseline(basis.dim, int(matched))
+        self.probe.update_bases(basis)
 
     def records(self, run: int = 0) -> pd.DataFrame:
         """PC1 % of every expanding window of a run's trajectory: columns ``step``, ``matrix``, ``pc1_percent``."""
         import pandas as pd
 
-        pca, steps = self.pcas[run], self.fed_at(run)
+        pca, steps = self.pca, self.fed_at(run)
         if not steps:
             return no_records()
         names = [s.name for s in pca.segments] if pca.segments else ["all"]
-        history = 100.0 * pca.pc1_history_.reshape(len(steps), len(names)).cpu().numpy()
+        history = 100.0 * pca.pc1_history_.reshape(pca.runs, len(steps), len(names))[run].cpu().numpy()
         frame = pd.DataFrame(history, columns=names)
         frame.insert(0, "step", steps)
         return frame.melt("step", var_name="matrix", value_name="pc1_percent").sort_values("step", kind="stable")
@@ -96,15 +95,16 @@ class Trajectory:
         return [int(step) for step in self.steps[run]]
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
-        return {"pca_steps": self.fed_at(run), "pca": self.pcas[run].state_dict()}
+        return {"pca_steps": self.fed_at(run), "pca": self.pca.state_dict(run)}
 
     def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
         self.steps[run] = [torch.tensor(step) for step in state["pca_steps"]]
-        self.pcas[run].load_state_dict(state["pca"])
+        self.pca.load_state_dict(state["pca"], run)
         self._stale = True
 
     def keep(self, runs: list[int]) -> None:
-        self.pcas, self.steps = [self.pcas[run] for run in runs], [self.steps[run] for run in runs]
+        self.pca.keep(runs)
+        self.steps = [self.steps[run] for run in runs]
 
 
 def no_records() -> pd.DataFrame:

@@ -410,7 +410,7 @@ def default_monitor(
         training_loss(config if config.successive else replace(config, float64_logits=True)),
         every=config.measure_every,
         pairs=config.pairs,
-        pca=[StreamingPCA(segments=segments) for _ in range(runs)] if config.pca_every else None,
+        pca=StreamingPCA(segments=segments, runs=runs) if config.pca_every else None,
         pca_every=config.pca_every or 1,
         sampler=None if config.successive else sampler,
         design=config.design,

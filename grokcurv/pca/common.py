@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,15 @@ LARGEST = {torch.float64: 1e150, torch.float32: 1e30, torch.bfloat16: 1e30}
 
 @dataclass(frozen=True)
 class Layout:
-    """The stored coordinates of a row: segments one behind the other, each with a PCA of its own."""
+    """The stored coordinates of a row: segments one behind the other, each with a PCA of its own.
+
+    Of R runs those of each run, one behind the other: then S is R times the number of a run's segments.
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
     partition: Partition = WHOLE
+    runs: int = 1
 
     @property
     def size(self) -> int:
@@ -55,8 +59,9 @@ class Layout:
         return sizes
 
     def split(self, rows: Tensor) -> list[Tensor]:
-        """(..., L) by segment."""
-        return list(torch.split(rows, list(self.lengths), dim=-1))
+        """(..., L) by segment of a run: (..., R, length) each."""
+        lengths = self.lengths[: len(self.lengths) // self.runs]
+        return list(torch.split(rows.view(*rows.shape[:-1], self.runs, sum(lengths)), list(lengths), dim=-1))
 
     def gram(self, x: Tensor, y: Tensor | None = None, *, origin: Tensor | None = None) -> Tensor:
         """:func:`grokcurv.ops.gram` by segment."""
@@ -65,12 +70,10 @@ class Layout:
 
     def finite(self, rows: Tensor) -> Tensor:
         """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
-        if not rows.numel():
+        if not rows.shape[1]:
             here = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        else:
-            # Row by row: torch reduces the rows of a matrix ten times slower.
-            extremes = torch.stack([torch.stack(torch.aminmax(row)) for row in rows])
-            here = (extremes.abs() < LARGEST[rows.dtype]).all(1)
+        else:  # torch.aminmax would take ten times as long over the rows of a matrix
+            here = torch.maximum(rows.amax(1), -rows.amin(1)) < LARGEST[rows.dtype]
         return self.partition.all_reduce_and(here)
 
 
@@ -89,6 +92,9 @@ class Method(Protocol):
     """A way to keep the PCA of packed rows (n, L). Reading changes nothing that is kept."""
 
     layout: Layout
+    side_by_side: ClassVar[Mapping[str, int]]
+    """Of a state what belongs to one run each, and the dimension along which; runs that go on together share the
+    rest."""
 
     @property
     def n_samples_seen(self) -> int: ...
@@ -121,7 +127,8 @@ class Method(Protocol):
         """(S, n, k) float64: coordinates of packed rows along the components, about the mean."""
         return along(rows, self.mean(), self.components(), self.layout)
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Of all runs; its tensors are those at work."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -133,6 +140,48 @@ def check_state(state: Mapping[str, Any], wanted: Mapping[str, tuple[tuple[int, 
         if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"state is damaged: {name} must be {shape} {dtype}, got {got}")
+
+
+def of_run(method: Method, run: int) -> dict[str, Any]:
+    """What one run has of a method's state, copied, but for the rows where there is only one run."""
+    runs = method.layout.runs
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return value if runs == 1 else [part(name, page) for page in value]
+        if isinstance(value, Tensor):
+            dim = method.side_by_side.get(name)
+            return (value if dim is None else value.chunk(runs, dim)[run]).clone()
+        return value
+
+    return {name: part(name, value) for name, value in method.state_dict().items()}
+
+
+def fed_alike(states: Sequence[Mapping[str, Any]], dims: Mapping[str, int]) -> bool:
+    """Whether the runs of these states of PCAs can go on together: they share all that is not one run's alone."""
+    # Rows are as many as the other parts say, and a history may have been read of some of the runs.
+    apart = {"state", "reason_", "rows", "history"}
+    shared = [
+        {
+            name: value.shape if name in dims else value.tolist() if isinstance(value, Tensor) else value
+            for name, value in {**state, **(state["state"] or {})}.items()
+            if name not in apart
+        }
+        for state in states
+    ]
+    return all(one == shared[0] for one in shared)
+
+
+def joined(states: Sequence[Mapping[str, Any]], dims: Mapping[str, int]) -> dict[str, Any]:
+    """One state of a method for runs that were fed alike, from that of each."""
+
+    def beside(parts: Sequence[Any], dim: int) -> Any:
+        if isinstance(parts[0], list):
+            return [beside(pages, dim) for pages in zip(*parts, strict=True)]
+        known = min(map(len, parts))  # a history may have been read of some of the runs
+        return torch.cat([part[:known] for part in parts], dim)
+
+    return {**states[0], **{name: beside([state[name] for state in states], dim) for name, dim in dims.items()}}
 
 
 def trace(matrices: Tensor) -> Tensor:
@@ -161,12 +210,14 @@ def orthonormal_(rows: Tensor, layout: Layout) -> Tensor:
         norm2 = (row[:, :, None] * gram * row[:, None, :]).sum((1, 2))
         rotation[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
     ops.rotate_(rows, rotation, segments=layout.spans)
-    parts = [part for row in rows for part in layout.split(row)]
-    ends = [torch.stack(torch.aminmax(part)) if len(part) else part.new_zeros(2) for part in parts]
-    low, high = torch.stack(ends).unbind(1)
-    down, up = layout.partition.all_reduce_max(torch.stack([-low, high]))
-    for part, sign in zip(parts, torch.where(down > up, -1.0, 1.0), strict=True):
-        part *= sign
+    parts = layout.split(rows)
+    ends = [
+        torch.stack([-part.amin(-1), part.amax(-1)]) if part.shape[-1] else part.new_zeros(2, *part.shape[:-1])
+        for part in parts
+    ]
+    down, up = layout.partition.all_reduce_max(torch.stack(ends, -1))
+    for part, sign in zip(parts, torch.where(down > up, -1.0, 1.0).unbind(-1), strict=True):
+        part *= sign[..., None]
     return rows
 
 

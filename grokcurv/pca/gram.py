@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from grokcurv import ops
+from grokcurv.device_buffer import is_asynchronous
 from grokcurv.pca.common import (
     EIGH_TOLERANCE,
     EPSILON,
@@ -40,11 +41,13 @@ class Gram(Method):
     are smaller, and so is the rounding.
     """
 
+    side_by_side: ClassVar = {"rows": 1, "origin": 0, "gram": 0, "rounded": 0, "history": 1}
+
     def __init__(
         self, n_components: int, layout: Layout, dtype: torch.dtype, stored: torch.dtype | None, scratch: str | None
     ) -> None:
         self.n_components, self.layout, self.dtype = n_components, layout, dtype
-        self.rows = Rows(layout.size, stored or dtype, layout.device, scratch)
+        self.rows = Rows(layout.size, stored or dtype, layout.device, scratch, layout.runs)
         self.origin = torch.zeros(layout.size, dtype=dtype, device=layout.device)
         # Has room to grow: only the leading n x n block counts.
         self.gram = torch.empty(len(layout.lengths), 0, 0, dtype=torch.float64, device=layout.device)
@@ -69,7 +72,7 @@ class Gram(Method):
             if valid is not None:
                 valid = valid & held
                 rows = torch.where(valid[:, None], rows, 0.0)
-            elif not held.all():
+            elif not is_asynchronous(rows.device) and not held.all():
                 number = int(held.logical_not().nonzero()[0])
                 raise ValueError(f"x: row {number} is too far from the first one for store_dtype={self.rows.dtype}")
             errors = self.layout.gram(exact - rows.double()).diagonal(dim1=1, dim2=2)
@@ -189,7 +192,7 @@ class Gram(Method):
         return {
             "rows": [page for _, page in self.rows.pages()],
             "origin": self.origin,
-            "gram": self.raw.contiguous(),
+            "gram": self.raw,
             "rounded": self.rounded,
             "history": self.shares,
         }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ TENSORS = ("origin", "sum", "count", "valid", "total", "lost", "rounding")
 """Of a state those that are attributes of the same name, shape and dtype."""
 
 MARKS = 1 << 14
-"""Entries of :attr:`Incremental.history` that are kept, the latest; fewer for more than 63 segments."""
+"""Entries of :attr:`Incremental.history` that are kept, the latest; fewer for more than 63 segments of a run."""
 
 
 class Fold(NamedTuple):
@@ -70,6 +70,8 @@ class Incremental(Method):
     it can be captured in a CUDA graph.
     """
 
+    side_by_side: ClassVar = {"rows": 1, "origin": 0, "sum": 0, "total": 0, "lost": 1, "rounding": 0, "history": 1}
+
     def __init__(
         self, n_components: int, rank: int, block: int, shrinkage: bool, layout: Layout, dtype: torch.dtype
     ) -> None:
@@ -94,7 +96,7 @@ class Incremental(Method):
         self.rounding = zeros(count)
         # A ring of the shares of the first component, and of the numbers of rows after which they were taken.
         self.marked = zeros(1, dtype=torch.int64)
-        self.marks = zeros(min(MARKS, max(1 << 10, (1 << 20) // (count + 1))))
+        self.marks = zeros(min(MARKS, max(1 << 10, (1 << 20) // (count // layout.runs + 1))))
         self.shares = zeros(len(self.marks), count)
 
     @property
@@ -176,7 +178,7 @@ class Incremental(Method):
         """The marks and shares that are in the ring, in order."""
         marked, size = int(self.marked), len(self.marks)
         if marked <= size:
-            return self.marks[:marked].clone(), self.shares[:marked].clone()
+            return self.marks[:marked], self.shares[:marked]
         return torch.roll(self.marks, -(marked % size), 0), torch.roll(self.shares, -(marked % size), 0)
 
     @cached_property
@@ -189,8 +191,8 @@ class Incremental(Method):
     def state_dict(self) -> dict[str, Any]:
         marks, shares = self._kept_marks()
         numbers = {"appended": self.appended, "pending": self.pending, "folds": int(self.folds)}
-        tensors = {name: getattr(self, name).clone() for name in TENSORS}
-        return {"rows": self._used.clone(), **tensors, **numbers, "marks": marks, "history": shares}
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return {"rows": self._used, **tensors, **numbers, "marks": marks, "history": shares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numbers = {name: state.get(name) for name in ("appended", "pending", "folds")}

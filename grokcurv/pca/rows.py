@@ -18,17 +18,20 @@ PAGE_ROWS = 64
 class Rows:
     """Rows of ``size`` numbers in pages of up to 64 rows or 64 MiB, whichever is less, but at least one row.
 
+    With several runs in a row 64 MiB for each, so that it has the pages, and the order of sums over them, of one run.
+
     Args:
         size: length of a row.
         dtype, device: of the rows.
         scratch: a folder; the pages are then memory-mapped from a nameless file in it, which is gone when the process
             is. Disk is reserved page by page: a full one is an ``OSError``, and the rows are then what they were.
+        runs: how many runs share a row.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, scratch: str | None) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, scratch: str | None, runs: int = 1) -> None:
         self.size, self.dtype, self.device = size, dtype, device
         self.row_bytes = size * dtype.itemsize
-        self.page_rows = max(1, min(PAGE_ROWS, PAGE_BYTES // max(1, self.row_bytes)))
+        self.page_rows = max(1, min(PAGE_ROWS, PAGE_BYTES // max(1, self.row_bytes // runs)))
         self._pages: list[Tensor] = []
         self._count = 0
         self._file: IO[bytes] | None = None

@@ -40,7 +40,7 @@ class Sketch(Incremental):
         size: int,
         seed: int,
     ) -> None:
-        short = Layout((size,) * len(layout.lengths), layout.device)
+        short = Layout((size,) * len(layout.lengths), layout.device, runs=layout.runs)
         super().__init__(n_components, rank, block, shrinkage, short, torch.float64)
         self.packed, self.size, self.seed = layout, size, seed
 
@@ -59,7 +59,7 @@ class Sketch(Incremental):
         An eigenvalue is the sum of M squares, one for each coordinate of its sketched component; their scatter about
         the average measures that of the sum, as if they were independent.
         """
-        parts = torch.stack(self.layout.split(super().components()))
+        parts = torch.stack(super().components().split(self.size, dim=1))
         fourth = parts.double().square().square().sum(2)
         return self.spectrum().values * (fourth - 1 / self.size).clamp_min(0).sqrt()
 
@@ -76,9 +76,9 @@ class Sketch(Incremental):
 
     def _sketch_rows(self, rows: Tensor) -> Tensor:
         """(n, S M) of packed rows (n, L)."""
-        intervals, parts = self.packed.intervals(), self.packed.split(rows)
+        # zip ends with the segments of the first run, with whose random numbers those of the others are multiplied.
         sketches = [
-            ops.sketch(part.contiguous(), self.size, self.seed, start=start)
-            for (start, _), part in zip(intervals, parts, strict=True)
+            ops.sketch(part.flatten(0, 1).contiguous(), self.size, self.seed, start=start)
+            for (start, _), part in zip(self.packed.intervals(), self.packed.split(rows), strict=False)
         ]
-        return torch.cat(sketches, dim=1)
+        return torch.cat(sketches, dim=1).view(len(rows), self.layout.size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from grokcurv.device_buffer import capturing, is_asynchronous
 from grokcurv.flat import Segment
 from grokcurv.partition import WHOLE, Partition
-from grokcurv.pca.common import Layout, Method, Spectrum
+from grokcurv.pca.common import Layout, Method, Spectrum, fed_alike, joined, of_run
 from grokcurv.pca.gram import Gram
 from grokcurv.pca.incremental import Incremental
 from grokcurv.pca.sketch import FAILURE, Sketch
@@ -43,13 +43,17 @@ class StreamingPCA:
     variance 0 and are rows of zeros. One row: variances and shares are NaN (0 / 0, as in scikit-learn). Constant rows:
     variances are 0, shares NaN. A variance that cannot be told from rounding is 0.
 
+    The vectors of R ``runs`` are fed together, and each run's components are its own: bitwise what they are where it is
+    fed alone, with as many calls of the kernels for all runs as for one. Every attribute below that is a tensor, or a
+    list of them, then has R in front of its shape. Runs that are fed together have seen as many rows each.
+
     Args:
         n_components: k, directions kept, at least 1.
         method: ``"auto"``, ``"gram"``, ``"incremental"`` or ``"sketch"``.
         segments: intervals of the coordinates, as :class:`grokcurv.Segment` or ``(start, length)``; each gets a PCA of
             its own, and only these coordinates are stored. S is their number; without segments there is one PCA of
             all coordinates, and the attributes lose their S.
-        memory_limit: bytes that ``"auto"`` may keep.
+        memory_limit: bytes that ``"auto"`` may keep of each run.
         oversampling: directions beyond k in the basis of ``incremental`` and ``sketch``: their accuracy comes from it.
         block: rows they gather before they update the basis; about 2 r by default.
         shrinkage: lower all eigenvalues by the one cut off (frequent directions). Variances lose more, but what they
@@ -58,7 +62,8 @@ class StreamingPCA:
         scratch: a folder with room for a nameless file in which ``gram`` stores the rows; by default in memory.
         sketch_size: M, a power of two from 64 to 2**20; the bound of ``sketch`` is about ``20 / sqrt(M)`` of the total
             variance.
-        seed: of the sketch.
+        seed: of the sketch, the same for every run.
+        runs: R, how many trajectories are fed together.
 
     Attributes:
         segments: tuple of :class:`grokcurv.Segment`, or None.
@@ -85,6 +90,7 @@ class StreamingPCA:
         scratch: str | os.PathLike[str] | None = None,
         sketch_size: int = 1 << 16,
         seed: int = 0,
+        runs: int = 1,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -96,9 +102,9 @@ class StreamingPCA:
         self.block = _default_block(n_components + oversampling) if block is None else block
         self.store_dtype = store_dtype
         self.scratch = None if scratch is None else os.fspath(scratch)
-        self.sketch_size, self.seed = sketch_size, seed
+        self.sketch_size, self.seed, self.runs = sketch_size, seed, runs
         least = {"n_components": 1, "memory_limit": 0, "oversampling": 0, "block": 1, "sketch_size": 64, "seed": 0}
-        for name, value in least.items():
+        for name, value in {**least, "runs": 1}.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
         if sketch_size & (sketch_size - 1) or sketch_size > 1 << 20:
@@ -114,13 +120,15 @@ class StreamingPCA:
         # On an accelerator: number of the first masked row, how many there are, and how many rows were taken.
         self._counts: Tensor | None = None
         self._replays = False  # whether rows may arrive without a call, by replays of a captured one
+        self._apart: list[dict[str, Any]] = []  # the states of runs that were loaded and cannot be fed together
 
     def partial_fit(self, x: Tensor) -> StreamingPCA:
-        """Add one row (P,) or several (n, P), and return the PCA itself.
+        """Add one row (P,) or several (n, P), of several runs (R, P) or (R, n, P), and return the PCA itself.
 
         Rows are float32, float64 or bfloat16. On the CPU a row with NaN or infinity is refused. On an accelerator that
         would mean to wait for it: there the row is masked, which means left out of everything, and the next result
-        that is read raises with its number, once.
+        that is read raises with its number, once. Of several runs no row is masked there: what follows of a run with
+        such a row is NaN, and of the others what it would be, until :meth:`keep` leaves that run out.
 
         A call can be captured in a CUDA graph, and replayed with new rows in the memory of ``x``, once a first block
         has been folded: with ``incremental`` or ``sketch``, ``x`` being whole blocks of :attr:`block` rows, and none
@@ -130,16 +138,20 @@ class StreamingPCA:
             RuntimeError: in a capture, a call that cannot be captured.
             TypeError: another dtype.
             ValueError: a shape, dtype or device unlike that of earlier rows, segments that reach beyond P, or (on the
-                CPU) a row with NaN, infinity or numbers beyond 1e30 (float64: 1e150), whose number is given. The PCA
-                is then what it was.
+                CPU) a row with NaN, infinity or numbers beyond 1e30 (float64: 1e150), whose number is given; runs
+                whose loaded states differ in the number of their rows, or in how they came to them. The PCA is then
+                what it was.
             OSError: no room for the rows in ``scratch``.
         """
+        self._raise_if_apart()
         rows = self._pack(x)
-        valid = self._layout.finite(rows)
-        masks = is_asynchronous(rows.device)
-        if not masks and not valid.all():
-            number = int(valid.logical_not().nonzero()[0])
-            raise ValueError(f"x: row {number} holds NaN or infinity, or numbers whose squares overflow")
+        valid = self._layout.finite(rows.view(len(rows) * self.runs, rows.shape[1] // self.runs))
+        asynchronous = is_asynchronous(rows.device)
+        if not asynchronous and not valid.all():
+            number, run = divmod(int(valid.logical_not().nonzero()[0]), self.runs)
+            whose = f" of run {run}" if self.runs > 1 else ""
+            raise ValueError(f"x: row {number}{whose} holds NaN or infinity, or numbers whose squares overflow")
+        masks = asynchronous and self.runs == 1
         if len(rows):
             if capturing(rows.device):
                 self._check_capture(len(rows))
@@ -154,17 +166,17 @@ class StreamingPCA:
     def leading_blocks(self, k: int) -> list[tuple[int, Tensor]]:
         """What :meth:`grokcurv.Subspace.from_pca` is made of: for each segment its start and k leading components.
 
-        On the CPU those without variance are left out. On an accelerator to look would mean to wait: there they are
-        rows of zeros, and masked rows are not reported.
+        On the CPU those without variance (in any run) are left out. On an accelerator to look would mean to wait: there
+        they are rows of zeros, and masked rows are not reported. Of several runs the components are (R, k, length).
         """
         method = self._method or self._fitted()
-        if is_asynchronous(self._layout.device):
-            kept = [k] * len(self._layout.lengths)
-        else:
-            kept = (self._spectrum.values[:, :k] > 0).sum(1).tolist()
-        components = self._layout.split(method.components())
         starts = [0] if self.segments is None else [s.start for s in self.segments]
-        return [(start, rows[:n]) for start, rows, n in zip(starts, components, kept, strict=True)]
+        if is_asynchronous(self._layout.device):
+            kept = [k] * len(starts)
+        else:
+            kept = (self._spectrum.values[:, :k] > 0).sum(1).view(self.runs, -1).amax(0).tolist()
+        components = map(self._by_run, self._layout.split(method.components()))
+        return [(start, rows[..., :n, :]) for start, rows, n in zip(starts, components, kept, strict=True)]
 
     def merge(self, other: StreamingPCA) -> StreamingPCA:
         """Add the rows of another PCA after one's own, and return the PCA itself; ``other`` stays as it is.
@@ -172,8 +184,12 @@ class StreamingPCA:
         With ``gram`` the result is that of all rows in one PCA, to the bit; otherwise within its bound.
 
         Raises:
-            ValueError: ``other`` has other settings, or rows of another length, dtype or device.
+            ValueError: ``other`` has other settings or runs, or rows of another length, dtype or device.
         """
+        for pca in (self, other):
+            pca._raise_if_apart()
+        if other.runs != self.runs:
+            raise ValueError(f"other has {other.runs} runs, this PCA {self.runs}")
         for name, value in self._settings().items():
             if other._settings()[name] != value:
                 raise ValueError(f"other has a different {name}: {other._settings()[name]!r}, this PCA {value!r}")
@@ -184,7 +200,7 @@ class StreamingPCA:
             self._check_alike("other", other._features, other._dtype, other._layout.device)
         if other is self:
             other = copy.copy(self)
-            other.load_state_dict(self.state_dict())  # has rows of its own then
+            other.keep(list(range(self.runs)))  # has rows of its own then
         theirs = other._method
         with self._all_or_nothing():
             if self._method is None:
@@ -215,7 +231,8 @@ class StreamingPCA:
 
     @property
     def n_samples_seen_(self) -> int:
-        """n, without masked rows."""
+        """n, without masked rows; of several runs, in each."""
+        self._raise_if_apart()
         return 0 if self._method is None else self._method.n_samples_seen
 
     @property
@@ -291,7 +308,8 @@ class StreamingPCA:
         """
         self._raise_if_masked()
         if self._method is None:
-            return self._shaped(torch.empty(0, len(self.segments or (None,)), dtype=torch.float64), dim=1)
+            count = self.runs * len(self.segments or (None,))
+            return self._shaped(torch.empty(0, count, dtype=torch.float64), dim=1)
         return self._shaped(self._method.history, dim=1)
 
     @property
@@ -312,10 +330,11 @@ class StreamingPCA:
         Raises:
             ValueError: another method, or no rows seen yet.
         """
-        return torch.cat([rows for rows, _ in self._gram_for("rows_").given()])
+        rows = torch.cat([rows for rows, _ in self._gram_for("rows_").given()])
+        return self._by_run(rows.unflatten(1, (self.runs, -1)))
 
     def transform(self, x: Tensor) -> Tensor:
-        """Coordinates of the rows ``x`` (P,) or (n, P) along the components, about the mean.
+        """Coordinates of the rows ``x`` along the components, about the mean; ``x`` is as for :meth:`partial_fit`.
 
         Returns:
             float64: (k,) or (n, k); with segments (S, k) or (S, n, k).
@@ -324,10 +343,15 @@ class StreamingPCA:
             ValueError, TypeError: as for :meth:`partial_fit`, or no rows seen yet.
         """
         scores = self._fitted().scores(self._pack(x))
-        return self._shaped(scores[:, 0] if x.dim() == 1 else scores)
+        return self._shaped(scores[:, 0] if x.dim() == 1 + (self.runs > 1) else scores)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as tensors and plain values. The rows that ``gram`` keeps are not copied."""
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
+        """Everything needed to go on, as tensors and plain values; of several runs, with this one alone.
+
+        The rows that ``gram`` keeps of a single run are not copied.
+        """
+        if self._apart:
+            return self._apart[run]
         self._raise_if_masked()
         return {
             **self._settings(),
@@ -336,22 +360,49 @@ class StreamingPCA:
             "n_features": self._features,
             "dtype": str(self._dtype),
             "rows_taken": self._taken(),
-            "state": None if self._method is None else self._method.state_dict(),
+            "state": None if self._method is None else of_run(self._method, run),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
         """Take over what :meth:`state_dict` gave; what follows is then bitwise what would have followed there.
+
+        Of several runs, for one of them. Until all have been fed alike they can be saved and loaded, and nothing else.
 
         Raises:
             ValueError: the state is of a PCA with other settings, or its parts are missing or do not fit together. The
                 PCA is then what it was.
         """
+        if self.runs > 1:
+            alone = copy.copy(self)
+            alone.runs, alone._method, alone._apart = 1, None, []
+            alone.load_state_dict(state)
+            self._go_on_with([alone.state_dict() if r == run else self.state_dict(r) for r in range(self.runs)])
+            return
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state is damaged: it lacks {', '.join(sorted(missing))}")
         for name, value in self._settings().items():
             if state[name] != value:
                 raise ValueError(f"state has {name} {state[name]!r}, this PCA {value!r}")
+        self._take_over(state)
+
+    def keep(self, runs: Sequence[int]) -> None:
+        """Of several runs go on with these alone, in this order."""
+        states = [self.state_dict(run) for run in runs]
+        self.runs = len(states)
+        self._go_on_with(states)
+
+    def _go_on_with(self, states: list[dict[str, Any]]) -> None:
+        """Be the runs of these states: one PCA of them, if they were fed alike."""
+        first, parts = states[0], [state["state"] for state in states]
+        dims = (Gram if first["method_"] == "gram" else Incremental).side_by_side
+        if not fed_alike(states, dims):
+            self._method, self._apart = None, states
+            return
+        self._take_over({**first, "state": None if parts[0] is None else joined(parts, dims)})
+        self._apart = []
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
         name, parts = state["method_"], state["state"]
         if (parts is None) != (name is None) or name not in (None, *METHODS[1:]) or state["dtype"] not in DTYPES:
             raise ValueError(f"state is damaged: method_ {name!r}, dtype {state['dtype']!r}")
@@ -429,15 +480,17 @@ class StreamingPCA:
 
     def _new_layout(self, features: int, device: torch.device) -> Layout:
         lengths = (features,) if self.segments is None else tuple(s.length for s in self.segments)
-        return Layout(lengths, device, self.partition)
+        return Layout(lengths * self.runs, device, self.partition, self.runs)
 
     def _gram_bytes(self, rows: int) -> int:
+        """Of each run, as those of :meth:`_incremental_bytes`."""
         stored = 0 if self.scratch is not None else (self.store_dtype or self._dtype).itemsize
-        return rows * self._layout.size * stored + 8 * len(self._layout.lengths) * (2 * rows) ** 2
+        whole = rows * self._layout.size * stored + 8 * len(self._layout.lengths) * (2 * rows) ** 2
+        return whole // self.runs
 
     def _incremental_bytes(self) -> int:
         vectors = self.n_components + self.oversampling + self.block + 2
-        return self._layout.size * (vectors * compute_type(self._dtype).itemsize + 8)
+        return self._layout.size // self.runs * (vectors * compute_type(self._dtype).itemsize + 8)
 
     def _limit(self) -> str:
         return f"beyond memory_limit = {_gib(self.memory_limit)}"
@@ -445,20 +498,23 @@ class StreamingPCA:
     # Rows
 
     def _pack(self, x: Tensor) -> Tensor:
-        """The stored coordinates of ``x``, (n, L)."""
+        """The stored coordinates of ``x``, (n, L), those of the runs side by side."""
         if x.dtype not in DTYPES.values():
             raise TypeError(f"x must be float32, float64 or bfloat16, got {x.dtype}")
-        if x.dim() not in (1, 2):
-            raise ValueError(f"x must have shape (P,) or (n, P), got {tuple(x.shape)}")
+        several = self.runs > 1
+        if x.dim() not in (1 + several, 2 + several) or (several and len(x) != self.runs):
+            wanted = f"({self.runs}, P) or ({self.runs}, n, P)" if several else "(P,) or (n, P)"
+            raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
         if self._method is not None:
             self._check_alike("x", x.shape[-1], x.dtype, x.device)
-        rows = x.detach()[None] if x.dim() == 1 else x.detach()
-        if self.segments is None:
-            return rows.contiguous()
-        last = max(self.segments, key=lambda s: s.stop)
-        if last.stop > x.shape[-1]:
-            raise ValueError(f"x has {x.shape[-1]} coordinates, but segment {last.name!r} ends at {last.stop}")
-        return torch.cat([rows[:, s.start : s.stop] for s in self.segments], dim=1)
+        rows = x.detach() if several else x.detach()[None]
+        rows = rows[:, None] if rows.dim() == 2 else rows
+        if self.segments is not None:
+            last = max(self.segments, key=lambda s: s.stop)
+            if last.stop > x.shape[-1]:
+                raise ValueError(f"x has {x.shape[-1]} coordinates, but segment {last.name!r} ends at {last.stop}")
+            rows = torch.cat([rows[..., s.start : s.stop] for s in self.segments], dim=-1)
+        return rows.transpose(0, 1).flatten(1).contiguous()
 
     def _check_alike(self, name: str, features: int, dtype: torch.dtype, device: torch.device) -> None:
         got, wanted = (features, dtype, device), (self._features, self._dtype, self._layout.device)
@@ -483,7 +539,13 @@ class StreamingPCA:
         """Rows taken so far, masked ones and those of replays too; waits for the device."""
         return self._rows_taken if self._counts is None else int(self._counts[2])
 
+    def _raise_if_apart(self) -> None:
+        if self._apart:
+            taken = ", ".join(str(state["rows_taken"]) for state in self._apart)
+            raise ValueError(f"the runs were fed {taken} rows: only runs that were fed alike go on together")
+
     def _raise_if_masked(self) -> None:
+        self._raise_if_apart()
         if self._counts is None:
             return
         first, count, _ = self._counts.tolist()
@@ -548,10 +610,17 @@ class StreamingPCA:
 
     def _shaped(self, per_segment: Tensor, dim: int = 0) -> Tensor:
         """The numbers of all segments, which ``dim`` counts; without segments those of the one there is."""
-        return per_segment if self.segments is not None else per_segment.select(dim, 0)
+        by_run: Tensor = per_segment.unflatten(dim, (self.runs, -1)).movedim(dim, 0)
+        by_run = by_run if self.segments is not None else by_run.select(dim + 1, 0)
+        return by_run if self.runs > 1 else by_run[0]
 
     def _by_segment(self, rows: Tensor) -> Any:
-        return self._layout.split(rows) if self.segments is not None else rows
+        parts = [self._by_run(part) for part in self._layout.split(rows)]
+        return parts if self.segments is not None else parts[0]
+
+    def _by_run(self, rows: Tensor) -> Tensor:
+        """(R, ..., length) of (..., R, length); of one run without R."""
+        return rows.movedim(-2, 0) if self.runs > 1 else rows.squeeze(-2)
 
     # Settings
 
