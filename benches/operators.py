@@ -46,7 +46,8 @@ def steps(config: TrainConfig, runs: int) -> tuple[int, int, int]:
             program.update()
             for group in program.groups:
                 if not group.looks_ahead:
-                    group.measure()
+                    group.prepare()
+                    group.advance(group.launch())
         counts.append(seen.count)
     return counts[0], counts[1], counts[2]
 

@@ -53,7 +53,7 @@ class DeviceBuffer:
     def __init__(self, width: int, device: torch.device) -> None:
         self.width, self.device = width, device
         self._read = [torch.empty(0, width, dtype=torch.float64)]
-        self._appended = 0
+        self._drains = 0
         if is_asynchronous(device):
             self._rows = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
             self._filled = torch.zeros(1, dtype=torch.int64, device=device)
@@ -68,10 +68,14 @@ class DeviceBuffer:
         # would write every replay to the same row.
         self._rows.index_copy_(0, self._filled % CAPACITY, row[None])
         self._filled += 1
-        self._appended += 1
-        # Sent long before the ring is full, so that reading later finds most rows on the host. Not in a capture, whose
-        # graph would send the same rows again at every replay.
-        if self._appended % DRAIN == 0 and not capturing(self.device):
+
+    def drain(self) -> None:
+        """Send what there is to the host now and then, which goes on meanwhile; once for each row, outside a capture.
+
+        That is long before the ring is full, and reading later finds most rows on the host.
+        """
+        self._drains += 1
+        if self._drains % DRAIN == 0 and is_asynchronous(self.device):
             self._send()
 
     def extend(self, rows: Tensor) -> None:

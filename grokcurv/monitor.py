@@ -25,7 +25,7 @@ from grokcurv.evaluation import LossFn, isolated
 from grokcurv.flat import Segment, select_segments
 from grokcurv.gradients import Model, Strategy
 from grokcurv.lookahead import Kept, Later, Memory, version, with_next
-from grokcurv.measures.commutator import ALIGNMENT_FIELDS, CHECK_EVERY, FIELDS, REFERENCE_FIELDS, Commutator
+from grokcurv.measures.commutator import ALIGNMENT_FIELDS, CHECK_EVERY, FIELDS, REFERENCE_FIELDS, Commutator, Plan
 from grokcurv.measures.training_gradient import CONFIRMED, REFUTED, USED, Gradient, TrainingGradient
 from grokcurv.measures.trajectory import Trajectory, no_records
 from grokcurv.pairs import Pair, PairOfRuns, Sampler
@@ -210,7 +210,7 @@ class CurvatureMonitor:
         """
         # A captured step is recorded once and replayed many times: it measures whatever the counters of the host say,
         # leaves the PCA alone (which folds rows at times that depend on their number) and counts on the device.
-        step, captured = self._steps, capturing(self.probe.gradients.device)
+        captured = capturing(self.probe.gradients.device)
         if captured and self.commutator.alignment:
             raise RuntimeError(
                 "alignment=True looks back on the call before, which a CUDA graph does not know: "
@@ -218,18 +218,46 @@ class CurvatureMonitor:
             )
         if self.feeds and not captured:
             self.feed()
+        start, pairs = time.perf_counter(), []
         if self.due or captured:
             if self.sampler is None and batch is None:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
-            start = time.perf_counter()
-            pairs = self._draw(self.sampler, step) if self.sampler is not None else self._pair(batch, next_batch)
-            if pairs:
-                self._measure(step, pairs, start)
+            pairs = self.draw() if self.sampler is not None else self._pair(batch, next_batch)
+        found = self.launch(pairs, self.commutator.plan(self._steps) if pairs else (), start)
+        if not captured:
+            self.advance(found)
+
+    def plan(self) -> Plan:
+        """How the next step measures; empty where it does not."""
+        return self.commutator.plan(self._steps) if self.due else ()
+
+    def launch(self, pairs: Sequence[PairOfRuns], plan: Plan, start: float) -> Tensor | None:
+        """What the device does of a step: measure as planned, if at all, write that down, and count.
+
+        (R, 2 + columns) what was found, for :meth:`advance`. A captured one may be replayed where the plan is the same.
+        """
+        found = None
+        if plan:
+            found = self.commutator.observe(self._steps, pairs, plan)
+            method, gradient, *values = found.unbind(1)
+            captured = capturing(self.probe.gradients.device)
+            seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)
+            row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values], 1)
+            self._records.append(row.flatten())
+        self._clock += 1
+        return found
+
+    def advance(self, found: Tensor | None) -> None:
+        """What the host does of it, after a launch or a replay of one."""
+        if found is not None:
+            self._records.drain()
+            self.commutator.note(found)
+            if self.loggers:
+                self._log()
         # The last update is the difference of two calls' parameters, so the call before one that measures keeps its
         # own.
-        self.commutator.remember((step + 1) % self.every == 0)
-        self._steps += not captured
-        self._clock += 1
+        self._steps += 1
+        self.commutator.remember(self.due)
 
     def _pair(self, batch: Any, next_batch: Any) -> list[PairOfRuns]:
         """The one pair there is, as training's forward passes meet the batches; none if one of them is not known."""
@@ -409,15 +437,6 @@ class CurvatureMonitor:
         rows = self._records.read().view(-1, self.runs, self._width)[:, run]
         return torch.cat([self._history[run], rows])
 
-    def _measure(self, step: int, pairs: Sequence[PairOfRuns], start: float) -> None:
-        found, captured = self.commutator.observe(step, pairs), capturing(self.probe.gradients.device)
-        method, gradient, *values = found.unbind(1)
-        seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)
-        row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values], 1)
-        self._records.append(row.flatten())
-        if self.loggers and not captured:
-            self._log()
-
     def _log(self) -> None:
         """Hand the loggers what is settled: rows that rest on ``.grad`` wait for the next check."""
         row = self._records.last()
@@ -434,11 +453,13 @@ class CurvatureMonitor:
             for logger in self.loggers:
                 logger.log(record, step=record["step"])
 
-    def _draw(self, sampler: Sampler, step: int) -> list[PairOfRuns]:
+    def draw(self) -> list[PairOfRuns]:
         """What the sampler draws. From visible generators it draws as if they were its own: training's stay put."""
+        sampler = self.sampler
+        assert sampler is not None
         if callable(at := getattr(sampler, "at", None)):
-            at(step)
-        with isolated(step):
+            at(self._steps)
+        with isolated(self._steps):
             drawn = [sampler() for _ in range(self.pairs if self.design == "independent" else self.pairs // 2 + 1)]
         if not self.probe.gradients.shared:
             drawn = [([a], [b]) for a, b in drawn]

@@ -281,6 +281,7 @@ def test_records_are_sent_to_the_host_in_parts(monkeypatch: pytest.MonkeyPatch, 
     assert kept.read().shape == (0, 3)
     for number, row in enumerate(rows):
         kept.append(row)
+        kept.drain()
         if number == 16:
             assert torch.equal(kept.read(), rows[:17])
         if number % 5 == 0:

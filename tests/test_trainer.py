@@ -102,8 +102,8 @@ def test_metrics_are_those_of_the_plain_loop() -> None:
                     assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-6)
                     assert row[f"{name}_acc"] == (logits.argmax(1) == y).double().mean().item()
                 norm = torch.cat([p.flatten() for p in model.parameters()]).double().norm().item()
-                # A length that is rounded otherwise moves clipped gradients by some 1e-7 of themselves, and AdamW's steps
-                # of 1e-3 by no more: in 30 steps that is less than 30 * 1e-3 * sqrt(P) * 1e-7 of a length of 10.
+                # A length that is rounded otherwise moves clipped gradients by some 1e-7 of themselves, and AdamW's
+                # steps of 1e-3 by no more: in 30 steps that is less than 30 * 1e-3 * sqrt(P) * 1e-7 of a length of 10.
                 assert row["weight_norm"] == pytest.approx(norm, rel=1e-8)
         index = torch.from_numpy(stream.randint(0, 24, 16))
         optimizer.zero_grad()

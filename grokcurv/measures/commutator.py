@@ -80,6 +80,10 @@ KEPT = ("noise_floor", "reliable", "grad_norm", "grad_cosine", "grad_cosine_erro
 of its own, and the published formula, which is reported with its faults."""
 
 
+Plan = tuple[tuple[Method, bool, tuple[int, ...]], ...]
+"""Which runs are measured by which method, and whether that is checked."""
+
+
 class Commutator:
     """Commutator defects of R runs: what :data:`FIELDS` names.
 
@@ -126,21 +130,22 @@ class Commutator:
             theta = engine.thetas(range(engine.runs))
             self._before = theta.clone() if engine.shared else theta  # a copy already
 
-    def observe(self, step: int, pairs: Sequence[PairOfRuns]) -> Tensor:
-        """(R, 2 + columns) float64 on the device: the method, by its place, what the row has to do with ``.grad``, and
-        the numbers."""
-        if self.trajectory is not None:
-            self.trajectory.update_basis()
-        rows: dict[int, Tensor] = {}
+    def plan(self, step: int) -> Plan:
+        """How each run is to be measured at this step; checks that are due are taken to be made."""
         groups: dict[tuple[Method, bool], list[int]] = {}
         for run, method in enumerate(self._methods()):
             groups.setdefault((method, self._check_due(method, step, run)), []).append(run)
-        for (method, check), runs in groups.items():
-            rows |= zip(runs, self._observe(step, pairs, runs, method, check).unbind(0), strict=True)
-        row = torch.stack([rows[run] for run in range(len(rows))])
-        if not capturing(self.probe.gradients.device):
-            self._note(row[:, 2 + FIELDS.index("reliable")])
-        return row
+        return tuple((method, check, tuple(runs)) for (method, check), runs in groups.items())
+
+    def observe(self, step: int, pairs: Sequence[PairOfRuns], plan: Plan) -> Tensor:
+        """(R, 2 + columns) float64 on the device: the method, by its place, what the row has to do with ``.grad``, and
+        the numbers. A captured one is replayed as it was planned."""
+        if self.trajectory is not None:
+            self.trajectory.update_basis()
+        rows: dict[int, Tensor] = {}
+        for method, check, runs in plan:
+            rows |= zip(runs, self._observe(step, pairs, list(runs), method, check).unbind(0), strict=True)
+        return torch.stack([rows[run] for run in range(len(rows))])
 
     def _observe(self, step: int, pairs: Sequence[PairOfRuns], runs: list[int], method: Method, check: bool) -> Tensor:
         """The rows of some runs, all by one method."""
@@ -195,10 +200,10 @@ class Commutator:
             self._gave_up = [gave or not well for gave, well in zip(self._gave_up, verdict, strict=True)]
         return ["bracket" if gave else self.probe.method for gave in self._gave_up]
 
-    def _note(self, reliable: Tensor) -> None:
-        """Have the host learn, in its own time, which runs' measurements were reliable."""
+    def note(self, row: Tensor) -> None:
+        """Have the host learn, in its own time, which runs' measurements were reliable, of what was observed."""
         if self._falls_back and is_asynchronous(self.probe.gradients.device) and not all(self._gave_up):
-            self._verdicts.append(copy_to_host_async(reliable))
+            self._verdicts.append(copy_to_host_async(row[:, 2 + FIELDS.index("reliable")]))
 
     def _rows(
         self, stats: CommutatorStats, runs: list[int], reliable: Tensor, reference: Tensor, gradient: Tensor

@@ -9,8 +9,9 @@ from typing import Any
 
 from grokcurv.gradients import Strategy
 from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.measured import MonitorFactory
 from grokcurv.modular.process import threads_of
-from grokcurv.modular.program import MEASURED_ALIKE, MonitorFactory, Program, ProgressOfRuns
+from grokcurv.modular.program import MEASURED_ALIKE, Program, ProgressOfRuns
 from grokcurv.modular.run import Training
 from grokcurv.runs import Run
 

@@ -1,0 +1,53 @@
+"""What runs are trained on and measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grokcurv.modular.draws import PhiloxDraws
+from grokcurv.modular.network import Batch
+from grokcurv.modular.run import Training
+
+
+class Batches:
+    """What R runs are trained on, and measured with, at their present steps; drawn together.
+
+    Attributes:
+        steps: (R,) int64, where the runs stand.
+    """
+
+    def __init__(self, runs: Sequence[Training]) -> None:
+        self.runs, config, device = list(runs), runs[0].config, torch.device(runs[0].config.device)
+        self.steps = torch.tensor([run.step for run in runs], device=device)
+        self._draws = runs[0].draws or PhiloxDraws([run.config.seed for run in runs], device)
+        self._whole = [(run.data.train_pairs, run.data.train_answers) for run in runs]
+        together = (torch.cat(parts) if len(runs) > 1 else parts[0] for parts in zip(*self._whole, strict=True))
+        self._pairs, self._answers = together
+        self._sizes = torch.tensor([len(answers) for _, answers in self._whole], device=device)
+        self._starts = (self._sizes.cumsum(0) - self._sizes)[:, None]
+        self._rows, self._measured = config.batch_size, config.measure_rows
+
+    def training(self, *, following: bool = False) -> list[Batch]:
+        """The batches of this step, or of the one after it; R of them."""
+        if not self._rows:
+            return self._whole
+        return self._take(self._draws.training(self.steps, self._sizes, self._rows, following=following))
+
+    def measuring(self, count: int, drawn: int) -> list[list[Batch]]:
+        """``count`` batches of each run, R of them each, beyond those that were drawn at this step before."""
+        if not self._draws.stateless:
+            drawn = 0
+        index = self._draws.measuring(self.steps, self._sizes, (drawn + count) * self._measured)
+        return [self._take(rows) for rows in index.split(self._measured, 1)[drawn:]]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether batches may be drawn that nobody asks for."""
+        return self._draws.stateless
+
+    def _take(self, index: Tensor) -> list[Batch]:
+        index = index + self._starts
+        return list(zip(self._pairs[index], self._answers[index], strict=True))

@@ -1,0 +1,239 @@
+"""Runs that are measured together, and the monitor that does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grokcurv.evaluation import LossFn
+from grokcurv.flat import attention_segments
+from grokcurv.gradients import Distributed, GradientEngine, Strategy
+from grokcurv.measures.commutator import Plan
+from grokcurv.modular.batches import Batches
+from grokcurv.modular.config import TrainConfig
+from grokcurv.modular.network import Batch, training_loss
+from grokcurv.modular.run import Training
+from grokcurv.monitor import CurvatureMonitor
+from grokcurv.pairs import Pair, PairOfRuns
+from grokcurv.pca import StreamingPCA
+
+MonitorFactory = Callable[[nn.Module, Callable[[], Pair]], CurvatureMonitor]
+
+
+class Measured:
+    """Runs that stand at one step and are measured by one monitor.
+
+    Attributes:
+        runs: those that have not ended.
+        plan: how this step measures them; empty where it does not.
+        bad: those that this step has found to have weights that are not finite.
+    """
+
+    monitor: CurvatureMonitor
+    capturable = False
+    plan: Plan = ()
+
+    def __init__(self, runs: Sequence[Training]) -> None:
+        self.runs, self.batches = list(runs), Batches(runs)
+        self.bad: set[Training] = set()
+        self._at, self._drawn = -1, 0
+        self._waiting: list[PairOfRuns] = []
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether this step's batch is measured against the next one."""
+        return self.monitor.sampler is None
+
+    @property
+    def kind(self) -> Hashable:
+        """What steps must share to launch the same."""
+        return self.plan, bool(self.plan) and self.monitor.probe.basis is None
+
+    def adopt(self, runs: Sequence[Training], batches: Batches, theta: Tensor, gradient: Tensor) -> None:
+        """Find the runs' rows in a program."""
+        self.places = [runs.index(run) for run in self.runs]
+        self.batches = batches if self.runs == runs else Batches(self.runs)
+
+    def draw(self) -> PairOfRuns:
+        """A pair of measurement batches of each run; those of a step are drawn together, where that takes nothing."""
+        config, step = self.batches.runs[0].config, self.batches.runs[0].step
+        if self._at != step:
+            self._at, self._drawn, self._waiting = step, 0, []
+        if not self._waiting:
+            count = config.pairs if self.batches.ahead else 1
+            drawn = iter(self.batches.measuring(2 * count, 2 * self._drawn))
+            self._waiting = list(zip(drawn, drawn, strict=True))
+            self._drawn += count
+        return self._waiting.pop(0)
+
+    def prepare(self) -> None:
+        """Do what the host does before a step, and leave runs whose weights are not finite."""
+
+    def launch(self, batches: Sequence[Batch] | None = None) -> Tensor | None:
+        """Do what the device does: measure the training batches that are given, or what is drawn."""
+        raise NotImplementedError  # a guest's monitor is not told apart like this
+
+    def advance(self, found: Tensor | None) -> None:
+        """Do what the host does with what was found."""
+
+    def leave(self, run: Training) -> None:
+        """Go on without a run."""
+        run.detach()
+        self.runs.remove(run)
+
+
+class Guest(Measured):
+    """A run that is alone, with a monitor that somebody else has made."""
+
+    def __init__(self, run: Training, monitor: MonitorFactory) -> None:
+        super().__init__([run])
+        self.monitor = monitor(run.model, self._draw_alone)
+        run.attach(self.monitor)
+
+    def launch(self, batches: Sequence[Batch] | None = None) -> None:
+        try:
+            if batches is None:
+                self.monitor.step()
+            else:
+                self.monitor.step(batches[0], self.batches.training(following=True)[0])
+        except ValueError:
+            (run,) = self.runs
+            if run.finite():
+                raise
+            run.evaluate_bad()
+            self.bad = {run}
+
+    def _draw_alone(self) -> Pair:
+        (first,), (second,) = self.draw()
+        return first, second
+
+
+class Group(Measured):
+    """Runs that their settings describe as measured alike."""
+
+    def __init__(self, runs: Sequence[Training], strategy: Strategy) -> None:
+        super().__init__(runs)
+
+        def engine(loss: LossFn, strategy: Strategy) -> RunsEngine:
+            self.engine = RunsEngine(runs[0].model, loss, strategy, len(runs))
+            return self.engine
+
+        config = runs[0].config
+        self.monitor = monitor_of(config, runs[0].model, self.draw, Distributed(engine), len(runs), strategy)
+        self.capturable = not config.alignment
+        for place, run in enumerate(runs):
+            run.attach(self.monitor, place)
+
+    def adopt(self, runs: Sequence[Training], batches: Batches, theta: Tensor, gradient: Tensor) -> None:
+        super().adopt(runs, batches, theta, gradient)
+        self.engine.adopt(theta, gradient, self.places)
+
+    def prepare(self) -> None:
+        self.bad = {run for run in self.runs if self.monitor.feeds and not run.finite()}
+        for run in self.bad:
+            run.evaluate_bad()
+            self.leave(run)
+        if self.runs and self.monitor.feeds:
+            self.monitor.feed()
+        self.plan = self.monitor.plan() if self.runs else ()
+
+    def launch(self, batches: Sequence[Batch] | None = None) -> Tensor | None:
+        start = time.perf_counter()
+        pairs: list[PairOfRuns] = []
+        if self.plan and batches is not None:
+            pairs = [([batches[place] for place in self.places], self.batches.training(following=True))]
+        elif self.plan:
+            pairs = self.monitor.draw()
+        return self.monitor.launch(pairs, self.plan, start) if self.runs else None
+
+    def advance(self, found: Tensor | None) -> None:
+        if self.runs:
+            self.monitor.advance(found)
+
+    def leave(self, run: Training) -> None:
+        place = self.runs.index(run)
+        super().leave(run)
+        left = [other for other in range(len(self.runs) + 1) if other != place]
+        self.places = [self.places[other] for other in left]
+        if not left:
+            return
+        self.batches = Batches(self.runs)
+        self.monitor.keep(left)
+        self.engine.keep(left)
+        for number, other in enumerate(self.runs):
+            other.place = (number,)
+
+
+class RunsEngine(GradientEngine):
+    """Gradients of several runs of one network, whose parameters are rows of a program's buffers."""
+
+    shared = True
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, runs: int) -> None:
+        self.runs = runs
+        super().__init__(model, loss_fn, strategy=strategy)
+
+    def adopt(self, theta: Tensor, gradient: Tensor, rows: Sequence[int]) -> None:
+        """Find the parameters, and the gradients that training leaves, in these rows of two buffers (R, P)."""
+        together = list(rows) == list(range(rows[0], rows[-1] + 1))
+        self._here = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=theta.device)
+        self._theta, self._gradient = theta, gradient
+
+    def keep(self, runs: list[int]) -> None:
+        """Go on with some of the runs; until :meth:`adopt` says otherwise their rows are where they were."""
+        here = self._here
+        rows = range(here.start, here.stop) if isinstance(here, slice) else here.tolist()
+        self.runs = len(runs)
+        self.adopt(self._theta, self._gradient, [rows[run] for run in runs])
+
+    def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
+        theta = self._of(self._theta, runs)
+        if out is None:
+            return theta
+        return out.copy_(theta[0])[None] if len(runs) == 1 else theta.to(out.dtype)
+
+    def theta_norms(self, runs: Sequence[int]) -> Tensor:
+        return self.partition.norms(self._of(self._theta, runs))
+
+    def training_gradients(self, runs: Sequence[int]) -> Tensor:
+        return self._of(self._gradient, runs)
+
+    def _of(self, buffer: Tensor, runs: Sequence[int]) -> Tensor:
+        """Rows of some runs; where they stand together, without a copy."""
+        rows = buffer[self._here]
+        return rows if len(runs) == self.runs else rows[list(runs)]
+
+
+def monitor_of(
+    config: TrainConfig,
+    network: nn.Module,
+    sampler: Callable[[], Any],
+    model: Distributed,
+    runs: int,
+    strategy: Strategy,
+) -> CurvatureMonitor:
+    """The monitor that settings describe: PCA over the attention matrices, or over everything where there are none.
+
+    ``model`` says where the parameters of its runs are.
+    """
+    segments = attention_segments(network) if config.architecture == "transformer" else None
+    return CurvatureMonitor(
+        model,
+        training_loss(config if config.successive else replace(config, float64_logits=True)),
+        every=config.measure_every,
+        pairs=config.pairs,
+        pca=StreamingPCA(segments=segments, runs=runs) if config.pca_every else None,
+        pca_every=config.pca_every or 1,
+        sampler=None if config.successive else sampler,
+        design=config.design,
+        alignment=config.alignment,
+        method=config.method,
+        eta=config.eta,
+        strategy=strategy,
+        gradient="trusted",  # it is that of this very loss, before clipping
+    )
