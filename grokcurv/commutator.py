@@ -162,11 +162,12 @@ class CommutatorProbe:
 
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
     Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
-    and one parameter's gradient on its way to them (a kept ``delta`` aside; eight and a half when a bracket is admitted
-    or checked); short vectors, of several pairs, are evaluated together, in at most 32 MB for each run. ``errors``
-    holds what the latest check of each run has found, by the form it was made for: (R, 2, 2), the greatest absolute and
-    relative error of the two gradients at theta, and of the two other vectors; and ``errors["given"]`` how far a
-    gradient that was given was from that in float64.
+    and one parameter's gradient on its way to them (a kept ``delta`` aside; eight and a half in float64 brackets, at
+    admission, in a check, and in every pair of a loss with kinks: autograd has a part of each parameter's product early
+    and the other late); short vectors, of several pairs, are evaluated together, in at most 32 MB for each run.
+    ``errors`` holds what the latest check of each run has found, by the form it was made for: (R, 2, 2), the greatest
+    absolute and relative error of the two gradients at theta, and of the two other vectors; and ``errors["given"]`` how
+    far a gradient that was given was from that in float64.
 
     A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.is_nonsmooth`) is evaluated in
     float64 throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a
@@ -437,15 +438,16 @@ class CommutatorProbe:
     def _prepare(
         self, form: Form, runs: tuple[int, ...], those: list[NumberedPair], chained: bool, before: Pairs | None
     ) -> Pairs:
-        """Memory for some pairs, that of the ones before if it fits: four vectors for each, and a scratch of two, or of
-        one in float64, beyond the model's own."""
+        """Memory for some pairs, that of the ones before if it fits: four vectors for each, and a scratch for one point
+        in float64, or for as many as there are in the model's own precision, beyond the model's own."""
         engine, vectors = self.gradients, len(those) * len(runs)
         if before is not None and before.work.shape[1] == vectors:
             return replace(before, those=those, begun=False, given=False)
         wide = torch.finfo(torch.float64).bits // torch.finfo(engine.dtype).bits if self.noise_floor else 1
+        points = 1 if form == "bracket" else 2  # products are taken where the gradients are, without a step
         padded = -(-engine.size // PADDING) * PADDING
         work = torch.empty(4, vectors, engine.size, dtype=engine.dtype, device=engine.device)
-        scratch = torch.empty(max(2, wide), padded, dtype=engine.dtype, device=engine.device)
+        scratch = torch.empty(max(points, wide), padded, dtype=engine.dtype, device=engine.device)
         return Pairs(form, self._segment_table(), runs, those, chained, work, scratch)
 
     def _measured(

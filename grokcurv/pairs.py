@@ -36,7 +36,7 @@ class Pairs:
         runs: the runs, by their numbers in the engine.
         chained: whether each pair begins with the batch that the one before ended with.
         work: (4, K R, P): the gradients on A and on B, and those past a step, or products.
-        scratch: memory for a point and one past a step, or for one of them in float64.
+        scratch: memory for a point and, unless in brackets, one past a step; or for one of them in float64.
         begun: whether the first pairs' first gradients are in ``work`` already.
         given: whether training has given them.
     """

@@ -286,6 +286,16 @@ def test_derivatives_are_refused(derivative: Callable[..., Any]) -> None:
         derivative(lambda x: ops.gram(x).sum())(torch.ones(2, 3))
 
 
+def test_writing_in_place_takes_no_second_memory() -> None:
+    rows, eta = torch.zeros(2, 5), torch.zeros(2, dtype=FLOAT64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        ops.perturb(torch.zeros(5), rows, eta, out=torch.zeros(2, 5))
+        ops.rotate_(rows, torch.zeros(1, 2, 2, dtype=FLOAT64))
+    called = {event.key for event in profiled.key_averages()}
+    assert {"grokcurv::perturb_out", "grokcurv::rotate_"} <= called
+    assert not called & {"aten::empty_like", "aten::new_empty"}
+
+
 def test_outputs_may_not_overlap_inputs() -> None:
     memory = torch.zeros(30)
     theta, eta = torch.zeros(5), torch.zeros(2, dtype=FLOAT64)

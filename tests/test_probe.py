@@ -454,9 +454,11 @@ MEMORY = """
 import re, sys, torch
 import grokcurv as gc
 torch.set_num_threads(1)
-checked = sys.argv[3] == "checked"
+torch.use_deterministic_algorithms(True)  # fills what is allocated, so that memory counts before anything is in it
+checked, kinked = sys.argv[3] != "unchecked", sys.argv[3] == "with kinks"
 width = 512 if checked else 1024
-model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(16)))
+layers = [torch.nn.Linear(width, width, bias=False) for _ in range(16)]
+model = torch.nn.Sequential(*layers, *[torch.nn.ReLU()] * kinked)
 batch = torch.randn(2, width)
 loss_fn = lambda m, x: m(x).square().mean()
 small = torch.nn.Linear(2, 2)
@@ -475,8 +477,10 @@ print((status("VmHWM") - before) / (4 * width * width * 16))
     [
         *(("difference", "unchecked", pairs, 6.0 + 2 / 16) for pairs in (1, 3)),
         *(("bracket", "unchecked", pairs, 6.0 + 2 / 16) for pairs in (1, 3)),
-        ("difference", "checked", 1, 6.0 + 8 / 16),  # one layer's own gradient in float64, and its distance
-        ("bracket", "checked", 1, 8.0 + 8 / 16),  # each layer's product has two parts, which autograd adds at the end
+        # One layer's own gradient in float64, and its distance.
+        *(("difference", check, 1, 6.0 + 8 / 16) for check in ("checked", "with kinks")),
+        # Each layer's product has two parts, which autograd adds at the end.
+        *(("bracket", check, pairs, 8.0 + 8 / 16) for check, pairs in (("checked", 1), ("with kinks", 2))),
     ],
 )
 def test_at_most_six_vectors_of_memory(method, check, pairs, most):

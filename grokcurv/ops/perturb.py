@@ -28,13 +28,17 @@ def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = 
     return out
 
 
-def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+def _check_inputs(theta: Tensor, directions: Tensor, eta: Tensor) -> None:
     check("theta", theta, FLOATS, ("P",), rows="N")
     check("directions", directions, theta.dtype, ("N", theta.shape[-1]), theta)
     n, p = directions.shape
     if theta.dim() == 2:
         check("theta", theta, FLOATS, (p,), rows=n)
     check("eta", eta, torch.float64, (n,), theta)
+
+
+def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
+    _check_inputs(theta, directions, eta)
     return torch.empty_like(directions)
 
 
@@ -45,7 +49,7 @@ def _perturb_run(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
 
 
 def _perturb_out_fake(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
-    _perturb_fake(theta, directions, eta)
+    _check_inputs(theta, directions, eta)
     check("out", out, theta.dtype, tuple(directions.shape), theta)
 
 

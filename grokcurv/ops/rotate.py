@@ -55,14 +55,17 @@ def rotate_(
     return rows
 
 
-def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
+def _check_inputs(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
     check("rows", rows, FLOATS, ("m", "P"))
-    m, p = rows.shape
     if segments is not None:
         check_table("segments", segments, ("S", 2))
     count = 1 if segments is None else segments.shape[0]
-    check("coefficients", coefficients, torch.float64, (count, "q", m), rows)
-    return rows.new_empty((coefficients.shape[1], p), dtype=compute_type(rows.dtype))
+    check("coefficients", coefficients, torch.float64, (count, "q", rows.shape[0]), rows)
+
+
+def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
+    _check_inputs(rows, coefficients, segments)
+    return rows.new_empty((coefficients.shape[1], rows.shape[1]), dtype=compute_type(rows.dtype))
 
 
 def _rotate_run(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
@@ -77,7 +80,7 @@ def _rotate_run(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> 
 def _rotate_in_place_fake(
     rows: Tensor, coefficients: Tensor, segments: Tensor | None, mean: Tensor | None, weights: Tensor | None
 ) -> None:
-    _rotate_fake(rows, coefficients, segments)
+    _check_inputs(rows, coefficients, segments)
     if coefficients.shape[1] > rows.shape[0]:
         raise ValueError(f"coefficients make {coefficients.shape[1]} rows, which do not fit over {rows.shape[0]}")
     if (mean is None) != (weights is None):
