@@ -224,7 +224,9 @@ class CurvatureMonitor:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
             pairs = self.draw() if self.sampler is not None else self._pair(batch, next_batch)
         found = self.launch(pairs, self.commutator.plan(self._steps) if pairs else (), start)
-        if not captured:
+        if captured:
+            self._clock += 1
+        else:
             self.advance(found)
 
     def plan(self) -> Plan:
@@ -232,23 +234,22 @@ class CurvatureMonitor:
         return self.commutator.plan(self._steps) if self.due else ()
 
     def launch(self, pairs: Sequence[PairOfRuns], plan: Plan, start: float) -> Tensor | None:
-        """What the device does of a step: measure as planned, if at all, write that down, and count.
+        """What the device does of a step: measure as planned, if at all, and write that down.
 
         (R, 2 + columns) what was found, for :meth:`advance`. A captured one may be replayed where the plan is the same.
         """
-        found = None
-        if plan:
-            found = self.commutator.observe(self._steps, pairs, plan)
-            method, gradient, *values = found.unbind(1)
-            captured = capturing(self.probe.gradients.device)
-            seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)
-            row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values], 1)
-            self._records.append(row.flatten())
-        self._clock += 1
+        if not plan:
+            return None
+        found = self.commutator.observe(self._steps, pairs, plan)
+        method, gradient, *values = found.unbind(1)
+        captured = capturing(self.probe.gradients.device)
+        seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)
+        row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values], 1)
+        self._records.append(row.flatten())
         return found
 
     def advance(self, found: Tensor | None) -> None:
-        """What the host does of it, after a launch or a replay of one."""
+        """What is done after a launch, or a replay of one: have the host learn of what was found, and count."""
         if found is not None:
             self._records.drain()
             self.commutator.note(found)
@@ -257,6 +258,7 @@ class CurvatureMonitor:
         # The last update is the difference of two calls' parameters, so the call before one that measures keeps its
         # own.
         self._steps += 1
+        self._clock += 1
         self.commutator.remember(self.due)
 
     def _pair(self, batch: Any, next_batch: Any) -> list[PairOfRuns]:
