@@ -17,8 +17,8 @@ from grokcurv.pairs import Pair, Pairs, Sums
 from grokcurv.state import Snapshot
 
 GIVEN = "given"
-"""Where :attr:`CommutatorProbe.errors` has (R, 3) the distance of a given first gradient from that in float64, the
-greatest such distance of the probe's own evaluations beside it, and the gradient's length."""
+"""Where :attr:`CommutatorProbe.errors` has (R, 3) the distance of a given gradient from that in float64, the greatest
+such distance of the probe's own evaluations beside it, and the first gradient's length."""
 
 STALE_MARGIN = 4.0
 """How many times larger an error may be than those of the latest check, in a pair that is not checked itself."""
@@ -159,10 +159,11 @@ class Checks:
 
     def compare_given(self, pairs: Pairs, found: Tensor) -> None:
         """Note how far a gradient that was given is from float64, and how far the probe's own evaluations are."""
-        runs, own = len(pairs.runs), found[1:3, :, 0].amax(0)
-        # The fourth was taken along the gradient that was given, and errs with it.
-        given = torch.stack([found[0, :, 0], own, found[0, :, 1]], 1)[:runs]
-        self._write(self.errors, GIVEN, pairs.runs, given)
+        distance, length, _ = found.unbind(-1)
+        # Where one was given, the fourth was taken along it, and errs with it.
+        given, own = distance[: pairs.given].amax(0), distance[pairs.given : pairs.given + 2].amax(0)
+        found = torch.stack([given, own, length[0]], 1)[: len(pairs.runs)]
+        self._write(self.errors, GIVEN, pairs.runs, found)
 
     def _remember(self, pairs: Pairs, found: Tensor) -> None:
         """Keep what a check has found, (2, N, 2), and of where it is true."""

@@ -48,9 +48,6 @@ RENAMED: dict[str, Method] = {"reference": "published"}
 Design = Literal["independent", "chain"]
 DESIGNS: tuple[Design, ...] = ("independent", "chain")
 
-REFERENCE_GUARD = 1e-12
-"""Added to the denominator by the published float32 formula, and by nothing else here."""
-
 AUTO_STEP = 3e-6
 """``eta="auto"``: length of the step relative to the length of theta, for float32."""
 
@@ -137,8 +134,8 @@ class CommutatorStats:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> CommutatorStats:
         """With each of its tensors changed."""
-        columns = ((column.name, getattr(self, column.name)) for column in fields(self))
-        changed: dict[str, Any] = {name: change(x) for name, x in columns if isinstance(x, Tensor)}
+        own = (item for item in vars(self).items() if item[0] != "reliable")
+        changed: dict[str, Any] = {name: change(x) for name, x in own if isinstance(x, Tensor)}
         return replace(self, **changed)
 
 
@@ -161,13 +158,13 @@ class CommutatorProbe:
     """Measures commutator defects of ``model`` without touching it.
 
     Parameters, gradients, buffers, training mode and the visible random generators are left exactly as they were.
-    Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is,
-    and one parameter's gradient on its way to them (a kept ``delta`` aside; eight and a half in float64 brackets, at
-    admission, in a check, and in every pair of a loss with kinks: autograd has a part of each parameter's product early
-    and the other late); short vectors, of several pairs, are evaluated together, in at most 32 MB for each run.
-    ``errors`` holds what the latest check of each run has found, by the form it was made for: (R, 2, 2), the greatest
-    absolute and relative error of the two gradients at theta, and of the two other vectors; and ``errors["given"]`` how
-    far a gradient that was given was from that in float64.
+    Pairs are streamed: beyond the model's own, at most six vectors of P are alive whatever the number of pairs is, and
+    one parameter's gradient on its way to them, or all of it up to 2^20 parameters (a kept ``delta`` aside; eight and a
+    half in float64 brackets, at admission, in a check, and in every pair of a loss with kinks: autograd has a part of
+    each parameter's product early and the other late); short vectors, of several pairs, are evaluated together, in at
+    most 32 MB for each run. ``errors`` holds what the latest check of each run has found, by the form it was made for:
+    (R, 2, 2), the greatest absolute and relative error of the two gradients at theta, and of the two other vectors; and
+    ``errors["given"]`` how far a gradient that was given was from that in float64.
 
     A loss with kinks (ReLU, max-pooling: :meth:`grokcurv.gradients.GradientEngine.is_nonsmooth`) is evaluated in
     float64 throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a
@@ -341,7 +338,7 @@ class CommutatorProbe:
             (([a], [b]) for a, b in _take(source, pairs)),
             keep_delta=keep_delta,
             method=method,
-            first_gradients=None if first_gradient is None else first_gradient[None],
+            first_gradients=() if first_gradient is None else (first_gradient[None],),
             design=design,
             check=check,
             seed=seed,
@@ -354,7 +351,7 @@ class CommutatorProbe:
         *,
         keep_delta: bool = False,
         method: Method | None = None,
-        first_gradients: Tensor | None = None,
+        first_gradients: Sequence[Tensor] = (),
         design: Design = "independent",
         check: bool = True,
         seed: int = 0,
@@ -364,7 +361,7 @@ class CommutatorProbe:
         Args:
             source: K pairs, each of R batches and R batches.
             runs: which of the engine's runs are measured, R of them; all by default.
-            first_gradients: (R, P), as ``first_gradient``.
+            first_gradients: (R, P), as ``first_gradient``; or this and that on the first pair's second batches.
             keep_delta, method, design, check, seed: as for :meth:`measure`.
         """
         engine = self.gradients
@@ -374,8 +371,8 @@ class CommutatorProbe:
         # The first use of a given gradient is always held against float64, whatever check_every says: an error there is
         # one of what the user passes (another loss, a clipped gradient), which no rounding explains.
         form: Form = "bracket" if method == "bracket" else "difference"
-        uncompared = first_gradients is not None and form == "difference" and GIVEN not in self.checks.errors
-        check = self.noise_floor and (check or form not in self.checks.errors or uncompared)
+        uncompared = first_gradients and form == "difference" and GIVEN not in self.checks.errors
+        check = self.noise_floor and (check or form not in self.checks.errors or bool(uncompared))
         runs = tuple(range(engine.runs) if runs is None else runs)
         chained = design == "chain"
         pairs: Pairs | None = None
@@ -394,7 +391,7 @@ class CommutatorProbe:
                         first = those[0].number == 0
                         # The gradient at theta on the batch in the middle of a chain is the second of the pair before:
                         # this is the one gradient in four that a chain saves.
-                        linked = pairs.ends if chained and pairs is not None and form == "difference" else None
+                        linked = (pairs.ends,) if chained and pairs is not None and form == "difference" else ()
                         known = first_gradients if first else linked
                         while True:
                             generation = engine.evaluator.generation
@@ -404,7 +401,7 @@ class CommutatorProbe:
                                 break
                             # The model was seen to do what it had not done before, such as to draw: what was computed
                             # before that, or was given, may not be of one function with what came after.
-                            known = None
+                            known = ()
                         rows += found
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
@@ -442,7 +439,7 @@ class CommutatorProbe:
         in float64, or for as many as there are in the model's own precision, beyond the model's own."""
         engine, vectors = self.gradients, len(those) * len(runs)
         if before is not None and before.work.shape[1] == vectors:
-            return replace(before, those=those, begun=False, given=False)
+            return replace(before, those=those, begun=0, given=0)
         wide = torch.finfo(torch.float64).bits // torch.finfo(engine.dtype).bits if self.noise_floor else 1
         points = 1 if form == "bracket" else 2  # products are taken where the gradients are, without a step
         padded = -(-engine.size // PADDING) * PADDING
@@ -451,54 +448,55 @@ class CommutatorProbe:
         return Pairs(form, self._segment_table(), runs, those, chained, work, scratch)
 
     def _measured(
-        self, pairs: Pairs, method: Method, keep_delta: bool, known: Tensor | None, check: bool
+        self, pairs: Pairs, method: Method, keep_delta: bool, known: Sequence[Tensor], check: bool
     ) -> list[CommutatorStats]:
         """The rows of some pairs, in the model's own precision, and in float64 where that is due, or in doubt."""
         engine, traits, runs = self.gradients, self.gradients.traits, len(pairs.runs)
         if pairs.form == "bracket" and engine.brackets and traits.brackets is False:
             pairs.work.fill_(math.nan)
             eta, errors = self._step(pairs), pairs.unknown(math.inf)
-            return [self._stats(pairs, eta, self._sums(pairs, eta, keep_delta), errors, method)]
+            return [self._stats(pairs, self._sums(pairs, eta, keep_delta), errors, method)]
         # floored: true where float64 can be evaluated, all of it, and the model repeats itself; only then has a row a
         # floor. exactly: true for losses with kinks, all of whose rows are evaluated in float64, since one unit that
         # rounding switches moves a gradient by a jump; what training has computed is no good there.
         floored = self.noise_floor and traits.exact and traits.trusted
         exactly = floored and traits.nonsmooth and engine.dtype != torch.float64
-        pairs.given = known is not None and pairs.those[0].number == 0
-        pairs.begun = known is not None and not (exactly and pairs.given)
-        if known is not None and pairs.begun:
-            pairs.work[0, :runs].copy_(known)
+        pairs.given = len(known) if pairs.those[0].number == 0 else 0
+        pairs.begun = 0 if exactly and pairs.given else len(known)
+        for row, gradients in zip(pairs.work, known[: pairs.begun], strict=False):
+            row[:runs].copy_(gradients)
         if exactly:
             rows = []
             for v in range(len(pairs)):
                 one = pairs.part(v, v + 1)
                 if pairs.chained and v >= runs:
                     one.work[0].copy_(pairs.work[1, v - runs : v - runs + 1])
-                    one.begun = True
+                    one.begun = 1
                 rows.append(self._certified(one, method, keep_delta, check and v < runs))
             return rows
-        # First the four vectors in the model's own precision, as the user's training has them, with errors as the
-        # latest check found them. That is all, unless a check is due or something in the row says that the latest one
-        # does not speak of it.
-        eta = self._evaluated(pairs)
-        sums = self._sums(pairs, eta, keep_delta)
-        stats = self._stats(pairs, eta, sums, self.checks.expected(pairs, floored), method)
-        if not floored:
-            return [stats]
-        due = [True] * len(pairs) if check else self._doubtful(pairs, stats, sums)
-        if not any(due):
-            return [stats]
+        # First the four vectors in the model's own precision, as the user's training has them. A row of these, with
+        # errors as the latest check found them, is all, unless a check is due or something in the row says that the
+        # latest one does not speak of it.
+        eta, due = self._evaluated(pairs), check and floored
+        sums = self._sums(pairs, eta, keep_delta and not due)
+        published = sums.published
+        done: dict[int, CommutatorStats] = {}
+        if not due:
+            stats = self._stats(pairs, sums, self.checks.expected(pairs, floored), method)
+            doubtful = self._doubtful(pairs, stats, sums) if floored else [False]
+            if not any(doubtful):
+                return [stats]
+            done = {v: stats[v : v + 1] for v, doubt in enumerate(doubtful) if not doubt}
+            del stats
+        del sums  # and a delta
         # Then the same four in float64, along the float32 directions: the row that comes out is the better one, and its
         # error is known, not predicted.
-        together = len(pairs) if check and engine.strategy == "vmap" else 1
-        parts = [stats[v : v + together] for v in range(0, len(pairs), together)]
-        del stats, sums
-        for place, v in enumerate(range(0, len(pairs), together)):
-            if due[v]:
-                published, parts[place] = parts[place].reference, replace(parts[place], delta=None)  # it takes a vector
-                part = replace(pairs.part(v, v + together), begun=False)
-                parts[place] = self._certified(part, method, keep_delta, check, published)
-        return parts
+        together = len(pairs) if due and engine.strategy == "vmap" else 1
+        for v in range(0, len(pairs), together):
+            if v not in done:
+                part = replace(pairs.part(v, v + together), begun=0)
+                done[v] = self._certified(part, method, keep_delta, check, published[v : v + together])
+        return [done[v] for v in sorted(done)]
 
     def _certified(
         self, pairs: Pairs, method: Method, keep_delta: bool, check: bool, published: Tensor | None = None
@@ -509,28 +507,30 @@ class CommutatorProbe:
         """
         engine, traits, exactly = self.gradients, self.gradients.traits, published is None
         found = pairs.unknown(0.0, 3)
+        along = check and not exactly and engine.strategy == "vmap" and pairs.form == "difference"
         # wide: true for float64 models, whose own evaluation is the exact one. They have nothing better to be held
         # against: only a gradient that was given is computed again, and may differ in its last bits.
         wide = engine.dtype == torch.float64
         if wide and not traits.widened:
             if pairs.given:
-                self._gradients(pairs, self._thetas(pairs), (0,), Check(found))
-                found[1, :, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, :, 1]
+                self._gradients(pairs, self._thetas(pairs), range(pairs.given), Check(found))
+                found[pairs.given, :, 0] = LAST_BITS * torch.finfo(torch.float64).eps * found[0, :, 1]
                 self.checks.compare_given(pairs, found)
             eta = self._step(pairs)
         else:
             keep = (method == "published" or not engine.certifies) and not exactly
-            eta = self._evaluated(pairs, Check(found, keep))
+            eta = self._evaluated(pairs, Check(found, keep), along)
             if pairs.given and pairs.form == "difference" and not exactly:
                 self.checks.compare_given(pairs, found)
         sums = self._sums(pairs, eta, keep_delta)
         # What was found becomes the errors of these pairs, and the expectation for those that are not checked.
         errors = self.checks.learn(pairs, found, check, exactly, method == "published", self._sampled)
-        stats = self._stats(pairs, eta, sums, errors, method)
+        # Steps along gradients of the model's own precision have gone astray by as much as those were off.
+        steps = torch.maximum(errors[:2], found[:2, :, 0]) if along else None
+        stats = self._stats(pairs, sums, errors, method, steps, exact=True)
         if exactly and not check and any(self._doubtful(pairs, stats, sums)):
             errors = self.checks.learn(pairs, found, True, exactly, method == "published", self._sampled)
-            stats = self._stats(pairs, eta, sums, errors, method)
-        stats = replace(stats, exact=torch.ones_like(stats.exact))
+            stats = self._stats(pairs, sums, errors, method, exact=True)
         # The published formula is one of the model's own precision throughout.
         return stats if published is None or method == "published" else replace(stats, reference=published)
 
@@ -540,14 +540,18 @@ class CommutatorProbe:
             return [False] * len(pairs)
         return self.checks.doubtful(pairs, sums, stats.defect, stats.reliable)
 
-    def _evaluated(self, pairs: Pairs, exact: Check | None = None) -> Tensor:
+    def _evaluated(self, pairs: Pairs, exact: Check | None = None, along: bool = False) -> Tensor:
         """Fill the four vectors of all pairs; (N,) the steps' lengths."""
-        return self._brackets(pairs, exact) if pairs.form == "bracket" else self._differences(pairs, exact)
+        return self._brackets(pairs, exact) if pairs.form == "bracket" else self._differences(pairs, exact, along)
 
-    def _differences(self, pairs: Pairs, exact: Check | None) -> Tensor:
-        """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A."""
+    def _differences(self, pairs: Pairs, exact: Check | None, along: bool) -> Tensor:
+        """g_A and g_B at theta, g_A past a step along g_B, g_B past one along g_A.
+
+        ``along``: the steps are along the gradients that are there already, so that all four are one program.
+        """
         (g_a, g_b, _, _), runs = pairs.work, len(pairs.runs)
-        self._gradients(pairs, self._thetas(pairs, exact), (0, 1), exact)
+        if not along:
+            self._gradients(pairs, self._thetas(pairs, exact), range(2), exact)
         if exact is not None and pairs.begun:  # the end of the pair before, found as this one's was
             exact.found[0] = exact.found[1]
         if pairs.chained and len(pairs) > runs:
@@ -555,7 +559,8 @@ class CommutatorProbe:
         eta = self._step(pairs)
         # H_A g_B comes from the gradient on A past a step along g_B, and the other way round: the two steps cross.
         if self.gradients.strategy == "vmap":
-            self._gradients(pairs, self._points(pairs, eta, exact), (3, 2), exact)
+            which = range(0 if along else 2, 4)
+            self._gradients(pairs, self._points(pairs, eta, exact, len(which)), which, exact)
             return eta
         # One after the other, in memory for one.
         for index, direction in ((2, 1), (3, 0)):
@@ -566,30 +571,37 @@ class CommutatorProbe:
                 self.gradients.gradient(point, batch, pairs.work[index, v], seed=seed, check=check)
         return eta
 
-    def _gradients(self, pairs: Pairs, points: Tensor, which: tuple[int, ...], exact: Check | None) -> None:
+    def _gradients(self, pairs: Pairs, points: Tensor, which: range, exact: Check | None) -> None:
         """Gradients at points (a row of R, or one for each vector), into these of the four vectors of each pair."""
-        batches: list[Any] = []
-        seeds: list[int] = []
-        out, checks = [], []
-        for index in which:
-            place = pairs.wanted(index)
-            batches += pairs.batches(index % 2)[place]
-            seeds += pairs.seeds(index % 2)[place]
-            out.append(pairs.work[index, place])
-            checks.append(exact and exact.of((index, place)))
+        whole, wanted = slice(0, len(pairs)), [(index % 2, pairs.wanted(index)) for index in which]
+        batches, seeds = ([x for ab, place in wanted for x in of(ab)[place]] for of in (pairs.batches, pairs.seeds))
+        blocks = [(slice(index, index + 1), place) for index, (_, place) in zip(which, wanted, strict=True)]
+        if all(place == whole for _, place in blocks):  # one delivery
+            blocks = [(slice(which.start, which.stop), whole)]
+        out = [pairs.work[block].view(-1, pairs.work.shape[2]) for block in blocks]
+        checks = [exact and replace(exact, found=exact.found[block].view(-1, 3)) for block in blocks]
         self.gradients.gradients(points, batches, out, seeds=seeds, checks=checks)
 
     def _thetas(self, pairs: Pairs, exact: Check | None = None) -> Tensor:
         """(R, P) the parameters, in float64 for a check; in the scratch if they are of one run."""
         return self.gradients.thetas(pairs.runs, pairs.theta if exact is None else pairs.point)
 
-    def _points(self, pairs: Pairs, eta: Tensor, exact: Check | None) -> Tensor:
-        """(2 N, P) ``theta - eta g_A`` and ``theta - eta g_B``, rounded as the parameters are, or as good as not."""
-        thetas, eta = self._thetas(pairs, exact), eta.repeat(2)
-        directions = pairs.work[:2].reshape(len(eta), -1)
+    def _points(self, pairs: Pairs, eta: Tensor, exact: Check | None, count: int) -> Tensor:
+        """``theta - eta g_B`` and ``theta - eta g_A``, rounded as the parameters are, or as good as not.
+
+        Two blocks (N, P), or the last of four in float64, the others of which are theta.
+        """
+        thetas, n = self._thetas(pairs, exact), len(pairs)
+        directions = pairs.work[1], pairs.work[0]
         if exact is not None:
-            return thetas.repeat(len(eta) // len(thetas), 1).sub_(eta[:, None] * directions)
-        return ops.perturb(self._spread(thetas, len(eta)), directions, eta)
+            points = thetas.repeat(count * len(pairs.those), 1)
+            for past, along in zip(points[-2 * n :].split(n), directions, strict=True):
+                past.sub_(eta[:, None] * along)
+            return points
+        points, thetas = thetas.new_empty(2 * n, thetas.shape[1]), self._spread(thetas, n)
+        for past, along in zip(points.split(n), directions, strict=True):
+            ops.perturb(thetas, along, eta, out=past)
+        return points
 
     def _point(self, pairs: Pairs, direction: int, eta: Tensor, exact: Check | None) -> Tensor:
         """(P,) the same of one pair alone, in the scratch."""
@@ -606,7 +618,7 @@ class CommutatorProbe:
     def _brackets(self, pairs: Pairs, exact: Check | None) -> Tensor:
         """g_A, g_B, H_A g_B and H_B g_A at the parameters."""
         engine, thetas = self.gradients, self._thetas(pairs, exact)
-        self._gradients(pairs, thetas, (0,), exact)
+        self._gradients(pairs, thetas, range(1), exact)
         batches, seeds = (list(zip(of(0), of(1), strict=True)) for of in (pairs.batches, pairs.seeds))
         for v, ((a, b), (seed_a, seed_b)) in enumerate(zip(batches, seeds, strict=True)):
             g_a, g_b, h_a, h_b = pairs.work[:, v]
@@ -631,7 +643,7 @@ class CommutatorProbe:
             engine.product(theta, b, g_a, g_b, h_b, seeds[1], check.of((slice(1, 4, 2), 0)))
             engine.product(theta, a, g_b, g_a, h_a, seeds[0], check.of((slice(0, 4, 2), 0)))
         else:
-            self._gradients(replace(pairs, begun=False), theta[None], (0, 1), check)
+            self._gradients(replace(pairs, begun=0), theta[None], range(2), check)
         # The evaluations were held against vectors that have lost something in rounding; that much of the distance is
         # not of the evaluation.
         noise = (moved[:, 0, 0].square() - lost.square()).clamp_min(0.0).sqrt().nan_to_num(nan=math.inf)
@@ -675,7 +687,7 @@ class CommutatorProbe:
         )
         own = out.sums, out.coefficients, out.energies
         sums, coefficients, energies = self.gradients.partition.all_reduce_sum(*own)
-        return Sums(sums, coefficients, energies, out.delta if keep_delta else None)
+        return Sums(eta, sums, coefficients, energies, out.delta if keep_delta else None)
 
     def _basis_values(self, pairs: Pairs) -> Tensor | None:
         """(n,) the values of the basis that all pairs share, or (N, n)."""
@@ -686,27 +698,24 @@ class CommutatorProbe:
             values = values[list(pairs.runs)]
         return self._spread(values, len(pairs))
 
-    def _stats(self, pairs: Pairs, eta: Tensor, sums: Sums, errors: Tensor, method: Method) -> CommutatorStats:
-        """The rows of some pairs; ``errors`` (4, N) are the lengths of their vectors'."""
+    def _stats(
+        self, pairs: Pairs, sums: Sums, errors: Tensor, method: Method, steps: Tensor | None = None, exact: bool = False
+    ) -> CommutatorStats:
+        """The rows of some pairs; ``errors`` (4, N) are the lengths of their vectors', ``steps`` (2, N) those of what
+        the steps were along, if it is not the first two."""
         bracket = pairs.form == "bracket"
-        aa, bb, ab, dd, *_ = sums.sums.unbind(1)
-        lengths, delta, changes = sums.lengths[:2], sums.lengths[3], sums.lengths[4:6]
-        area, square = (aa * bb).sqrt(), eta.square()
-        unit = square * area
-        defect = delta / unit
+        eta, area, lengths, unit = sums.eta, sums.area, sums.lengths, sums.unit
+        defect, changes = lengths[3] / unit, lengths[4:6]
         # Rounding enters through the vectors that are subtracted, through the lengths that are divided by, and through
         # the directions of the steps; an error of a direction changes its difference, or product, in proportion.
         scale = area if bracket else eta * area
         rounding = (errors[2:] if bracket else errors).norm(dim=0)
-        n_a, n_b = errors[:2] / lengths
-        directions = torch.hypot(n_b * changes[0], n_a * changes[1]) / scale
+        n_a, n_b = relative = errors[:2] / lengths[:2]
+        s_a, s_b = relative if steps is None else steps / lengths[:2]
+        directions = torch.hypot(s_b * changes[0], s_a * changes[1]) / scale
         floor = FLOOR_MARGIN * torch.hypot(torch.hypot(rounding / scale, directions), defect * torch.hypot(n_a, n_b))
-        if bracket:
-            reference = torch.full_like(defect, math.nan)
-        else:
-            reference = sums.lengths[6] / (unit + REFERENCE_GUARD)
-            if method == "published":
-                defect, floor = reference, floor + sums.lengths[7] / unit
+        if method == "published":
+            defect, floor = sums.published, floor + lengths[7] / unit
         energies, count = sums.energies, len(self.segments)
         stats = CommutatorStats(
             method=method,
@@ -714,12 +723,12 @@ class CommutatorProbe:
             defect=defect,
             grad_norm_a=lengths[0],
             grad_norm_b=lengths[1],
-            grad_cosine=ab / area,
+            grad_cosine=sums.sums[:, 2] / area,
             grad_cosine_error=FLOOR_MARGIN * (n_a + n_b),
-            bracket_norm=delta / square,
+            bracket_norm=lengths[3] / eta.square(),
             noise_floor=floor,
-            exact=torch.zeros_like(floor, dtype=torch.bool),
-            reference=reference,
+            exact=torch.full_like(floor, exact, dtype=torch.bool),
+            reference=sums.published,
             energies=energies[:, :count] if count else None,
             delta=sums.delta,
         )
@@ -729,7 +738,7 @@ class CommutatorProbe:
         return replace(
             stats,
             parallel=inside.sqrt(),
-            residual=(dd - inside).clamp_min(0).sqrt(),
+            residual=(sums.sums[:, 3] - inside).clamp_min(0).sqrt(),
             coefficients=sums.coefficients,
             support=energies[:, count:].sum(1).sqrt(),
         )

@@ -64,10 +64,10 @@ class GradientEngine:
         loss_fn: ``loss_fn(model, batch)`` returning a scalar tensor.
         strategy: ``"auto"`` is ``graph`` for models of at most 2^24 parameters on a GPU, and ``loop`` for all others
             and wherever the former two do not go. ``vmap`` wants batches of tensors of the same shapes, and a model and
-            loss without random draws and without decisions on values; it evaluates the directions of a pair at once,
-            in memory for four vectors of P more. ``graph`` wants batches of tensors and no random draws; each shape of
-            batch, with the addresses and numbers that a capture keeps, has a graph of its own, captured when it is met
-            for the second time.
+            loss without random draws and without decisions on values; it evaluates the directions of a pair at once, in
+            memory for four vectors of P more, and checks all four in float64 at once, in memory for 24. ``graph`` wants
+            batches of tensors and no random draws; each shape of batch, with the addresses and numbers that a capture
+            keeps, has a graph of its own, captured when it is met for the second time.
 
     Randomness inside the model (dropout) is drawn from generators seeded by the caller, so that the same batch
     meets the same mask at different parameters; the visible generators are left as they were. ``stochastic`` says
@@ -171,6 +171,10 @@ class GradientEngine:
     def training_gradients(self, runs: Sequence[int]) -> Tensor:
         """(R, P) what training has left in the ``.grad`` of these runs' parameters."""
         return self.flatten_grad()[None]
+
+    def next_gradients(self, runs: Sequence[int]) -> Tensor | None:
+        """(R, P) the gradients on the batches that come next, where training has computed them with its own."""
+        return None
 
     def theta_norms(self, runs: Sequence[int]) -> Tensor:
         """(R,) float64: lengths of the parameters of these runs."""
@@ -315,7 +319,7 @@ class GradientEngine:
                 return
             found = self._batched(thetas, batches)
             for part, block, check in zip(found.split(list(map(len, blocks))), blocks, checks, strict=True):
-                deliver_rows(part, block, check)
+                deliver(part, block, check)
             return
         i = 0
         for block, check in zip(blocks, checks, strict=True):
@@ -676,31 +680,18 @@ class Distributed:
 Model = nn.Module | Distributed
 
 
-def deliver_whole(vector: Tensor, out: Tensor, check: Check | None, partition: Partition = WHOLE) -> None:
-    """A vector into ``out``, as :class:`Delivery` does with parts of one."""
-    norms = [partition.norm(out - vector), partition.norm(vector)] if check else []
+def deliver(vectors: Tensor, out: Tensor, check: Check | None, partition: Partition = WHOLE) -> None:
+    """A vector (P,), or several (n, P), into ``out``, as :class:`Delivery` does with parts of one."""
+    norms = [partition.norms(out - vectors), partition.norms(vectors)] if check else []
     if not (check and check.keep):
-        out.copy_(vector)
+        out.copy_(vectors)
     if check:
-        check.found.copy_(torch.stack([*norms, partition.norm(out - vector)]))
+        check.found.copy_(torch.stack([*norms, partition.norms(out - vectors)], -1))
 
 
 def repeated(rows: Tensor, count: int) -> Tensor:
     """(count, P) the rows (R, P) of all runs, over and over; themselves if they are so many."""
     return rows if len(rows) == count else rows.repeat(count // len(rows), 1)
-
-
-def deliver_rows(rows: Tensor, out: Tensor, check: Check | None) -> None:
-    """Vectors (n, P) into ``out``, as :func:`deliver_whole` does with one; ``found`` is (n, 3)."""
-
-    def lengths(x: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(x, dim=1).to(torch.float64)
-        return norms
-
-    norms = [lengths(out - rows), lengths(rows)] if check else []
-    out.copy_(rows)
-    if check:
-        check.found.copy_(torch.stack([*norms, lengths(out - rows)], 1))
 
 
 class _Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grokcurv.reference import Form
+from grokcurv.reference import SUMS, Form
+
+REFERENCE_GUARD = 1e-12
+"""Added to the denominator by the published float32 formula, and by nothing else here."""
 
 Pair = tuple[Any, Any]
 Sampler = Callable[[], Pair]
@@ -37,8 +41,8 @@ class Pairs:
         chained: whether each pair begins with the batch that the one before ended with.
         work: (4, K R, P): the gradients on A and on B, and those past a step, or products.
         scratch: memory for a point and, unless in brackets, one past a step; or for one of them in float64.
-        begun: whether the first pairs' first gradients are in ``work`` already.
-        given: whether training has given them.
+        begun: how many of the first pairs' gradients at theta are in ``work`` already, the first or both.
+        given: how many of them training has given.
     """
 
     form: Form
@@ -48,8 +52,8 @@ class Pairs:
     chained: bool
     work: Tensor
     scratch: Tensor
-    begun: bool = False
-    given: bool = False
+    begun: int = 0
+    given: int = 0
 
     def __len__(self) -> int:
         return self.work.shape[1]
@@ -89,10 +93,8 @@ class Pairs:
 
     def wanted(self, index: int) -> slice:
         """For which vectors this one of their four is to be computed: not where it is that of another, or there."""
-        runs = len(self.runs)
-        if index or self.form == "bracket":
-            return slice(runs if index == 0 and self.begun else 0, len(self))
-        return slice(runs if self.begun else 0, runs if self.chained else len(self))
+        runs, linked = len(self.runs), index == 0 and self.chained and self.form != "bracket"
+        return slice(runs if index < self.begun else 0, runs if linked else len(self))
 
     def part(self, start: int, stop: int) -> Pairs:
         """Some vectors alone: of one pair, or whole pairs."""
@@ -102,7 +104,7 @@ class Pairs:
             pair._replace(batches=(pair.batches[0][here], pair.batches[1][here]))
             for pair in self.those[k : -(-stop // len(self.runs))]
         ]
-        begun, given = self.begun and k == 0, self.given and k == 0
+        begun, given = (self.begun, self.given) if k == 0 else (0, 0)
         work = self.work[:, start:stop]
         return replace(self, runs=self.runs[here], those=those, work=work, begun=begun, given=given)
 
@@ -116,6 +118,7 @@ class Pairs:
 class Sums:
     """What :func:`grokcurv.ops.commutator` makes of N pairs, completed to sums over all coordinates."""
 
+    eta: Tensor
     sums: Tensor
     coefficients: Tensor
     energies: Tensor
@@ -126,3 +129,20 @@ class Sums:
         """(10, N), or (6, N): the roots of the sums: lengths of the gradients on A and on B, then, third, no length at
         all, of delta, and of the changes of both gradients along the step (of the products in a bracket)."""
         return self.sums.sqrt().T
+
+    @cached_property
+    def area(self) -> Tensor:
+        """(N,) ``|g_A| |g_B|``."""
+        return (self.sums[:, 0] * self.sums[:, 1]).sqrt()
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """(N,) the length of a delta whose defect is one."""
+        return self.eta.square() * self.area
+
+    @cached_property
+    def published(self) -> Tensor:
+        """(N,) the defect by the published float32 formula; NaN in a bracket."""
+        if len(self.lengths) == len(SUMS):
+            return torch.full_like(self.unit, math.nan)
+        return self.lengths[6] / (self.unit + REFERENCE_GUARD)

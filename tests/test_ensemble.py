@@ -60,6 +60,20 @@ def test_successive_steps() -> None:
         assert len(run.curvature) == 20
 
 
+def test_successive_steps_as_one_program() -> None:
+    """The gradients on both batches of a pair are taken together, and training is what it is without."""
+    base = dataclasses.replace(TINY, successive=True, pairs=1, measure_every=1, steps=20)
+    changed = [dataclasses.replace(base, seed=seed) for seed in (1, 2)]
+    loop, vmap = (train_ensemble(changed, strategy=strategy) for strategy in ("loop", "vmap"))
+    plain = train_ensemble([dataclasses.replace(one, measure_every=0) for one in changed], strategy="vmap")
+    for one, together, unmeasured in zip(loop, vmap, plain, strict=True):
+        assert together.curvature["reliable"].all()
+        columns = ["defect_median", "grad_norm", "grad_cosine", "bracket_norm"]
+        np.testing.assert_allclose(together.curvature[columns], one.curvature[columns], rtol=5e-3)
+        metrics = (run.metrics.drop(columns="seconds") for run in (together, unmeasured))
+        pd.testing.assert_frame_equal(*metrics, check_exact=True)
+
+
 def test_one_program_agrees_over_200_steps() -> None:
     """Batched products round differently, and training amplifies that: in 200 steps to less than a thousandth."""
     longer = [dataclasses.replace(c, steps=200, eval_every=20) for c in configs()]

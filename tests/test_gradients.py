@@ -85,6 +85,25 @@ def test_a_probe_measures_the_same_by_either(generator: torch.Generator) -> None
     torch.testing.assert_close(batched.delta, loop.delta, rtol=0, atol=1e-9 * float(loop.delta.abs().max()))
 
 
+@pytest.mark.parametrize("rough", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("name", ["perceptron", "tied attention"])
+def test_a_check_as_one_program_knows_its_directions(name: str, rough: float, generator: torch.Generator) -> None:
+    """The steps go along the float32 gradients, and a given one that is off by so much makes the floor as wide."""
+    problem = PROBLEMS[name]
+    model = problem.model()
+    pair = (problem.batch(generator), problem.batch(generator))
+    probe = gc.CommutatorProbe(model, problem.loss_fn, strategy="vmap")
+    first = direct(problem, model, flatten(model), pair[0])
+    first *= 1 + rough * torch.randn(len(first), generator=generator)
+    stats = probe.measure([pair], first_gradient=first, keep_delta=True)
+    wide = tuple({key: x.double() if x.is_floating_point() else x for key, x in batch.items()} for batch in pair)
+    truth = gc.CommutatorProbe(model.double(), problem.loss_fn).measure([wide], keep_delta=True, check=False)
+    unit = truth.eta.square() * truth.grad_norm_a * truth.grad_norm_b
+    assert stats.exact.all()
+    assert (stats.delta - truth.delta).norm() <= stats.noise_floor * unit
+    assert stats.noise_floor < 1e-3 + 4 * rough
+
+
 def test_graphs_are_captured_at_the_second_meeting(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape stands in for the graph: replayed with other parameters and batches it gives their gradients."""
     captured = []

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grokcurv.admission import Traits
 from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import Check, LossFn
-from grokcurv.gradients import GradientEngine, Strategy, deliver_whole
+from grokcurv.gradients import GradientEngine, Strategy, deliver
 
 
 def seed_of_rank(seed: int) -> int:
@@ -46,7 +46,7 @@ class ReplicatedEngine(GradientEngine):
             self._one(theta, batch, whole, seed_of_rank(seed), mode=mode)
         # After the all-reduce each rank holds the same bits, so what follows needs no exchange: every rank computes the
         # same norms from them, and so decides alike.
-        deliver_whole(self._average_(whole), out, check)
+        deliver(self._average_(whole), out, check)
         return out
 
     def product(
@@ -70,7 +70,7 @@ class ReplicatedEngine(GradientEngine):
             self._average_(whole)
             if out is not None:
                 # From the end, since the check is of one vector alone where there is no gradient to compare.
-                deliver_whole(whole, out, check and check.of(index - 2))
+                deliver(whole, out, check and check.of(index - 2))
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         # True on every rank for every model, and taken on trust: of the checks of admission, which are made for the

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from grokcurv.admission import Traits
 from grokcurv.evaluation import Check, Evaluator, LossFn, unwrapped
 from grokcurv.flat import Segment, segments_of
-from grokcurv.gradients import GradientEngine, Strategy, deliver_whole
+from grokcurv.gradients import GradientEngine, Strategy, deliver
 from grokcurv.integrations.ddp import seed_of_rank
 from grokcurv.partition import Partition
 from grokcurv.pca import StreamingPCA
@@ -220,7 +220,7 @@ class ShardedEngine(GradientEngine):
         whole = out if out.dtype == theta.dtype and check is None else torch.empty_like(theta)
         self._gradient(theta, batch, whole, seed)
         if whole is not out:
-            deliver_whole(whole, out, check, self.partition)
+            deliver(whole, out, check, self.partition)
         if check and check.shake:
             # The distance is of the coarser precision's rounding; what is asked for is that of float64, finer by the
             # ratio of the roundoffs.

@@ -151,7 +151,7 @@ class Commutator:
         """The rows of some runs, all by one method."""
         probe, engine = self.probe, self.probe.gradients
         source = pairs if len(runs) == engine.runs else [_of_runs(pair, runs) for pair in pairs]
-        known = None if method == "bracket" else self.training_gradient.offered(runs, check)
+        known = () if method == "bracket" else self.training_gradient.offered(runs, check)
         options: dict[str, Any] = {"design": self.design, "seed": step, "keep_delta": self.alignment}
         stats = probe.measure_runs(source, runs, method=method, check=check, first_gradients=known, **options)
         gradient = self.training_gradient.judge(known, stats, runs, check)
@@ -212,11 +212,11 @@ class Commutator:
         of = stats.each(lambda x: x.view(-1, len(runs), *x.shape[1:]))  # (K, R, ...) each
         delta = of.bracket_norm * of.eta.square()
         pairs = {
-            "defect": of.defect,
+            "defect_median": of.defect,
+            "reference_median": reference,
             "bracket_norm": of.bracket_norm,
             "noise_floor": of.noise_floor,
             "grad_cosine": of.grad_cosine,
-            "reference": reference,
         }
         # share_error is of a unit vector along delta, and so of the length of any part of it.
         share_error = of.noise_floor / of.defect
@@ -238,9 +238,8 @@ class Commutator:
         lower, middle, upper = quantiles(torch.stack(list(pairs.values())), 0.25, 0.5, 0.75, dim=1)
         row = dict(zip(pairs, middle, strict=True))
         row |= zip(errors, torch.stack(list(errors.values())).amax(1), strict=True)
-        for name in ("defect", "reference"):
-            place = list(pairs).index(name)
-            row |= {f"{name}_median": row.pop(name), f"{name}_p25": lower[place], f"{name}_p75": upper[place]}
+        for name, low, high in zip(("defect", "reference"), lower, upper, strict=False):
+            row |= {f"{name}_p25": low, f"{name}_p75": high}
         if of.delta is not None and self._before is not None:
             row |= self._aligned(of.delta, runs, row["share_error"])
         row["reliable"] = reliable

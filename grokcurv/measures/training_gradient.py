@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,8 @@ OWN, USED, CONFIRMED, REFUTED = range(4)
 class TrainingGradient:
     """What is known of ``.grad``: offered to measurements as their first gradient, and judged by their checks.
 
+    Where training has computed the gradients on the next batches with it, they come with it, as the second.
+
     Args:
         probe: of R runs.
         use: as ``gradient`` of :class:`grokcurv.CurvatureMonitor`; several runs know no ``"checked"``.
@@ -44,10 +46,9 @@ class TrainingGradient:
         self._confirmations = 0  # checks that have found .grad right
         self._distrusted = False  # since one has found it wrong
         self._verdicts: deque[Callable[[], Tensor]] = deque()
-        self._numbers = torch.arange(4.0, dtype=torch.float64, device=probe.gradients.device)  # OWN to REFUTED
 
-    def offered(self, runs: list[int], check: bool) -> Tensor | None:
-        """(R, P) ``.grad``, if it stands for that of ``loss_fn``, or is to be compared with it now.
+    def offered(self, runs: list[int], check: bool) -> tuple[Tensor, ...]:
+        """(R, P) ``.grad`` and what comes with it, if it stands for that of ``loss_fn``, or is to be compared with it.
 
         Not for models that draw at random, whose masks were others.
         """
@@ -55,32 +56,33 @@ class TrainingGradient:
         while len(self._verdicts) >= VERDICT_LAG and not capturing(engine.device):
             self._take_verdict(bool(self._verdicts.popleft()().all()))
         if self.use == "own" or self._distrusted:
-            return None
+            return ()
         # At a check .grad is always looked at. Between checks it stands in for a gradient only where the trainer
         # vouches for it, or where checks have found it right so often that a chance agreement is out of the question.
         if engine.stochastic or not (self.use == "trusted" or check or self._confirmations >= CONFIRMATIONS):
-            return None
+            return ()
         gradients = engine.training_gradients(runs)
         # One that overflowed, of a step that a GradScaler will skip, says nothing of the loss.
-        finite = is_asynchronous(engine.device) or math.isfinite(gradients.sum(dtype=torch.float64))
-        return gradients if finite else None
+        if not is_asynchronous(engine.device) and not math.isfinite(gradients.sum(dtype=torch.float64)):
+            return ()
+        following = engine.next_gradients(runs)
+        return (gradients,) if following is None else (gradients, following)
 
-    def judge(self, known: Tensor | None, stats: CommutatorStats, runs: list[int], check: bool) -> Tensor:
+    def judge(self, known: Sequence[Tensor], stats: CommutatorStats, runs: list[int], check: bool) -> Tensor:
         """(R,) what these rows have to do with ``.grad``; a check that finds it wrong is the end of its use."""
-        engine = self.probe.gradients
-        own, used, confirmed, refuted = self._numbers[:, None].expand(-1, len(runs)).unbind(0)
+        own, engine = torch.full_like(stats.noise_floor[: len(runs)], OWN), self.probe.gradients
         exactly = engine.traits.nonsmooth and engine.dtype != torch.float64 and self.probe.noise_floor
-        if known is None or exactly or engine.stochastic:
+        if not known or exactly or engine.stochastic:
             return own  # the probe has not used it
         waits = is_asynchronous(engine.device)
         if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[: len(runs)].all())):
-            return own if self.use == "trusted" else used
+            return own if self.use == "trusted" else own + USED
         distance, error, length = self.probe.errors[GIVEN][runs].T
         # The yardstick is the probe's own rounding at the same parameters: a .grad further off than that is of another
         # loss, batch or mask.
         right = (distance <= GRADIENT_MARGIN * error) | ~(distance < math.inf)
         if self._ratio is None:  # late in training rounding alone may make a gradient longer or shorter
-            self._ratio = torch.where(right, 1.0, engine.partition.norms(known) / length)
+            self._ratio = torch.where(right, 1.0, engine.partition.norms(known[0]) / length)
             if not waits:
                 self.refuse_another()
         if not capturing(engine.device):
@@ -88,7 +90,7 @@ class TrainingGradient:
                 self._verdicts.append(copy_to_host_async(right))
             else:
                 self._take_verdict(bool(right.all()))
-        return torch.where(right, confirmed, refuted)
+        return torch.where(right, own + CONFIRMED, own + REFUTED)
 
     @staticmethod
     def unused(gradient: Tensor) -> Tensor:

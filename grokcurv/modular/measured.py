@@ -74,8 +74,13 @@ class Measured:
     def prepare(self) -> None:
         """Do what the host does before a step, and leave runs whose weights are not finite."""
 
-    def launch(self, batches: Sequence[Batch] | None = None) -> Tensor | None:
-        """Do what the device does: measure the training batches that are given, or what is drawn."""
+    def launch(
+        self, batches: Sequence[Batch] = (), following: Sequence[Batch] = (), ahead: Tensor | None = None
+    ) -> Tensor | None:
+        """Do what the device does: measure the program's batches against those that follow, or what is drawn.
+
+        ``ahead`` (R, P) are the gradients on those that follow, if training has computed them.
+        """
         raise NotImplementedError  # a guest's monitor is not told apart like this
 
     def advance(self, found: Tensor | None) -> None:
@@ -95,12 +100,14 @@ class Guest(Measured):
         self.monitor = monitor(run.model, self._draw_alone)
         run.attach(self.monitor)
 
-    def launch(self, batches: Sequence[Batch] | None = None) -> None:
+    def launch(
+        self, batches: Sequence[Batch] = (), following: Sequence[Batch] = (), ahead: Tensor | None = None
+    ) -> None:
         try:
-            if batches is None:
-                self.monitor.step()
-            else:
+            if batches:
                 self.monitor.step(batches[0], self.batches.training(following=True)[0])
+            else:
+                self.monitor.step()
         except ValueError:
             (run,) = self.runs
             if run.finite():
@@ -142,14 +149,20 @@ class Group(Measured):
             self.monitor.feed()
         self.plan = self.monitor.plan() if self.runs else ()
 
-    def launch(self, batches: Sequence[Batch] | None = None) -> Tensor | None:
+    def launch(
+        self, batches: Sequence[Batch] = (), following: Sequence[Batch] = (), ahead: Tensor | None = None
+    ) -> Tensor | None:
         start = time.perf_counter()
         pairs: list[PairOfRuns] = []
-        if self.plan and batches is not None:
-            pairs = [([batches[place] for place in self.places], self.batches.training(following=True))]
+        if self.plan and batches:
+            pairs = [([batches[place] for place in self.places], [following[place] for place in self.places])]
         elif self.plan:
             pairs = self.monitor.draw()
-        return self.monitor.launch(pairs, self.plan, start) if self.runs else None
+        self.engine.ahead = ahead
+        try:
+            return self.monitor.launch(pairs, self.plan, start) if self.runs else None
+        finally:
+            self.engine.ahead = None
 
     def advance(self, found: Tensor | None) -> None:
         if self.runs:
@@ -170,9 +183,14 @@ class Group(Measured):
 
 
 class RunsEngine(GradientEngine):
-    """Gradients of several runs of one network, whose parameters are rows of a program's buffers."""
+    """Gradients of several runs of one network, whose parameters are rows of a program's buffers.
+
+    Attributes:
+        ahead: a third buffer, of the gradients on the batches that come next, while training has them.
+    """
 
     shared = True
+    ahead: Tensor | None = None
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, runs: int) -> None:
         self.runs = runs
@@ -202,6 +220,9 @@ class RunsEngine(GradientEngine):
 
     def training_gradients(self, runs: Sequence[int]) -> Tensor:
         return self._of(self._gradient, runs)
+
+    def next_gradients(self, runs: Sequence[int]) -> Tensor | None:
+        return None if self.ahead is None else self._of(self.ahead, runs)
 
     def _of(self, buffer: Tensor, runs: Sequence[int]) -> Tensor:
         """Rows of some runs; where they stand together, without a copy."""

@@ -116,20 +116,27 @@ class Program:
 
     def _step(self) -> list[Tensor | None]:
         """What the device does in a step, and what the groups that look ahead have found."""
-        batches = self.batches.training()
-        if self.batched is not None:
-            self.batched.gradients(self.theta, batches, self.gradient, seeds=range(len(batches)))
-        else:
+        batches, looking = self.batches.training(), [group for group in self.groups if group.looks_ahead]
+        following = self.batches.training(following=True) if any(group.plan for group in looking) else []
+        ahead = None
+        if self.batched is None:
             self.gradient.zero_()
             for run, batch in zip(self.runs, batches, strict=True):
                 run.loss(run.model, batch).backward()
-        ahead = [group for group in self.groups if group.looks_ahead]
-        found = [group.launch(batches) for group in ahead]
+        elif (
+            following
+        ):  # what is measured begins with the gradients on both, of which one program is had for one's price
+            ahead = torch.empty_like(self.gradient)
+            both = [self.gradient, ahead]
+            self.batched.gradients(self.theta, batches + following, both, seeds=range(2 * len(batches)))
+        else:
+            self.batched.gradients(self.theta, batches, self.gradient, seeds=range(len(batches)))
+        found = [group.launch(batches, following, ahead) for group in looking]
         for optimizer in self.optimizers:
             optimizer.clip()
         with contextlib.ExitStack() as around:
             for run in self.runs:
-                if run.intervention is not None and not any(run in group.bad for group in ahead):
+                if run.intervention is not None and not any(run in group.bad for group in looking):
                     around.enter_context(run.intervening())
             for optimizer in self.optimizers:
                 optimizer.step()
