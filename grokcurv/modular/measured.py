@@ -16,7 +16,7 @@ from grokcurv.gradients import Distributed, GradientEngine, Strategy
 from grokcurv.measures.commutator import Plan
 from grokcurv.modular.batches import Batches
 from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.network import Batch, training_loss
+from grokcurv.modular.network import training_loss
 from grokcurv.modular.run import Training
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pairs import Pair, PairOfRuns
@@ -54,7 +54,7 @@ class Measured:
         """What steps must share to launch the same."""
         return self.plan, bool(self.plan) and self.monitor.probe.basis is None
 
-    def adopt(self, runs: Sequence[Training], batches: Batches, theta: Tensor, gradient: Tensor) -> None:
+    def adopt(self, runs: Sequence[Training], batches: Batches, *buffers: Tensor) -> None:
         """Find the runs' rows in a program."""
         self.places = [runs.index(run) for run in self.runs]
         self.batches = batches if self.runs == runs else Batches(self.runs)
@@ -74,13 +74,8 @@ class Measured:
     def prepare(self) -> None:
         """Do what the host does before a step, and leave runs whose weights are not finite."""
 
-    def launch(
-        self, batches: Sequence[Batch] = (), following: Sequence[Batch] = (), ahead: Tensor | None = None
-    ) -> Tensor | None:
-        """Do what the device does: measure the program's batches against those that follow, or what is drawn.
-
-        ``ahead`` (R, P) are the gradients on those that follow, if training has computed them.
-        """
+    def launch(self, pair: PairOfRuns | None = None) -> Tensor | None:
+        """Do what the device does: measure the program's batches against those that follow, or what is drawn."""
         raise NotImplementedError  # a guest's monitor is not told apart like this
 
     def advance(self, found: Tensor | None) -> None:
@@ -100,14 +95,12 @@ class Guest(Measured):
         self.monitor = monitor(run.model, self._draw_alone)
         run.attach(self.monitor)
 
-    def launch(
-        self, batches: Sequence[Batch] = (), following: Sequence[Batch] = (), ahead: Tensor | None = None
-    ) -> None:
+    def launch(self, pair: PairOfRuns | None = None) -> None:
         try:
-            if batches:
-                self.monitor.step(batches[0], self.batches.training(following=True)[0])
-            else:
+            if pair is None:
                 self.monitor.step()
+            else:
+                self.monitor.step(pair[0][0], self.batches.training(following=True)[0])
         except ValueError:
             (run,) = self.runs
             if run.finite():
@@ -136,9 +129,9 @@ class Group(Measured):
         for place, run in enumerate(runs):
             run.attach(self.monitor, place)
 
-    def adopt(self, runs: Sequence[Training], batches: Batches, theta: Tensor, gradient: Tensor) -> None:
-        super().adopt(runs, batches, theta, gradient)
-        self.engine.adopt(theta, gradient, self.places)
+    def adopt(self, runs: Sequence[Training], batches: Batches, *buffers: Tensor) -> None:
+        super().adopt(runs, batches, *buffers)
+        self.engine.adopt(self.places, *buffers)
 
     def prepare(self) -> None:
         self.bad = {run for run in self.runs if self.monitor.feeds and not run.finite()}
@@ -149,20 +142,15 @@ class Group(Measured):
             self.monitor.feed()
         self.plan = self.monitor.plan() if self.runs else ()
 
-    def launch(
-        self, batches: Sequence[Batch] = (), following: Sequence[Batch] = (), ahead: Tensor | None = None
-    ) -> Tensor | None:
+    def launch(self, pair: PairOfRuns | None = None) -> Tensor | None:
         start = time.perf_counter()
         pairs: list[PairOfRuns] = []
-        if self.plan and batches:
-            pairs = [([batches[place] for place in self.places], [following[place] for place in self.places])]
+        if self.plan and pair is not None:
+            a, b = ([batches[place] for place in self.places] for batches in pair)
+            pairs = [(a, b)]
         elif self.plan:
             pairs = self.monitor.draw()
-        self.engine.ahead = ahead
-        try:
-            return self.monitor.launch(pairs, self.plan, start) if self.runs else None
-        finally:
-            self.engine.ahead = None
+        return self.monitor.launch(pairs, self.plan, start) if self.runs else None
 
     def advance(self, found: Tensor | None) -> None:
         if self.runs:
@@ -183,31 +171,29 @@ class Group(Measured):
 
 
 class RunsEngine(GradientEngine):
-    """Gradients of several runs of one network, whose parameters are rows of a program's buffers.
-
-    Attributes:
-        ahead: a third buffer, of the gradients on the batches that come next, while training has them.
-    """
+    """Gradients of several runs of one network, whose parameters are rows of a program's buffers."""
 
     shared = True
-    ahead: Tensor | None = None
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, runs: int) -> None:
         self.runs = runs
         super().__init__(model, loss_fn, strategy=strategy)
 
-    def adopt(self, theta: Tensor, gradient: Tensor, rows: Sequence[int]) -> None:
-        """Find the parameters, and the gradients that training leaves, in these rows of two buffers (R, P)."""
+    def adopt(self, rows: Sequence[int], theta: Tensor, gradient: Tensor, ahead: Tensor | None = None) -> None:
+        """Find the parameters, and the gradients that training leaves, in these rows of buffers (R, P).
+
+        ``ahead`` has those on the next batches, whenever such a pair is measured.
+        """
         together = list(rows) == list(range(rows[0], rows[-1] + 1))
         self._here = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=theta.device)
-        self._theta, self._gradient = theta, gradient
+        self._theta, self._gradient, self._ahead = theta, gradient, ahead
 
     def keep(self, runs: list[int]) -> None:
         """Go on with some of the runs; until :meth:`adopt` says otherwise their rows are where they were."""
         here = self._here
         rows = range(here.start, here.stop) if isinstance(here, slice) else here.tolist()
         self.runs = len(runs)
-        self.adopt(self._theta, self._gradient, [rows[run] for run in runs])
+        self.adopt([rows[run] for run in runs], self._theta, self._gradient, self._ahead)
 
     def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
         theta = self._of(self._theta, runs)
@@ -222,7 +208,7 @@ class RunsEngine(GradientEngine):
         return self._of(self._gradient, runs)
 
     def next_gradients(self, runs: Sequence[int]) -> Tensor | None:
-        return None if self.ahead is None else self._of(self.ahead, runs)
+        return None if self._ahead is None else self._of(self._ahead, runs)
 
     def _of(self, buffer: Tensor, runs: Sequence[int]) -> Tensor:
         """Rows of some runs; where they stand together, without a copy."""

@@ -68,7 +68,7 @@ class Program:
         )
         on_gpu = self.batched is not None and torch.device(first.config.device).type == "cuda"
         self.launcher = Launcher(on_gpu and not any(run.intervention for run in runs))
-        self.theta, self.gradient = self._buffers()
+        self.theta, self.gradient, *self.ahead = self._buffers()
         blocks = groupby(range(len(self.runs)), lambda row: self.runs[row].config.optimizer)
         self.optimizers = [self._optimizer(list(rows)) for _, rows in blocks]
         self._seat()
@@ -118,20 +118,14 @@ class Program:
         """What the device does in a step, and what the groups that look ahead have found."""
         batches, looking = self.batches.training(), [group for group in self.groups if group.looks_ahead]
         following = self.batches.training(following=True) if any(group.plan for group in looking) else []
-        ahead = None
         if self.batched is None:
             self.gradient.zero_()
             for run, batch in zip(self.runs, batches, strict=True):
                 run.loss(run.model, batch).backward()
-        elif (
-            following
-        ):  # what is measured begins with the gradients on both, of which one program is had for one's price
-            ahead = torch.empty_like(self.gradient)
-            both = [self.gradient, ahead]
-            self.batched.gradients(self.theta, batches + following, both, seeds=range(2 * len(batches)))
-        else:
-            self.batched.gradients(self.theta, batches, self.gradient, seeds=range(len(batches)))
-        found = [group.launch(batches, following, ahead) for group in looking]
+        else:  # where that is measured, the gradients on the batches that follow too
+            both, out = batches + following, [self.gradient, *self.ahead] if following else self.gradient
+            self.batched.gradients(self.theta, both, out, seeds=range(len(both)))
+        found = [group.launch((batches, following)) for group in looking]
         for optimizer in self.optimizers:
             optimizer.clip()
         with contextlib.ExitStack() as around:
@@ -184,7 +178,7 @@ class Program:
         self._leave(set(self.runs) - set(runs))
         self.groups = [group for group in self.groups if group.runs]
         left, self.runs = self.runs, list(runs)
-        self.theta, self.gradient = self._buffers()
+        self.theta, self.gradient, *self.ahead = self._buffers()
         start, row, optimizers = 0, 0, []
         for optimizer in self.optimizers:
             block = left[start : start + len(optimizer.theta)]
@@ -210,17 +204,17 @@ class Program:
                 self.runs[row].seat(self.theta[row], self.gradient[row], optimizer, place)
                 row += 1
         for group in self.groups:
-            group.adopt(self.runs, self.batches, self.theta, self.gradient)
+            group.adopt(self.runs, self.batches, self.theta, self.gradient, *self.ahead)
 
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        """Parameters and gradients, (R, P) each."""
+    def _buffers(self) -> list[Tensor]:
+        """Parameters and gradients, (R, P) each; and, if both are taken together, gradients on the next batches."""
         first = next(self.all[0].model.parameters())
         size = flatten(self.all[0].model).numel()
-        # Two memories: autograd would take a gradient written beside its parameters for a change of these. Rows begin
-        # where memory of their own would: the CPU's matrix products depend on their factors' alignment.
+        # Memories of their own: autograd would take a gradient written beside its parameters for a change of these.
+        # Rows begin where theirs would: the CPU's matrix products depend on their factors' alignment.
         stride = -(-size // ALIGNMENT) * ALIGNMENT
-        theta, gradient = (first.detach().new_zeros(len(self.runs), stride)[:, :size] for _ in range(2))
-        return theta, gradient
+        count = 3 if self.batched is not None and any(group.looks_ahead for group in self.groups) else 2
+        return [first.detach().new_zeros(len(self.runs), stride)[:, :size] for _ in range(count)]
 
     def _optimizer(self, rows: list[int]) -> Optimizer:
         """That of some rows, which stand together."""
