@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -50,6 +51,12 @@ SHORT = 1 << 20
 GRAPHS = 16
 """So many captured gradients are kept; the one not used for longest goes first."""
 
+ROOM = 1 << 32
+"""Bytes that a batched program may take on a CPU; on a GPU it is half of what is free."""
+
+VECTORS = 4
+"""Vectors of P that a gradient in a batched program takes beside what a backward pass keeps."""
+
 PIECE = 1 << 18
 """Numbers of a vector that are looked at, or moved, at a time."""
 
@@ -68,6 +75,7 @@ class GradientEngine:
             memory for four vectors of P more, and checks all four in float64 at once, in memory for 24. ``graph`` wants
             batches of tensors and no random draws; each shape of batch, with the addresses and numbers that a capture
             keeps, has a graph of its own, captured when it is met for the second time.
+        compile: put the programs of ``vmap`` through ``torch.compile``, those in the model's own precision.
 
     Randomness inside the model (dropout) is drawn from generators seeded by the caller, so that the same batch
     meets the same mask at different parameters; the visible generators are left as they were. ``stochastic`` says
@@ -93,7 +101,10 @@ class GradientEngine:
     partition: Partition = WHOLE
     brackets = checked = certifies = True
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto", compile: bool = False
+    ) -> None:
+        self.compile = compile
         with LOCK:  # another thread may be evaluating it
             self._set(unwrapped(model), loss_fn, strategy)
 
@@ -117,6 +128,11 @@ class GradientEngine:
         self._met: set[Any] = set()
         self._uncapturable: set[Any] = set()
         self._pool: Any = None  # of memory, that all graphs share
+        # Of batched programs: what one of their gradients takes, by the shapes of its batch; the bytes that a program
+        # may take, once that was asked; those that were compiled.
+        self._kept: dict[Any, int] = {}
+        self._room: int | None = None
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
     def use(self, strategy: Strategy) -> None:
         """Compute gradients by this strategy from now on.
@@ -502,7 +518,42 @@ class GradientEngine:
         return graph
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None = None) -> Tensor:
-        """All gradients as one program. Generators are left alone: ``vmap`` refuses to draw."""
+        """All gradients as one program, or as several where memory asks for it."""
+        most = self._most(thetas, batches[0])
+        if len(batches) <= most:
+            return self._program(thetas, batches, out)
+        out = thetas.new_empty(len(batches), self.size) if out is None else out
+        for start in range(0, len(batches), most):
+            here = slice(start, start + most)
+            some = thetas if len(thetas) == 1 else repeated(thetas, len(batches))[here]
+            self._program(some, batches[here], out[here])
+        return out
+
+    def _most(self, thetas: Tensor, batch: Any) -> int:
+        """How many gradients fit into one program, each with its vectors and with what a backward pass keeps for it."""
+        if thetas.device.type == "meta":
+            return sys.maxsize
+        shapes = tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        if shapes not in self._kept:
+            kept: dict[int, int] = {}
+
+            def note(saved: Tensor) -> Tensor:
+                storage = saved.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+                return saved
+
+            theta = self.flatten()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+                self._one(theta, batch, torch.empty_like(theta))
+            self._kept[shapes] = sum(kept.values()) + VECTORS * theta.nbytes
+        if self._room is None:
+            on_gpu = thetas.device.type == "cuda"
+            self._room = torch.cuda.mem_get_info(thetas.device)[0] // 2 if on_gpu else ROOM
+        wider = thetas.element_size() // self.dtype.itemsize
+        return max(1, self._room // (max(1, wider) * self._kept[shapes]))
+
+    def _program(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None) -> Tensor:
+        """All gradients at once. Generators are left alone: ``vmap`` refuses to draw."""
         shared = len(thetas) == 1
         thetas = thetas[0] if shared else repeated(thetas, len(batches))
         leaves = tuple(thetas.detach()[..., s.start : s.stop].unflatten(-1, s.shape) for s in self.segments)
@@ -510,14 +561,36 @@ class GradientEngine:
         if thetas.dtype != self.dtype:
             stacked = tree_map_only(Tensor, lambda x: x.to(thetas.dtype) if x.is_floating_point() else x, stacked)
 
+        gradients: Callable[..., Any] = torch.func.vmap(
+            torch.func.grad(self.evaluator.loss_at), in_dims=(None if shared else 0, 0)
+        )
         # The fused attention of the CPU would run once per vector: it has no batched form.
         with self.evaluator.around(thetas.dtype) as stack, sdpa_kernel(SDPBackend.MATH):
             stack.enter_context(self._mode(thetas.dtype) or nullcontext())
             with torch.enable_grad():
-                rows = torch.func.vmap(torch.func.grad(self.evaluator.loss_at), in_dims=(None if shared else 0, 0))(
-                    leaves, stacked
-                )
+                if self.compile and thetas.dtype == self.dtype:
+                    gradients = self._compiled(gradients, leaves, stacked)
+                rows = gradients(leaves, stacked)
         return torch.cat([values.flatten(1) for values in rows], 1, out=out)
+
+    def _compiled(self, gradients: Callable[..., Any], leaves: Any, stacked: Any) -> Callable[..., Any]:
+        """The same program from ``torch.compile``: traced here once for each shape, and compiled as operators alone.
+
+        What is around an evaluation has compiled code run as it was written, which this must not.
+        """
+        from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
+
+        flat, structure = tree_flatten((leaves, stacked))
+        shapes = structure, tuple((leaf.shape, leaf.dtype) for leaf in flat)
+        if shapes not in self._programs:
+            traced = make_fx(lambda *inputs: gradients(*tree_unflatten(inputs, structure)))(*flat)
+            self._programs[shapes] = torch.compile(traced)
+
+        def run(*inputs: Any) -> Any:
+            with torch.compiler.set_stance("default"), torch.no_grad():
+                return self._programs[shapes](*tree_leaves(inputs))
+
+        return run
 
     # ------------------------------------------------------------------------------------- Hessian-vector products
 

@@ -162,6 +162,7 @@ def test_runs_must_agree(name: str) -> None:
         "successive": True,
         "device": "meta",
         "threads": 2,
+        "compile": True,
     }[name]
     base = dataclasses.replace(TINY, pairs=1)
     with pytest.raises(ValueError, match=f"must agree in {name}; got {getattr(TINY, name)!r}, {other!r}"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grokcurv as gc
 from grokcurv import gradients
 from grokcurv.flat import flatten
-from grokcurv.gradients import GradientEngine
+from grokcurv.gradients import VECTORS, GradientEngine
 from grokcurv.modular import Transformer, fast
 
 VMAPPED = [name for name in PROBLEMS if name != "batch norm"]
@@ -137,6 +137,47 @@ def test_graphs_are_captured_at_the_second_meeting(generator: torch.Generator, m
 def test_graphs_need_a_gpu() -> None:
     with pytest.raises(ValueError, match="strategy 'graph' needs a model on a CUDA device; this one is on cpu"):
         GradientEngine(nn.Linear(2, 1), lambda m, x: m(x).sum(), strategy="graph")
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_a_program_that_does_not_fit_is_several(
+    most: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """By bytes: of the vectors, and of what a backward pass keeps, which grows with the batch."""
+    problem = PROBLEMS["tied attention"]
+    model = problem.model()
+    engine, loop = (GradientEngine(model, problem.loss_fn, strategy=strategy) for strategy in ("vmap", "loop"))
+    batches = [problem.batch(generator) for _ in range(7)]
+    thetas = engine.flatten() + 0.1 * torch.randn(7, engine.size, generator=generator)
+    engine.gradients(thetas, batches, torch.empty_like(thetas), seeds=[0] * 7)
+    (each,) = engine._kept.values()
+    assert each > VECTORS * 4 * engine.size + 4 * sum(x.numel() for x in batches[0].values())
+    engine._room = most * each + 1
+    sizes: list[int] = []
+    program = engine._program
+    monkeypatch.setattr(engine, "_program", lambda t, b, out: (sizes.append(len(b)), program(t, b, out))[1])
+    found, wanted = torch.empty_like(thetas), torch.empty_like(thetas)
+    engine.gradients(thetas, batches, found, seeds=[0] * 7)
+    assert sizes == [min(most, 7 - start) for start in range(0, 7, most)]
+    loop.gradients(thetas, batches, wanted, seeds=[0] * 7)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.long
+def test_a_compiled_program(generator: torch.Generator) -> None:
+    """Compiled once for a shape; the float64 of a check is not."""
+    problem = PROBLEMS["tied attention"]
+    model = problem.model()
+    engine = GradientEngine(model, problem.loss_fn, strategy="vmap", compile=True)
+    loop = GradientEngine(model, problem.loss_fn, strategy="loop")
+    for dtype in (torch.float32, torch.float32, torch.float64):
+        batches = [problem.batch(generator) for _ in range(3)]
+        thetas = (engine.flatten() + 0.1 * torch.randn(3, engine.size, generator=generator)).to(dtype)
+        found, wanted = torch.empty_like(thetas), torch.empty_like(thetas)
+        engine.gradients(thetas, batches, found, seeds=[0] * 3)
+        loop.gradients(thetas, batches, wanted, seeds=[0] * 3)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        assert len(engine._programs) == 1
 
 
 def test_vmap_says_what_it_wants(generator: torch.Generator) -> None:

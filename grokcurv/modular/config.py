@@ -140,6 +140,8 @@ class TrainConfig:
     """Where to train."""
     threads: int = 0
     """CPU threads while the run lasts; 0 leaves torch's."""
+    compile: bool = False
+    """Whether gradients of several runs that are one batched program go through torch.compile; others never do."""
 
     def __post_init__(self) -> None:
         """Check every setting.

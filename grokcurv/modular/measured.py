@@ -120,7 +120,7 @@ class Group(Measured):
         super().__init__(runs)
 
         def engine(loss: LossFn, strategy: Strategy) -> RunsEngine:
-            self.engine = RunsEngine(runs[0].model, loss, strategy, len(runs))
+            self.engine = RunsEngine(runs[0].model, loss, strategy, config.compile, len(runs))
             return self.engine
 
         config = runs[0].config
@@ -175,9 +175,9 @@ class RunsEngine(GradientEngine):
 
     shared = True
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, runs: int) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy, compile: bool, runs: int) -> None:
         self.runs = runs
-        super().__init__(model, loss_fn, strategy=strategy)
+        super().__init__(model, loss_fn, strategy=strategy, compile=compile)
 
     def adopt(self, rows: Sequence[int], theta: Tensor, gradient: Tensor, ahead: Tensor | None = None) -> None:
         """Find the parameters, and the gradients that training leaves, in these rows of buffers (R, P).

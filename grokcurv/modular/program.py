@@ -57,7 +57,9 @@ class Program:
         self.all = list(runs)
         # Runs of one optimiser stand together: its rows are a block of the buffers.
         self.runs = sorted(runs, key=lambda run: run.config.optimizer)
-        self.batched = GradientEngine(first.model, first.loss, strategy=strategy) if strategy == "vmap" else None
+        self.batched = None
+        if strategy == "vmap":
+            self.batched = GradientEngine(first.model, first.loss, strategy=strategy, compile=first.config.compile)
         alike: dict[Any, list[Training]] = {}
         for run in self.runs:
             settings = tuple(getattr(run.config, name) for name in MEASURED_ALIKE)

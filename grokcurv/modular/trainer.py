@@ -17,7 +17,7 @@ from grokcurv.runs import Run
 
 SHARED = (
     *("p", "architecture", "layers", "d_model", "heads", "d_ff", "activation", "layer_norm", "sequence"),
-    *("batch_size", "rng", "float64_logits", "successive", "device", "threads"),
+    *("batch_size", "rng", "float64_logits", "successive", "device", "threads", "compile"),
 )
 """Settings in which the runs of an ensemble must agree; all others are each run's own."""
 
