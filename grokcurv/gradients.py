@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,9 +51,6 @@ SHORT = 1 << 20
 
 GRAPHS = 16
 """So many captured gradients are kept; the one not used for longest goes first."""
-
-ROOM = 1 << 32
-"""Bytes that a batched program may take on a CPU; on a GPU it is half of what is free."""
 
 VECTORS = 4
 """Vectors of P that a gradient in a batched program takes beside what a backward pass keeps."""
@@ -546,9 +544,10 @@ class GradientEngine:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
                 self._one(theta, batch, torch.empty_like(theta))
             self._kept[shapes] = sum(kept.values()) + VECTORS * theta.nbytes
-        if self._room is None:
+        if self._room is None:  # half of what is free on a GPU, or of what there is for a CPU
             on_gpu = thetas.device.type == "cuda"
-            self._room = torch.cuda.mem_get_info(thetas.device)[0] // 2 if on_gpu else ROOM
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            self._room = (torch.cuda.mem_get_info(thetas.device)[0] if on_gpu else memory) // 2
         wider = thetas.element_size() // self.dtype.itemsize
         return max(1, self._room // (max(1, wider) * self._kept[shapes]))
 
