@@ -34,20 +34,23 @@ class Batches:
         """The batches of this step, or of the one after it; R of them."""
         if not self._rows:
             return self._whole
-        return self._take(self._draws.training(self.steps, self._sizes, self._rows, following=following))
+        drawn = self._draws.training(self.steps, self._sizes, self._rows, following=following)
+        return self._take(drawn, self._rows)[0]
 
     def measuring(self, count: int, drawn: int) -> list[list[Batch]]:
         """``count`` batches of each run, R of them each, beyond those that were drawn at this step before."""
         if not self._draws.stateless:
             drawn = 0
         index = self._draws.measuring(self.steps, self._sizes, (drawn + count) * self._measured)
-        return [self._take(rows) for rows in index.split(self._measured, 1)[drawn:]]
+        return self._take(index[:, drawn * self._measured :], self._measured)
 
     @property
     def ahead(self) -> bool:
         """Whether batches may be drawn that nobody asks for."""
         return self._draws.stateless
 
-    def _take(self, index: Tensor) -> list[Batch]:
+    def _take(self, index: Tensor, rows: int) -> list[list[Batch]]:
+        """Batches of so many rows, each of which R runs have one, of all that are drawn (R, n)."""
         index = index + self._starts
-        return list(zip(self._pairs[index], self._answers[index], strict=True))
+        parts = self._pairs[index].split(rows, 1), self._answers[index].split(rows, 1)
+        return [list(zip(pairs, answers, strict=True)) for pairs, answers in zip(*parts, strict=True)]

@@ -149,6 +149,7 @@ class Group(Measured):
             a, b = ([batches[place] for place in self.places] for batches in pair)
             pairs = [(a, b)]
         elif self.plan:
+            self._at = -1  # what a capture has drawn that failed was never there
             pairs = self.monitor.draw()
         return self.monitor.launch(pairs, self.plan, start) if self.runs else None
 
