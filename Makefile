@@ -28,7 +28,7 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benches --benchmark-enable --benchmark-disable-gc --benchmark-columns=min,median,rounds
+	OMP_NUM_THREADS=1 $(BIN)/python benches/all_cases.py
 
 # On a machine with an NVIDIA GPU, with its own PyTorch and no network: builds, tests, sanitizes, measures, in eight
 # minutes at most, and writes a record to docs/measurements or to the folder GROKCURV_RECORD.

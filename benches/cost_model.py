@@ -9,45 +9,26 @@ from __future__ import annotations
 
 import timeit
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from study import Operators
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import grokcurv as gc
 from grokcurv.bench.measurements import MODULE, ROWS, SHORTER, batch, loss, network
 
 
-class Launches(TorchDispatchMode):
-    """Counts calls that write, and the bytes they read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        returns = func._schema.returns
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if not view and "empty" not in func.__name__ and "detach" not in func.__name__:
-            tensors = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
-            self.calls += 1
-            self.bytes += sum(x.numel() * x.element_size() for x in tensors.values())
-        return result
-
-
 def counted(run: Callable[[], object]) -> tuple[int, float, float]:
     """Launches, Gflop in matrix products and MB of one call, after one that was not counted."""
     run()
-    with Launches() as launches:
+    with Operators() as operators:
         run()
     with FlopCounterMode(display=False) as flops:
         run()
-    return launches.calls, flops.get_total_flops() / 1e9, launches.bytes / 1e6
+    return operators.launches, flops.get_total_flops() / 1e9, operators.bytes / 1e6
 
 
 def fastest(run: Callable[[], object], rounds: int) -> float:

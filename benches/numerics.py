@@ -13,20 +13,21 @@ import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-from safetensors.torch import load_model, save_model
 from study import DOCS, Batch, Flag, Pair, cross_entropy, shares, table, take
 from torch import Tensor, nn
 
 import grokcurv as gc
 from grokcurv.bench import naive
-from grokcurv.modular.model import Transformer
+from grokcurv.modular import TrainConfig, load_model, train
 from grokcurv.modular.tasks import Dataset, split
 
 ETA = 1e-3
@@ -45,6 +46,19 @@ POINT = ["op", "weight_decay", "step"]
 """What names a checkpoint."""
 
 
+@dataclass
+class Options:
+    """How many digits do commutator defects have? Trains, measures, and prints the tables of docs/numerics.md."""
+
+    ops: tuple[str, ...] = ("add", "mul")
+    pairs: int = 12
+    out: Path = RECORD
+    last: int = 10_000
+    """No network is trained beyond this step; a few show that everything works."""
+    tables: Flag = False
+    """Print the tables from the file at --out, without measuring."""
+
+
 def cross_entropy64(model: nn.Module, batch: Batch) -> Tensor:
     return gc.cross_entropy64(model(batch[0]), batch[1])
 
@@ -52,29 +66,23 @@ def cross_entropy64(model: nn.Module, batch: Batch) -> Tensor:
 LOSSES = {"float32 logits": cross_entropy, "float64 logits": cross_entropy64}
 
 
-def checkpoints(op: str, weight_decay: float, last: int, kept: Path | None) -> Iterator[tuple[int, nn.Module, Dataset]]:
-    """The paper's recipe, its random numbers too; yields at each checkpoint, or reads those in the folder ``kept``."""
-    data = split(op, 97, 0.5, random.Random(SEED))
-    torch.manual_seed(SEED)
-    model = Transformer()
+def checkpoints(op: str, weight_decay: float, last: int) -> Iterator[tuple[int, nn.Module]]:
+    """The network at each checkpoint of the paper's recipe, which its random numbers are part of."""
     steps = [step for step in CHECKPOINTS[weight_decay] if step <= last]
-    files = {step: kept and kept / f"{op}_{weight_decay:g}_{step}.safetensors" for step in steps}
-    if all(file and file.exists() for file in files.values()):
-        for step, file in files.items():
-            load_model(model, file)
-            yield step, model, data
-        return
-    numbers = np.random.RandomState(SEED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=weight_decay)
-    for step in range(max(steps) + 1):
-        if step in steps:
-            if kept:
-                save_model(model, files[step])
-            yield step, model, data
-        optimizer.zero_grad()
-        cross_entropy(model, draw(data, numbers)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    config = TrainConfig(
+        op=op,
+        weight_decay=weight_decay,
+        seed=SEED,
+        rng="paper",
+        steps=steps[-1],
+        steps_after_grok=steps[-1],
+        measure_every=0,
+        pca_every=0,
+        snapshot_every=250,
+    )
+    with TemporaryDirectory() as folder:
+        trained = train(config, out=folder)
+        yield from ((step, load_model(trained, step)) for step in steps)
 
 
 def draw(data: Dataset, numbers: np.random.RandomState) -> Batch:
@@ -118,16 +126,16 @@ def assess(model: nn.Module, pairs: list[Pair], **point: object) -> pd.DataFrame
     return pd.concat(frames)
 
 
-def run(ops: tuple[str, ...], pairs: int, last: int, kept: Path | None) -> pd.DataFrame:
+def run(options: Options) -> pd.DataFrame:
     frames = []
-    for op in ops:
-        for weight_decay in CHECKPOINTS:
-            for step, model, data in checkpoints(op, weight_decay, last, kept):
-                numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
-                drawn = [(draw(data, numbers), draw(data, numbers)) for _ in range(pairs)]
-                frames.append(assess(model, drawn, op=op, weight_decay=weight_decay, step=step))
-                norm = frames[-1]["grad_norm"].median()
-                print(f"{op} weight decay {weight_decay:g} step {step}: |g| {norm:.2g}", flush=True)
+    for op, weight_decay in product(options.ops, CHECKPOINTS):
+        data = split(op, 97, 0.5, random.Random(SEED))
+        for step, model in checkpoints(op, weight_decay, options.last):
+            numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
+            pairs = [(draw(data, numbers), draw(data, numbers)) for _ in range(options.pairs)]
+            frames.append(assess(model, pairs, op=op, weight_decay=weight_decay, step=step))
+            norm = frames[-1]["grad_norm"].median()
+            print(f"{op} weight decay {weight_decay:g} step {step}: |g| {norm:.2g}", flush=True)
     return pd.concat(frames, ignore_index=True)
 
 
@@ -200,29 +208,14 @@ def named(op: str, weight_decay: float, step: int) -> str:
     return f"{op}, weight decay {weight_decay:g}, step {step}"
 
 
-@dataclass
-class Options:
-    """How many digits do commutator defects have? Trains, measures, and prints the tables of docs/numerics.md."""
-
-    ops: tuple[str, ...] = ("add", "mul")
-    pairs: int = 12
-    out: Path = RECORD
-    checkpoints: Path | None = None
-    """A folder to keep the networks in, and to take them from if they are there."""
-    last: int = 10_000
-    """No network is trained beyond this step; a few show that everything works."""
-    tables: Flag = False
-    """Print the tables from the file at --out, without measuring."""
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    if not options.tables:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        run(options).to_csv(options.out, index=False, float_format="%.6g")
+    record = pd.read_csv(options.out)
+    print(published_table(record), checkpoint_table(record), summary(record), sep="\n\n")
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options)
-    torch.set_num_threads(1)
-    if not options.tables:
-        for folder in (options.out.parent, options.checkpoints):
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-        measured = run(options.ops, options.pairs, options.last, options.checkpoints)
-        measured.to_csv(options.out, index=False, float_format="%.6g")
-    record = pd.read_csv(options.out)
-    print(published_table(record), checkpoint_table(record), summary(record), sep="\n\n")
+    main(tyro.cli(Options))

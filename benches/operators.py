@@ -1,40 +1,24 @@
 """Operators dispatched by a step of the demo's network, measured and not, for programs of several runs.
 
-``python benches/operators.py`` prints them. An operator counts unless it is a view: unless its schema returns an alias
-that is not written.
+``python benches/operators.py`` prints them. Views do not count (:class:`study.Operators`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import tyro
-from torch.utils._python_dispatch import TorchDispatchMode
+from study import Operators
 
 from grokcurv.modular import TrainConfig
 from grokcurv.modular.program import Program
 from grokcurv.modular.run import Training
 
 
-class Operators(TorchDispatchMode):
-    """Counts what is dispatched while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returns = func._schema.returns
-        self.count += not any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        return func(*args, **(kwargs or {}))
-
-
-def steps(config: TrainConfig, runs: int) -> tuple[int, int, int]:
+def steps(config: TrainConfig, runs: int) -> Iterator[int]:
     """Operators of a step that is not measured, of one that is, and of one that is with the float64 check."""
-    counts = []
     for every, checked in ((0, False), (1, False), (1, True)):
         each = [dataclasses.replace(config, seed=seed, measure_every=every) for seed in range(runs)]
         program = Program([Training(one) for one in each], "vmap" if runs > 1 else "loop")
@@ -48,23 +32,20 @@ def steps(config: TrainConfig, runs: int) -> tuple[int, int, int]:
                 if not group.looks_ahead:
                     group.prepare()
                     group.advance(group.launch())
-        counts.append(seen.count)
-    return counts[0], counts[1], counts[2]
+        yield seen.count
 
 
-def main(runs: Sequence[int] = (1, 4, 16, 64), pairs: int = 0, p: int = 97, d_model: int = 128) -> None:
+def main(runs: Sequence[int] = (1, 4, 16, 64), p: int = 97, d_model: int = 128) -> None:
     """Print the counts.
 
     Args:
         runs: the sizes of the programs.
-        pairs: of batches at each step; 0: successive steps are measured.
         p: the modulus; a small one, with few rows a batch, shows that everything works.
         d_model: the width; likewise.
     """
     torch.set_num_threads(1)
-    config = TrainConfig(
-        successive=not pairs, pairs=pairs or 1, pca_every=0, p=p, d_model=d_model, batch_size=min(512, p * p // 4)
-    )
+    rows = min(512, p * p // 4)
+    config = TrainConfig(successive=True, pairs=1, pca_every=0, p=p, d_model=d_model, batch_size=rows)
     print(f"{'runs':>6} {'unmeasured':>12} {'measured':>12} {'checked':>12}")
     for count in runs:
         print(f"{count:6} " + " ".join(f"{n:12}" for n in steps(config, count)))

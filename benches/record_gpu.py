@@ -76,25 +76,15 @@ def execute(name: str, command: list[str | Path], limit: float, **environment: s
     PACKAGE.mkdir(parents=True, exist_ok=True)
     log = BUILD / f"{name}.txt"
     with log.open("w") as file:
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=PACKAGE,
-                env={**os.environ, "PATH": PATH, "PYTHONPATH": str(PACKAGE), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return Done(str(error), 127)
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
-            process.wait()
-            code = None
-    return Done(log.read_text(errors="replace"), code)
+        done = subprocess.run(
+            ["timeout", "--signal=KILL", str(max(limit, 1.0)), *command],  # kills all that it started, and itself
+            cwd=PACKAGE,
+            env={**os.environ, "PATH": PATH, "PYTHONPATH": str(PACKAGE), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    return Done(log.read_text(errors="replace"), None if done.returncode == -signal.SIGKILL else done.returncode)
 
 
 def pytest(*arguments: str | Path) -> list[str | Path]:
@@ -175,7 +165,7 @@ def verdict(done: Done) -> Outcome:
 
 
 def benches(limit: float) -> Outcome:
-    done = execute("benches", [sys.executable, ROOT / "benches/on_gpu.py"], limit)
+    done = execute("benches", [sys.executable, ROOT / "benches/all_cases.py", "cuda"], limit)
     found = "\n".join(line for line in done.output.splitlines() if line.startswith(("|", "*")) or not line)
     return Outcome(done.state, found if done.code == 0 else f"{found}\n\n{tail(done.output, 15)}")
 
@@ -192,23 +182,20 @@ STEPS = (
 
 def printed(*command: str) -> str:
     """What a command prints; nothing if it does not work here."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": PATH}, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return "" if done.returncode else done.stdout.strip()
+    done = execute("facts", [*command], 30)
+    return "" if done.code != 0 else done.output.strip()
 
 
 def facts() -> dict[str, str]:
     device = printed("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     release = re.search(r"release (\S+),", printed("nvcc", "--version"))
-    commit = printed("git", "describe", "--always", "--dirty") or os.environ.get("GROKCURV_COMMIT", "unknown")
+    commit = printed("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     return {
         "device, driver, memory": device or "none",
         "nvcc": release[1] if release else "none",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "Python": platform.python_version(),
-        "grokcurv": f"commit {commit}",
+        "grokcurv": f"commit {commit or os.environ.get('GROKCURV_COMMIT', 'unknown')}",
     }
 
 

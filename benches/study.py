@@ -1,4 +1,4 @@
-"""What the studies of this folder share: batches, losses, shares of measurements that are right, and their tables."""
+"""What the studies share: batches, losses, shares of measurements that are right, tables, counts of operators."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -70,3 +72,25 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines = ["|".join(f" {cell} " if cell != "" else " " for cell in line) for line in (header, *rows)]
     lines.insert(1, "|".join(["---"] * len(header)))
     return "\n".join(f"|{line}|" for line in lines)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are dispatched while it is entered, and the bytes that they read and write.
+
+    An operator counts unless it is a view: unless its schema returns an alias that is not written. It is a launch
+    unless it does no more than allocate; bytes are those of all inputs and outputs of every launch, each once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            self.count += 1
+            if "empty" not in func.__name__:
+                tensors = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
+                self.launches += 1
+                self.bytes += sum(x.nbytes for x in tensors.values())
+        return result

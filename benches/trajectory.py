@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import grokcurv as gc
+from grokcurv.bench.pca import principal_angle
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.modular import TrainConfig, load_model, train
 
@@ -50,21 +51,14 @@ def trajectory(steps: int) -> tuple[Tensor, list[int]]:
     return torch.stack(rows), [segment.length for segment in segments]
 
 
-def truth(rows: Tensor, lengths: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+def truth(rows: Tensor, lengths: list[int]) -> tuple[np.ndarray, list[Tensor]]:
     """PC1 share and top-2 basis of each matrix, by an SVD in float64."""
     shares, bases = [], []
-    for matrix in rows.split(lengths, dim=1):
-        x = matrix.double().numpy()
-        _, values, basis = np.linalg.svd(x - x.mean(0), full_matrices=False)
-        shares.append(values[0] ** 2 / (values**2).sum())
+    for matrix in rows.double().split(lengths, dim=1):
+        _, values, basis = torch.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
+        shares.append(float(values[0] ** 2 / values.square().sum()))
         bases.append(basis[:COMPONENTS])
     return np.array(shares), bases
-
-
-def angle(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest principal angle between the spans of orthonormal rows, in degrees."""
-    outside = a - (a @ b.T) @ b
-    return float(np.degrees(np.arcsin(min(1.0, np.linalg.norm(outside, 2)))))
 
 
 def kept_bytes(pca: gc.StreamingPCA) -> int:
@@ -87,7 +81,7 @@ def compare(rows: Tensor, lengths: list[int]) -> pd.DataFrame:
                 pca.partial_fit(row)
             ours = pca.explained_variance_ratio_[:, 0].numpy()
             components = [] if pca.method_ == "sketch" else pca.components_
-            angles = [angle(b, c.double().numpy()) for b, c in zip(bases, components, strict=False)]
+            angles = list(map(principal_angle, components, bases))
             results.append(
                 {
                     "method": name,

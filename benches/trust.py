@@ -513,14 +513,10 @@ def run(options: Options) -> pd.DataFrame:
 
 
 def write(record: pd.DataFrame, path: Path) -> None:
-    """Six digits of what is compared, three of the rest."""
-    text = record.replace([np.inf, -np.inf], np.nan).astype({"reliable": int})
-    compared, rest = ["eta", "defect", "truth"], ["loss", "noise_floor", "error", "relative"]
-    text[compared] = text[compared].map("{:.6g}".format, na_action="ignore")
-    text[rest] = text[rest].map("{:.3g}".format, na_action="ignore")
     path.parent.mkdir(parents=True, exist_ok=True)
     compression: Any = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
-    text.to_csv(path, index=False, compression=compression)
+    rounded = record.replace([np.inf, -np.inf], np.nan).astype({"reliable": int})
+    rounded.to_csv(path, index=False, float_format="%.6g", compression=compression)
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -568,25 +564,6 @@ def trust_table(record: pd.DataFrame) -> str:
     titles = [f"{name} (target {TARGETS[name]:.1%})" if name in TARGETS else name for name in tally(record)]
     groups = parts(record, "kind", "model", "phase", sizes, methods(record), indices)
     return table(["", *titles], ([name, *starmap(cell, tally(rows).items())] for name, rows in groups))
-
-
-def bad_cells(record: pd.DataFrame) -> str:
-    """Of model, phase, batch size and method those with twenty errors, more than 15 % of which are above the floor."""
-    known = record[np.isfinite(record["noise_floor"]) & np.isfinite(record["error"])]
-    lines = []
-    for names, rows in known.groupby(["model", "phase", "size", methods(known)], sort=False):
-        found = tally(rows)
-        if len(rows) >= 20 and found["below floor, of all"] < 0.85:
-            values = [cell(name, found[name]) for name in ("below floor, of all", "reliable", "within 1 %")]
-            lines.append([", ".join(map(str, names)), len(rows), *values])
-    return table(["model, phase, size, method", "errors", "below floor", "reliable", "within 1 %"], lines)
-
-
-def stage_table(record: pd.DataFrame) -> str:
-    first = record.drop_duplicates(["model", "phase"])
-    texts = {(row.model, row.phase): f"step {row.at_step}, loss {row.loss:.2g}" for row in first.itertuples()}
-    names = first["model"].unique()
-    return table(["model", *PHASES], ([name, *(texts.get((name, phase), "-") for phase in PHASES)] for name in names))
 
 
 def against_table(record: pd.DataFrame, other: pd.DataFrame) -> str:
@@ -643,7 +620,7 @@ def main(options: Options) -> None:
     if not options.tables:
         write(run(options), options.out)
     record = read(options.out)
-    print(stage_table(record), trust_table(record), bad_cells(record), sep="\n\n")
+    print(trust_table(record))
     if options.against:
         print("", against_table(record, read(options.against)), sep="\n")
 

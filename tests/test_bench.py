@@ -19,8 +19,8 @@ from grokcurv.bench import check as checking
 from grokcurv.bench import kernels, measurements, naive, pca, run_bench, timing
 from grokcurv.bench.check import Result, check, peers
 from grokcurv.bench.comparison import OURS, PEERS, Case, Comparison, Implementation, relative, worst
-from grokcurv.bench.plan import Plan, curve, everything, make_plan
-from grokcurv.bench.table import clock, lines, markdown
+from grokcurv.bench.plan import Plan, curve, every_size, make_plan
+from grokcurv.bench.table import clock, in_markdown, table_rows
 from grokcurv.bench.timing import Times, interleaved
 from grokcurv.report.format import seconds
 from grokcurv.runs import RunError
@@ -282,8 +282,8 @@ def test_a_wrong_answer_is_not_timed(ours: float, generator: torch.Generator) ->
     assert result.wrong
     assert result.outcomes[0].times is None
     assert "number, error of grokcurv is" in result.problem
-    (line,) = lines([result])
-    assert "not timed" in line.cells[1]
+    (row,) = table_rows([result])
+    assert "not timed" in row.speed[1]
 
 
 def test_a_kernel_that_is_wrong_is_found(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +300,9 @@ def test_a_peer_that_fails_or_is_missing_is_said_to(generator: torch.Generator) 
     assert result.outcomes[1].problem == "failed: RuntimeError: no such kernel"
     missing = checked(comparison(needs=("torchdr",)), generator, {**NO_PEERS, "torchdr": "not installed"})
     assert missing.outcomes[1].problem == "not installed"
-    (line,) = lines([missing])
-    assert line.cells[2:4] == ("peer (approximate)", "not installed")
-    assert line.cells[1] == clock(missing.outcomes[0].times)
+    (row,) = table_rows([missing])
+    assert row.speed[2:4] == ("peer (approximate)", "not installed")
+    assert row.speed[1] == clock(missing.outcomes[0].times)
 
 
 def test_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = run_bench(out=tmp_path / "bench", plan=plan(), on_progress=news.append)
     assert torch.get_num_threads() == threads
     assert not bench.wrong
-    assert [said["case"] for said in news] == [r.case.title for r in bench.everything()]
+    assert [said["case"] for said in news] == [*bench.found]
     assert any(said.startswith("torchdr: not installed") for said in bench.left_out)
     assert any(said.startswith("a large comparison: needs") for said in bench.left_out)
 
@@ -361,7 +361,7 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["errors"]["defect, relative error"] < 1e-10
 
     table = (tmp_path / "bench/table.md").read_text()
-    assert table == markdown(lines(bench.results))
+    assert table == in_markdown(bench.rows)
     assert {row.count("|") for row in table.splitlines()} == {8}
     title, ours, peer, its, *_ = table.splitlines()[2].strip("| ").split(" | ")
     assert title == "defect arithmetic, P = 3,000<br>*defect, relative error*"
@@ -390,8 +390,9 @@ def test_plans() -> None:
     quick, full = make_plan(quick=True), make_plan(quick=False)
     assert [case.name for case in quick.table] == [case.name for case in full.table]
     assert max(size for one in full.curves if one.axis == "P" for size, _ in one.points) == 100_000_000
-    titles = [case.title for case in everything()]
-    assert len(set(titles)) == len(titles)
+    for device in ("cpu", "cuda"):
+        titles = [case.title for case in every_size(device)]
+        assert len(set(titles)) == len(titles)
     assert all(case.memory < 8 << 30 for case in quick.table)
     assert {one.axis for one in quick.curves} == {"P", "K", "T"}
 

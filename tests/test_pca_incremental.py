@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from test_pca import FLOATS, assert_within_bound, spoilt, svd, trajectory, varia
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grokcurv.bench.check import available_memory
 from grokcurv.pca import StreamingPCA
 
 SPECTRA = ("decaying", "flat", "deficient", "spiked")
@@ -289,3 +292,35 @@ def test_rows_of_a_replay_reach_every_result(generator: Generator) -> None:
     pca._method.append(trajectory(4, 30, generator))
     for old, new in zip(before, (pca.components_, pca.mean_), strict=True):
         assert not torch.equal(old, new)
+
+
+MEMORY = """
+import sys, torch, grokcurv as gc
+torch.set_num_threads(1)
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+size, k = int(sys.argv[1]), int(sys.argv[2])
+gc.StreamingPCA(k, "incremental").partial_fit(torch.randn(100, 1000)).components_  # loads what there is to load
+row = torch.randn(size)
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
+before = peak()
+pca = gc.StreamingPCA(k, "incremental")
+for _ in range(pca.block + 3):
+    row += 0.1
+    row[:1000].normal_()
+    pca.partial_fit(row)
+pca.components_, pca.explained_variance_, pca.mean_
+print(peak() - before, row.nbytes, 2 * (k + pca.oversampling) + pca.block + 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "k"), [(4_000_000, 8), (4_000_000, 32), pytest.param(100_000_000, 4, marks=pytest.mark.long)]
+)
+def test_memory_of_all_it_keeps(size: int, k: int) -> None:
+    """In vectors of P, beyond the row itself: a block and three rows, then everything read."""
+    if 50 * 4 * size > available_memory():  # the largest would be killed for memory, or measure the swap
+        pytest.skip(f"{size} coordinates need {50 * 4 * size / 2**30:.0f} GiB")
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(size), str(k)], capture_output=True, text=True, check=True)
+    kept, vector, allowed = map(int, done.stdout.split())
+    assert kept <= allowed * vector

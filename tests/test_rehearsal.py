@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from on_gpu import FASTER, FLOOR
+from all_cases import TARGETS
 
-from grokcurv.bench.plan import on_gpu
+from grokcurv.bench.plan import every_size
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,11 +32,11 @@ def test_gpu_tests() -> None:
 
 
 def test_gpu_benches() -> None:
-    titles = [case.title for case in on_gpu(1000)]
-    printed = run("benches/on_gpu.py", "--rehearse")
+    titles = [case.title for case in every_size("cuda", 1000)]
+    printed = run("benches/all_cases.py", "cuda", "--shrink", "1000")
     for title in titles:
         assert f"| {title}<br>" in printed
     times = re.findall(r"\d (?:us|ms|s) ± \d+ %<br>", printed)
     assert len(times) > 40
-    asked = FLOOR.keys() | FASTER.keys()
-    assert asked <= {case.title for case in on_gpu()}
+    for device, targets in TARGETS.items():
+        assert {target.title for target in targets} <= {case.title for case in every_size(device)}

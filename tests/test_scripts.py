@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from all_cases import Target, judged
+
+from grokcurv.bench.check import Floor, Outcome, Result
+from grokcurv.bench.comparison import Case
+from grokcurv.bench.plan import every_size
+from grokcurv.bench.timing import Times
 
 ROOT = Path(__file__).parents[1]
 BENCHES = ROOT / "benches"
@@ -17,12 +23,9 @@ BENCHES = ROOT / "benches"
 
 def run(script: str, *arguments: str | Path) -> str:
     """What it printed, with one thread."""
-    return execute(str(BENCHES / script), *map(str, arguments))
-
-
-def execute(*command: str) -> str:
+    command = [sys.executable, str(BENCHES / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -71,12 +74,32 @@ def test_sweep_throughput(tmp_path: Path) -> None:
 
 def test_bench() -> None:
     """`make bench` but for the whole measurements, which test_bench.py has at small size."""
-    pytest.importorskip("pytest_benchmark")
-    pytest.importorskip("threadpoolctl")
-    slow = ("model", "trainer", "prefix", "program", "PCA", "100000000")
-    chosen = " and ".join(f"not {word}" for word in slow)
-    printed = execute("-m", "pytest", "-q", str(BENCHES), "--shrink", "1000", "-k", chosen)
-    assert "ratios" in printed
+    slow = ("model", "trainer", "prefix", "program", "PCA")
+    chosen = [case.title for case in every_size("cpu", 1000) if not any(word in case.title for word in slow)]
+    printed = run("all_cases.py", "--shrink", "1000", "--only", *chosen)
+    assert len(chosen) > 20
+    for title in chosen:
+        assert f"| {title}<br>" in printed
+
+
+def test_what_is_asked_for_is_met_or_missed() -> None:
+    """Of a peer, of the floor, and of the error; who was not timed is not judged."""
+
+    def outcome(name: str, seconds: float, error: float) -> Outcome:
+        return Outcome(name, "", {"quantity": error}, Times((seconds,), 1))
+
+    result = Result(Case("case", "title", 0, lambda generator: None))
+    result.outcomes = [
+        outcome("grokcurv", 2.0, 1e-6),
+        outcome("grokcurv, replayed", 1.0, 1e-6),
+        outcome("peer", 6, 1e-5),
+    ]
+    result.floor = Floor({}, {}, 0.8, Times((0.4,), 1))
+    targets = [("peer", 6), ("peer", 6.1), ("the floor", 0.8), ("the floor", 0.9), ("peer", 2, 10), ("peer", 2, 10.1)]
+    verdicts = [judged(Target("title", *target), result) for target in targets]
+    assert [met for met, _ in verdicts] == [True, False] * 3
+    assert verdicts[1][1] == "* MISSED: title, 6x the speed of peer; asked for: 6.1x"
+    assert judged(Target("title", "absent", 1), result) is None
 
 
 def make(*arguments: str) -> str:
@@ -112,4 +135,4 @@ def test_every_script_is_in_a_test(script: str) -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     name = script.removesuffix(".py")
     used = any(way in tests for way in (script, f"import {name}\n", f"from {name} import"))
-    assert used or script == "conftest.py" or script.startswith("test_")
+    assert used

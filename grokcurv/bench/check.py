@@ -41,6 +41,11 @@ class Outcome:
     ratio: Times | None = None
     problem: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """Whether it raised, where others are merely not installed."""
+        return self.problem.startswith("failed")
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -76,6 +81,10 @@ class Result:
     problem: str = ""
     wrong: bool = False
 
+    @property
+    def failed(self) -> bool:
+        return self.wrong or any(outcome.failed for outcome in self.outcomes)
+
 
 def peers() -> dict[str, str]:
     """By import name, '' for a peer that can be imported (and now is), or why it cannot."""
@@ -84,11 +93,9 @@ def peers() -> dict[str, str]:
         try:
             import_module(name)
             problems[name] = ""
-        except ModuleNotFoundError as error:
-            missing = error.name == name
-            problems[name] = f"not installed: pip install {package}" if missing else f"{package}: {error}"
         except Exception as error:  # a peer that does not get along with this torch is no reason to stop
-            problems[name] = f"{package} cannot be imported: {error}"
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            problems[name] = f"not installed: pip install {package}" if missing else f"{package}: {error}"
     return problems
 
 
@@ -148,13 +155,12 @@ def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, 
 
 def _time(comparison: Comparison, outcomes: list[Outcome], budget: float, device: torch.device) -> Floor | None:
     """Fill in times and ratios; the floor, if one is known."""
-    fit = [
-        (one, outcome) for one, outcome in zip(comparison.implementations, outcomes, strict=True) if not outcome.problem
-    ]
+    pairs = zip(comparison.implementations, outcomes, strict=True)
+    fit = [(one, outcome) for one, outcome in pairs if not outcome.problem]
     yardsticks = _yardsticks(comparison, device)
     runs = [one.run for one, _ in fit] + [call for call, _ in yardsticks.values()]
     times = interleaved(runs, budget, device)
-    ours = times[0].scaled(comparison.implementations[0].times)
+    ours = times[0].scaled(fit[0][0].times)
     for (one, outcome), samples in zip(fit, times, strict=False):
         outcome.times = samples.scaled(one.times)
         outcome.ratio = outcome.times.over(ours)
@@ -164,7 +170,7 @@ def _time(comparison: Comparison, outcomes: list[Outcome], budget: float, device
     work = comparison.work
     measured = zip(yardsticks.items(), times[len(fit) :], strict=True)
     parts = {name: samples.scaled(work[name] / done) for (name, (_, done)), samples in measured}
-    floor = Times(tuple(max(samples) for samples in zip(*(part.samples for part in parts.values()), strict=True)), 1)
+    floor = Times(tuple(map(max, zip(*(part.samples for part in parts.values()), strict=True))), 1)
     rates = {name: work[name] / part.median for name, part in parts.items()}
     return Floor(work, rates, floor.median, ours.over(floor))
 

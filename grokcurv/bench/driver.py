@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from grokcurv.bench.check import Result, available_memory, check, peers
-from grokcurv.bench.comparison import PEERS, Case
+from grokcurv.bench.comparison import PEERS
 from grokcurv.bench.plan import Plan, make_plan
-from grokcurv.bench.result import Bench, as_json
-from grokcurv.bench.table import lines, markdown
+from grokcurv.bench.result import Bench
+from grokcurv.bench.table import in_markdown
 from grokcurv.bench.timing import threads as limited
 from grokcurv.runs import describe_environment
 from grokcurv.storage import RunError, write_atomically
@@ -54,7 +54,8 @@ def run_bench(
     plan = plan or make_plan(quick)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    known = list(dict.fromkeys(case.name for case in _cases(plan)))
+    planned = {case.title: case for case in (*plan.table, *(case for one in plan.curves for _, case in one.points))}
+    known = list(dict.fromkeys(case.name for case in planned.values()))
     for name in cases or ():
         if name not in known:
             raise ValueError(f"cases must be among {', '.join(known)}; got {name!r}")
@@ -73,7 +74,7 @@ def run_bench(
         "seed": seed,
     }
     in_table = {case.title for case in plan.table}
-    wanted = {case.title: case for case in _cases(plan) if cases is None or case.name in cases}
+    wanted = {title: case for title, case in planned.items() if cases is None or case.name in cases}
     found: dict[str, Result] = {}
     with limited(threads):
         for title, case in wanted.items():
@@ -83,24 +84,12 @@ def run_bench(
             budget = plan.budget if title in in_table else plan.budget / 2
             found[title] = check(case, torch.Generator().manual_seed(seed), budget, problems)
 
-    from grokcurv.bench.page import write  # and matplotlib with it
+    from grokcurv.bench.figures import drawings  # and matplotlib with it
+    from grokcurv.report.page import write_page
 
-    results = tuple(found[case.title] for case in plan.table if case.title in found)
-    curves = tuple(
-        (one, tuple((size, found[case.title]) for size, case in one.points))
-        for one in plan.curves
-        if all(case.title in found for _, case in one.points)
-    )
     taking_part = {package: problems[name] or metadata.version(package) for name, package in PEERS.items()}
-    taken = round(time.monotonic() - began, 1)
-    bench = Bench(path, path / "report.html", environment, results, curves, taking_part, taken)
-    write_atomically(path / "bench.json", as_json(bench).encode())
-    write_atomically(path / "table.md", markdown(lines(results)).encode())
-    write(bench)
+    bench = Bench(path, environment, plan, found, taking_part, round(time.monotonic() - began, 1))
+    write_atomically(path / "bench.json", bench.as_json().encode())
+    write_atomically(path / "table.md", in_markdown(bench.rows).encode())
+    write_page(path, "bench.html", bench, list(drawings(bench.curves, found)))
     return bench
-
-
-def _cases(plan: Plan) -> Iterator[Case]:
-    yield from plan.table
-    for one in plan.curves:
-        yield from (case for _, case in one.points)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,15 @@ FLOAT64 = f"{PLAIN}, float64"
 DENSE = f"{PLAIN}, a dense basis"
 CHUNK = 1 << 20
 
+REWRITTEN = "rows widened before, result in a second buffer"
+
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Op = Callable[..., reference.Commutator]
+
+
+def pair(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], note: str = "") -> tuple[Implementation, ...]:
+    """A kernel, and the one other way to its answer."""
+    return Implementation(OURS, ours), Implementation(name, theirs, note=note)
 
 
 def perturb(size: int, runs: int = 1) -> Case:
@@ -36,10 +45,10 @@ def perturb(size: int, runs: int = 1) -> Case:
         theta, directions = normal(generator, runs, size), normal(generator, runs, size)
         eta, out = step(generator).repeat(runs), torch.empty_like(directions)
         truth = theta.double() - ETA * directions.double()
-        ours = Implementation(OURS, lambda: ops.perturb(theta, directions, eta, out=out))
-        plain = Implementation(PLAIN, lambda: torch.sub(theta, ETA * directions, out=out))
+        ours = partial(ops.perturb, theta, directions, eta, out=out)
+        both = pair(PLAIN, ours, lambda: torch.sub(theta, ETA * directions, out=out))
         errors = {"vector, relative error": lambda got: relative(got, truth)}
-        return Comparison((ours, plain), errors, tolerance=1e-6, moved=3 * theta.nbytes)
+        return Comparison(both, errors, tolerance=1e-6, moved=3 * theta.nbytes)
 
     of = f" of {runs} runs" if runs > 1 else ""
     return Case("perturb", f"perturbed parameters{of}, P = {size:,}", 36 * runs * size, build)
@@ -53,8 +62,7 @@ def defect(size: int) -> Case:
         g_a, g_b, a2, b2 = (x[0] for x in vectors)
         eta, truth = step(generator), defect64(g_a, g_b, a2, b2)
 
-        def ours() -> reference.Commutator:
-            return ops.commutator(*vectors, eta)
+        ours = partial(ops.commutator, *vectors, eta)
 
         def found() -> Tensor:
             aa, bb, _, dd, _, _ = ours().sums[0]
@@ -65,8 +73,8 @@ def defect(size: int) -> Case:
             return naive.defect(theta, g_a, g_b, a2, b2, ETA)[0]
 
         errors = {"defect, relative error": lambda got: abs(float(got) / truth - 1)}
-        implementations = Implementation(OURS, ours, found), Implementation(f"{PLAIN}, the float32 formula", plain)
-        return Comparison(implementations, errors, tolerance=1e-5, moved=4 * theta.nbytes, flops64=16 * size)
+        both = Implementation(OURS, ours, found), Implementation(f"{PLAIN}, the float32 formula", plain)
+        return Comparison(both, errors, tolerance=1e-5, moved=4 * theta.nbytes, flops64=16 * size)
 
     return Case("defect", f"defect arithmetic, P = {size:,}", 44 * size, build)
 
@@ -76,23 +84,15 @@ def rounding_terms(size: int) -> Case:
 
     def build(generator: Generator) -> Comparison:
         theta, vectors = gradients(generator, size)
-        g_a, g_b, a2, b2 = vectors
         eta = step(generator)
-        truth = reference.commutator(*vectors, eta, theta=theta).sums[0]
 
-        def plain() -> Tensor:
-            r = ((theta - ETA * g_a) - ETA * b2) - ((theta - ETA * g_b) - ETA * a2)
-            change_a, change_b = a2.double() - g_a.double(), b2.double() - g_b.double()
-            delta = ETA * (change_a - change_b)
-            q = [(theta - ETA * g).double() - (theta.double() - ETA * g.double()) for g in (g_a, g_b)]
-            terms = [g_a.double(), g_b.double(), delta, change_a, change_b, r.double(), r.double() - delta, *q]
-            sums = [(x * x).sum() for x in terms]
-            return torch.stack([*sums[:2], (g_a.double() * g_b.double()).sum(), *sums[2:]])
+        def sums(op: Op) -> Tensor:
+            return op(*vectors, eta, theta=theta).sums[0]
 
-        ours = Implementation(OURS, lambda: ops.commutator(*vectors, eta, theta=theta).sums[0])
+        truth = sums(reference.commutator)
         errors = {"ten sums, largest relative error": lambda got: worst(got, truth)}
-        implementations = ours, Implementation(FLOAT64, plain)
-        return Comparison(implementations, errors, tolerance=1e-5, moved=5 * theta.nbytes, flops64=31 * size)
+        both = pair(FLOAT64, partial(sums, ops.commutator), partial(sums, reference.commutator))
+        return Comparison(both, errors, tolerance=1e-5, moved=5 * theta.nbytes, flops64=31 * size)
 
     return Case("rounding-terms", f"defect and rounding terms, P = {size:,}", 140 * size, build)
 
@@ -106,7 +106,7 @@ def defect_on_basis(size: int) -> Case:
         g_a, g_b, a2, b2 = (x[0] for x in vectors)
         eta = step(generator)
 
-        def answer(op: Callable[..., reference.Commutator]) -> tuple[Tensor, Tensor]:
+        def answer(op: Op) -> tuple[Tensor, Tensor]:
             out = op(*vectors, eta, values=values, rows=rows)
             return out.sums[0, 3].sqrt(), out.coefficients[0]
 
@@ -115,13 +115,10 @@ def defect_on_basis(size: int) -> Case:
             return delta.norm(), dense @ delta
 
         truth = answer(reference.commutator)
-        return Comparison(
-            (Implementation(OURS, lambda: answer(ops.commutator)), Implementation(DENSE, plain)),
-            {"length and coefficients, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-6,
-            moved=4 * 4 * size + values.nbytes,
-            flops64=16 * size + 2 * values.numel(),
-        )
+        errors = {"length and coefficients, relative error": lambda got: relative(got, truth)}
+        moved, flops = 16 * size + values.nbytes, 16 * size + 2 * values.numel()
+        both = pair(DENSE, lambda: answer(ops.commutator), plain)
+        return Comparison(both, errors, tolerance=1e-6, moved=moved, flops64=flops)
 
     return Case("defect-on-basis", f"defect on 16 directions, P = {size:,}", 64 * 4 * size, build)
 
@@ -133,22 +130,16 @@ def split(size: int) -> Case:
         v, length = normal(generator, 1, size), size // 8
         values = normal(generator, 4 * length)
         rows = torch.tensor([[j * length, length, j * length] for j in range(4)])
-        inside, directions = v[0, : 4 * length].view(4, -1), values.view(4, -1)
 
         def plain() -> tuple[Tensor, Tensor]:
             x = v[0].double()
-            return (x * x).sum(), (x[: 4 * length].view(4, -1) * directions.double()).sum(-1)
+            return (x * x).sum(), (x[: 4 * length] * values.double()).view(4, -1).sum(-1)
 
-        coefficients = chunked(lambda x, y: (x * y).sum(-1), inside, directions)
-        truth = chunked(lambda x: x.square().sum(), v), coefficients
-        ours = Implementation(OURS, lambda: ops.subspace_split(v, values, rows))
-        return Comparison(
-            (ours, Implementation(FLOAT64, plain)),
-            {"length and coefficients, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-12,
-            moved=v.nbytes + values.nbytes,
-            flops64=2 * (size + values.numel()),
-        )
+        truth = plain()
+        errors = {"length and coefficients, relative error": lambda got: relative(got, truth)}
+        moved, flops = v.nbytes + values.nbytes, 2 * (size + values.numel())
+        both = pair(FLOAT64, lambda: ops.subspace_split(v, values, rows), plain)
+        return Comparison(both, errors, tolerance=1e-12, moved=moved, flops64=flops)
 
     return Case("split", f"split by a subspace, P = {size:,}", 30 * size, build)
 
@@ -169,57 +160,39 @@ def filter_(size: int) -> Case:
             return g
 
         def ours(g: Tensor) -> Tensor:
-            ops.subspace_filter_(g, values=values, rows=rows, strength=strength)
-            return g
+            return ops.subspace_filter_(g, values, rows, strength)
 
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ours(g), lambda: ours(fresh.clone())),
-                Implementation(DENSE, lambda: plain(g), lambda: plain(fresh.clone())),
-            ),
-            {"vector, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-6,
-            moved=3 * g.nbytes + 2 * values.nbytes,
-            flops64=3 * size + 4 * values.numel(),
+        errors = {"vector, relative error": lambda got: relative(got, truth)}
+        moved, flops = 3 * g.nbytes + 2 * values.nbytes, 3 * size + 4 * values.numel()
+        both = (
+            Implementation(OURS, partial(ours, g), lambda: ours(fresh.clone())),
+            Implementation(DENSE, partial(plain, g), lambda: plain(fresh.clone())),
         )
+        return Comparison(both, errors, tolerance=1e-6, moved=moved, flops64=flops)
 
     return Case("filter", f"filtered gradient, P = {size:,}", 200 * size, build)
 
 
 def gram_row(n: int, size: int) -> Case:
     """One more row against those there are, as a streaming PCA adds it."""
-
-    def build(generator: Generator) -> Comparison:
-        rows, origin = normal(generator, n, size), normal(generator, size)
-        new = rows[-1:]
-
-        def product(x: Tensor, y: Tensor, o: Tensor) -> Tensor:
-            return (x.double() - o.double()) @ (y.double() - o.double()).T
-
-        truth = chunked(product, new, rows, origin)
-        ours = Implementation(OURS, lambda: ops.gram(new, rows, origin=origin))
-        plain = Implementation(FLOAT64, lambda: product(new, rows, origin))
-        errors = {"inner products, relative error": lambda got: relative(got, truth)}
-        return Comparison((ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=2 * n * size)
-
-    return Case("gram-row", f"Gram matrix, one row beside {n} of {size:,}", 24 * n * size, build)
+    title = f"Gram matrix, one row beside {n} of {size:,}"
+    return _gram("gram-row", title, n, size, 2 * n * size, lambda rows: (rows[-1:], rows))
 
 
 def gram_matrix(n: int, size: int) -> Case:
+    title = f"Gram matrix, {n} x {n} of {size:,}"
+    return _gram("gram-matrix", title, n, size, n * (n + 1) * size, lambda rows: (rows,))
+
+
+def _gram(name: str, title: str, n: int, size: int, flops: int, of: Callable[[Tensor], tuple[Tensor, ...]]) -> Case:
     def build(generator: Generator) -> Comparison:
         rows, origin = normal(generator, n, size), normal(generator, size)
-
-        def product(x: Tensor, o: Tensor) -> Tensor:
-            centred = x.double() - o.double()
-            return centred @ centred.T
-
-        truth = chunked(product, rows, origin)
-        ours = Implementation(OURS, lambda: ops.gram(rows, origin=origin))
-        plain = Implementation(FLOAT64, lambda: product(rows, origin))
+        ours, plain = (partial(op, *of(rows), origin=origin) for op in (ops.gram, reference.gram))
+        truth = plain()
         errors = {"inner products, relative error": lambda got: relative(got, truth)}
-        return Comparison((ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=n * (n + 1) * size)
+        return Comparison(pair(FLOAT64, ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=flops)
 
-    return Case("gram-matrix", f"Gram matrix, {n} x {n} of {size:,}", 24 * n * size, build)
+    return Case(name, title, 24 * n * size, build)
 
 
 def eigh(n: int, k: int, batch: int = 8) -> Case:
@@ -227,11 +200,7 @@ def eigh(n: int, k: int, batch: int = 8) -> Case:
 
     def build(generator: Generator) -> Comparison:
         x = normal(generator, batch, n, n).double() / torch.arange(1, n + 1, device=generator.device)
-        a = x @ x.mT
-        ours = Implementation(OURS, lambda: ops.eigh(a, k))
-        lapack = Implementation("torch.linalg.eigh", lambda: torch.linalg.eigh(a), note="all pairs" if k < n else "")
-        errors = {"residual, relative": lambda got: residual(a, *got)}
-        return Comparison((ours, lapack), errors, tolerance=1e-9, moved=a.nbytes)
+        return _eigenpairs([x @ x.mT], k)
 
     return Case("eigh", f"eigenproblem, {k} pairs of {batch} matrices of {n}", 40 * n * n * batch, build)
 
@@ -243,17 +212,21 @@ def eigh_prefixes(n: int) -> Case:
         x = normal(generator, n, 1000).double().cumsum(0)
         x -= x.mean(0)
         gram = x @ x.T
-        prefixes = [gram[:m, :m].contiguous()[None] for m in range(2, n + 1)]
-        ours = Implementation(OURS, lambda: [ops.eigh(a, 1) for a in prefixes])
-        lapack = Implementation("torch.linalg.eigh", lambda: [*map(torch.linalg.eigh, prefixes)], note="all pairs")
-
-        def error(got: Any) -> float:
-            return max(residual(a, *pairs) for a, pairs in zip(prefixes, got, strict=True))
-
-        moved = sum(a.nbytes for a in prefixes)
-        return Comparison((ours, lapack), {"residual, relative, worst": error}, tolerance=1e-9, moved=moved)
+        return _eigenpairs([gram[:m, :m].contiguous()[None] for m in range(2, n + 1)], 1)
 
     return Case("eigh-prefixes", f"leading pair of every prefix of {n}", 24 * n**3, build)
+
+
+def _eigenpairs(batches: list[Tensor], k: int) -> Comparison:
+    def error(got: Any) -> float:
+        return max(residual(a, *pairs) for a, pairs in zip(batches, got, strict=True))
+
+    note = "all pairs" if k < batches[-1].shape[1] else ""
+    both = pair(
+        "torch.linalg.eigh", lambda: [ops.eigh(a, k) for a in batches], lambda: [*map(torch.linalg.eigh, batches)], note
+    )
+    moved = sum(a.nbytes for a in batches)
+    return Comparison(both, {"residual, relative, worst": error}, tolerance=1e-9, moved=moved)
 
 
 def rotate(m: int, q: int, size: int) -> Case:
@@ -263,27 +236,20 @@ def rotate(m: int, q: int, size: int) -> Case:
         rows, square = normal(generator, m, size), normal(generator, m, m).double()
         coefficients = torch.linalg.qr(square).Q[None, :q].contiguous()
         work, wide = rows.clone(), rows.double()
-        out = wide.new_empty(q, size)
-        truth = torch.cat([coefficients[0] @ part.double() for part in rows.split(CHUNK, 1)], 1)
+        truth, out = coefficients[0] @ wide, wide.new_empty(q, size)
 
         def ours(rows: Tensor) -> Tensor:
             return ops.rotate_(rows, coefficients)[:q]
 
-        def plain() -> Tensor:
-            return torch.matmul(coefficients[0], wide, out=out)
-
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ours(work), lambda: ours(rows.clone())),
-                Implementation(FLOAT64, plain, note="rows widened before, result in a second buffer"),
-            ),
-            {"rows, relative error": lambda got: relative(got, truth)},
-            tolerance=1e-6,
-            moved=(m + q) * size * rows.element_size(),
-            flops64=2 * m * q * size,
+        both = (
+            Implementation(OURS, lambda: ours(work), lambda: ours(rows.clone())),
+            Implementation(FLOAT64, partial(torch.matmul, coefficients[0], wide, out=out), note=REWRITTEN),
         )
+        errors = {"rows, relative error": lambda got: relative(got, truth)}
+        moved, flops = (m + q) * size * rows.element_size(), 2 * m * q * size
+        return Comparison(both, errors, tolerance=1e-6, moved=moved, flops64=flops)
 
-    return Case("rotate", f"{m} rows of {size:,} rotated to {q}", 32 * m * size, build)
+    return Case("rotate", f"{m} rows of {size:,} rotated to {q}", (16 * m + 32 * q) * size, build)
 
 
 def sketch(n: int, size: int, length: int) -> Case:
@@ -293,7 +259,7 @@ def sketch(n: int, size: int, length: int) -> Case:
         x = normal(generator, n, length)
         places = torch.randint(size, (length,), generator=generator, device=generator.device)
         signs = normal(generator, length).sign()
-        truth = chunked(lambda part: part.square().sum(1), x)
+        truth = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
 
         def plain() -> Tensor:
             return x.new_zeros(n, size).index_add_(1, places, signs * x)
@@ -301,16 +267,9 @@ def sketch(n: int, size: int, length: int) -> Case:
         def error(got: Tensor) -> float:
             return worst(got.double().square().sum(1), truth)
 
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ops.sketch(x, size, 1)),
-                Implementation(f"{PLAIN}, index_add_", plain, note="stores 12 bytes a coordinate"),
-            ),
-            {"squared length, relative error (both approximate)": error},
-            tolerance=6 * math.sqrt(2 / size),
-            moved=x.nbytes + 8 * n * size,
-            flops64=n * length,
-        )
+        both = pair(f"{PLAIN}, index_add_", lambda: ops.sketch(x, size, 1), plain, "stores 12 bytes a coordinate")
+        errors, tolerance = {"squared length, relative error (both approximate)": error}, 6 * math.sqrt(2 / size)
+        return Comparison(both, errors, tolerance, moved=x.nbytes + 8 * n * size, flops64=n * length)
 
     return Case("sketch", f"sketch of {n} x {length:,} into {size:,}", (20 + 12 * n) * length, build)
 
@@ -331,15 +290,9 @@ def draw(runs: int, rows: int, n: int = 4704) -> Case:
             uneven = (got.flatten().bincount(minlength=n) - expected).square().sum() / expected
             return abs(float(uneven) - (n - 1)) / math.sqrt(2 * (n - 1))
 
-        return Comparison(
-            (
-                Implementation(OURS, lambda: ops.draw(seeds, 3, steps, below, rows)),
-                Implementation("torch.randint", plain, note="one generator, which has a state"),
-            ),
-            {"chi-squared of how often each came, off its mean in standard deviations": error},
-            tolerance=6.0,
-            moved=8 * runs * rows,
-        )
+        ours, note = partial(ops.draw, seeds, 3, steps, below, rows), "one generator, which has a state"
+        errors = {"chi-squared of how often each came, off its mean in standard deviations": error}
+        return Comparison(pair("torch.randint", ours, plain, note), errors, tolerance=6.0, moved=8 * runs * rows)
 
     return Case("draw", f"{runs} x {rows:,} integers below {n:,}", 32 * runs * rows, build)
 

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,13 +62,10 @@ def pair() -> Case:
         model, batches, _ = demo(generator, 1)
         loss_fn, truth = loss(MODULE), defects64(model, batches)
 
-        def ours(name: str, noise_floor: bool, note: str = "") -> Implementation:
-            probe = CommutatorProbe(model, loss_fn, noise_floor=noise_floor)
-            return Implementation(name, lambda: probe.measure(batches).defect, note=note)
-
+        bare, checked = (CommutatorProbe(model, loss_fn, noise_floor=wanted) for wanted in (False, True))
         implementations = (
-            ours(OURS, noise_floor=False),
-            ours(f"{OURS}, with its noise floor", noise_floor=True, note="does more"),
+            Implementation(OURS, lambda: bare.measure(batches).defect),
+            Implementation(f"{OURS}, with its noise floor", lambda: checked.measure(batches).defect, note="does more"),
             Implementation("naive", lambda: naive.commutator(model, loss_fn, batches[0], ETA)[0][None]),
             _bare(model, 2 * [*batches[0]]),
         )
@@ -89,18 +87,15 @@ def admission() -> Case:
             engine.admit(one, brackets=brackets)
             return engine.admission
 
-        return Comparison(
-            (
-                Implementation(OURS, lambda: admit(True)),
-                Implementation(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
-                _bare(model, [one], times=ADMITTED),
-            ),
-            {"checks that failed": lambda found: sum(not f.passed for f in found)},
-            tolerance=0.0,
-            # A gradient told where to stop and one not, and a product.
-            flops=2 * gradient + flops(lambda: bracket_by_autograd(model, pair)) // 2,
-            flops64=2 * gradient,
+        implementations = (
+            Implementation(OURS, lambda: admit(True)),
+            Implementation(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
+            _bare(model, [one], times=ADMITTED),
         )
+        errors = {"checks that failed": lambda found: sum(not f.passed for f in found)}
+        # A gradient told where to stop and one not, and a product.
+        work = 2 * gradient + flops(lambda: bracket_by_autograd(model, pair)) // 2
+        return Comparison(implementations, errors, tolerance=0.0, flops=work, flops64=2 * gradient)
 
     return _case("admission", "admission", build)
 
@@ -143,15 +138,12 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
                 return got[0], torch.full_like(got[0], math.nan)
 
             implementations.insert(1, Implementation(f"{OURS}, captured and replayed", replay, replayed))
-        return Comparison(
-            tuple(implementations),
-            {
-                "defect, relative error of the worst": lambda got: worst(got[0], truth[0]),
-                "share inside the basis, the same": lambda got: worst(got[1], truth[1]),
-            },
-            tolerance=1e-2,
-            flops=4 * pairs * gradient_flops(model, batches[0][0], forward),
-        )
+        errors: dict[str, Callable[[Any], float]] = {
+            "defect, relative error of the worst": lambda got: worst(got[0], truth[0]),
+            "share inside the basis, the same": lambda got: worst(got[1], truth[1]),
+        }
+        work = 4 * pairs * gradient_flops(model, batches[0][0], forward)
+        return Comparison(tuple(implementations), errors, tolerance=1e-2, flops=work)
 
     return _case("whole", f"whole measurement, {_pairs(pairs)}", build, forward)
 
@@ -174,14 +166,12 @@ def bracket(pairs: int) -> Case:
             return [curvlinops_bracket(model, pair) for pair in batches]
 
         def error(got: Tensor | list[Tensor]) -> float:
-            return max(relative(x, y) for x, y in zip(got, truth, strict=True))
+            return max(map(relative, got, truth))
 
-        return Comparison(
-            (Implementation(OURS, ours), Implementation("curvlinops", theirs, needs=("curvlinops",))),
-            {"vector, relative error of the worst": error},
-            tolerance=1e-4,  # five times the worst in docs/numerics.md
-            flops=pairs * flops(lambda: bracket_by_autograd(model, batches[0])),
-        )
+        both = Implementation(OURS, ours), Implementation("curvlinops", theirs, needs=("curvlinops",))
+        work = pairs * flops(lambda: bracket_by_autograd(model, batches[0]))
+        # The tolerance is five times the worst in docs/numerics.md.
+        return Comparison(both, {"vector, relative error of the worst": error}, tolerance=1e-4, flops=work)
 
     return _case("bracket", f"exact bracket, {_pairs(pairs)}", build)
 
@@ -195,12 +185,9 @@ def training(forward: Forward = MODULE) -> Case:
         truth, bare = exact.defects(), Loop(seed, device).run(COMPARED)
 
         def implementation(name: str, note: str = "", **options: Any) -> Implementation:
-            loop = Loop(seed, device, **options)
-
-            def checked() -> Loop:
-                return Loop(seed, device, **options).run(COMPARED)
-
-            return Implementation(name, lambda: loop.run(CHECK_EVERY), checked, note=note, times=1 / CHECK_EVERY)
+            loop, fresh = (Loop(seed, device, **options) for _ in range(2))
+            run, checked = partial(loop.run, CHECK_EVERY), partial(fresh.run, COMPARED)
+            return Implementation(name, run, checked, note=note, times=1 / CHECK_EVERY)
 
         def error(got: Loop) -> float:
             defects = got.defects()
@@ -211,16 +198,13 @@ def training(forward: Forward = MODULE) -> Case:
             theta = flatten(bare.model)
             errors["weights, distance from the plain loop's"] = lambda got: float((flatten(got.model) - theta).norm())
         four = "torch.optim, four gradients at every step"
-        return Comparison(
-            (
-                implementation(OURS, forward=forward, monitored=True),
-                implementation(four, "no noise floor", naive_on=lambda model: model),
-                implementation("torch.optim", "measures nothing"),
-            ),
-            errors,
-            tolerance=1e-2,
-            flops=4 * gradient_flops(bare.model, bare.following, forward),
+        loops = (
+            implementation(OURS, forward=forward, monitored=True),
+            implementation(four, "no noise floor", naive_on=lambda model: model),
+            implementation("torch.optim", "measures nothing"),
         )
+        work = 4 * gradient_flops(bare.model, bare.following, forward)
+        return Comparison(loops, errors, tolerance=1e-2, flops=work)
 
     return _case("step", "training step with a defect", build, forward)
 
@@ -246,15 +230,14 @@ def program(runs: int, measured: bool) -> Case:
 
         (_, truth), alone, ours = stepper(1, True, "loop"), stepper(1, False, "loop"), stepper(runs, measured, "auto")
         wanted, first = truth(), batch(generator)
-        return Comparison(
-            (
-                Implementation(OURS, *ours, times=1 / runs),
-                Implementation("one run alone", *alone, note="measures nothing"),
-            ),
-            {"loss after a step, relative error": lambda got: abs(got / wanted - 1)},
-            tolerance=1e-3,  # Adam's first step is the sign of a gradient, also of one that rounding decides
-            flops=(4 if measured else 1) * gradient_flops(network(seed, generator.device), first),
+        both = (
+            Implementation(OURS, *ours, times=1 / runs),
+            Implementation("one run alone", *alone, note="measures nothing"),
         )
+        errors = {"loss after a step, relative error": lambda got: abs(got / wanted - 1)}
+        work = (4 if measured else 1) * gradient_flops(network(seed, generator.device), first)
+        # Adam's first step is the sign of a gradient, also of one that rounding decides.
+        return Comparison(both, errors, tolerance=1e-3, flops=work)
 
     doing = "measured at every step" if measured else "unmeasured"
     return Case("program", f"step of a run, {runs} as one program, {doing}", MEMORY * (1 + runs // 16), build)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import subspace_angles
 from torch import Generator, Tensor
 
 from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation
@@ -83,16 +84,12 @@ def history(n: int, size: int) -> Case:
 
         truth = torch.stack([share(spectrum(part)[0]) for part in parts])
         note, scale = f"{SAMPLES} timed, scaled to all", (n - 1) / SAMPLES
-        return Comparison(
-            (
-                Implementation(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
-                Implementation("NumPy SVD of each", numpy, note=note, needs=("threadpoolctl",), times=scale),
-            ),
-            {"share of PC1, largest error": lambda got: float((got - truth).abs().max())},
-            tolerance=1e-5,
-            moved=x.nbytes,
-            flops64=n * (n + 1) * size,
+        both = (
+            Implementation(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
+            Implementation("NumPy SVD of each", numpy, note=note, needs=("threadpoolctl",), times=scale),
         )
+        errors = {"share of PC1, largest error": lambda got: float((got - truth).abs().max())}
+        return Comparison(both, errors, tolerance=1e-5, moved=x.nbytes, flops64=n * (n + 1) * size)
 
     return Case("pca-history", f"PC1 % of every prefix of {n} rows of {size:,}", 40 * n * size, build)
 
@@ -131,18 +128,14 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
         rows = rank + 1 + block
         vectors, folds = 3 * block + rows + rows + rank + 4, n / block
         note, at_once = f"approximate, in batches of {3 * k}", "approximate: random projections; all rows at once"
-        return Comparison(
-            (
-                Implementation(OURS, ours),
-                Implementation("scikit-learn IncrementalPCA", sklearn, note=note, needs=("sklearn", "threadpoolctl")),
-                Implementation("TorchDR IncrementalPCA", torchdr, note=note, needs=("torchdr",)),
-                Implementation("torch.pca_lowrank", lambda: lowrank(x, k), note=at_once),
-            ),
-            errors_against(x, k),
-            tolerance=1e-2,
-            moved=int(folds * vectors * 4 * size),
-            flops64=int(folds * (rows * (rows + 1) + 2 * rank * rows) * size),
+        implementations = (
+            Implementation(OURS, ours),
+            Implementation("scikit-learn IncrementalPCA", sklearn, note=note, needs=("sklearn", "threadpoolctl")),
+            Implementation("TorchDR IncrementalPCA", torchdr, note=note, needs=("torchdr",)),
+            Implementation("torch.pca_lowrank", lambda: lowrank(x, k), note=at_once),
         )
+        moved, flops = folds * vectors * 4 * size, folds * (rows * (rows + 1) + 2 * rank * rows) * size
+        return Comparison(implementations, errors_against(x, k), 1e-2, moved=int(moved), flops64=int(flops))
 
     title = f"PCA row by row, {n} rows of {size:,}, k = {k}"
     return Case("pca-incremental", title, (4 * n + 4 * (3 * k + 50) + 32 * k) * size, build)
@@ -192,6 +185,11 @@ def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0) / (len(x) - 1), vectors.flip(1)
 
 
+def principal_angle(rows: Tensor, others: Tensor) -> float:
+    """The largest between the spans of rows (k, P), in degrees."""
+    return float(np.degrees(subspace_angles(rows.double().T.numpy(), others.double().T.numpy())[0]))
+
+
 def errors_against(x: Tensor, k: int) -> dict[str, Callable[[Answer], float]]:
     """Of the variances over the first of them, and the largest angle between the planes."""
     values, vectors = spectrum(x)
@@ -202,13 +200,7 @@ def errors_against(x: Tensor, k: int) -> dict[str, Callable[[Answer], float]]:
         return float((got.variances.double() - values[:k]).abs().max() / values[0])
 
     def angle(got: Answer) -> float:
-        """By its sine: what of the components got lies outside the true ones, orthonormal or not."""
-        own, inside = (torch.zeros(k, k, dtype=torch.float64) for _ in range(2))
-        for part, components in zip(x.split(CHUNK, 1), got.components.split(CHUNK, 1), strict=True):
-            wide = components.double()
-            own += wide @ wide.T
-            inside += wide @ (weights @ centred(part)).T
-        outside = torch.linalg.eigvalsh(own - inside @ inside.T)[-1].clamp(0, 1)
-        return float(torch.rad2deg(torch.asin(outside.sqrt())))
+        true = torch.cat([weights @ centred(part) for part in x.split(CHUNK, 1)], 1)
+        return principal_angle(got.components, true)
 
     return {"variances, error over the first": variances, "components, degrees": angle}

@@ -13,13 +13,16 @@ DEMO = 290_401
 MATRIX = 128 * 128
 """Numbers in one of its attention matrices."""
 
+AXES = {"P": "parameters P", "K": "pairs of batches K", "T": "rows of the trajectory T"}
+"""Of curves."""
+
 
 @dataclass(frozen=True)
 class Curve:
     """One case at several sizes.
 
     Attributes:
-        axis: ``P``, ``K`` or ``T``: parameters, pairs of batches, rows of a trajectory.
+        axis: one of :data:`AXES`.
         title: of its panel.
         points: size and case.
     """
@@ -101,13 +104,19 @@ def curve(axis: str, title: str, sizes: Sequence[int], case: Callable[[int], Cas
     return Curve(axis, title, tuple((size, case(size)) for size in sizes))
 
 
-def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
-    """The kernels at the sizes that fill a GPU and at that of the demo's model, and the whole of a measurement.
+def every_size(device: str, shrink: int = 1) -> tuple[Case, ...]:
+    """What ``make bench`` runs, and ``make gpu``: every kernel at the size of the demo's model and at one that fills no
+    cache, and on a CPU the whole table.
 
     Args:
+        device: whose sizes they are.
         shrink: by how much all of it is smaller, for a rehearsal.
     """
-    large, wide, demo = 100_000_000 // shrink, 30_000_000 // shrink, DEMO // shrink
+    gpu, rehearsed = device == "cuda", shrink > 1
+    # Vectors, and rows of which there are many.
+    large, wide = (n // shrink for n in ((100_000_000, 30_000_000) if gpu else (30_000_000, 8 * MATRIX)))
+    demo, sketched = DEMO // shrink, 1 if gpu else 8
+    together = (2,) if rehearsed else (1, 16, 64, 256) if gpu else (4,)
     by_size = (
         kernels.defect,
         kernels.rounding_terms,
@@ -116,8 +125,8 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
         kernels.split,
         kernels.filter_,
     )
-    rehearsed = shrink > 1
-    return (
+    cases = (
+        *(() if gpu else of_table(30_000_000, 400, shrink)),
         *(case(size) for size in (large, demo) for case in by_size),
         kernels.perturb(demo, runs=64),
         kernels.gram_matrix(32, wide),
@@ -129,24 +138,10 @@ def on_gpu(shrink: int = 1) -> tuple[Case, ...]:
         kernels.eigh(48, 48),
         kernels.eigh(128, 128, batch=1 if rehearsed else 64),
         kernels.eigh(150 if rehearsed else 450, 8, batch=1),
-        kernels.sketch(1, 1 << 16, large),
+        kernels.sketch(sketched, 1 << 16, large // sketched),
         kernels.draw(64, large // 64),
         kernels.draw(256, 512),
         measurements.whole(1 if rehearsed else 9),
-        *(measurements.program(n, m) for n in ((2,) if rehearsed else (1, 16, 64, 256)) for m in (False, True)),
+        *(measurements.program(runs, measured) for runs in together for measured in (False, True)),
     )
-
-
-def everything(shrink: int = 1) -> tuple[Case, ...]:
-    """The whole table, and its kernels at more sizes: what ``make bench`` times."""
-    matrix, demo = MATRIX // shrink, DEMO // shrink
-    return (
-        *of_table(30_000_000, 400, shrink),
-        measurements.program(4, measured=True),
-        kernels.perturb(demo, runs=64),
-        *(kernels.gram_matrix(n, size) for n, size in ((300, matrix), (48, demo))),
-        *(kernels.eigh(n, k) for n, k in ((48, 48), (60, 60), (128, 16), (300, 8))),
-        kernels.rotate(48, 16, demo),
-        kernels.draw(256, 512),
-        *(kernels.sketch(n, size, 30_000_000 // n // shrink) for n, size in ((1, 1 << 12), (8, 1 << 12), (8, 1 << 16))),
-    )
+    return tuple({case.title: case for case in cases}.values())

@@ -1,4 +1,4 @@
-"""What a bench has found, and how ``bench.json`` says it."""
+"""What a bench has found: for the terminal, for its page, and for ``bench.json``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grokcurv.bench.check import Floor, Outcome, Result
-from grokcurv.bench.plan import Curve
-from grokcurv.bench.table import lines, rich_table
+from grokcurv.bench.plan import AXES, Curve, Plan
+from grokcurv.bench.table import COLUMNS, Row, for_terminal, table_rows
 from grokcurv.bench.timing import Times
+from grokcurv.report.format import count, duration
+from grokcurv.report.summary import flat
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,88 +29,106 @@ class Bench:
 
     Attributes:
         path: the folder.
-        page: ``report.html`` in it.
         environment: versions of grokcurv and its peers, machine, threads, memory that was free.
-        results: of the cases of the table, in order.
-        curves: each with the results of its points, by size.
+        plan: what was to be measured.
+        found: what became of each case that was chosen, by its title.
         peers: by package, its version, or why it did not take part.
         seconds: that it all took.
     """
 
     path: Path
-    page: Path
     environment: Mapping[str, Any]
-    results: tuple[Result, ...]
-    curves: tuple[tuple[Curve, tuple[tuple[int, Result], ...]], ...]
+    plan: Plan
+    found: Mapping[str, Result]
     peers: Mapping[str, str]
     seconds: float
 
+    title = "What it costs, beside what there is"
+    columns, axes = COLUMNS, AXES
+    key_numbers = ()
+    """Of the page: none, for the table has them."""
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def results(self) -> list[Result]:
+        """Of the cases of the table, in order."""
+        return [self.found[case.title] for case in self.plan.table if case.title in self.found]
+
+    @property
+    def curves(self) -> list[Curve]:
+        return [curve for curve in self.plan.curves if all(case.title in self.found for _, case in curve.points)]
+
+    @property
+    def rows(self) -> list[Row]:
+        return table_rows(self.results)
+
     def table(self) -> Table:
         """The table, for a terminal."""
-        return rich_table(lines(self.results))
+        return for_terminal(self.rows)
 
     @property
     def wrong(self) -> list[str]:
         """What is wrong with grokcurv's own answers, a sentence each."""
-        return [f"{r.case.title}: {r.problem}" for r in self.everything() if r.wrong]
+        return [f"{title}: {result.problem}" for title, result in self.found.items() if result.wrong]
 
     @property
     def left_out(self) -> list[str]:
         """What was not measured, and why, a sentence each."""
-        cases = [f"{r.case.title}: {r.problem}" for r in self.everything() if r.problem and not r.outcomes]
         missing = [f"{package}: {said}" for package, said in self.peers.items() if not said[:1].isdigit()]
+        cases = [f"{title}: {result.problem}" for title, result in self.found.items() if not result.outcomes]
         failed = [
-            f"{r.case.title}, {outcome.name}: {outcome.problem}"
-            for r in self.everything()
-            for outcome in r.outcomes
-            if outcome.problem.startswith("failed")
+            f"{title}, {outcome.name}: {outcome.problem}"
+            for title, result in self.found.items()
+            for outcome in result.outcomes
+            if outcome.failed
         ]
         return missing + cases + failed
 
-    def everything(self) -> list[Result]:
-        """All results, those of curves too, each once."""
-        on_curves = [r for _, points in self.curves for _, r in points]
-        return list({r.case.title: r for r in [*self.results, *on_curves]}.values())
+    @property
+    def subtitle(self) -> list[str]:
+        threads = count(self.environment["threads"], "thread")
+        return [str(self.environment["processor"]), threads, f"took {duration(self.seconds)}"]
 
+    @property
+    def missing(self) -> list[str]:
+        """What is wrong, and what was left out, a sentence each."""
+        return [f"Wrong: {said}" for said in self.wrong] + self.left_out
 
-def as_json(bench: Bench) -> str:
-    """``bench.json``; NaN is null."""
-    saved = {
-        "schema": SCHEMA,
-        "environment": dict(bench.environment),
-        "peers": dict(bench.peers),
-        "seconds": bench.seconds,
-        "table": [result.case.title for result in bench.results],
-        "curves": [
-            {"axis": one.axis, "title": one.title, "points": [[size, r.case.title] for size, r in points]}
-            for one, points in bench.curves
-        ],
-        "cases": bench.everything(),
-    }
-    return json.dumps(saved, indent=1, allow_nan=False, default=_plain)
+    @property
+    def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [("Environment", dict(flat(self.environment))), ("Peers", self.peers)]
+
+    def as_json(self) -> str:
+        """``bench.json``; NaN is null."""
+        curves = [
+            {"axis": curve.axis, "title": curve.title, "points": [[size, case.title] for size, case in curve.points]}
+            for curve in self.curves
+        ]
+        saved = {
+            "schema": SCHEMA,
+            "environment": dict(self.environment),
+            "peers": dict(self.peers),
+            "seconds": self.seconds,
+            "table": [result.case.title for result in self.results],
+            "curves": curves,
+            "cases": list(self.found.values()),
+        }
+        return json.dumps(saved, indent=1, allow_nan=False, default=_plain)
 
 
 def _plain(value: Result | Outcome | Floor | Times) -> dict[str, Any]:
     """As JSON has it; what is in it may be another of these."""
     match value:
         case Result():
-            return {
-                "case": value.case.name,
-                "title": value.case.title,
-                "problem": value.problem,
-                "wrong": value.wrong,
-                "floor": value.floor,
-                "contenders": value.outcomes,
-            }
+            named = {"case": value.case.name, "title": value.case.title, "problem": value.problem, "wrong": value.wrong}
+            return {**named, "floor": value.floor, "contenders": value.outcomes}
         case Outcome():
-            return {
-                "name": value.name,
-                "note": value.note,
-                "problem": value.problem,
-                "seconds": value.times,
-                "ratio": value.ratio,
-                "errors": {name: error if math.isfinite(error) else None for name, error in value.errors.items()},
-            }
+            errors = {name: error if math.isfinite(error) else None for name, error in value.errors.items()}
+            named = {"name": value.name, "note": value.note, "problem": value.problem}
+            return {**named, "seconds": value.times, "ratio": value.ratio, "errors": errors}
         case Floor():
             rates = {f"{name}_per_second": value.rates.get(name) for name in value.work}
             return {**value.work, **rates, "seconds": value.seconds, "grokcurv_over_floor": value.ratio}

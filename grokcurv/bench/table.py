@@ -1,13 +1,12 @@
-"""The table in print: a line on speed for each peer of a case, and below it one on accuracy."""
+"""The table in print: a row for each peer of a case, its times, and below them how accurate they are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from grokcurv.bench.check import Floor, Outcome, Result
+from grokcurv.bench.check import Outcome, Result
 from grokcurv.bench.timing import Times
 from grokcurv.report.format import seconds, significant
 
@@ -16,50 +15,43 @@ if TYPE_CHECKING:
 
 COLUMNS = ("case, and error of what", "grokcurv", "beside it", "its time, and error", "ratio", "floor", "over floor")
 
-UNITS = (("bytes", 1e6, "MB"), ("flops_float32", 1e9, "Gflop"), ("flops_float64", 1e9, "Gflop64"))
+UNITS = {"bytes": (1e6, "MB"), "flops_float32": (1e9, "Gflop"), "flops_float64": (1e9, "Gflop64")}
 """Of each kind of work."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line: ``cells`` of :data:`COLUMNS`, about speed or about accuracy."""
+class Row(NamedTuple):
+    """Cells of :data:`COLUMNS`; those on accuracy stand below those on speed, and there may be none."""
 
-    cells: tuple[str, ...]
-    accuracy: bool = False
-    first: bool = False
-    """Of a case."""
+    speed: tuple[str, ...]
+    accuracy: tuple[str, ...] = ()
 
 
-def lines(results: Sequence[Result]) -> list[Line]:
-    """Of all cases; one that was left out has a line that says why."""
-    return [line for result in results for line in _of(result)]
+def table_rows(results: Sequence[Result]) -> list[Row]:
+    """Of all cases; one that was left out has a row that says why."""
+    return [row for result in results for row in _rows(result)]
 
 
-def _of(result: Result) -> Iterator[Line]:
+def _rows(result: Result) -> Iterator[Row]:
     if not result.outcomes or result.wrong:
-        yield Line((result.case.title, result.problem, *[""] * 5), first=True)
+        yield Row((result.case.title, result.problem, *[""] * 5))
         return
     ours, *others = result.outcomes
-    # Only the first line of a case has what all of them share.
-    left = result.case.title, clock(ours.times)
-    right = must(result.floor), factor(result.floor.ratio if result.floor else None)
-    for index, outcome in enumerate(others):
-        name = outcome.name + (f" ({outcome.note})" if outcome.note else "")
-        cells = (name, clock(outcome.times) or outcome.problem, factor(outcome.ratio))
-        yield Line((*left, *cells, *right), first=index == 0)
+    # Only the first row of a case has what all of them share.
+    left, right = (result.case.title, clock(ours.times)), ("", "")
+    if floor := result.floor:
+        known = [f"{significant(floor.work[name] / s)} {unit}" for name, (s, unit) in UNITS.items() if floor.work[name]]
+        right = f"{', '.join(known)}: {seconds(floor.seconds)}", factor(floor.ratio)
+    for other in others:
+        name = other.name + (f" ({other.note})" if other.note else "")
+        speed = (*left, name, clock(other.times) or other.problem, factor(other.ratio), *right)
+        accuracy = () if other.problem else ("; ".join(ours.errors), errors(ours), "", errors(other), "", "", "")
+        yield Row(speed, accuracy)
         left = right = ("", "")
-        if not outcome.problem:
-            yield Line((quantities(ours), errors(ours), "", errors(outcome), "", "", ""), accuracy=True)
-
-
-def quantities(outcome: Outcome) -> str:
-    return "; ".join(outcome.errors)
 
 
 def errors(outcome: Outcome) -> str:
-    return "; ".join(
-        "none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in outcome.errors.values()
-    )
+    values = outcome.errors.values()
+    return "; ".join("none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in values)
 
 
 def clock(times: Times | None) -> str:
@@ -74,35 +66,26 @@ def factor(ratio: Times | None) -> str:
     return "" if ratio is None else f"{significant(ratio.median)}x"
 
 
-def must(floor: Floor | None) -> str:
-    """What must be done, and the time that takes."""
-    if floor is None:
-        return ""
-    known = [f"{significant(floor.work[name] / scale)} {unit}" for name, scale, unit in UNITS if floor.work[name]]
-    return f"{', '.join(known)}: {seconds(floor.seconds)}"
-
-
-def markdown(rows: Sequence[Line]) -> str:
+def in_markdown(rows: Sequence[Row]) -> str:
     """As a table of a Markdown file: below each time, in its cell and in italics, the error."""
-    table = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    for line in rows:
-        if line.accuracy:
-            cells = zip(table[-1], line.cells, strict=True)
-            table[-1] = [f"{above}<br>*{cell}*" if above and cell else above for above, cell in cells]
-        else:
-            table.append(list(line.cells))
+    table = [COLUMNS, ("---",) * len(COLUMNS)]
+    for speed, accuracy in rows:
+        pairs = zip(speed, accuracy or [""] * len(speed), strict=True)
+        table.append(tuple(f"{above}<br>*{below}*" if above and below else above for above, below in pairs))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-def rich_table(rows: Sequence[Line]) -> Table:
+def for_terminal(rows: Sequence[Row]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in zip(COLUMNS, ("left", "right", "left", "right", "right", "right", "right"), strict=True):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for line in rows:
-        if line.first and table.row_count:
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in (COLUMNS[0], "beside it") else "right")
+    for speed, accuracy in rows:
+        if speed[0] and table.row_count:  # an empty line between two cases
             table.add_row()
-        table.add_row(*(Text(cell, style="dim" if line.accuracy else "") for cell in line.cells))
+        table.add_row(*map(Text, speed))
+        if accuracy:
+            table.add_row(*map(Text, accuracy), style="dim")
     return table

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from grokcurv.modular.process import threads_of
+
 CPU = torch.device("cpu")
 
 SAMPLE = 0.02
@@ -137,8 +139,7 @@ def threads(count: int) -> Iterator[None]:
             from threadpoolctl import threadpool_limits
 
             stack.enter_context(threadpool_limits(count))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(count)
+        stack.enter_context(threads_of(count))
         yield
 
 

@@ -79,6 +79,10 @@ def style(theme: Theme) -> AbstractContextManager[None]:
             "text.color": theme.ink,
             "xtick.color": theme.muted,
             "ytick.color": theme.muted,
+            "xtick.major.size": 3,
+            "ytick.major.size": 3,
+            "ytick.minor.size": 0,
+            "xtick.minor.size": 0,
             "xtick.labelcolor": theme.ink,
             "ytick.labelcolor": theme.ink,
             "lines.linewidth": 1.7,
@@ -226,7 +230,6 @@ def stack(
     grid = {**edges, "hspace": between / fmean(heights), "height_ratios": heights}
     panels: list[Axes] = list(figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw=grid)[:, 0])
     for axes in panels:
-        axes.tick_params(length=3)
         step_ticks(axes, 8)
     return figure, panels
 
@@ -346,10 +349,13 @@ def _end_label(label: str) -> str:
     return (name if len(name) <= 16 else "…" + name[-15:]).replace("$", r"\$")
 
 
-def log_scale(axes: Axes) -> None:
+def log_scale(axes: Axes, both: bool = False) -> None:
+    """A logarithmic vertical axis, or ``both`` axes, without minor ticks' labels."""
     axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(which="minor", visible=False)
+    if both:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def show_decades(axes: Axes, least: float) -> None:

@@ -84,7 +84,7 @@ class Summary:
     def __init__(self, run: Run) -> None:
         self.name = run.path.resolve().name if run.path else "run"
         self.config = run.config
-        self.environment = dict(_flat(run.environment))
+        self.environment = dict(flat(run.environment))
         self.status = run.status
         tables = {"metrics": run.metrics, "curvature": run.curvature, "pca": run.pca_history}
         self.metrics, self.curvature, self.pca = (check_table(tables[name], name, run.path or "run") for name in tables)
@@ -213,9 +213,10 @@ def _step(step: int | None) -> str:
     return "not reached" if step is None else f"{step:,}"
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested names joined by dots."""
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

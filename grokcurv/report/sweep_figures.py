@@ -266,14 +266,12 @@ def _dots(
         axes.set_xticks(range(len(values)), labels, fontsize=8)
         for label in axes.get_xticklabels() if turned else ():
             label.set(rotation=35, ha="right", rotation_mode="anchor")
-        axes.tick_params(length=3)
         axes.grid(axis="x", visible=False)
         if index + abreast >= len(shown):
             axes.set_xlabel(field, color=theme.muted)
         colour, middle = getattr(theme, quantity.colour), settings[quantity.column]
         if quantity.log:
             figures.log_scale(axes)
-            axes.tick_params(axis="y", which="minor", length=0)
         if quantity.column == "grok_fraction":
             axes.vlines(at, settings["grok_low"], settings["grok_high"], color=colour, alpha=0.35, linewidth=2.5)
             figures.fractions(axes)
@@ -400,7 +398,6 @@ def _defect_axis(axes: Axes, curvature: pd.DataFrame) -> None:
     trusted = curvature["defect_median"][curvature["reliable"].astype(bool)]
     low, high = trusted[trusted > 0].min(), trusted[trusted < np.inf].max()
     figures.log_scale(axes)
-    axes.tick_params(axis="y", which="minor", length=0)
     axes.set_ylim(low / 1.5, max(high * 1.5, 10 * low))
 
 
@@ -416,11 +413,9 @@ def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
         axes.set_xlim(first, last * 1.03)
     for panel in panels:
         for axes in panel:
-            axes.tick_params(length=3)
             axes.tick_params(axis="x", labelbottom=axes is panel[-1])
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.grid(which="minor", visible=False)
 
 
 def _ink_on(fill: Any) -> str:
