@@ -293,8 +293,8 @@ def test_lightning_measures_the_batch_that_training_will_see(lightning, generato
         def on_fit_start(self, trainer, pl_module):
             super().on_fit_start(trainer, pl_module)
             self.pairs = []
-            measure = self.monitor._measure
-            self.monitor._measure = lambda step, pairs, start: self.pairs.extend(pairs) or measure(step, pairs, start)
+            launch = self.monitor.launch
+            self.monitor.launch = lambda pairs, *options: self.pairs.extend(pairs) or launch(pairs, *options)
 
     callback = Noted(loss_of, log=False)
     module = awkward(lightning)()

@@ -18,8 +18,9 @@ from test_report import Page
 
 import grokcurv as gc
 from grokcurv import cli
+from grokcurv.draws import Purpose, shuffle
 from grokcurv.flat import flatten
-from grokcurv.modular import TrainConfig, load_model, split, train
+from grokcurv.modular import TrainConfig, load_model, split, table, train
 from grokcurv.report.figures import LIGHT
 from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
 from grokcurv.reproduce.claims import JUDGES, answer
@@ -454,10 +455,8 @@ def test_commutators_of_a_snapshot_by_their_definition(finished: Run) -> None:
     vector = flatten(load_model(finished, 40))
     model = load_model(finished, 40).double()
     theta = flatten(model)
-    order = torch.Generator().manual_seed(
-        torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(5))[0].item()
-    )
-    data = split(config.op, config.p, config.train_fraction, order)
+    order = shuffle(torch.tensor([config.seed]), Purpose.SPLIT, len(table(config.op, config.p)[0]))
+    data = split(config.op, config.p, config.train_fraction, order[0])
     generator = torch.Generator().manual_seed(config.seed)
 
     def gradient(at: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
