@@ -41,6 +41,7 @@ CHECKPOINTS = {
     1.0: (0, 250, 500, 1000, 2000, 3500, 5000),
     0.0: (0, 250, 750, 1750, 2500, 5000, 7000, 9000),
 }
+RECIPE: dict[str, Any] = {"seed": SEED, "rng": "paper", "measure_every": 0, "pca_every": 0, "snapshot_every": 250}
 RECORD = DOCS / "measurements/numerics.csv"
 POINT = ["op", "weight_decay", "step"]
 """What names a checkpoint."""
@@ -69,17 +70,7 @@ LOSSES = {"float32 logits": cross_entropy, "float64 logits": cross_entropy64}
 def checkpoints(op: str, weight_decay: float, last: int) -> Iterator[tuple[int, nn.Module]]:
     """The network at each checkpoint of the paper's recipe, which its random numbers are part of."""
     steps = [step for step in CHECKPOINTS[weight_decay] if step <= last]
-    config = TrainConfig(
-        op=op,
-        weight_decay=weight_decay,
-        seed=SEED,
-        rng="paper",
-        steps=steps[-1],
-        steps_after_grok=steps[-1],
-        measure_every=0,
-        pca_every=0,
-        snapshot_every=250,
-    )
+    config = TrainConfig(op=op, weight_decay=weight_decay, steps=steps[-1], steps_after_grok=steps[-1], **RECIPE)
     with TemporaryDirectory() as folder:
         trained = train(config, out=folder)
         yield from ((step, load_model(trained, step)) for step in steps)

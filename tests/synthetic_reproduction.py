@@ -17,7 +17,7 @@ import torch
 from grokcurv.modular import TrainConfig
 from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
-from grokcurv.reproduce.page import ReproductionSummary, write
+from grokcurv.reproduce.page import Reproduction
 from grokcurv.reproduce.plan import CLAIMS
 from grokcurv.runs import Run
 from grokcurv.subspace import Subspace
@@ -165,5 +165,7 @@ def trials() -> dict[str, list[Trial]]:
 def page(folder: Path, of: Mapping[str, list[Trial]] | None = None) -> Path:
     evidence = Evidence(trials() if of is None else of)
     folder.mkdir(parents=True, exist_ok=True)
-    answers = [answer(claim, evidence) for claim in CLAIMS]
-    return write(folder, ReproductionSummary("quick", answers, {"slow-regime": 32_000.0}, {}))
+    answers = tuple(answer(claim, evidence) for claim in CLAIMS)
+    reproduction = Reproduction(folder, "quick", answers, {"slow-regime": 32_000.0}, {}, {})
+    reproduction.write()
+    return reproduction.page

@@ -666,8 +666,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     def reproduce(**options: Any) -> Reproduction:
         calls.append({name: value for name, value in options.items() if name != "on_progress"})
-        nothing = pd.DataFrame()
-        return Reproduction(tmp_path, tmp_path / "report.html", answers, nothing, nothing, {"runs/0001": "loss is NaN"})
+        return Reproduction(tmp_path, "quick", answers, {}, {}, {"runs/0001": "loss is NaN"})
 
     monkeypatch.setattr("grokcurv.reproduce.reproduce", reproduce)
     return calls

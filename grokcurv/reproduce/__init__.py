@@ -4,7 +4,8 @@
 >>> reproduce(["pc1", "onset"], out="runs/reproduce-quick").table  # doctest: +SKIP
 """
 
-from grokcurv.reproduce.driver import Reproduction, reproduce
+from grokcurv.reproduce.driver import reproduce
+from grokcurv.reproduce.page import Reproduction
 from grokcurv.reproduce.plan import CLAIMS, PROFILES, Block, Profile
 
 __all__ = ["CLAIMS", "PROFILES", "Block", "Profile", "Reproduction", "reproduce"]

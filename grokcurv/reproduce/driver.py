@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
+from typing import Any
 
 from grokcurv.modular import PRESETS, train
 from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import Evidence, Trial
-from grokcurv.reproduce.findings import Answer, say
-from grokcurv.reproduce.page import ReproductionSummary, write
+from grokcurv.reproduce.page import Reproduction
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP
 from grokcurv.reproduce.rules import NOT_RUN
@@ -25,58 +20,10 @@ from grokcurv.runs import describe_environment
 from grokcurv.storage import write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 Progress = Callable[[dict[str, Any]], object]
-
-NUMBERS = (
-    *("published", "published_low", "published_high"),
-    *("published_arithmetic", "published_arithmetic_low", "published_arithmetic_high"),
-    *("trustworthy", "low", "high"),
-)
-"""Columns of a finding's numbers, each with the ends of its interval."""
 
 TIMED_STEPS = 50
 """Of the run that says how long an update takes."""
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """What became of the claims.
-
-    Attributes:
-        path: the folder.
-        page: ``report.html`` in it.
-        answers: of the claims, in order.
-        table: one row a claim: ``claim``; ``quantity``, what its rule speaks of; ``published``,
-            ``published_arithmetic`` (what that gives here) and ``trustworthy``, each with ``_low`` and ``_high`` (for
-            ``trustworthy`` plainly ``low`` and ``high``) and NaN where there is none; ``runs``, how many runs or
-            measurements the last is made of; ``verdict``; ``cost_hours``, a timing: what a claim that was not run would
-            take here. The range is that over the runs unless the page says otherwise.
-        findings: all the numbers of all claims, a row each, with the same columns; ``verdict`` is the claim's.
-        failed: why runs failed, by id.
-    """
-
-    path: Path
-    page: Path
-    answers: tuple[Answer, ...]
-    table: pd.DataFrame
-    findings: pd.DataFrame
-    failed: Mapping[str, str]
-
-    def verdicts(self) -> Table:
-        """The table in print, for a terminal."""
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("claim", "published", "published arithmetic", "trustworthy", "verdict"):
-            table.add_column(name)
-        for one in self.answers:
-            numbers = one.findings[0] if one.findings else None
-            cells = [say(number, numbers.decimals) for number in numbers.numbers] if numbers else [""] * 3
-            table.add_row(one.claim, *cells, one.verdict)
-        return table
 
 
 def reproduce(
@@ -128,16 +75,14 @@ def reproduce(
     )
     answers = tuple(answer(claim, evidence) for claim in wanted)
     costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
-    summary = ReproductionSummary(profile.name, answers, costs, describe_environment())
+    failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
+    found = Reproduction(path, profile.name, answers, costs, describe_environment(), failed)
     path.mkdir(parents=True, exist_ok=True)
-    numbers = _table(answers, costs)
-    findings = numbers[numbers["quantity"] != ""].reset_index(drop=True)
-    table = numbers.drop_duplicates("claim", ignore_index=True)
-    for name, frame in {"table": table, "findings": findings}.items():
+    for name, frame in {"table": found.table, "findings": found.findings}.items():
         write_atomically(path / f"{name}.parquet", frame.to_parquet(index=False))
         write_atomically(path / f"{name}.csv", frame.to_csv(index=False).encode())
-    failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
-    return Reproduction(path, write(path, summary), answers, table, findings, failed)
+    found.write()
+    return found
 
 
 def _root(path: Path) -> str:
@@ -196,18 +141,3 @@ def _slow_regime_seconds() -> float:
     train(slow, on_progress=lambda news: seen.append((news["step"], time.perf_counter())))
     (first, began), *_, (last, ended), _ = seen  # there are evaluations before the first report and before the last
     return SLOW_GROK_STEP.value * (ended - began) / (last - first)
-
-
-def _table(answers: tuple[Answer, ...], costs: Mapping[str, float]) -> pd.DataFrame:
-    """The answers' findings as :class:`Reproduction` describes them; a claim that has none has a row without one."""
-    rows: list[dict[str, Any]] = []
-    for one in answers:
-        known = {"claim": one.claim, "verdict": one.verdict, "cost_hours": costs.get(one.claim, math.nan) / 3600}
-        for finding in one.findings:
-            ends = [(number.value, number.low, number.high) for number in finding.numbers]
-            numbers = dict(zip(NUMBERS, chain(*ends), strict=True))
-            rows.append({**known, "quantity": finding.quantity, **numbers, "runs": finding.here.trustworthy.count})
-        if not one.findings:
-            rows.append(known)
-    frame = pd.DataFrame(rows, columns=["claim", "quantity", *NUMBERS, "runs", "verdict", "cost_hours"])
-    return frame.fillna({"quantity": "", "runs": 0}).astype({"runs": int})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grokcurv.analysis import RandomBaseline, alignment_p_value, grok_step, phases, random_walk_pc1
+from grokcurv.bench import naive
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.gradients import GradientEngine
 from grokcurv.measures.trajectory import BASIS_COMPONENTS
 from grokcurv.modular import TrainConfig, build_model, load_model, split
 from grokcurv.modular.draws import order_of
@@ -233,8 +233,7 @@ def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Sn
         if not stats.reliable.all():
             stats = probe.measure(drawn, keep_delta=True, method="bracket")
         assert stats.delta is not None
-        engine = GradientEngine(model, training_loss(config))
-        published = torch.stack([_published_commutator(engine, theta, pair, config.eta) for pair in drawn])
+        published = torch.stack([naive.commutator(model, training_loss(config), pair, config.eta)[1] for pair in drawn])
         return Snapshot(
             stats.delta[stats.reliable],
             published,
@@ -279,17 +278,6 @@ def _lengths(rows: Tensor) -> Tensor:
     """(n,) float64."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return lengths
-
-
-def _published_commutator(engine: GradientEngine, theta: Tensor, pair: tuple[Any, Any], eta: float) -> Tensor:
-    """(P,): two end points in the parameters' own precision, one subtracted from the other."""
-    ends = []
-    for order in (pair, pair[::-1]):
-        point = theta
-        for batch in order:
-            point = point - eta * engine.gradient(point, batch, torch.empty_like(theta))
-        ends.append(point)
-    return ends[0] - ends[1]
 
 
 def _trajectory_basis(run: Run, step: int) -> Subspace | None:

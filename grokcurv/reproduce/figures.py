@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale, plot, stack
 from grokcurv.reproduce.evidence import Arithmetic
@@ -71,7 +71,6 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
     for panel, axes in zip(panels, stacked, strict=True):
         if panel.log:
             log_scale(axes)
-            axes.tick_params(axis="y", which="minor", length=0)
         if math.isfinite(panel.band.low):
             axes.axhspan(panel.band.low, panel.band.high, color=theme.muted, alpha=0.18, linewidth=0)
         if math.isfinite(panel.level):
@@ -115,7 +114,6 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
             handles[said] = handle
     axes.set_yticks(centres, words)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", length=3)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
@@ -129,8 +127,7 @@ def scatter(
 ) -> Figure:
     """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
     figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=0.1 + LEGEND_ROW, between=0)
-    log_scale(axes)
-    axes.set_xscale("log")
+    log_scale(axes, both=True)
     known = np.array([point for found in points.values() for point in found])
     (left, low), (right, high) = known.min(axis=0) / 1.4, known.max(axis=0) * 1.4
     axes.set(xlim=(left, right), ylim=(low, high))
@@ -149,9 +146,6 @@ def scatter(
         handles[said] = handle
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(which="minor", visible=False)
-    axes.tick_params(which="minor", length=0)
     axes.set_xlabel("grok step")
     axes.set_ylabel("lead, steps")
     _legend(figure, handles)

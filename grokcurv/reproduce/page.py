@@ -1,31 +1,104 @@
-"""The page of a reproduction."""
+"""What became of the claims: as tables, for the terminal, and as a page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from grokcurv.report.format import duration
 from grokcurv.report.page import draw_twice, write_page
+from grokcurv.report.summary import flat
 from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.published import SOURCE
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-class ReproductionSummary:
-    """The words and numbers of the page.
+NUMBERS = (
+    *("published", "published_low", "published_high"),
+    *("published_arithmetic", "published_arithmetic_low", "published_arithmetic_high"),
+    *("trustworthy", "low", "high"),
+)
+"""Columns of a finding's numbers, each with the ends of its interval."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What became of the claims.
 
     Attributes:
+        path: the folder.
+        profile: the name of the plan.
         answers: of the claims, in order.
         costs: seconds that a claim which was not run would take, by claim.
+        environment: where the page was written.
+        failed: why runs failed, by id.
     """
+
+    path: Path
+    profile: str
+    answers: tuple[Answer, ...]
+    costs: Mapping[str, float]
+    environment: Mapping[str, Any]
+    failed: Mapping[str, str]
 
     title = "The claims, measured again"
 
-    def __init__(
-        self, profile: str, answers: Sequence[Answer], costs: Mapping[str, float], environment: Mapping[str, Any]
-    ) -> None:
-        self.profile, self.answers, self.costs, self.environment = profile, tuple(answers), costs, environment
+    @property
+    def page(self) -> Path:
+        """``report.html`` in the folder."""
+        return self.path / "report.html"
+
+    @cached_property
+    def _numbers(self) -> pd.DataFrame:
+        """Every finding of every claim; a claim that has none has a row without one."""
+        rows: list[dict[str, Any]] = []
+        for one in self.answers:
+            cost = self.costs.get(one.claim, math.nan) / 3600
+            known = {"claim": one.claim, "verdict": one.verdict, "cost_hours": cost}
+            for finding in one.findings:
+                ends = chain(*((number.value, number.low, number.high) for number in finding.numbers))
+                numbers = dict(zip(NUMBERS, ends, strict=True))
+                rows.append({**known, "quantity": finding.quantity, **numbers, "runs": finding.here.trustworthy.count})
+            if not one.findings:
+                rows.append(known)
+        frame = pd.DataFrame(rows, columns=["claim", "quantity", *NUMBERS, "runs", "verdict", "cost_hours"])
+        return frame.fillna({"quantity": "", "runs": 0}).astype({"runs": int})
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a claim.
+
+        ``claim``; ``quantity``, what its rule speaks of; ``published``, ``published_arithmetic`` (what that gives here)
+        and ``trustworthy``, each with ``_low`` and ``_high`` (for ``trustworthy`` plainly ``low`` and ``high``) and NaN
+        where there is none; ``runs``, how many runs or measurements the last is made of; ``verdict``; ``cost_hours``, a
+        timing: what a claim that was not run would take here. The range is that over the runs unless the page says
+        otherwise.
+        """
+        return self._numbers.drop_duplicates("claim", ignore_index=True)
+
+    @property
+    def findings(self) -> pd.DataFrame:
+        """All the numbers of all claims, a row each, with the columns of the table; ``verdict`` is the claim's."""
+        return self._numbers[self._numbers["quantity"] != ""].reset_index(drop=True)
+
+    def verdicts(self) -> Table:
+        """The table in print, for a terminal."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("claim", "published", "published arithmetic", "trustworthy", "verdict"):
+            table.add_column(name)
+        for one in self.answers:
+            table.add_row(one.claim, *next(iter(self.cells(one)), [""] * 4)[1:], one.verdict)
+        return table
 
     @property
     def subtitle(self) -> list[str]:
@@ -46,10 +119,7 @@ class ReproductionSummary:
 
     def cells(self, answer: Answer) -> list[list[str]]:
         """A claim's findings in print: quantity, published, published arithmetic, trustworthy."""
-        return [
-            [finding.quantity, *(say(number, finding.decimals) for number in finding.numbers)]
-            for finding in answer.findings
-        ]
+        return [[one.quantity, *(say(number, one.decimals) for number in one.numbers)] for one in answer.findings]
 
     def cost(self, answer: Answer) -> str:
         """What running it would take; '' where that is not known or not needed."""
@@ -58,12 +128,9 @@ class ReproductionSummary:
 
     @property
     def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Where the page was written."""
-        plain = {name: value for name, value in self.environment.items() if not isinstance(value, Mapping)}
-        return [("Environment", {**plain, **self.environment.get("packages", {})})]
+        return [("Environment", dict(flat(self.environment)))]
 
-
-def write(folder: Path, summary: ReproductionSummary) -> Path:
-    """Write ``report.html`` and ``figures/*.png`` into ``folder``; the page's path."""
-    drawings = [draw_twice(one.claim, one.alt, one.draw) for one in summary.answers if one.draw is not None]
-    return write_page(folder, "reproduction.html", summary, drawings)
+    def write(self) -> None:
+        """Write ``report.html`` and ``figures/*.png`` into the folder."""
+        drawings = [draw_twice(one.claim, one.alt, one.draw) for one in self.answers if one.draw is not None]
+        write_page(self.path, "reproduction.html", self, drawings)
