@@ -76,7 +76,7 @@ class Measured:
 
     def launch(self, pair: PairOfRuns | None = None) -> Tensor | None:
         """Do what the device does: measure the program's batches against those that follow, or what is drawn."""
-        raise NotImplementedError  # a guest's monitor is not told apart like this
+        raise NotImplementedError  # groups and guests call their monitors in ways of their own
 
     def advance(self, found: Tensor | None) -> None:
         """Do what the host does with what was found."""
