@@ -103,7 +103,7 @@ def train_ensemble(
     the batched products round differently. Ctrl-C writes a checkpoint of every run and raises KeyboardInterrupt.
 
     Args:
-        configs: the settings. They may differ in operation, seed, learning rate, weight decay, betas, warm-up,
+        configs: the settings. They may differ in operation, seed, optimiser, learning rates, decay, betas, warm-up,
             clipping, lengths, evaluations and measurements, but not in :data:`SHARED`.
         outs: a run folder for each; without them the runs are kept in memory.
         resume: go on with the runs that are in the folders; they may stand at different steps.
