@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import grokcurv as gc
 from grokcurv import gradients
+from grokcurv.commutator import FLOOR_MARGIN
 from grokcurv.flat import flatten
 from grokcurv.gradients import VECTORS, GradientEngine
 from grokcurv.modular import Transformer, fast
@@ -93,15 +94,21 @@ def test_a_check_as_one_program_knows_its_directions(name: str, rough: float, ge
     model = problem.model()
     pair = (problem.batch(generator), problem.batch(generator))
     probe = gc.CommutatorProbe(model, problem.loss_fn, strategy="vmap")
-    first = direct(problem, model, flatten(model), pair[0])
-    first *= 1 + rough * torch.randn(len(first), generator=generator)
+    own = direct(problem, model, flatten(model), pair[0])
+    first = own * (1 + rough * torch.randn(len(own), generator=generator))
     stats = probe.measure([pair], first_gradient=first, keep_delta=True)
     wide = tuple({key: x.double() if x.is_floating_point() else x for key, x in batch.items()} for batch in pair)
     truth = gc.CommutatorProbe(model.double(), problem.loss_fn).measure([wide], keep_delta=True, check=False)
     unit = truth.eta.square() * truth.grad_norm_a * truth.grad_norm_b
     assert stats.exact.all()
     assert (stats.delta - truth.delta).norm() <= stats.noise_floor * unit
-    assert stats.noise_floor < 1e-3 + 4 * rough
+    # What is off by a share is divided by, and stepped along: the floor is the margin times that share of the defect
+    # and of the change along the step, and what rounding adds to both.
+    theta = flatten(model)
+    here, ahead = (direct(problem, model, x, wide[1]) for x in (theta, theta - float(truth.eta) * own.double()))
+    change = (ahead - here).norm() * truth.eta / unit
+    share = (first - own).norm() / own.norm()
+    assert stats.noise_floor < 1e-3 + 1.05 * FLOOR_MARGIN * share * torch.hypot(truth.defect, change)
 
 
 def test_graphs_are_captured_at_the_second_meeting(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

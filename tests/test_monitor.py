@@ -88,6 +88,35 @@ def test_a_row_is_the_probe_s_measurement(generator):
     assert np.isnan(row["rho"])
 
 
+@pytest.mark.parametrize("margin", [3.0, 1e2, 3e2, 1e3])
+def test_a_share_is_nan_where_its_error_is_too_wide(margin, generator, monkeypatch):
+    """More than 0.01 and a tenth of it, for a share and for its ratio to what chance would give alike."""
+    monkeypatch.setattr(commutator, "FLOOR_MARGIN", margin)
+    model, monitor, _ = attention_run(generator, check_every=1)
+    problem = PROBLEMS["tied attention"]
+    pair = problem.batch(generator), problem.batch(generator)
+    monitor.sampler = lambda: pair
+    monitor.step()
+    row, basis = monitor.records().iloc[-1], monitor.probe.bases[0]
+    stats = gc.CommutatorProbe(model, problem.loss_fn, basis=basis).measure([pair])
+    delta = (stats.parallel.square() + stats.residual.square()).sqrt().item()
+    error = (stats.noise_floor / stats.defect).item()
+    inside, support = stats.parallel.item() / delta, stats.support.item() / delta
+    assert row["reliable"] == (error <= 0.1)
+    shares = {
+        "exec_fraction": (inside, 1.0, error),
+        "exec_random_ratio": (inside, basis.random_baseline("full").mean, error),
+        "exec_matched_ratio": (
+            inside / support,
+            basis.random_baseline("matched").mean,
+            error * (1 + inside / support) / support,
+        ),
+    }
+    for name, (share, chance, bound) in shares.items():
+        clear = row["reliable"] and bound <= max(0.01, 0.1 * share)
+        np.testing.assert_allclose(row[name], share / chance if clear else np.nan, rtol=1e-5, err_msg=name)
+
+
 def test_training_does_not_notice(generator):
     state = generator.get_state()
     runs = []

@@ -61,10 +61,12 @@ ALIGNMENT_FIELDS = (
 
 SHARES = {
     "exec_random_ratio": "exec_fraction",
+    "exec_matched_ratio": "exec_matched",
     "step_alignment_ratio": "step_alignment",
     "step_share_ratio": "step_share",
 }
-"""Ratios to what chance would give, and the column that each is in its units."""
+"""Ratios to what chance would give, and what each is without: a column, or the part of delta's length on the basis's
+coordinates that lies in the basis."""
 
 BOUNDS = {
     "grad_cosine": "grad_cosine_error",
@@ -232,8 +234,9 @@ class Commutator:
             rho = of.residual / delta
             pairs["rho"], pairs["exec_fraction"] = rho.masked_fill(rho < least, math.nan), inside
             pairs["exec_random_ratio"] = inside / full.mean
-            pairs["exec_matched_ratio"] = inside / support / matched.mean
-            errors["exec_matched_error"] = share_error * (1.0 + inside / support) / support / matched.mean
+            pairs["exec_matched"] = within = inside / support
+            pairs["exec_matched_ratio"] = within / matched.mean
+            errors["exec_matched_error"] = share_error * (1.0 + within) / support
         # Tables (columns, K, R), of which each column has its quantiles over the pairs, or its greatest error.
         lower, middle, upper = quantiles(torch.stack(list(pairs.values())), 0.25, 0.5, 0.75, dim=1)
         row = dict(zip(pairs, middle, strict=True))
