@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import grokcurv as gc
 from grokcurv.bench import naive
-from grokcurv.modular import TrainConfig, load_model, train
-from grokcurv.modular.tasks import Dataset, split
+from grokcurv.tasks.modular.operations import Dataset, split
+from grokcurv.training import TrainConfig, load_model, train
 
 ETA = 1e-3
 SEED = 42

@@ -12,9 +12,9 @@ import torch
 import tyro
 from study import Operators
 
-from grokcurv.modular import TrainConfig
-from grokcurv.modular.program import Program
-from grokcurv.modular.run import Training
+from grokcurv.training import TrainConfig
+from grokcurv.training.program import Program
+from grokcurv.training.run import Training
 
 
 def steps(config: TrainConfig, runs: int) -> Iterator[int]:

@@ -18,8 +18,9 @@ from study import Batch, cross_entropy, take
 from torch import nn
 
 from grokcurv.bench.naive import commutator
-from grokcurv.modular import TrainConfig, build_model, split
 from grokcurv.sweep import SweepConfig, run_sweep
+from grokcurv.tasks import split
+from grokcurv.training import TrainConfig, build_model
 
 PART = 600
 """Steps of the part, with a measurement every 100 as in the sweep."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import grokcurv as gc
 from grokcurv.bench.pca import principal_angle
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.modular import TrainConfig, load_model, train
+from grokcurv.training import TrainConfig, load_model, train
 
 ROW_EVERY = 10
 COMPONENTS = 2

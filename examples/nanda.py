@@ -3,7 +3,7 @@
     python examples/nanda.py
 
 The network learns to add by adding angles: shares of its weights and of its logits move to a few frequencies while the
-test accuracy still sleeps. The trainer of grokcurv.modular has the settings as a preset and records both shares. A
+test accuracy still sleeps. The trainer of grokcurv.training has the settings as a preset and records both shares. A
 modulus of 59 fits in minutes on one core, and shows little of the sleep; --p 113 --steps 14000 is the original.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import tyro
 from figure import draw
 
-from grokcurv.modular import PRESETS, TrainConfig, train
 from grokcurv.runs import Run
+from grokcurv.training import PRESETS, TrainConfig, train
 
 
 def config(p: int, steps: int) -> TrainConfig:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import grokcurv as gc
-from grokcurv.modular import MLP
+from grokcurv.tasks import MLP
 
 Batch = tuple[Tensor, Tensor]
 Remedy = Literal["none", "decay", "orthogonal"]

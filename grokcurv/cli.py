@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-from grokcurv import modular, sweep
+from grokcurv import sweep, training
 from grokcurv.commutator import RENAMED
-from grokcurv.modular import PRESETS, TrainConfig
 from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
 from grokcurv.runs import open_run
 from grokcurv.storage import RunError
+from grokcurv.training import PRESETS, TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,11 +89,11 @@ def _train(arguments: list[str]) -> int:
         return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
     try:
         with RunProgress(f"{config.op} mod {config.p}, seed {config.seed}") as progress:
-            run = modular.train(config, out=out, resume=options.resume, on_progress=progress)
+            run = training.train(config, out=out, resume=options.resume, on_progress=progress)
     except KeyboardInterrupt:
         print(f"stopped; to go on: grokcurv train --resume --out {out}", file=sys.stderr)
         return 130
-    except modular.TrainingError as error:
+    except training.TrainingError as error:
         return _complain(f"{out}: {error}", status=1)
     except ValueError as error:
         return _complain(str(error))

@@ -30,7 +30,7 @@ from grokcurv.measures.training_gradient import CONFIRMED, REFUTED, USED, Gradie
 from grokcurv.measures.trajectory import Trajectory, no_records
 from grokcurv.pairs import Pair, PairOfRuns, Sampler
 from grokcurv.pca import StreamingPCA
-from grokcurv.state import Snapshot
+from grokcurv.state import ReferencedError, Snapshot
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,7 +240,14 @@ class CurvatureMonitor:
         """
         if not plan:
             return None
-        found = self.commutator.observe(self._steps, pairs, plan)
+        try:
+            found = self.commutator.observe(self._steps, pairs, plan)
+        except ReferencedError as error:  # a run that is looked at with a profiler goes on, and is measured afterwards
+            if capturing(self.probe.gradients.device):
+                raise
+            self.commutator.forget_checks()
+            self.probe.gradients.note("references", False, str(error), "no step is measured meanwhile")
+            return None
         method, gradient, *values = found.unbind(1)
         captured = capturing(self.probe.gradients.device)
         seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)

@@ -241,6 +241,16 @@ def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> li
     return [copy(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors]
 
 
+class ReferencedError(RuntimeError):
+    """A tensor cannot be exchanged for another, since somebody has a weak reference to what is inside it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "weak references to the model's tensors forbid that others take their place; torch.profiler has some while "
+            "it records shapes, memory or stacks"
+        )
+
+
 @contextmanager
 def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
     """Meanwhile each original, as a Python object, is the other tensor, and the other one it.
@@ -252,7 +262,10 @@ def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterat
     torch.clear_autocast_cache()  # it keeps weak references, with which a tensor cannot be exchanged
     try:
         for original, other in zip(originals, others, strict=True):
-            torch._C._swap_tensor_impl(original, other)
+            try:
+                torch._C._swap_tensor_impl(original, other)
+            except RuntimeError as error:
+                raise ReferencedError from error
             swapped += 1
         yield
     finally:

@@ -51,23 +51,29 @@ class Alignment(NamedTuple):
 def alignment(v: Tensor, rows: Tensor, partition: Partition = WHOLE) -> Alignment:
     """Cosines of ``v`` (P,) with each of ``rows`` (K, P), and the share of its length that lies in their span.
 
-    With R the cosines of the rows among themselves and r those with ``v``, the squared share is ``r' R^-1 r``, taken
-    over the eigenvectors of R beyond :data:`RANK_TOLERANCE`: dependent rows do no harm. Two passes over the rows, sums
-    in float64, no copy, no synchronisation. NaN where ``v`` or a row is zero or holds a NaN. ``coordinates`` says of
+    Of several runs ``v`` is (R, P), ``rows`` is (K, R, P), and what is found has R in front.
+
+    With C the cosines of the rows among themselves and c those with ``v``, the squared share is ``c' C^-1 c``, taken
+    over the eigenvectors of C beyond :data:`RANK_TOLERANCE`: dependent rows do no harm. Two passes over the rows, sums
+    in float64, no copy, no synchronisation. NaN where ``v`` or a row is zero or holds a NaN. ``partition`` says of
     which coordinates these are the vectors, if not of all.
 
     Raises:
         ValueError, TypeError: lengths, dtypes or devices that differ, or that the ops do not take.
     """
-    sums = ops.gram(rows)[0], ops.gram(v[None], rows)[0, 0], ops.gram(v[None])[0, 0, 0]
+    size = v.shape[-1]
+    one, every = v.reshape(1, -1), rows.reshape(len(rows), -1)
+    spans = torch.tensor([(start, size) for start in range(0, one.shape[1], size or 1)] or [(0, 0)])
+    sums = ops.gram(every, segments=spans), ops.gram(one, every, segments=spans), ops.gram(one, segments=spans)
     gram, inner, own = partition.all_reduce_sum(*sums)
-    lengths = gram.diagonal().sqrt()
-    cosines = inner / (lengths * own.sqrt())
-    correlations = gram / torch.outer(lengths, lengths)
-    (values,), (vectors,) = ops.eigh(correlations[None], len(rows))
-    parts = (vectors.mT @ cosines).square() / values
-    share = torch.where(values <= RANK_TOLERANCE, 0.0, parts).sum().sqrt()
-    return Alignment(cosines, share.clamp(max=1.0), correlations)
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = inner[:, 0] / (lengths * own[:, 0].sqrt())
+    correlations = gram / (lengths[:, :, None] * lengths[:, None])
+    values, vectors = ops.eigh(correlations, len(rows))
+    parts = (vectors * cosines[:, :, None]).sum(1).square() / values
+    share = torch.where(values <= RANK_TOLERANCE, 0.0, parts).sum(1).sqrt()
+    found = Alignment(cosines, share.clamp(max=1.0), correlations)
+    return found if v.ndim == 2 else Alignment(*(part[0] for part in found))
 
 
 class Subspace:

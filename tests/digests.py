@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import grokcurv as gc
-from grokcurv.modular import TrainConfig, train
 from grokcurv.sweep import SweepConfig, open_sweep, run_sweep
+from grokcurv.training import TrainConfig, train
 
 SMALL: dict[str, Any] = {
     "p": 23,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import grokcurv as gc
-from grokcurv.modular import TrainConfig
+from grokcurv.training import TrainConfig
 
 Batch = dict[str, Tensor]
 

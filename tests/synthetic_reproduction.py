@@ -14,13 +14,13 @@ import pandas as pd
 import synthetic_run
 import torch
 
-from grokcurv.modular import TrainConfig
 from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Trial
 from grokcurv.reproduce.page import Reproduction
 from grokcurv.reproduce.plan import CLAIMS
 from grokcurv.runs import Run
 from grokcurv.subspace import Subspace
+from grokcurv.training import TrainConfig
 
 SIZE, SUPPORT = 2000, 400
 

@@ -20,9 +20,9 @@ import synthetic_run
 from rich.console import Console
 
 from grokcurv import cli, progress
-from grokcurv.modular import PRESETS, TrainConfig, TrainingError
 from grokcurv.runs import Run
 from grokcurv.sweep import Sweep, SweepConfig
+from grokcurv.training import PRESETS, TrainConfig, TrainingError
 
 SMALL = [
     f"--{flag}" for flag in ("p=11", "d-model=8", "heads=2", "d-ff=8", "layers=1", "batch-size=16", "eval-every=5")
@@ -45,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         calls.append(Call(config, out, resume))
         return Run(None, {}, {}, tables={"metrics": pd.DataFrame({"step": [0, 7000], "test_acc": [0.0, 0.991]})})
 
-    monkeypatch.setattr("grokcurv.modular.train", train)
+    monkeypatch.setattr("grokcurv.training.train", train)
     return calls
 
 
@@ -53,7 +53,7 @@ def train_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def train(*_: object, **__: object) -> Run:
         raise error
 
-    monkeypatch.setattr("grokcurv.modular.train", train)
+    monkeypatch.setattr("grokcurv.training.train", train)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from models import TINY
 
-from grokcurv.modular import TrainConfig, train, train_ensemble
-from grokcurv.modular.trainer import SHARED
 from grokcurv.runs import Run, RunError, open_run
+from grokcurv.training import TrainConfig, train, train_ensemble
+from grokcurv.training.trainer import SHARED
 
 MIXED = [
     {},

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from grokcurv.modular import Transformer, fast
+from grokcurv.tasks import Transformer
+from grokcurv.tasks.modular import fast
 
 SHAPES = {
     "the paper's": {},

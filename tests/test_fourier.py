@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from grokcurv.modular import MLP, OPERATIONS, TrainConfig, Transformer, load_model, table, train
-from grokcurv.modular.fourier import GROUPS, FourierShares, elements, embedding_of, energies, random_share
-from grokcurv.modular.network import forward_of
+from grokcurv.tasks import MLP, OPERATIONS, Transformer, table
+from grokcurv.tasks.modular.fourier import GROUPS, FourierShares, elements, embedding_of, energies, random_share
+from grokcurv.training import TrainConfig, load_model, train
+from grokcurv.training.network import task_of
 
 F64 = torch.float64
 
@@ -214,13 +215,13 @@ TINY = TrainConfig(
 )
 def test_a_run_records_them(values: dict, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row is that of the whole table's logits at once, though the evaluation takes them in pieces."""
-    monkeypatch.setattr("grokcurv.modular.evaluation.EVALUATION_ROWS", 10)
+    monkeypatch.setattr("grokcurv.tasks.modular.task.EVALUATION_ROWS", 10)
     config = dataclasses.replace(TINY, **values)
     run = train(config, out=tmp_path)
     model = load_model(run)
     pairs, _ = table(config.op, config.p)
     with torch.no_grad():
-        logits = forward_of(config)(model, pairs)
+        logits = task_of(config).logits(model, pairs)
     last = run.metrics[["fourier_embedding", "fourier_logits"]].iloc[-1]
     if config.p == 9:
         assert last.isna().all()

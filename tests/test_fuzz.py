@@ -22,8 +22,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from grokcurv import runs
-from grokcurv.modular import TrainConfig, train
-from grokcurv.modular.network import load_model
 from grokcurv.report import page
 from grokcurv.report.page import Drawing, draw, write_report
 from grokcurv.report.summary import Summary
@@ -31,6 +29,8 @@ from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import RunError, RunWriter, open_run
 from grokcurv.sweep import SweepConfig, open_sweep
 from grokcurv.sweep.folder import claim
+from grokcurv.training import TrainConfig, train
+from grokcurv.training.network import load_model
 
 fuzz = settings(
     max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -16,7 +16,8 @@ from grokcurv import gradients
 from grokcurv.commutator import FLOOR_MARGIN
 from grokcurv.flat import flatten
 from grokcurv.gradients import VECTORS, GradientEngine
-from grokcurv.modular import Transformer, fast
+from grokcurv.tasks import Transformer
+from grokcurv.tasks.modular import fast
 
 VMAPPED = [name for name in PROBLEMS if name != "batch norm"]
 

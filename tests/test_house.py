@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace", "optim", "draws"),
     ("pairs", "checks", "commutator", "measures", "samplers", "lookahead"),
     ("loggers", "monitor", "interventions", "runs"),
-    ("modular", "integrations"),
+    ("tasks", "training", "modular", "integrations"),
     ("sweep", "analysis", "upstream"),
     ("report", "reproduce", "bench", "doctor"),
     ("cli",),

@@ -23,10 +23,10 @@ from torch.func import functional_call
 from grokcurv import CommutatorProbe, FlatParameters, Subspace
 from grokcurv.flat import flatten, flatten_grad
 from grokcurv.interventions import Intervention, Kick, Noise, Projection
-from grokcurv.modular import TrainConfig, load_model, train, train_ensemble
-from grokcurv.modular.draws import intervention_seed
 from grokcurv.report import write_report
 from grokcurv.runs import Run, open_run
+from grokcurv.training import TrainConfig, load_model, train, train_ensemble
+from grokcurv.training.draws import intervention_seed
 
 DOCS = Path(__file__).parents[1] / "docs" / "interventions.md"
 UNIT = 2.0**-24

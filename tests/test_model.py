@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from grokcurv.modular import MLP, PRESETS, TrainConfig, Transformer, build_model
+from grokcurv.tasks import MLP, Transformer
+from grokcurv.training import PRESETS, TrainConfig, build_model
 
 
 def pairs(p: int, n: int = 9) -> torch.Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import grokcurv as gc
-from grokcurv import flat, partition
+from grokcurv import flat, modular, partition, tasks, training
 from grokcurv.cli import main
 from grokcurv.gradients import GradientEngine
-from grokcurv.modular import TrainConfig, train
 from grokcurv.runs import RunWriter, open_run
 from grokcurv.sweep import SweepConfig
+from grokcurv.training import TrainConfig, train
 
 PUBLIC: dict[str, list[str]] = {}
 """By module of the documentation, its names."""
@@ -78,6 +78,24 @@ def test_other_old_names() -> None:
             assert getattr(flat, old) is getattr(partition, new)
     with pytest.raises(AttributeError, match="no attribute 'Coordinate'"):
         _ = flat.Coordinate  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        *((name, f"tasks.modular.{name}") for name in ("fast", "fourier", "model")),
+        *((name, f"training.{name}") for name in ("config", "draws", "network", "process", "trainer")),
+        ("tasks", "tasks.modular.operations"),
+    ],
+)
+def test_modules_where_they_were(old: str, new: str) -> None:
+    assert import_module(f"grokcurv.modular.{old}") is import_module(f"grokcurv.{new}")
+    assert getattr(modular, old) is import_module(f"grokcurv.{new}")
+
+
+def test_names_where_they_were() -> None:
+    for name in modular.__all__:
+        assert getattr(modular, name) is getattr(training, name, getattr(tasks, name, None))
 
 
 SMALL: dict[str, Any] = {

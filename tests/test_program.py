@@ -16,12 +16,12 @@ from models import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grokcurv.gradients import Strategy
-from grokcurv.modular import TrainConfig, load_model, train, train_ensemble
-from grokcurv.modular.captured import Launcher
-from grokcurv.modular.program import Program
-from grokcurv.modular.run import Training
 from grokcurv.report import write_report
 from grokcurv.runs import RunError, open_run
+from grokcurv.training import TrainConfig, load_model, train, train_ensemble
+from grokcurv.training.captured import Launcher
+from grokcurv.training.program import Program
+from grokcurv.training.run import Training
 
 SUCCESSIVE = dataclasses.replace(TINY, successive=True, pairs=1, measure_every=1, pca_every=0, eval_every=1000)
 
@@ -43,7 +43,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None
         tapes.append(again)
         return again, pool
 
-    monkeypatch.setattr("grokcurv.modular.captured.capture", capture)
+    monkeypatch.setattr("grokcurv.training.captured.capture", capture)
     with tape.patched("is_asynchronous", lambda device: True):
         yield tapes
 
@@ -174,7 +174,7 @@ class OnDevice(TorchDispatchMode):
 def test_a_step_neither_copies_from_the_host_nor_waits(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grokcurv.modular.run.describe_device", str)  # "meta" cannot draw for interventions
+    monkeypatch.setattr("grokcurv.training.run.describe_device", str)  # "meta" cannot draw for interventions
     monkeypatch.setattr("grokcurv.measures.commutator.VERDICT_LAG", 100)  # there is no verdict to read
     configs = [dataclasses.replace(SUCCESSIVE, seed=seed, device="meta", **options) for seed in range(3)]
     one = Program([Training(config) for config in configs], "vmap")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from grokcurv.modular import TrainConfig, train
+from grokcurv.training import TrainConfig, train
 
 PUBLISHED = pd.read_csv(Path(__file__).parent / "data" / "published_trajectories.csv", comment="#")
 

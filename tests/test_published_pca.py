@@ -14,7 +14,7 @@ import pytest
 
 import grokcurv as gc
 from grokcurv.flat import attention_segments, flatten
-from grokcurv.modular import TrainConfig, load_model, train
+from grokcurv.training import TrainConfig, load_model, train
 
 PUBLISHED = pd.read_csv(Path(__file__).parent / "data" / "published_pc1.csv", comment="#")
 MATRICES = ["pc1_WQ", "pc1_WK", "pc1_WV", "pc1_WO"]

@@ -20,7 +20,6 @@ import grokcurv as gc
 from grokcurv import cli
 from grokcurv.draws import Purpose, shuffle
 from grokcurv.flat import flatten
-from grokcurv.modular import TrainConfig, load_model, split, table, train
 from grokcurv.report.figures import LIGHT
 from grokcurv.reproduce import CLAIMS, PROFILES, Block, Profile, Reproduction, driver, reproduce
 from grokcurv.reproduce.claims import JUDGES, answer
@@ -31,6 +30,8 @@ from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict
 from grokcurv.runs import Run, RunError
 from grokcurv.sweep import open_sweep
+from grokcurv.tasks import split, table
+from grokcurv.training import TrainConfig, load_model, train
 
 NAN = math.nan
 

@@ -18,8 +18,8 @@ import pandas as pd
 import pytest
 import torch
 
-from grokcurv.modular import TrainConfig, train
 from grokcurv.runs import Run, open_run
+from grokcurv.training import TrainConfig, train
 
 KILLS = int(os.environ.get("GROKCURV_KILLS", "2"))
 
@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
 
 CHILD = """
 import json, sys
-from grokcurv.modular import TrainConfig, train
+from grokcurv.training import TrainConfig, train
 config = TrainConfig(**json.loads(sys.argv[1]))
 print(0, flush=True)
 train(config, out=sys.argv[2], on_progress=lambda latest: print(latest["step"], flush=True))

@@ -293,3 +293,21 @@ def test_looking_ahead(loader, make, generator):
             optimizer.step()
         ends.append(kept(model))
     assert_same(ends[0], ends[1], "model")
+
+
+def test_a_profiler_looks_on_for_a_while(generator):
+    """What it holds keeps the tensors where they are: those steps are not measured, and training goes on."""
+    held: list[object] = []
+
+    def hold(step: int, model: nn.Module) -> None:
+        held[:] = [torch._C._WeakTensorRef(p) for p in model.parameters()] if step in (2, 3) else []
+
+    options = {"after_backward": hold, "check_every": 3}
+    with pytest.warns(gc.AdmissionWarning, match=r"references: .* torch.profiler .*no step is measured meanwhile"):
+        run = twins(perceptron, classify, points(generator, 8), **options)
+    assert run.records["step"].tolist() == [0, 1, 4, 5, 6]
+    assert run.records["reliable"].all()
+    with pytest.raises(RuntimeError, match="torch.profiler"):
+        model = perceptron()
+        held.append(torch._C._WeakTensorRef(model[0].weight))
+        gc.commutator_defect(model, classify, *points(generator, 2))

@@ -8,9 +8,9 @@ from scipy import stats
 from torch import nn
 
 from grokcurv.flat import attention_segments
-from grokcurv.modular import Transformer
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import RandomBaseline, Subspace, alignment
+from grokcurv.tasks import Transformer
 
 
 def orthonormal(k: int, p: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -307,6 +307,14 @@ def test_alignment_with_dependent_rows(generator: torch.Generator):
     assert alignment(v, torch.randn(60, 50, generator=generator)).share.item() == pytest.approx(1, abs=1e-6)
     inside = alignment((rows.double().T @ torch.ones(3, dtype=torch.float64)), rows.double())
     assert 1 - 1e-12 < inside.share.item() <= 1
+
+
+@pytest.mark.parametrize(("runs", "k", "p"), [(1, 3, 20), (3, 1, 9), (4, 5, 4099)])
+def test_alignment_of_several_runs_is_that_of_each(runs: int, k: int, p: int, generator: torch.Generator):
+    v, rows = torch.randn(runs, p, generator=generator), torch.randn(k, runs, p, generator=generator)
+    rows[0, 0] = torch.nan
+    for run, found in enumerate(zip(*alignment(v, rows), strict=True)):
+        torch.testing.assert_close(found, tuple(alignment(v[run], rows[:, run])), rtol=0, atol=0, equal_nan=True)
 
 
 def test_alignment_of_nothing_is_nan(generator: torch.Generator):

@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import synthetic_run
 
-from grokcurv.modular import PRESETS, TrainConfig
 from grokcurv.runs import RunError, open_run
 from grokcurv.storage import hold, write_json
 from grokcurv.sweep import Random, SweepConfig, driver, folder, open_sweep, run_sweep
 from grokcurv.sweep.engine import Event, Task
+from grokcurv.training import PRESETS, TrainConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "sweeps"
 

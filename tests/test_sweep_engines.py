@@ -23,11 +23,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from grokcurv.modular import train
 from grokcurv.report import write_report
 from grokcurv.runs import TABLES
 from grokcurv.storage import holder
 from grokcurv.sweep import Sweep, SweepConfig, folder, open_sweep, run_sweep
+from grokcurv.training import train
 
 KILLS = int(os.environ.get("GROKCURV_KILLS", "2"))
 

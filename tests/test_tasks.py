@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from grokcurv.modular import OPERATIONS, split, table
+from grokcurv.tasks import OPERATIONS, split, table
 
 DEFINITIONS = {
     "add": lambda a, b, p: (a + b) % p,

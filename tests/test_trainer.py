@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from grokcurv import CurvatureMonitor, StreamingPCA
-from grokcurv.modular import PRESETS, TrainConfig, TrainingError, build_model, config, load_model, split, train
 from grokcurv.monitor import ALIGNMENT_FIELDS
 from grokcurv.runs import RunError, open_run, unpack
+from grokcurv.tasks import split
+from grokcurv.training import PRESETS, TrainConfig, TrainingError, build_model, config, load_model, train
 
 TINY = TrainConfig(
     p=7,

@@ -29,13 +29,14 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import Strategy, capture
 from grokcurv.measures.commutator import CHECK_EVERY
-from grokcurv.modular import TrainConfig, Transformer, fast
-from grokcurv.modular.evaluation import evaluate
-from grokcurv.modular.program import Program
-from grokcurv.modular.run import Training
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import Subspace
+from grokcurv.tasks import Transformer
+from grokcurv.tasks.modular import fast
+from grokcurv.training import TrainConfig
+from grokcurv.training.program import Program
+from grokcurv.training.run import Training
 
 ETA = 1e-3
 ROWS = 512
@@ -224,7 +225,7 @@ def program(runs: int, measured: bool) -> Case:
 
             def loss() -> float:
                 together.update()
-                return evaluate(first.config, first.model, first.data, {})["train_loss"]
+                return float(first.task.evaluate(first.model, first.data)[0])
 
             return together.update, loss
 

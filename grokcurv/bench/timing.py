@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grokcurv.modular.process import threads_of
+from grokcurv.training.process import threads_of
 
 CPU = torch.device("cpu")
 

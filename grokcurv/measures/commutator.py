@@ -268,8 +268,7 @@ class Commutator:
         assert self._before is not None
         before = self._before if len(runs) == len(self._before) else self._before[runs]
         steps = engine.thetas(runs).to(delta.dtype) - before
-        found = [alignment(step, of, engine.partition) for step, of in zip(steps, delta.unbind(1), strict=True)]
-        cosines, shares, correlations = (torch.stack(x) for x in zip(*found, strict=True))
+        cosines, shares, correlations = alignment(steps, delta, engine.partition)
         count, size = len(delta), engine.segments[-1].stop
         mean = cosines.abs().mean(1)
         chance, share_chance = (RandomBaseline(dim, size).mean for dim in (1, min(count, size)))

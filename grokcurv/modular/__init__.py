@@ -1,10 +1,10 @@
-"""Training on modular arithmetic: the tasks, the networks, and a trainer that measures as it goes."""
+"""Where ``grokcurv.training`` and ``grokcurv.tasks`` were: names and modules can still be imported from here."""
 
-from grokcurv.modular.config import PRESETS, TrainConfig
-from grokcurv.modular.model import MLP, Transformer
-from grokcurv.modular.network import build_model, load_model
-from grokcurv.modular.tasks import OPERATIONS, Dataset, Operation, split, table
-from grokcurv.modular.trainer import TrainingError, train, train_ensemble
+import sys
+from importlib import import_module
+
+from grokcurv.tasks import MLP, OPERATIONS, Dataset, Operation, Transformer, split, table
+from grokcurv.training import PRESETS, TrainConfig, TrainingError, build_model, load_model, train, train_ensemble
 
 __all__ = [
     "MLP",
@@ -22,3 +22,11 @@ __all__ = [
     "train",
     "train_ensemble",
 ]
+
+_MOVED = {
+    **{name: f"grokcurv.tasks.modular.{name}" for name in ("fast", "fourier", "model")},
+    **{name: f"grokcurv.training.{name}" for name in ("config", "draws", "network", "process", "trainer")},
+    "tasks": "grokcurv.tasks.modular.operations",
+}
+for _old, _new in _MOVED.items():
+    globals()[_old] = sys.modules[f"{__name__}.{_old}"] = import_module(_new)

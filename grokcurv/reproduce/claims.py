@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from grokcurv import analysis
-from grokcurv.modular import TrainConfig
 from grokcurv.report.format import plain
 from grokcurv.reproduce import figures, published, rules
 from grokcurv.reproduce.evidence import AlignmentTest, Arithmetic, Evidence, Snapshot, Support, Trial
@@ -20,6 +19,7 @@ from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel
 from grokcurv.reproduce.findings import Answer, Finding, Here, Judgement, say
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.published import Number
+from grokcurv.training import TrainConfig
 
 if TYPE_CHECKING:
     from grokcurv.subspace import Subspace

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grokcurv.modular import PRESETS, train
 from grokcurv.reproduce.claims import answer
 from grokcurv.reproduce.evidence import Evidence, Trial
 from grokcurv.reproduce.page import Reproduction
@@ -19,6 +18,7 @@ from grokcurv.reproduce.rules import NOT_RUN
 from grokcurv.runs import describe_environment
 from grokcurv.storage import write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
+from grokcurv.training import PRESETS, train
 
 Progress = Callable[[dict[str, Any]], object]
 

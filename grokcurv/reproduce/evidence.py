@@ -19,15 +19,15 @@ from grokcurv.bench import naive
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.measures.trajectory import BASIS_COMPONENTS
-from grokcurv.modular import TrainConfig, build_model, load_model, split
-from grokcurv.modular.draws import order_of
-from grokcurv.modular.network import training_loss
-from grokcurv.modular.process import threads_of
 from grokcurv.pca import StreamingPCA
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.rules import GROKKED
 from grokcurv.runs import Run
 from grokcurv.subspace import Subspace, alignment
+from grokcurv.training import TrainConfig, build_model, load_model
+from grokcurv.training.draws import order_of
+from grokcurv.training.network import task_of
+from grokcurv.training.process import threads_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -218,7 +218,8 @@ def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Sn
     """
     config = replace(TrainConfig(**run.config), measure_every=0)
     with threads_of(1):
-        data = split(config.op, config.p, config.train_fraction, order_of(config))
+        task = task_of(config)
+        data = task.split(order_of(config, task.size))
         before, model = flatten(load_model(run, since)), load_model(run, step)
         theta = flatten(model)
         generator = torch.Generator().manual_seed(config.seed)
@@ -228,12 +229,12 @@ def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Sn
             return data.train_pairs[rows], data.train_answers[rows]
 
         drawn = [(batch(), batch()) for _ in range(pairs)]
-        probe = CommutatorProbe(model, training_loss(replace(config, float64_logits=True)), eta=config.eta)
+        probe = CommutatorProbe(model, task.measured_loss, eta=config.eta)
         stats = probe.measure(drawn, keep_delta=True)
         if not stats.reliable.all():
             stats = probe.measure(drawn, keep_delta=True, method="bracket")
         assert stats.delta is not None
-        published = torch.stack([naive.commutator(model, training_loss(config), pair, config.eta)[1] for pair in drawn])
+        published = torch.stack([naive.commutator(model, task.loss, pair, config.eta)[1] for pair in drawn])
         return Snapshot(
             stats.delta[stats.reliable],
             published,

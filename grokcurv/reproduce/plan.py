@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grokcurv.modular import PRESETS, TrainConfig
 from grokcurv.reproduce.published import GROK_STEPS
 from grokcurv.sweep import SweepConfig
+from grokcurv.training import PRESETS, TrainConfig
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "pc1": ("grokking", "never", "control"),

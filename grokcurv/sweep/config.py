@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from grokcurv.modular.config import PRESETS, TrainConfig
+from grokcurv.training.config import PRESETS, TrainConfig
 
 LONGEST_ID = 120
 """Characters of a run's id at most; a file name can have 255."""
@@ -41,7 +41,7 @@ class SweepConfig:
     """Every entry of ``runs``, with every sample of ``random``, with every combination of ``grid``, in this order.
 
     Of the three at least one says something; the grid's last field varies fastest. Settings are those of
-    :class:`grokcurv.modular.TrainConfig`; a ``preset`` among them is what the run starts from. A run has one thread
+    :class:`grokcurv.training.TrainConfig`; a ``preset`` among them is what the run starts from. A run has one thread
     unless ``threads`` says otherwise.
     """
 

@@ -11,12 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from grokcurv.modular.process import ctrl_c
 from grokcurv.storage import hold
 from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import Engine, Event, Task
 from grokcurv.sweep.folder import Sweep, claim, write_failures
 from grokcurv.sweep.local import LocalEngine
+from grokcurv.training.process import ctrl_c
 
 Progress = Callable[[dict[str, Any]], object]
 
@@ -62,7 +62,7 @@ def run_sweep(
         address: with Ray, the cluster to join; by default one is started on this machine for the time of the sweep.
         gpus_per_run: with Ray, the share of a GPU that a run has.
         together: with local workers, how many runs of one architecture each trains as one program
-            (:func:`grokcurv.modular.train_ensemble`); if None, 1 on the CPU, and on a GPU 64, with one worker.
+            (:func:`grokcurv.training.train_ensemble`); if None, 1 on the CPU, and on a GPU 64, with one worker.
         retry_failed: try again the runs that would not be: those whose loss was not finite or whose workers kept
             dying. Others that failed, such as for a full disk, are tried again in any case.
         only: ids of the runs to do, the others being left for another call; all if None.

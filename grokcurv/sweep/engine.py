@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from grokcurv.modular import TrainConfig, TrainingError, train, train_ensemble
 from grokcurv.storage import RunError, holder
+from grokcurv.training import TrainConfig, TrainingError, train, train_ensemble
 
 REPORT_SECONDS = 0.5
 """Seconds between two reports of a run under way."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grokcurv.modular.config import TrainConfig
 from grokcurv.runs import TABLES, Run, current_settings, differences, open_run
 from grokcurv.storage import RunError, read_json, read_parquet, write_json
 from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
+from grokcurv.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd

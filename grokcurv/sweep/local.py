@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from grokcurv.modular import TrainConfig
-from grokcurv.modular.trainer import together
 from grokcurv.storage import RunError
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute, execute_together
+from grokcurv.training import TrainConfig
+from grokcurv.training.trainer import together
 
 READY = Event("", "progress")
 """What a worker says when it has loaded everything."""

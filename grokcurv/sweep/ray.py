@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any, Self
 
-from grokcurv.modular.config import TrainConfig
 from grokcurv.storage import RunError
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
+from grokcurv.training.config import TrainConfig
 
 
 class RayEngine:

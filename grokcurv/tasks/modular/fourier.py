@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from grokcurv.modular.model import MLP, Transformer
+from grokcurv.tasks.modular.model import MLP, Transformer
 
 KEY_FREQUENCIES = 5
 """How many frequencies are key: as many as Nanda et al. found in their network."""

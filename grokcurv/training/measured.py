@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grokcurv.evaluation import LossFn
-from grokcurv.flat import attention_segments
 from grokcurv.gradients import Distributed, GradientEngine, Strategy
 from grokcurv.measures.commutator import Plan
-from grokcurv.modular.batches import Batches
-from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.network import training_loss
-from grokcurv.modular.run import Training
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pairs import Pair, PairOfRuns
 from grokcurv.pca import StreamingPCA
+from grokcurv.training.batches import Batches
+from grokcurv.training.run import Training
 
 MonitorFactory = Callable[[nn.Module, Callable[[], Pair]], CurvatureMonitor]
 
@@ -124,7 +120,7 @@ class Group(Measured):
             return self.engine
 
         config = runs[0].config
-        self.monitor = monitor_of(config, runs[0].model, self.draw, Distributed(engine), len(runs), strategy)
+        self.monitor = monitor_of(runs[0], self.draw, Distributed(engine), len(runs), strategy)
         self.capturable = not config.alignment
         for place, run in enumerate(runs):
             run.attach(self.monitor, place)
@@ -218,24 +214,20 @@ class RunsEngine(GradientEngine):
 
 
 def monitor_of(
-    config: TrainConfig,
-    network: nn.Module,
+    first: Training,
     sampler: Callable[[], Any],
     model: Distributed,
     runs: int,
     strategy: Strategy,
 ) -> CurvatureMonitor:
-    """The monitor that settings describe: PCA over the attention matrices, or over everything where there are none.
-
-    ``model`` says where the parameters of its runs are.
-    """
-    segments = attention_segments(network) if config.architecture == "transformer" else None
+    """The monitor that the first run's settings describe; ``model`` says where the parameters of all runs are."""
+    config, task = first.config, first.task
     return CurvatureMonitor(
         model,
-        training_loss(config if config.successive else replace(config, float64_logits=True)),
+        task.loss if config.successive else task.measured_loss,
         every=config.measure_every,
         pairs=config.pairs,
-        pca=StreamingPCA(segments=segments, runs=runs) if config.pca_every else None,
+        pca=StreamingPCA(segments=task.followed(first.model), runs=runs) if config.pca_every else None,
         pca_every=config.pca_every or 1,
         sampler=None if config.successive else sampler,
         design=config.design,

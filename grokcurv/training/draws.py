@@ -12,18 +12,17 @@ from torch import Tensor
 
 from grokcurv import ops
 from grokcurv.draws import Purpose, shuffle
-from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.tasks import Order, check_operation
+from grokcurv.tasks.base import Order
+from grokcurv.training.config import TrainConfig
 
 
-def order_of(config: TrainConfig) -> Order:
-    """What shuffles the samples of a run, before they are split."""
+def order_of(config: TrainConfig, size: int) -> Order:
+    """What shuffles so many samples of a run, before they are split."""
     if config.rng == "paper":
         return random.Random(config.seed)
     if config.rng == "torch":  # of older versions, whose folders are still read
         root = torch.Generator().manual_seed(config.seed)
         return torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=root)))
-    size = check_operation(config.op, config.p).size(config.p)
     return shuffle(torch.tensor([config.seed]), Purpose.SPLIT, size)[0]
 
 

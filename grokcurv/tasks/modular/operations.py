@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grokcurv.tasks.base import Dataset, Order
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -42,23 +44,8 @@ OPERATIONS: dict[str, Operation] = {
 }
 """The six operations of the paper (Xu, arXiv 2602.16746, section 2), and division."""
 
-Order = random.Random | torch.Generator | Tensor
-
 LARGEST_P = 4096
 """The whole table lives in memory: p^2 rows."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Pairs (n, 2) and answers (n,), int64, of the training and of the test set."""
-
-    train_pairs: Tensor
-    train_answers: Tensor
-    test_pairs: Tensor
-    test_answers: Tensor
-
-    def to(self, device: torch.device | str) -> Dataset:
-        return Dataset(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def check_operation(op: str, p: int) -> Operation:

@@ -8,12 +8,12 @@ from os import PathLike
 from typing import Any
 
 from grokcurv.gradients import Strategy
-from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.measured import MonitorFactory
-from grokcurv.modular.process import threads_of
-from grokcurv.modular.program import MEASURED_ALIKE, Program, ProgressOfRuns
-from grokcurv.modular.run import Training
 from grokcurv.runs import Run
+from grokcurv.training.config import TrainConfig
+from grokcurv.training.measured import MonitorFactory
+from grokcurv.training.process import threads_of
+from grokcurv.training.program import MEASURED_ALIKE, Program, ProgressOfRuns
+from grokcurv.training.run import Training
 
 SHARED = (
     *("p", "architecture", "layers", "d_model", "heads", "d_ff", "activation", "layer_norm", "sequence"),
@@ -96,7 +96,7 @@ def train_ensemble(
     on_progress: ProgressOfRuns | None = None,
     on_end: Callable[[int, str], object] | None = None,
 ) -> list[Run]:
-    """Train several networks of one architecture together; each as :func:`grokcurv.modular.train` would alone.
+    """Train several networks of one architecture together; each as :func:`grokcurv.training.train` would alone.
 
     With ``strategy="loop"`` every run is bitwise what it would be alone, provided that each parameter has a multiple of
     16 numbers (the last one aside), as in all presets: the CPU's matrix products depend on alignment. With ``"vmap"``

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grokcurv.modular.model import Transformer
+from grokcurv.tasks.modular.model import Transformer
 
 
 def logits(model: Transformer, pairs: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grokcurv.modular.draws import PhiloxDraws
-from grokcurv.modular.network import Batch
-from grokcurv.modular.run import Training
+from grokcurv.tasks.base import Batch
+from grokcurv.training.draws import PhiloxDraws
+from grokcurv.training.run import Training
 
 
 class Batches:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
-from grokcurv.modular.config import TrainConfig
-from grokcurv.modular.draws import PaperDraws, intervention_seed, order_of
-from grokcurv.modular.evaluation import evaluate
-from grokcurv.modular.network import Batch, build_model, training_loss
-from grokcurv.modular.process import describe_device
-from grokcurv.modular.tasks import split
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.optim import Optimizer
 from grokcurv.runs import Run, RunWriter, describe_environment, open_run
 from grokcurv.storage import RunError
 from grokcurv.subspace import Subspace
+from grokcurv.tasks.base import Batch
+from grokcurv.training.config import TrainConfig
+from grokcurv.training.draws import PaperDraws, intervention_seed, order_of
+from grokcurv.training.network import task_of
+from grokcurv.training.process import describe_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,9 +53,9 @@ class Training:
         self._held = contextlib.ExitStack()
         device = torch.device(config.device)
         self.draws = PaperDraws(config.seed, device) if config.rng == "paper" else None
-        self.data = split(config.op, config.p, config.train_fraction, order_of(config)).to(device)
-        self.model = build_model(config).to(device)
-        self.loss = training_loss(config)
+        self.task = task_of(config)
+        self.data = self.task.split(order_of(config, self.task.size)).to(device)
+        self.model = self.task.model(config.seed).to(device)
         self.monitor: CurvatureMonitor | None = None
         self.place: tuple[int, ...] = ()  # among the runs of a monitor that has several
         self._saved_monitor: Mapping[str, Any] | None = None  # its state in a checkpoint, until there is a monitor
@@ -228,7 +227,8 @@ class Training:
 
     def _evaluate(self) -> None:
         beside = {} if self.intervention is None else {"intervention_norm": self.intervention.norm}
-        found = evaluate(self.config, self.model, self.data, beside)
+        values = [self.task.evaluate(self.model, self.data), *(value[None] for value in beside.values())]
+        found = dict(zip((*self.task.columns, *beside), torch.cat(values).tolist(), strict=True))  # all read at once
         done = {} if self.intervention is None else {"interventions": self.intervention.acted}
         moved = {name: found.pop(name) for name in beside}
         risen = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
@@ -265,9 +265,8 @@ class Training:
         if config.intervention == "noise":
             return Noise(self.model, config.strength, generator=self._stream, space=space, **schedule)
         if config.intervention == "kick":
-            loss = training_loss(replace(config, float64_logits=True))
             return Kick(
-                CommutatorProbe(self.model, loss, eta=config.eta, method=config.method),
+                CommutatorProbe(self.model, self.task.measured_loss, eta=config.eta, method=config.method),
                 self._kick_pair,
                 config.strength,
                 direction=config.direction,

@@ -9,8 +9,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from grokcurv.commutator import RENAMED, Design, Method, current_method
 from grokcurv.interventions import Direction
-from grokcurv.modular.model import Activation, Sequence
-from grokcurv.modular.tasks import check_operation, train_size
+from grokcurv.tasks.modular.model import Activation, Sequence
+from grokcurv.tasks.modular.operations import check_operation, train_size
 
 Architecture = Literal["transformer", "mlp"]
 Rng = Literal["philox", "paper", "torch"]

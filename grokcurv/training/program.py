@@ -3,7 +3,7 @@
 Their parameters, gradients and moments are the rows of a buffer each. A step draws all batches together, takes all
 gradients (as one batched program with ``vmap``, one run after the other with ``loop``), measures what is due, and moves
 all rows by the same few operations (:mod:`grokcurv.optim`). Evaluations, interventions, records, checkpoints and
-folders are each run's own (:mod:`grokcurv.modular.run`), as if it were alone. A run that ends leaves the buffers.
+folders are each run's own (:mod:`grokcurv.training.run`), as if it were alone. A run that ends leaves the buffers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor
 
 from grokcurv.flat import flatten
 from grokcurv.gradients import GradientEngine, Strategy
-from grokcurv.modular.batches import Batches
-from grokcurv.modular.captured import Launcher
-from grokcurv.modular.measured import Group, Guest, Measured, MonitorFactory
-from grokcurv.modular.network import matrices
-from grokcurv.modular.process import ctrl_c
-from grokcurv.modular.run import Training
 from grokcurv.optim import SGD, AdamW, Muon, Optimizer
+from grokcurv.training.batches import Batches
+from grokcurv.training.captured import Launcher
+from grokcurv.training.measured import Group, Guest, Measured, MonitorFactory
+from grokcurv.training.process import ctrl_c
+from grokcurv.training.run import Training
 
 MEASURED_ALIKE = ("measure_every", "measure_rows", "pairs", "design", "method", "eta", "alignment", "pca_every")
 """Settings in which runs must agree to be measured together."""
@@ -59,7 +58,7 @@ class Program:
         self.runs = sorted(runs, key=lambda run: run.config.optimizer)
         self.batched = None
         if strategy == "vmap":
-            self.batched = GradientEngine(first.model, first.loss, strategy=strategy, compile=first.config.compile)
+            self.batched = GradientEngine(first.model, first.task.loss, strategy=strategy, compile=first.config.compile)
         alike: dict[Any, list[Training]] = {}
         for run in self.runs:
             settings = tuple(getattr(run.config, name) for name in MEASURED_ALIKE)
@@ -123,7 +122,7 @@ class Program:
         if self.batched is None:
             self.gradient.zero_()
             for run, batch in zip(self.runs, batches, strict=True):
-                run.loss(run.model, batch).backward()
+                run.task.loss(run.model, batch).backward()
         else:  # where that is measured, the gradients on the batches that follow too
             both, out = batches + following, [self.gradient, *self.ahead] if following else self.gradient
             self.batched.gradients(self.theta, both, out, seeds=range(len(both)))
@@ -236,7 +235,7 @@ class Program:
             settings["betas"] = [(config.beta1, config.beta2) for config in configs]
         theta, gradient = self.theta[here], self.gradient[here]
         if kind == "muon":
-            return Muon(theta, gradient, matrices(configs[0], self.runs[rows[0]].model), **settings)
+            return Muon(theta, gradient, self.runs[rows[0]].task.matrices(self.runs[rows[0]].model), **settings)
         return (SGD if kind == "sgd" else AdamW)(theta, gradient, **settings)
 
 

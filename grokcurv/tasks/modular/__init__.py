@@ -1,0 +1,1 @@
+"""Modular arithmetic: operations, networks, and what of their weights is a solution."""
