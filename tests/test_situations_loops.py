@@ -307,7 +307,7 @@ def test_a_profiler_looks_on_for_a_while(generator):
         run = twins(perceptron, classify, points(generator, 8), **options)
     assert run.records["step"].tolist() == [0, 1, 4, 5, 6]
     assert run.records["reliable"].all()
-    with pytest.raises(RuntimeError, match="torch.profiler"):
-        model = perceptron()
-        held.append(torch._C._WeakTensorRef(model[0].weight))
-        gc.commutator_defect(model, classify, *points(generator, 2))
+    model, pair = perceptron(), points(generator, 2)
+    held.append(torch._C._WeakTensorRef(model[0].weight))
+    with pytest.raises(RuntimeError, match=r"torch\.profiler"):
+        gc.commutator_defect(model, classify, *pair)
