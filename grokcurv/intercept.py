@@ -7,6 +7,7 @@ backward passes too.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,13 +145,19 @@ class Widened(TorchDispatchMode):
         elif wide and any(x.dtype in NARROW for x in written):
             self.remained.add(name)
         if self._shake is not None:
-            self._shaken(func, out)
+            self._shaken(func, out, (args, kwargs))
         return out
 
-    def _shaken(self, func: Any, out: Any) -> None:
+    def _shaken(self, func: Any, out: Any, given: Any) -> None:
         if func.overloadpacket.__name__.startswith(("empty", "new_empty")) or (
             _returns_alias(func) and not func._schema.is_mutable
         ):
+            return
+        # Constants, and numbers that are only moved or chosen, are not rounded; and backward passes look for those that
+        # were chosen among those that came in.
+        constant = not any(x.is_floating_point() for x in _tensors(given))
+        extreme = any(x in _EXTREME for x in tree_leaves(given) if isinstance(x, str | float))
+        if constant or extreme or func.overloadpacket.__name__.rstrip("_") in _EXACT:
             return
         for x in _tensors(out):
             if x.dtype == torch.float64:
@@ -166,7 +173,9 @@ class Widened(TorchDispatchMode):
             x, p, train = args
             _, mask = func(torch.ones_like(x, dtype=self._narrow), p, train)
             return x * mask * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), mask
-        if func._schema.is_mutable and not func.overloadpacket.__name__.startswith("rrelu"):
+        if func.overloadpacket.__name__.startswith("rrelu_with_noise"):
+            return self._leaky(func, args, kwargs)
+        if func._schema.is_mutable:
             target, *rest = args
             if target.dtype != torch.float64:
                 return func(*args, **kwargs)
@@ -176,6 +185,16 @@ class Widened(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self._narrowed, (args, kwargs))
         kwargs = {name: self._narrow if x == torch.float64 else x for name, x in kwargs.items()}
         return tree_map_only(Tensor, _widened, func(*args, **kwargs))
+
+    def _leaky(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A rectifier that draws its slopes writes them to its second argument, where the backward pass finds them."""
+        x, slopes, _, _, training, *_ = *args, *(kwargs.get("training", False),) * (5 - len(args))
+        if not training:
+            return func(*args, **kwargs)
+        small = tree_map_only(Tensor, self._narrowed, args)
+        func(*small, **kwargs)
+        slopes.copy_(small[1])
+        return x.mul_(slopes) if func._schema.returns[0].alias_info is not None else x * slopes
 
     def _narrowed(self, x: Tensor) -> Tensor:
         return x.to(self._narrow) if x.dtype == torch.float64 else x
@@ -191,6 +210,70 @@ def _log_softmax_backward(
 ) -> Tensor:
     return grad - noisy(noisy(output.exp()) * grad.sum(dim, keepdim=True))
 
+
+_EXACT = frozenset(
+    [
+        "max",
+        "min",
+        "amax",
+        "amin",
+        "aminmax",
+        "_aminmax",
+        "median",
+        "nanmedian",
+        "kthvalue",
+        "mode",
+        "topk",
+        "sort",
+        "cummax",
+        "cummin",
+        "_cummax_helper",
+        "_cummin_helper",
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "where",
+        "masked_fill",
+        "masked_select",
+        "gather",
+        "index",
+        "index_select",
+        "take",
+        "embedding",
+        "cat",
+        "stack",
+        "flip",
+        "roll",
+        "repeat",
+        "clone",
+        "_to_copy",
+        "copy",
+        "fill",
+        "zero",
+        "constant_pad_nd",
+        "triu",
+        "tril",
+        "scatter",
+        "index_put",
+        "neg",
+        "abs",
+        "relu",
+        "threshold",
+        "clamp",
+        "ceil",
+        "floor",
+        "round",
+        "trunc",
+        "sign",
+        "sgn",
+        "heaviside",
+        "floor_divide",
+    ]
+)
+"""Operators that give the numbers that they are given, or some of them, in another order or with another sign; or whole
+numbers."""
+
+_EXTREME = (math.inf, -math.inf, "amax", "amin", "max", "min")
+"""Orders of norms, and names of reductions, by which others do the same."""
 
 _COMPOSED: dict[str, Callable[..., Tensor]] = {
     "_log_softmax": _log_softmax,

@@ -455,6 +455,37 @@ def test_a_cosine_that_is_nearly_zero(generator):
         assert abs(float(stats.grad_cosine) - cosine) <= float(stats.grad_cosine_error)
 
 
+# ----------------------------------------------------------------------------------------------- numbers that are chosen
+
+CHOSEN = {
+    "shifted by the largest": lambda f: (f - f.amax(1, keepdim=True)).exp().sum(1).log().mean(),
+    "largest and smallest": lambda f: f.max() - f.min(),
+    "range": lambda f: torch.subtract(*f.aminmax()).square(),
+    "median": lambda f: f.median() + f.nanmedian(),
+    "quantile": lambda f: torch.quantile(f, 0.7) + torch.quantile(f, 0.3, dim=1).sum(),
+    "greatest coordinate": lambda f: torch.linalg.vector_norm(f, math.inf),
+    "greatest distance": lambda f: torch.cdist(f[:3], f[3:], p=math.inf).mean(),
+    "greatest of a group": lambda f: (
+        f.new_zeros(4).scatter_reduce(0, torch.arange(4).repeat(len(f)), f.flatten(), "amax").sum()
+    ),
+    "running maximum": lambda f: f.cummax(1).values.mean(),
+}
+"""Backward passes look for them among what they were chosen from."""
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_numbers_that_are_chosen(kind, generator):
+    def loss_fn(model: nn.Module, batch) -> Tensor:
+        f = model(batch[0])
+        return functional.cross_entropy(f, batch[1]) + 0.3 * CHOSEN[kind](f)
+
+    run = train(
+        lambda: of(perceptron, generator), loss_fn, points(generator, 5), truth=lambda model: Truth(model, loss_fn)
+    )
+    run.assert_right(0.02)
+    assert run.records["reliable"].sum() >= len(run.records) - 1  # by chance one may lie on a kink
+
+
 # ------------------------------------------------------------------------------- backward passes of a kind of their own
 
 

@@ -218,3 +218,18 @@ def test_noise_made_in_the_forward_pass(kind, method, generator):
     run = twins(lambda: Noisy(kind), classify, points(generator, 4), truth=truth, method=method)
     run.assert_right(0.02)
     assert run.records["reliable"].all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("training", [True, False])
+def test_slopes_that_a_rectifier_draws(training, method, generator):
+    """They are written to where the backward pass finds them, in float64 too."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.RReLU(), nn.Linear(8, 8), nn.RReLU(inplace=True), nn.Linear(8, 4)
+        ).train(training)
+
+    run = twins(make, classify, points(generator, 6), truth=lambda model: Truth(model, classify), method=method)
+    run.assert_right(0.02)
+    assert run.records["reliable"].all()
