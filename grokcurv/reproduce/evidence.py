@@ -63,14 +63,14 @@ class Evidence:
         """All runs that the claim reads, whatever became of them."""
         return tuple(trial for name in NEEDS[claim] for trial in self.trials[name])
 
-    def baseline(self, trial: Trial) -> Trial | None:
-        """The finished run of the set ``grokking`` that has this one's operation and seed."""
-        same = (trial.config.op, trial.config.seed)
-        return next((other for other in self["grokking"] if (other.config.op, other.config.seed) == same), None)
-
     def pairs(self, name: str) -> list[Pair]:
-        """The finished runs of a set that have a baseline, each with it."""
-        return [(trial, baseline) for trial in self[name] if (baseline := self.baseline(trial)) is not None]
+        """The finished runs of a set that have a baseline, each with it.
+
+        That is the finished run of the set ``grokking`` that has the same operation and seed, the first if several do.
+        """
+        baselines = {(trial.config.op, trial.config.seed): trial for trial in reversed(self["grokking"])}
+        found = ((trial, baselines.get((trial.config.op, trial.config.seed))) for trial in self[name])
+        return [(trial, baseline) for trial, baseline in found if baseline is not None]
 
 
 @dataclass(eq=False)
