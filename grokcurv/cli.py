@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -88,15 +88,13 @@ def _train(arguments: list[str]) -> int:
     if options.resume and not described and not (out / "config.json").exists():
         return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
     try:
-        with RunProgress(f"{config.op} mod {config.p}, seed {config.seed}") as progress:
+        with (
+            _asked_for(f"grokcurv train --resume --out {out}"),
+            RunProgress(f"{config.op} mod {config.p}, seed {config.seed}") as progress,
+        ):
             run = training.train(config, out=out, resume=options.resume, on_progress=progress)
-    except KeyboardInterrupt:
-        print(f"stopped; to go on: grokcurv train --resume --out {out}", file=sys.stderr)
-        return 130
     except training.TrainingError as error:
         return _complain(f"{out}: {error}", status=1)
-    except ValueError as error:
-        return _complain(str(error))
     last = run.metrics.iloc[-1]
     print(f"{out}: {last['step']:,.0f} steps, test accuracy {last['test_acc']:.1%}")
     print(f"to see it: grokcurv report {out}")
@@ -165,15 +163,10 @@ def _sweep(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="grokcurv sweep", args=arguments)
     settings = asdict(options)
     file, out = settings.pop("file"), settings.pop("out") or Path("runs") / options.file.stem
-    try:
+    with _asked_for("the same command"):
         config = sweep.SweepConfig.from_toml(file)
         with SweepProgress(file.stem) as progress:
             runs = sweep.run_sweep(config, out, **settings, on_progress=progress).runs
-    except KeyboardInterrupt:
-        print("stopped; to go on: the same command", file=sys.stderr)
-        return 130
-    except (ValueError, ModuleNotFoundError) as error:
-        return _complain(str(error))
     failed = runs[runs["status"] == "failed"]
     print(f"{out}: {len(runs):,} runs, {(runs['status'] == 'finished').sum():,} finished, {len(failed):,} failed")
     for run, reason in failed["reason"].items():
@@ -216,14 +209,8 @@ def _reproduce(arguments: list[str]) -> int:
     from grokcurv.reproduce import reproduce
 
     settings = {name: value for name, value in vars(options).items() if value != ()}  # those that were given
-    try:
-        with SweepProgress(f"reproduce {options.profile}") as progress:
-            reproduction = reproduce(**settings, on_progress=progress)
-    except KeyboardInterrupt:
-        print("stopped; to go on: the same command", file=sys.stderr)
-        return 130
-    except (ValueError, ModuleNotFoundError) as error:
-        return _complain(str(error))
+    with _asked_for("the same command"), SweepProgress(f"reproduce {options.profile}") as progress:
+        reproduction = reproduce(**settings, on_progress=progress)
     Console().print(reproduction.verdicts())
     for run, reason in reproduction.failed.items():
         print(f"{run} failed: {reason}")
@@ -234,22 +221,20 @@ def _reproduce(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     import tyro
 
-    @dataclass(frozen=True)
-    class Options:
+    def report(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]) -> int:
         """Write report.html and figures/*.png into the folder of a run or a sweep, and print the page's path.
 
         A sweep's page has its phase diagram, the records of all runs, and links to the runs that have a page.
+
+        Args:
+            run: Folder of the run or the sweep.
         """
+        from grokcurv.report import write_report
 
-        run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
-        """Folder of the run or the sweep."""
+        print(write_report(run))
+        return 0
 
-    options = tyro.cli(Options, prog="grokcurv report", args=arguments)
-
-    from grokcurv.report import write_report
-
-    print(write_report(options.run))
-    return 0
+    return tyro.cli(report, prog="grokcurv report", args=arguments)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -324,6 +309,18 @@ commands:
 
 grokcurv COMMAND --help lists the options of a command.
 """
+
+
+@contextlib.contextmanager
+def _asked_for(again: str) -> Iterator[None]:
+    """Around what can go on another time by a command; what is wrong with what was asked for is no error of ours."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; to go on: {again}", file=sys.stderr)
+        raise
+    except (ValueError, ModuleNotFoundError) as error:
+        raise RunError(str(error)) from error
 
 
 def _complain(message: str, status: int = 2) -> int:

@@ -23,6 +23,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, TracebackType
@@ -442,42 +443,36 @@ class _Scan:
         whole: the number of bytes in the lines that are whole.
         fields: what the last line says, if it is not.
         tail: its bytes.
+        complete: whether it may be lacking its newline alone.
     """
 
     def __init__(self, path: Path) -> None:
         self.columns: list[str] | None = None
         self.whole, self.fields, self.tail = 0, list[str](), b""
-        self._taken: list[bytes] = []
-        self._ended = False
-        with path.open("rb") as file:
-            try:
-                for fields in csv.reader(self._lines(file)):
-                    self._take(fields)
-            except csv.Error as error:
-                raise ValueError(f"{path} is no CSV file: {error}") from error
+        taken: list[bytes] = []
+
+        def lines() -> Iterator[str]:
+            with path.open("rb") as file:
+                # Inside of a quotation the reader takes what comes behind the last line into that line's record.
+                for line in chain(file, [b""]):
+                    taken.append(line)
+                    yield line.decode("utf-8" if self.whole else "utf-8-sig", errors="replace")
+
+        quoted = False
+        try:
+            for fields in csv.reader(lines()):
+                line = b"".join(taken)
+                if taken[-1].endswith(b"\n"):
+                    self.whole += len(line)
+                    self.columns = self.columns or fields
+                elif line:  # else it is what comes behind the last one
+                    self.fields, self.tail, quoted = fields, line, not taken[-1]
+                taken.clear()
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV file: {error}") from error
         if self.columns and any(len(_fields(line)) == len(self.columns) for line in self.tail.splitlines()[1:]):
             raise ValueError(f"{path} has a quotation without end, and records behind it: mend it, or log elsewhere")
-
-    @property
-    def complete(self) -> bool:
-        """Whether the last line may be lacking its newline alone."""
-        # The reader that asks for more at the end is inside of a quotation.
-        return len(self.fields) == len(self.columns or self.fields) and not self._ended and b"\0" not in self.tail
-
-    def _lines(self, file: Iterable[bytes]) -> Iterator[str]:
-        for line in file:
-            self._taken.append(line)
-            yield line.decode("utf-8" if self.whole else "utf-8-sig", errors="replace")
-        self._ended = bool(self._taken)
-
-    def _take(self, fields: list[str]) -> None:
-        line = b"".join(self._taken)
-        if self._ended or not line.endswith(b"\n"):
-            self.fields, self.tail = fields, line
-        else:
-            self.whole += len(line)
-            self.columns = self.columns or fields
-        self._taken = []
+        self.complete = not quoted and len(self.fields) == len(self.columns or self.fields) and b"\0" not in self.tail
 
 
 def _fields(line: bytes) -> list[str]:

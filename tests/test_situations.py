@@ -455,7 +455,7 @@ def test_a_cosine_that_is_nearly_zero(generator):
         assert abs(float(stats.grad_cosine) - cosine) <= float(stats.grad_cosine_error)
 
 
-# ----------------------------------------------------------------------------------------------- numbers that are chosen
+# ---------------------------------------------------------------------------------------------- numbers that are chosen
 
 CHOSEN = {
     "shifted by the largest": lambda f: (f - f.amax(1, keepdim=True)).exp().sum(1).log().mean(),

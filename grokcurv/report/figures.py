@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
@@ -61,35 +63,10 @@ DARK = Theme("#e6e8eb", "#9aa4af", "#2b3138", "#14171a", "#56b4e9", "#f28e4b", "
 
 def style(theme: Theme) -> AbstractContextManager[None]:
     """Inside this context figures are drawn, and must be saved, in the theme's colours and the report's type."""
-    return matplotlib.rc_context(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 9,
-            "axes.labelsize": 9,
-            "axes.edgecolor": theme.muted,
-            "axes.labelcolor": theme.ink,
-            "axes.facecolor": theme.paper,
-            "axes.linewidth": 0.8,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": theme.rule,
-            "grid.linewidth": 0.8,
-            "text.color": theme.ink,
-            "xtick.color": theme.muted,
-            "ytick.color": theme.muted,
-            "xtick.major.size": 3,
-            "ytick.major.size": 3,
-            "ytick.minor.size": 0,
-            "xtick.minor.size": 0,
-            "xtick.labelcolor": theme.ink,
-            "ytick.labelcolor": theme.ink,
-            "lines.linewidth": 1.7,
-            "lines.solid_capstyle": "round",
-            "mathtext.default": "regular",
-        }
-    )
+    ink = dict.fromkeys(["axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"], theme.ink)
+    muted = dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], theme.muted)
+    colours: dict[Any, str] = {**ink, **muted, "axes.facecolor": theme.paper, "grid.color": theme.rule}
+    return matplotlib.rc_context(colours, Path(__file__).with_name("report.mplstyle"))
 
 
 def grokking(
@@ -232,6 +209,17 @@ def stack(
     for axes in panels:
         step_ticks(axes, 8)
     return figure, panels
+
+
+def legend(
+    figure: Figure, items: Iterable[tuple[str, Any]], place: tuple[float, float], columns: int, **look: Any
+) -> Legend:
+    """What is drawn, by its label, at a place in inches from the upper left corner."""
+    labels, handles = zip(*items, strict=True)
+    anchor = (place[0] / WIDTH, 1 - place[1] / figure.get_figheight())
+    look |= {"bbox_to_anchor": anchor, "ncols": columns, "frameon": False, "borderaxespad": 0}
+    written: Legend = figure.legend(handles, labels, loc="upper left", **look)
+    return written
 
 
 def png(figure: Figure, theme: Theme) -> bytes:

@@ -46,7 +46,10 @@ def write_report(source: Run | Sweep | str | os.PathLike[str]) -> Path:
         ValueError: a run that was kept in memory alone.
     """
     if isinstance(source, str | os.PathLike):
-        source = _open(Path(source))
+        from grokcurv.sweep import open_sweep
+
+        folder = Path(source)
+        source = open_sweep(folder) if (folder / "sweep.json").is_file() else open_run(folder)
     if source.path is None:
         raise ValueError("run was kept in memory alone: a report is written into a run's folder, and it has none")
     if isinstance(source, Run):
@@ -54,14 +57,6 @@ def write_report(source: Run | Sweep | str | os.PathLike[str]) -> Path:
         return write_page(source.path, "page.html", summary, list(draw(summary)))
     sweep = SweepSummary(source)
     return write_page(source.path, "sweep.html", sweep, list(draw_sweep(sweep)))
-
-
-def _open(folder: Path) -> Run | Sweep:
-    if not (folder / "sweep.json").is_file():
-        return open_run(folder)
-    from grokcurv.sweep import open_sweep
-
-    return open_sweep(folder)
 
 
 def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing]) -> Path:

@@ -129,7 +129,7 @@ def trajectories(
     _steps(panels, metrics, curvature)
     figure.text((left + WIDTH - right) / 2 / WIDTH, 0.07 / total, "training step", ha="center", va="bottom")
     if hue:
-        _legend(figure, hue, colours, total, left, theme)
+        _legend(figure, hue, colours, left, theme)
     return figure
 
 
@@ -347,25 +347,16 @@ def _colours(values: list[Any], theme: Theme) -> dict[Any, Any]:
     return dict(zip(values, ramp(np.linspace(0, 1, len(values))), strict=True))
 
 
-def _legend(figure: Figure, field: str, colours: dict[Any, Any], total: float, left: float, theme: Theme) -> None:
+def _legend(figure: Figure, field: str, colours: dict[Any, Any], left: float, theme: Theme) -> None:
     """The field's name and its values, or of many values the first, the middle and the last."""
     items = list(colours.items())
     if len(items) > 8:
         items = [items[0], items[len(items) // 2], items[-1]]
-    handles = [Line2D([], [], color="none")] + [Line2D([], [], color=colour, linewidth=2.5) for _, colour in items]
-    legend = figure.legend(
-        handles,
-        [field, *(_label(value) for value, _ in items)],
-        loc="upper left",
-        bbox_to_anchor=((left - 0.4) / WIDTH, 1 - 0.02 / total),
-        ncols=len(handles),
-        frameon=False,
-        handlelength=1.4,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        borderaxespad=0,
-    )
-    legend.get_texts()[0].set_color(theme.muted)
+    drawn = [(_label(value), Line2D([], [], color=colour, linewidth=2.5)) for value, colour in items]
+    drawn.insert(0, (field, Line2D([], [], color="none")))
+    look = {"handlelength": 1.4, "handletextpad": 0.5, "columnspacing": 1.4}
+    written = figures.legend(figure, drawn, (left - 0.4, 0.02), len(drawn), **look)
+    written.get_texts()[0].set_color(theme.muted)
 
 
 def _overlay(axes: Axes, table: pd.DataFrame, name: str, runs: pd.Index, colour: str | pd.Series) -> None:

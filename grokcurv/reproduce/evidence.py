@@ -63,10 +63,14 @@ class Evidence:
         """All runs that the claim reads, whatever became of them."""
         return tuple(trial for name in NEEDS[claim] for trial in self.trials[name])
 
-    def baseline(self, trial: Trial) -> Trial | None:
-        """The finished run of the set ``grokking`` that has this one's operation and seed."""
-        same = (trial.config.op, trial.config.seed)
-        return next((other for other in self["grokking"] if (other.config.op, other.config.seed) == same), None)
+    def pairs(self, name: str) -> list[Pair]:
+        """The finished runs of a set that have a baseline, each with it.
+
+        That is the finished run of the set ``grokking`` that has the same operation and seed, the first if several do.
+        """
+        baselines = {(trial.config.op, trial.config.seed): trial for trial in reversed(self["grokking"])}
+        found = ((trial, baselines.get((trial.config.op, trial.config.seed))) for trial in self[name])
+        return [(trial, baseline) for trial, baseline in found if baseline is not None]
 
 
 @dataclass(eq=False)
@@ -86,6 +90,20 @@ class Trial:
     def records(self) -> pd.DataFrame:
         """Metrics and curvature, joined on ``step``; empty before it began."""
         return pd.DataFrame({"step": []}) if self.run is None else self.run.records()
+
+    @cached_property
+    def grok(self) -> int | None:
+        """Its grok step."""
+        return grok_step(self.records, GROKKED)
+
+    def defects(self, arithmetic: Arithmetic) -> pd.DataFrame:
+        """Its records with the defect by one arithmetic in ``defect_median``, and nothing that cannot be trusted."""
+        records = self.records
+        defect: pd.Series | float = math.nan
+        if "defect_median" in records:
+            trusted = records["defect_median"].where(records["reliable"].eq(True))
+            defect = records["reference_median"] if arithmetic == "published" else trusted
+        return records[["step", "train_acc", "test_acc"]].assign(defect_median=defect)
 
     @cached_property
     def trajectory(self) -> pd.Series:
@@ -130,6 +148,10 @@ class Trial:
         """Its matrices beside random walks up to :attr:`end`, see :func:`compare_walks`."""
         assert self.run is not None
         return compare_walks(self.run, self.end)
+
+
+Pair = tuple[Trial, Trial]
+"""A run and its baseline."""
 
 
 class AlignmentTest(NamedTuple):

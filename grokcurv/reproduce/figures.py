@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale, plot, stack
+from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, legend, log_scale, plot, stack
 from grokcurv.reproduce.evidence import Arithmetic
 from grokcurv.reproduce.findings import Finding
 from grokcurv.reproduce.published import Number
@@ -153,17 +153,7 @@ def scatter(
 
 
 def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """What is drawn, by its label, at the top."""
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="upper left",
-        bbox_to_anchor=(0.02, 1 - 0.03 / figure.get_figheight()),
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-        handlelength=2.2,
-        labelspacing=0.25,
-        borderaxespad=0,
-        borderpad=0,
-    )
+    """What is drawn, by its label, at the top; nothing where nothing is."""
+    if handles:
+        look = {"fontsize": 8, "handlelength": 2.2, "labelspacing": 0.25, "borderpad": 0}
+        legend(figure, handles.items(), (0.16, 0.03), 3, **look)

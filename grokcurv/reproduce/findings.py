@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from grokcurv.report.format import number as short
 from grokcurv.reproduce.published import Number
-from grokcurv.reproduce.rules import RULES, SENTENCES
+from grokcurv.reproduce.rules import RULES, SENTENCES, WORDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,10 +50,10 @@ class Judgement:
     findings: tuple[Finding, ...] = ()
     """The first is what the rule speaks of."""
     draw: Callable[[Theme], Figure] | None = None
-    alt: str = ""
-    caption: str = ""
     remarks: tuple[str, ...] = ()
     """What else a reader has to know, a sentence each."""
+    runs: int = 0
+    """How many the figure's words speak of, if they do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,19 @@ class Answer(Judgement):
     @property
     def rule(self) -> str:
         return RULES[self.claim]
+
+    @property
+    def caption(self) -> str:
+        return str(WORDS[self.claim]["caption"])
+
+    @property
+    def alt(self) -> str:
+        """The figure in words, with the number that the rule speaks of; '' where there is none."""
+        if not self.findings:
+            return ""
+        first = self.findings[0]
+        numbers = {name: say(number, first.decimals) for name, number in first.here._asdict().items()}
+        return str(WORDS[self.claim]["alt"]).format(**numbers, quantity=first.quantity, runs=self.runs)
 
 
 def say(number: Number, decimals: int | None = None) -> str:

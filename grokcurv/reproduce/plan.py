@@ -1,15 +1,17 @@
 """Which runs the claims need, in three sizes.
 
 A profile lists runs in named sets, a claim names the sets it reads, and a run that is in several sets is trained once.
-``quick`` is for two cores and three quarters of an hour, and mostly one seed; ``add`` has three seeds of one operation
-at one learning rate, for an hour; ``paper`` has the runs of the paper.
+The profiles are files beside this one: ``quick.toml``, ``add.toml`` and ``paper.toml``.
 """
 
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 from grokcurv.reproduce.published import GROK_STEPS
@@ -175,138 +177,26 @@ def _part(common: Mapping[str, Any], wanted: Mapping[str, list[dict[str, Any]]])
     return Part(sweep, {name: tuple(ids[runs.index(entry)] for entry in entries) for name, entries in wanted.items()})
 
 
-GROKKING = ("add", "sub", "mul", "x2_y2")
-NEVER = ("x2_xy_y2", "x3_xy")
-SEEDS = (42, 137, 2024)
 WATCHED = {"basis": "oracle", "measure_every": 0, "pca_every": 0, "steps_after_grok": 0}
 """Settings of interventions: what counts is whether they grok, and when."""
 
 
-def _all(operations: tuple[str, ...], seeds: tuple[int, ...] = SEEDS) -> Seeds:
-    return dict.fromkeys(operations, seeds)
+def _blocks(operations: list[str], seeds: list[int], **settings: Any) -> Iterator[Block]:
+    """Of a setting with a list each value in turn, the last such setting varying fastest."""
+    values = [value if isinstance(value, list) else [value] for value in settings.values()]
+    for point in product(*values):
+        chosen = dict(zip(settings, point, strict=True))
+        yield Block(dict.fromkeys(operations, tuple(seeds)), WATCHED | chosen if "intervention" in settings else chosen)
 
 
-def _each(seeds: Seeds, common: Mapping[str, Any], *settings: Mapping[str, Any]) -> tuple[Block, ...]:
-    return tuple(Block(seeds, {**WATCHED, **common, **more}) for more in settings)
+def _read(name: str) -> Profile:
+    """The profile in a file beside this one: of each set a list of tables, and what all of them share."""
+    said: dict[str, Any] = tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
+    shared = {key: said.pop(key) for key in ("operations", "seeds") if key in said}
+    sets = {key: tuple(chain(*(_blocks(**shared | table) for table in tables))) for key, tables in said.items()}
+    interventions = {key: blocks for key, blocks in sets.items() if "intervention" in blocks[0].settings}
+    return Profile(name, {key: sets[key] for key in sets if key not in interventions}, interventions)
 
 
-def _strengths(settings: Mapping[str, Any], *strengths: float, **more: Any) -> list[dict[str, Any]]:
-    """Interventions that differ by their strength alone."""
-    return [{**settings, "strength": strength, **more} for strength in strengths]
-
-
-ORACLE, RANDOM, MATCHED = ({"intervention": "project", "basis": basis} for basis in ("oracle", "random", "matched"))
-UPDATE = {"intervention": "project-update"}
-ALONG, BESIDE = (
-    {"intervention": "kick", "direction": direction, "intervene_every": 50} for direction in ("commutator", "random")
-)
-ONCE = {"intervention": "kick", "intervene_times": 1}
-NOISE = {"intervention": "noise", "intervene_every": 50}
-
-_KEPT = {"alignment": True, "snapshot_every": 100}
-_KEPT_SLOW, _KEPT_FAST = {**_KEPT, "snapshot_every": 1000}, {**_KEPT, "snapshot_every": 50}
-"""Snapshots as far apart as the paper's checkpoints, by learning rate."""
-
-_SPARSE = {"eval_every": 200, "measure_every": 400, "steps_after_grok": 0, "pca_every": 1000, "checkpoint_every": 2000}
-"""For a run so long that evaluations and measurements would take most of its time."""
-
-QUICK = Profile(
-    "quick",
-    runs={
-        "grokking": (Block({"add": (42, 137), **_all(GROKKING[1:], (42,))}, {"steps": 8000, **_KEPT}),),
-        "never": (Block(_all(NEVER, (42,)), {"steps": 4000}),),
-        "control": (Block(_all(("add", "mul"), (42,)), {"weight_decay": 0.0, "steps": 4000}),),
-        "rates": (
-            Block({"add": (42,)}, {"lr": 1e-4, "steps": 36_000, **_KEPT_SLOW, **_SPARSE}),
-            Block(_all(("add", "mul"), (42,)), {"lr": 1e-2, "steps": 5000, **_KEPT_FAST}),
-        ),
-    },
-    interventions={
-        "suppression": _each(
-            {"add": (42,)},
-            {"steps": 5000},
-            *_strengths(ORACLE, 0.5, 0.75, steps=8000),
-            *_strengths(ORACLE, 1.0),
-            *_strengths(UPDATE, 1.0),
-        ),
-        "random-basis": _each(
-            {"add": (42,)},
-            {"steps": 5000},
-            *_strengths(RANDOM, 0.5),
-            *_strengths(MATCHED, 0.5),
-            *_strengths(RANDOM, 1.0, steps=4000),
-            *_strengths(MATCHED, 1.0, steps=4000),
-        ),
-        "kicks": _each(
-            {"add": (42,)},
-            {"steps": 5000},
-            *_strengths(ALONG, 100.0),
-            *_strengths(ALONG, 100.0, faithful=True),
-            *_strengths(BESIDE, 100.0),
-            *_strengths(ONCE, 20.0),
-            *_strengths(NOISE, 0.1),
-        ),
-    },
-)
-
-ADD = Profile(
-    "add",
-    runs={
-        "grokking": (Block(_all(("add",)), {"steps": 8000, **_KEPT}),),
-        "control": (Block(_all(("add",)), {"weight_decay": 0.0, "steps": 4500}),),
-    },
-    interventions={
-        "suppression": _each(
-            _all(("add",)), {"steps": 10_000}, *_strengths(ORACLE, 0.5, 1.0), *_strengths(UPDATE, 0.5, 1.0)
-        ),
-        "random-basis": _each(
-            _all(("add",)), {"steps": 6000}, *_strengths(RANDOM, 0.5, 1.0), *_strengths(MATCHED, 0.5, 1.0)
-        ),
-        "kicks": _each(_all(("add",)), {"steps": 6000}, *_strengths(ALONG, 100.0), *_strengths(BESIDE, 100.0)),
-    },
-)
-
-_LONG = {"pca_every": 500, "checkpoint_every": 5000}
-"""So that a checkpoint, which holds every row of the PCA, stays below 100 MB."""
-
-PAPER = Profile(
-    "paper",
-    runs={
-        "grokking": (Block(_all(GROKKING), {"steps": 20_000, **_KEPT}),),
-        "never": (
-            Block(_all(NEVER), {"steps": 200_000, "alignment": True, "pca_every": 1000, "checkpoint_every": 10_000}),
-        ),
-        "control": (Block(_all(GROKKING + NEVER), {"weight_decay": 0.0, "steps": 50_000, **_LONG}),),
-        "rates": (
-            Block(_all(GROKKING + NEVER), {"lr": 1e-4, "steps": 60_000, **_KEPT_SLOW, **_LONG}),
-            Block(_all(GROKKING + NEVER), {"lr": 1e-2, "steps": 20_000, **_KEPT_FAST, **_LONG}),
-        ),
-        "slow": (Block({"add": (42,)}, {"preset": "paper-slow"}),),
-    },
-    interventions={
-        "suppression": _each(
-            _all(GROKKING),
-            {"steps": 15_000},
-            *_strengths(ORACLE, 0.25, 0.5, 0.75, 1.0),
-            *_strengths(ORACLE, 1.0, intervene_every=10),
-            *_strengths(UPDATE, 1.0),
-        ),
-        "random-basis": _each(
-            _all(("add",)),
-            {"steps": 15_000},
-            *_strengths(RANDOM, 0.25, 0.5, 0.75, 1.0),
-            *_strengths(MATCHED, 0.25, 0.5, 0.75, 1.0),
-        ),
-        "kicks": _each(
-            _all(("add",)),
-            {"steps": 15_000},
-            *_strengths(ONCE, 1.0, 2.0, 5.0, 10.0, 20.0),
-            *_strengths(ALONG, 50.0, 100.0, 200.0, 500.0),
-            *_strengths(ALONG, 50.0, 100.0, 200.0, 500.0, faithful=True),
-            *_strengths(BESIDE, 50.0, 100.0, 200.0, 500.0),
-            *_strengths(NOISE, 0.01, 0.05, 0.1, 0.5),
-        ),
-    },
-)
-
-PROFILES = {profile.name: profile for profile in (QUICK, ADD, PAPER)}
+PROFILES = {name: _read(name) for name in ("quick", "add", "paper")}
+QUICK = PROFILES["quick"]

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ class _Driver:
         self.deaths_of.setdefault(run, (checkpoint, 0))
         if checkpoint is None:
             self.pace.begin(run)
-        self.engine.start(Task(run, asdict(self.sweep.plan[run]), str(self.sweep.folder(run))))
+        self.engine.start(Task(run, self.sweep.plan[run], str(self.sweep.folder(run))))
 
     def _end(self, event: Event, stopping: bool) -> None:
         run = event.run

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from grokcurv.storage import RunError, holder
-from grokcurv.training import TrainConfig, TrainingError, train, train_ensemble
+from grokcurv.training import TrainConfig, train_ensemble
 
 REPORT_SECONDS = 0.5
 """Seconds between two reports of a run under way."""
@@ -26,11 +25,11 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """A run to do, in words that any process understands."""
+    """A run to do."""
 
     run: str
     """Its id."""
-    config: dict[str, Any]
+    config: TrainConfig
     """The settings."""
     folder: str
     """Where it goes, or goes on."""
@@ -68,76 +67,53 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         ...
 
 
-def execute(task: Task, report: Callable[[Event], object], stop: Callable[[], bool]) -> Event:
-    """Do a run, or go on with it, in the main thread of a worker; how it ended.
+def execute(tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
+    """Do runs of one architecture, or go on with them, as one program in the main thread of a worker.
 
     Args:
-        report: is told of the progress.
-        stop: whether to write a checkpoint and end, asked every few steps.
+        tasks: one or several.
+        report: is told of the progress, and how each run ended.
+        stop: whether to write checkpoints and end, asked every few steps.
     """
-    watch = _Watch([task], report, stop)
-    try:
-        watch.wait_for_folders()
-        train(TrainConfig(**task.config), out=task.folder, resume=True, on_progress=partial(watch.progress, 0))
-    except TrainingError as error:
-        return Event(task.run, "failed", watch.latest[0], str(error), final=True)
-    except BaseException as error:
-        return _stopped(task, watch.latest[0], error)
-    return Event(task.run, "finished", watch.latest[0])
-
-
-def execute_together(tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
-    """:func:`execute` for runs of one architecture, as one program; ``report`` is told how each ended, too."""
-    watch = _Watch(tasks, report, stop)
+    latest: list[dict[str, Any] | None] = [None] * len(tasks)
+    reported = [0.0] * len(tasks)
     running = dict(enumerate(tasks))
+    stopping = False
+
+    def on_progress(place: int, news: dict[str, Any]) -> None:
+        nonlocal stopping
+        latest[place] = news
+        if time.monotonic() - reported[place] >= REPORT_SECONDS:
+            reported[place] = time.monotonic()
+            report(Event(tasks[place].run, "progress", news))
+        if not stopping and stop():
+            stopping = True
+            signal.raise_signal(signal.SIGINT)  # what trains takes it for Ctrl-C: a checkpoint, then KeyboardInterrupt
 
     def on_end(place: int, status: str) -> None:
-        task, latest = running.pop(place), watch.latest[place]
+        run = running.pop(place).run
         if status == "finished":
-            report(Event(task.run, "finished", latest))
+            report(Event(run, "finished", latest[place]))
         else:
             # Weights that are not finite would be so again; a disk need not be full again.
             final = "cannot write" not in status
-            report(Event(task.run, "failed", latest, status.removeprefix("failed: "), final))
+            report(Event(run, "failed", latest[place], status.removeprefix("failed: "), final))
 
     try:
-        watch.wait_for_folders()
-        train_ensemble(
-            [TrainConfig(**task.config) for task in tasks],
-            outs=[task.folder for task in tasks],
-            resume=True,
-            on_progress=watch.progress,
-            on_end=on_end,
-        )
+        _wait_for_folders(tasks, stop)
+        configs, folders = [task.config for task in tasks], [task.folder for task in tasks]
+        train_ensemble(configs, outs=folders, resume=True, on_progress=on_progress, on_end=on_end)
     except BaseException as error:
         for place, task in running.items():
-            report(_stopped(task, watch.latest[place], error))
+            report(_stopped(task, latest[place], error))
 
 
-class _Watch:
-    """Passes on how runs go, and has them stop when they should."""
-
-    def __init__(self, tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
-        self.tasks, self.report, self.stop = tasks, report, stop
-        self.latest: list[dict[str, Any] | None] = [None] * len(tasks)
-        self._reported = [0.0] * len(tasks)
-        self._stopping = False
-
-    def wait_for_folders(self) -> None:
-        """Wait, within reason, for writers that a driver left behind."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        for task in self.tasks:
-            while holder(Path(task.folder)) is not None and time.monotonic() < deadline and not self.stop():
-                time.sleep(0.1)
-
-    def progress(self, place: int, latest: dict[str, Any]) -> None:
-        self.latest[place] = latest
-        if time.monotonic() - self._reported[place] >= REPORT_SECONDS:
-            self._reported[place] = time.monotonic()
-            self.report(Event(self.tasks[place].run, "progress", latest))
-        if not self._stopping and self.stop():
-            self._stopping = True
-            signal.raise_signal(signal.SIGINT)  # train takes it for Ctrl-C: a checkpoint, then KeyboardInterrupt
+def _wait_for_folders(tasks: Sequence[Task], stop: Callable[[], bool]) -> None:
+    """Wait, within reason, for writers that a driver left behind."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for task in tasks:
+        while holder(Path(task.folder)) is not None and time.monotonic() < deadline and not stop():
+            time.sleep(0.1)
 
 
 def _stopped(task: Task, latest: dict[str, Any] | None, error: BaseException) -> Event:

@@ -1,27 +1,23 @@
 """The engine of one machine: worker processes of one thread each, started when needed and used for many runs.
 
-A worker reads groups of tasks from its standard input, a JSON line each, and writes events to its standard output. The
-end of its input, which is also what a driver leaves behind when it is killed, means: write a checkpoint and end.
+The driver sends a worker groups of tasks over a connection, and the worker sends events back. None instead of a group,
+or the end of the connection, which is what a driver leaves behind when it is killed, means: write a checkpoint and end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
-from dataclasses import asdict
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from grokcurv.storage import RunError
-from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute, execute_together
-from grokcurv.training import TrainConfig
+from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
 from grokcurv.training.trainer import together
 
 READY = Event("", "progress")
@@ -29,9 +25,6 @@ READY = Event("", "progress")
 
 MAX_STARTUP_FAILURES = 3
 """Workers in a row that may die before they are ready."""
-
-Events = queue.Queue[tuple["_Worker | None", Event | None]]
-"""What workers say, with who says it: None for a task that no worker had. An event that is None is a worker's death."""
 
 
 class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
@@ -51,8 +44,8 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
         self.together = together
         self.workers = self.processes * together
         self.log = log
-        self._events: Events = queue.Queue()
         self._tasks: deque[Task] = deque()
+        self._dropped: list[Event] = []  # of tasks that no worker had yet, when all were interrupted
         self._crew: list[_Worker] = []
         self._deaths_at_birth = 0
 
@@ -72,24 +65,25 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
         self._assign()
 
     def wait(self, seconds: float) -> list[Event]:
-        events = []
-        with contextlib.suppress(queue.Empty):
-            events += self._take(*self._events.get(timeout=seconds))
-            while True:
-                events += self._take(*self._events.get_nowait())
+        events, self._dropped = self._dropped, []
+        patience = 0.0 if events else seconds
+        while speaking := connection.wait([worker.connection for worker in self._crew], patience):
+            patience = 0.0
+            for worker in [worker for worker in self._crew if worker.connection in speaking]:
+                events += self._hear(worker)
         return events
 
     def interrupt(self) -> None:
         for worker in self._crew:
             worker.leave()
-        while self._tasks:
-            self._events.put((None, Event(self._tasks.popleft().run, "interrupted")))
+        self._dropped += [Event(task.run, "interrupted") for task in self._tasks]
+        self._tasks.clear()
 
-    def _take(self, worker: _Worker | None, event: Event | None) -> list[Event]:
-        """What the driver is to know of a worker's event."""
-        if worker is None:
-            return [event] if event else []
-        if event is None:
+    def _hear(self, worker: _Worker) -> list[Event]:
+        """What the driver is to know of what a worker says next."""
+        try:
+            event: Event = worker.connection.recv()
+        except (EOFError, OSError):  # it is dead, or was killed while it spoke
             return self._reap(worker)
         if event == READY:
             worker.ready, self._deaths_at_birth = True, 0
@@ -100,9 +94,9 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
 
     def _reap(self, worker: _Worker) -> list[Event]:
         self._crew.remove(worker)
-        code, left = worker.process.wait(), worker.left
-        worker.leave()
-        if not worker.ready and not left:
+        worker.connection.close()
+        code = worker.process.wait()
+        if not worker.ready and not worker.left:
             self._deaths_at_birth += 1
             if self._deaths_at_birth >= MAX_STARTUP_FAILURES:
                 raise RunError(f"worker processes do not start (exit status {code}): {self.log} says more")
@@ -118,13 +112,12 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
         unready = sum(not worker.ready for worker in self._crew)
         wanted = -(-len(self._tasks) // self.together)
         for _ in range(min(wanted - unready, self.processes - len(self._crew))):
-            self._crew.append(_Worker(self._events, self.log))
+            self._crew.append(_Worker(self.log))
 
     def _group(self) -> list[Task]:
         """The first task and those further ones that can be done together with it."""
         first = self._tasks.popleft()
-        config = TrainConfig(**first.config)
-        alike = [task for task in self._tasks if together(config, TrainConfig(**task.config))]
+        alike = [task for task in self._tasks if together(first.config, task.config)]
         group = [first, *alike[: self.together - 1]]
         self._tasks = deque(task for task in self._tasks if task not in group)
         return group
@@ -133,43 +126,34 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
 class _Worker:
     """The driver's end of a worker process."""
 
-    def __init__(self, events: Events, log: Path) -> None:
+    def __init__(self, log: Path) -> None:
         self.ready, self.left = False, False
         self.tasks: list[Task] = []
-        self._events = events
+        self.connection, theirs = connection.Pipe()
         # It imports what this process imports, wherever that came from.
         imported = [path or os.getcwd() for path in sys.path]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(imported)}
-        with _open_log(log) as printed:
+        with theirs, _open_log(log) as printed:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from grokcurv.sweep.local import serve; serve()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                [sys.executable, "-P", "-c", f"from grokcurv.sweep.local import serve; serve({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
                 stderr=printed,
-                env=environment,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(imported)},
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C goes to the driver alone
             )
-        assert self.process.stdin is not None
-        self._input = self.process.stdin
-        threading.Thread(target=self._listen, daemon=True).start()
 
     def give(self, tasks: list[Task]) -> None:
         self.tasks = tasks
-        with contextlib.suppress(BrokenPipeError):  # it is dead: _listen finds out too
-            self._input.write(json.dumps([asdict(task) for task in tasks]).encode() + b"\n")
-            self._input.flush()
+        self._send(tasks)
 
     def leave(self) -> None:
         self.left = True
-        with contextlib.suppress(BrokenPipeError):
-            self._input.close()
+        self._send(None)
 
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout, contextlib.suppress(ValueError):  # half a line, from a worker killed while it spoke
-            for line in self.process.stdout:
-                self._events.put((self, Event(**json.loads(line))))
-        self._events.put((self, None))
+    def _send(self, message: list[Task] | None) -> None:
+        with contextlib.suppress(OSError):  # it is dead: who listens to it finds out too
+            self.connection.send(message)
 
 
 def _open_log(path: Path) -> BinaryIO:
@@ -179,31 +163,16 @@ def _open_log(path: Path) -> BinaryIO:
         return open(os.devnull, "ab")
 
 
-def serve() -> None:
-    """A worker process from beginning to end."""
-    # Events alone go to the standard output: what anything else prints there goes where errors go.
-    event_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    groups: queue.SimpleQueue[list[dict[str, Any]] | None] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            groups.put(json.loads(line))
-        stop.set()
-        groups.put(None)
+def serve(descriptor: int) -> None:
+    """A worker process from beginning to end; the connection to its driver has this number."""
+    driver = connection.Connection(descriptor)
 
     def report(event: Event) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the driver is dead: listen finds out too
-            event_stream.write(json.dumps(asdict(event)) + "\n")
-            event_stream.flush()
+        with contextlib.suppress(OSError):  # the driver is dead: poll finds out too
+            driver.send(event)
 
-    threading.Thread(target=listen, daemon=True).start()
     report(READY)
-    while (group := groups.get()) is not None and not stop.is_set():
-        tasks = [Task(**task) for task in group]
-        if len(tasks) > 1:
-            execute_together(tasks, report, stop.is_set)
-        else:
-            report(execute(tasks[0], report, stop.is_set))
-    os._exit(0)  # nothing is left to write; the listening thread holds standard input
+    with contextlib.suppress(EOFError, OSError):
+        while tasks := driver.recv():
+            execute(tasks, report, driver.poll)  # while it is at work, whatever comes means that it is to end
+    os._exit(0)  # nothing is left to write

@@ -121,5 +121,11 @@ class _Mailbox:
 
 
 def _execute(task: Task, mailbox: Any) -> Event:
-    """A run in a worker of Ray's, which stops it by what looks like Ctrl-C."""
-    return execute(task, mailbox.report.remote, lambda: False)
+    """A run in a worker of Ray's, which stops it by what looks like Ctrl-C; how it ended."""
+    ended: list[Event] = []
+    execute(
+        [task],
+        lambda event: (mailbox.report.remote if event.kind == "progress" else ended.append)(event),
+        lambda: False,
+    )
+    return ended[0]
