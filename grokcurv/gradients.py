@@ -35,7 +35,7 @@ from grokcurv.admission import (
     relative_distance,
 )
 from grokcurv.device_buffer import capturing
-from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, Mode, Use, unwrapped
+from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, Mode, unwrapped
 from grokcurv.flat import Segment, flatten
 from grokcurv.intercept import NARROW, Widened, shake_, unseen
 from grokcurv.partition import WHOLE, Partition
@@ -281,9 +281,11 @@ class GradientEngine:
 
     def observe(self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = False) -> frozenset[str]:
         """The gradient into ``out``, if it is given, and the names of the operators that lead to the loss."""
-        use: Use[None] = lambda *_: None
-        if out is not None:
-            use = functools.partial(self._differentiate, out=out, plain=plain)
+
+        def use(loss: Tensor, placed: list[Tensor]) -> None:
+            if out is not None:
+                self._differentiate(loss, placed, out, plain)
+
         return self.evaluator.observe(self.evaluator.leaves(theta), batch, use, seed=seed)
 
     # ---------------------------------------------------------------------------------------------------- gradients
