@@ -325,9 +325,8 @@ class CurvatureMonitor:
     def latest(self, run: int = 0) -> dict[str, Any] | None:
         """:attr:`last`, of one of several runs."""
         row = self._records.last()
-        if row is not None:
-            return self._record(settled(row.view(self.runs, -1)[run][None])[0])
-        return self._record(settled(self._history[run][-1:])[0]) if len(self._history[run]) else None
+        rows = self._history[run][-1:] if row is None else row.view(self.runs, -1)[run][None]
+        return self._record(settled(rows)[0]) if len(rows) else None
 
     def records(self, run: int = 0) -> pd.DataFrame:
         """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :attr:`fields`.
