@@ -8,7 +8,6 @@ captured, a checkpoint that runs the forward pass again in the backward, are all
 from __future__ import annotations
 
 import functools
-import operator
 import random
 import sys
 import threading
@@ -25,7 +24,7 @@ from torch.nn.utils import parametrize
 from grokcurv.device_buffer import capturing
 from grokcurv.flat import Segment, segments_of
 from grokcurv.intercept import NARROW, PrivateDraws, Seen
-from grokcurv.state import LARGE, Snapshot, stand_ins, standing_in
+from grokcurv.state import LARGE, Snapshot, Stream, Streams, stand_ins, standing_in, stream_of
 
 T = TypeVar("T")
 
@@ -36,6 +35,17 @@ Use = Callable[[Tensor, list[Any]], T]
 
 Mode = AbstractContextManager[Any] | None
 """What is entered around an evaluation, to change or to see what its operators do."""
+
+PYTHON: random.Random = random.seed.__self__  # type: ignore[attr-defined]
+"""The generator behind the functions of Python's ``random``."""
+
+TITLES = {
+    "torch": "torch's default generator",
+    "random": "Python's random",
+    "numpy": "numpy.random",
+    "cuda": "torch's default generator of {}",
+}
+"""How the generators that everybody sees are spoken of."""
 
 LOCK = threading.RLock()
 """Held while a model is not what it looks like: another thread that measures waits."""
@@ -135,6 +145,19 @@ class Evaluator:
                 )
         return [found[segment.name] for segment in self.segments]
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """What is here of a parameter, or of a gradient: its memory, without a history."""
+        return tensor.detach()
+
+    def values(self) -> list[Tensor]:
+        """What is here of the parameters, in their order."""
+        return list(map(self.local, self.parameters()))
+
+    @property
+    def size(self) -> int:
+        """How many coordinates are here: P, unless a subclass says otherwise."""
+        return self.segments[-1].stop
+
     def _check_kind(self, parameters: Sequence[nn.Parameter]) -> None:
         for segment, parameter in zip(self.segments, parameters, strict=True):
             if (parameter.dtype, parameter.device) != (self.dtype, self.device):
@@ -215,7 +238,7 @@ class Evaluator:
 
         def watched(loss: Tensor, placed: list[Tensor]) -> None:
             nonlocal names
-            names = frozenset(observation.operators.names)
+            names = frozenset(observation.names)
             use(loss, placed)
 
         with self.session():
@@ -323,7 +346,7 @@ class Evaluator:
         """Large tensors whose stand-ins were written to, with the same numbers or not, will have stand-ins again."""
         for original, copy, version, place in zip(originals, copies, versions, places, strict=False):
             written = copy._version != version or (copy.layout == torch.strided and copy.data_ptr() != place)
-            if original.numel() > LARGE and (written or not _same_bits(original, copy)):
+            if original.numel() > LARGE and (written or not same_numbers(original, copy)):
                 self.volatile.add(id(original))
 
     def _look_after(self, watched: Sequence[tuple[Tensor, Tensor, int]]) -> None:
@@ -351,21 +374,19 @@ class Evaluator:
     def _plain_surroundings(self) -> Iterator[None]:
         """Nothing compiled, cached or rounded to TensorFloat-32; sparse gradients of embeddings as dense ones."""
         cached = torch.is_autocast_cache_enabled()
-        parametrized, parametrize._cache_enabled = parametrize._cache_enabled, 0
-        sparse = self._sparse
-        with ExitStack() as stack:
-            stack.enter_context(uncompiled())
-            stack.enter_context(full_precision(self.device))
+        backends: Any = torch.backends
+        products = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn) if self.device.type == "cuda" else ()
+        with (
+            uncompiled(),
+            switched(products, "fp32_precision", "ieee"),
+            switched([parametrize], "_cache_enabled", 0),
+            switched(self._sparse, "sparse", False),
+        ):
             torch.set_autocast_cache_enabled(False)
-            for module in sparse:
-                module.sparse = False
             try:
                 yield
             finally:
                 torch.set_autocast_cache_enabled(cached)
-                parametrize._cache_enabled = parametrized
-                for module in sparse:
-                    module.sparse = True
 
     # --------------------------------------------------------------------------------------------------- generators
 
@@ -386,11 +407,11 @@ class Evaluator:
             return
         # Only generators that the model draws from are seeded: to set one that another thread uses would change what
         # that thread draws, and a training run with it.
-        known = [stream for stream in streams(self.device) if stream.name in self.draws]
-        others = [stream for stream in streams(self.device) if stream.name not in self.draws | self._not_ours]
-        before = {stream: stream.read() for stream in (*known, *others)}
+        visible = Streams((name, own) for name, own in streams(self.device).items() if name not in self._not_ours)
+        known = {name: stream for name, stream in visible.items() if name in self.draws}
+        before = visible.positions()
         snapshot.seed_generators(seed)
-        for stream in known:
+        for stream in known.values():
             stream.seed(seed)
         try:
             yield
@@ -399,29 +420,27 @@ class Evaluator:
                 self._watch_ends(known, seed, batch)
         finally:
             snapshot.restore_generators()
-            for stream in known:
-                stream.write(before[stream])
+            for name, stream in known.items():
+                stream.write(before[name])
         self._evaluated = True
-        moved |= {stream.name: before[stream] for stream in others if not stream.stands_at(before[stream])}
+        moved |= visible.moved({name: before[name] for name in before if name not in known})
 
-    def _watch_ends(self, known: Sequence[Stream], seed: int, batch: Any) -> None:
+    def _watch_ends(self, known: dict[str, Stream], seed: int, batch: Any) -> None:
         """An evaluation that begins alike draws alike, unless another thread takes from the same generator."""
-        for stream in known:
+        for name, stream in known.items():
             end = stream.read()
-            if not stream.stands_at(self._ends.setdefault((stream.name, seed, id(batch)), end)):
+            if not stream.stands_at(self._ends.setdefault((name, seed, id(batch)), end)):
                 raise RuntimeError(
-                    f"another thread drew from {stream.title} while a model that draws from it was being measured; "
-                    "let one of the two have a generator of its own"
+                    f"another thread drew from {TITLES[name].format(self.device)} while a model that draws from it was "
+                    "being measured; let one of the two have a generator of its own"
                 )
 
     def _learn(self, moved: dict[str, Any], drew: set[str]) -> None:
         """Of the generators that moved, those that the model was seen to draw from are put back, now and always."""
-        for stream in streams(self.device):
-            if stream.name in moved and stream.name in drew:
-                stream.write(moved[stream.name])
-                self.draws.add(stream.name)
-            elif stream.name in moved:
-                self._not_ours.add(stream.name)
+        ours = moved.keys() & drew
+        streams(self.device).move_to({name: moved[name] for name in ours})
+        self.draws |= ours
+        self._not_ours |= moved.keys() - drew
         self.generation += 1
 
     @property
@@ -430,80 +449,43 @@ class Evaluator:
         return bool(self.draws)
 
 
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """A generator that everybody sees: how it is called and spoken of, how it is read, put somewhere and seeded."""
-
-    name: str
-    title: str
-    read: Callable[[], Any]
-    write: Callable[[Any], object]
-    seed: Callable[[int], object]
-    same: Callable[[Any, Any], bool]
-
-    def stands_at(self, state: Any) -> bool:
-        """Whether nothing was drawn since ``state`` was read."""
-        return self.same(self.read(), state)
-
-    def put_back(self, state: Any) -> bool:
-        """Have it stand at ``state`` again; whether it did not."""
-        moved = not self.stands_at(state)
-        if moved:
-            self.write(state)
-        return moved
-
-
 @functools.cache
-def streams(device: torch.device) -> tuple[Stream, ...]:
+def streams(device: torch.device) -> Streams:
     """Python's, NumPy's and torch's own generators; torch's of the CPU, and of the device if it is a GPU."""
-    cpu = torch.default_generator
-    own = [
-        Stream("torch", "torch's default generator", cpu.get_state, cpu.set_state, cpu.manual_seed, torch.equal),
-        Stream("random", "Python's random", random.getstate, random.setstate, random.seed, operator.eq),
-        Stream(
-            "numpy",
-            "numpy.random",
-            np.random.get_state,
-            np.random.set_state,
-            lambda seed: np.random.seed(seed % 2**32),
-            lambda a, b: bool(a[2:] == b[2:] and np.array_equal(a[1], b[1])),
-        ),
-    ]
+    visible = {"torch": torch.default_generator, "random": PYTHON, "numpy": np.random.mtrand._rand}
     if device.type == "cuda":
-        gpu = torch.cuda.default_generators[device.index or 0]
-        title = f"torch's default generator of {device}"
-        own.append(Stream("cuda", title, gpu.get_state, gpu.set_state, gpu.manual_seed, torch.equal))
-    return tuple(own)
+        visible["cuda"] = torch.cuda.default_generators[device.index or 0]
+    return Streams((name, stream_of(generator)) for name, generator in visible.items())
 
 
-class Observation:
+class Observation(Seen):
     """What this thread does while it is open: which operators it calls, and of which visible generators it takes.
 
     NumPy's does not show who drew: it counts as this thread's.
     """
 
     def __init__(self) -> None:
-        self.operators = Seen()
+        super().__init__()
         self._calls_random = False
 
     @property
     def drew(self) -> set[str]:
         """Names of :func:`streams`."""
-        torch_s = {"torch", "cuda"} if self.operators.draws else set()
+        torch_s = {"torch", "cuda"} if self.draws else set()
         return torch_s | ({"random"} if self._calls_random else set()) | {"numpy"}
 
     def __enter__(self) -> Observation:
         self._profiler = sys.getprofile()
         sys.setprofile(self._watch)
-        self.operators.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.operators.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         sys.setprofile(self._profiler)
 
     def _watch(self, frame: Any, event: str, called: Any) -> None:
-        if event == "c_call" and getattr(called, "__self__", None) is random.seed.__self__:  # type: ignore[attr-defined]
+        if event == "c_call" and getattr(called, "__self__", None) is PYTHON:
             self._calls_random = True
 
 
@@ -514,18 +496,16 @@ def isolated(seed: int) -> Iterator[None]:
     torch's are not touched at all. Python's and NumPy's are put back if they have moved: then they are seeded by the
     next call, or nothing would be new in it.
     """
-    both = [stream for stream in streams(torch.device("cpu")) if stream.name in ("random", "numpy")]
-    before = {stream: stream.read() for stream in both}
-    seeded = [stream for stream in both if stream.name in _isolated]
-    for stream in seeded:
-        stream.seed(seed)
+    both = Streams((name, streams(torch.device("cpu"))[name]) for name in ("random", "numpy"))
+    before = both.positions()
+    for name in both.keys() & _isolated:
+        both[name].seed(seed)
     try:
         with PrivateDraws(seed):
             yield
     finally:
-        for stream in both:
-            if stream.put_back(before[stream]):
-                _isolated.add(stream.name)
+        _isolated.update(both.moved(before))
+        both.move_to(before)
 
 
 _isolated: set[str] = set()
@@ -533,25 +513,23 @@ _isolated: set[str] = set()
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """On a GPU, float32 products and convolutions in float32, and not in TensorFloat-32."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [switch.fp32_precision for switch in switches]
+def switched(owners: Sequence[Any], name: str, value: object) -> Iterator[None]:
+    """Meanwhile that attribute of each of them is another."""
+    before = [getattr(owner, name) for owner in owners]
     try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+        for owner in owners:
+            setattr(owner, name, value)
         yield
     finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+        for owner, own in zip(owners, before, strict=True):
+            setattr(owner, name, own)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether one tensor could take the place of the other: NaN is like NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -37,7 +37,7 @@ from grokcurv.admission import (
 from grokcurv.device_buffer import capturing
 from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, Mode, unwrapped
 from grokcurv.flat import Segment, flatten
-from grokcurv.intercept import NARROW, Widened, unseen
+from grokcurv.intercept import NARROW, Widened, shake_, unseen
 from grokcurv.partition import WHOLE, Partition
 from grokcurv.state import Snapshot
 
@@ -108,15 +108,14 @@ class GradientEngine:
 
     def _set(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy) -> None:
         self.model = model
-        self._reject_distributed_model()
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and parameter.dtype not in (*NARROW, torch.float64):
                 raise ValueError(f"model: parameter {name!r} must be of a real floating dtype, got {parameter.dtype}")
-        self._refuse_mixtures()
+        self._check_model()
         self.evaluator = self._evaluator(loss_fn)
         self.segments: tuple[Segment, ...] = self.evaluator.segments
         self.device, self.dtype = self.evaluator.device, self.evaluator.dtype
-        self.size = len(self.flatten())
+        self.size = self.evaluator.size
         self.traits = Traits()
         self._admission = Admission()
         self.use(strategy)
@@ -150,9 +149,6 @@ class GradientEngine:
     def _evaluator(self, loss_fn: LossFn) -> Evaluator:
         return Evaluator(self.model, loss_fn)
 
-    def _refuse_mixtures(self) -> None:
-        flatten(self.model)  # raises for several dtypes or devices
-
     @property
     def admission(self) -> tuple[Finding, ...]:
         """What the checks of :mod:`grokcurv.admission` have found so far."""
@@ -173,9 +169,9 @@ class GradientEngine:
         They are in the order of the beginning, whichever order the model has them in now.
         """
         if out is None:
-            out = torch.empty(self.segments[-1].stop, dtype=self.dtype, device=self.device)
+            out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         with torch.no_grad(), LOCK:
-            torch._foreach_copy_(self._views(out), list(self.evaluator.parameters()))
+            torch._foreach_copy_(self.evaluator.views(out), self.evaluator.values())
         return out
 
     def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
@@ -192,8 +188,7 @@ class GradientEngine:
 
     def theta_norms(self, runs: Sequence[int]) -> Tensor:
         """(R,) float64: lengths of the parameters of these runs."""
-        parameters = [parameter.detach() for parameter in self.evaluator.parameters()]
-        return self.partition.norm(*parameters)[None]
+        return self.partition.norm(*self.evaluator.values())[None]
 
     def step_(self, theta: Tensor, direction: Tensor, eta: Tensor) -> Tensor:
         """``theta - eta direction`` over a float64 vector (1, P), piece by piece."""
@@ -201,10 +196,10 @@ class GradientEngine:
             piece.sub_(eta * along)
         return theta
 
-    def flatten_grad(self) -> Tensor:
+    def flatten_grad(self, out: Tensor | None = None) -> Tensor:
         """(P,) what training has left in their ``.grad``, zero where one has none; in the same order."""
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.evaluator.parameters())
-        return torch.cat([_dense(grad.detach()).reshape(-1) for grad in grads])
+        return torch.cat([_dense(self.evaluator.local(grad)).reshape(-1) for grad in grads], out=out)
 
     def anywhere(self, flag: bool) -> bool:
         """Whether the flag is set in any of the processes that train the model, all of which ask."""
@@ -291,7 +286,7 @@ class GradientEngine:
             if out is not None:
                 self._differentiate(loss, placed, out, plain)
 
-        return self.evaluator.observe(self._leaves(theta), batch, use, seed=seed)
+        return self.evaluator.observe(self.evaluator.leaves(theta), batch, use, seed=seed)
 
     # ---------------------------------------------------------------------------------------------------- gradients
 
@@ -376,12 +371,9 @@ class GradientEngine:
     def _one(
         self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0, *, plain: bool | None = None, mode: Mode = None
     ) -> Tensor:
-        plain = self.traits.plain if plain is None else plain
-
-        def use(loss: Tensor, placed: list[Tensor]) -> None:
-            self._differentiate(loss, placed, out, plain)
-
-        self.evaluator.evaluate(self._leaves(theta), batch, use, seed=seed, mode=mode or self._mode(theta.dtype))
+        use = functools.partial(self._differentiate, out=out, plain=self.traits.plain if plain is None else plain)
+        leaves, mode = self.evaluator.leaves(theta), mode or self._mode(theta.dtype)
+        self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
         return out
 
     def _differentiate(self, loss: Tensor, placed: list[Tensor], out: Tensor, plain: bool) -> None:
@@ -390,7 +382,7 @@ class GradientEngine:
         A plain pass is not told where to stop. Re-entrant checkpoints want it so; other leaves of the graph then get
         gradients too, of which those that the model and the loss hold are stand-ins.
         """
-        views = self._views(out)
+        views = self.evaluator.views(out)
         if self.size <= SHORT and not plain:
             found = torch.autograd.grad(loss, placed, allow_unused=True, materialize_grads=True)
             torch._foreach_copy_(views, list(map(_dense, found)))
@@ -426,8 +418,8 @@ class GradientEngine:
         return True
 
     def _streamed(self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None, mode: Mode) -> None:
-        delivery = Delivery(self._views(out), check)
-        leaves, plain = self._leaves(theta), self.traits.plain
+        delivery = Delivery(self.evaluator.views(out), check)
+        leaves, plain = self.evaluator.leaves(theta), self.traits.plain
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
             delivery.begin()
@@ -446,13 +438,8 @@ class GradientEngine:
     def _mode(self, dtype: torch.dtype, check: Check | None = None) -> Mode:
         """What an evaluation in ``dtype`` needs around it."""
         shake = check.shake if check else None
-        if dtype != torch.float64 or (shake is None and not self._lifts):
-            return None
-        return Widened(self.dtype, shake)
-
-    @property
-    def _lifts(self) -> bool:
-        return self.traits.widened or self.stochastic
+        lifts = self.traits.widened or self.stochastic or shake is not None
+        return Widened(self.dtype, shake) if dtype == torch.float64 and lifts else None
 
     def own_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> None:
         """The gradient in the model's own precision, by one or the other kind of backward pass."""
@@ -615,10 +602,10 @@ class GradientEngine:
             gradient, product: (P,); overwritten, as ``out`` of :meth:`gradient` is. The gradient may be None.
             check: of the gradient, and of the product, (2, 3); or of the product alone, (1, 3).
         """
-        first = Delivery([] if gradient is None else self._views(gradient), check and check.of(0))
-        second = Delivery(self._views(product), check and check.of(-1))
+        first = Delivery([] if gradient is None else self.evaluator.views(gradient), check and check.of(0))
+        second = Delivery(self.evaluator.views(product), check and check.of(-1))
         # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
-        inner = _InnerProduct(self._views(direction.data), first)
+        inner = _InnerProduct(self.evaluator.views(direction.data), first)
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
             first.begin()
@@ -630,7 +617,7 @@ class GradientEngine:
             second.end()
 
         def differentiate() -> None:
-            leaves = self._leaves(theta)
+            leaves = self.evaluator.leaves(theta)
             inner.attach(leaves)
             second.attach(leaves)
             with sdpa_kernel(SDPBackend.MATH):
@@ -641,21 +628,14 @@ class GradientEngine:
         elif not self._survives(differentiate, theta):
             product.fill_(math.nan)
 
-    def _views(self, vector: Tensor) -> list[Tensor]:
-        return self.evaluator.views(vector)
-
-    def _leaves(self, theta: Tensor) -> list[Tensor]:
-        return self.evaluator.leaves(theta)
-
     def shake_(self, theta: Tensor, generator: torch.Generator) -> Tensor:
-        """Move each number of a vector (P,), in place and part by part, by up to two units of its last bit."""
-        for view in self._views(theta):
-            noise = torch.rand(view.shape, dtype=theta.dtype, device=theta.device, generator=generator)
-            view.mul_(noise.sub_(0.5).mul_(4.0 * torch.finfo(theta.dtype).eps).add_(1.0))
+        """:func:`grokcurv.intercept.shake_` of a vector (P,), part by part."""
+        for view in self.evaluator.views(theta):
+            shake_(view, generator)
         return theta
 
-    def _reject_distributed_model(self) -> None:
-        """Raises for a model of which one call of the module, or this process, has but a part."""
+    def _check_model(self) -> None:
+        """Raises for a model of which one call of the module, or this process, has but a part, or of several kinds."""
         for module in self.model.modules():
             if isinstance(module, nn.DataParallel):
                 raise ValueError(
@@ -674,6 +654,7 @@ class GradientEngine:
                 "model is trained on several processes (DistributedDataParallel, fully_shard): pass "
                 "grokcurv.integrations.sharded.distributed(model)"
             )
+        flatten(self.model)  # raises for several dtypes or devices
 
 
 class Delivery:

@@ -28,6 +28,12 @@ SHAKEN = 4.0
 _paused = threading.local()
 
 
+def shake_(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Move each number, in place, by up to half of :data:`SHAKEN` units of its last bit."""
+    noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return x.mul_(noise.sub_(0.5).mul_(SHAKEN * torch.finfo(x.dtype).eps).add_(1.0))
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """What is done inside is no part of the evaluation: the modes here let it pass."""
@@ -134,7 +140,7 @@ class Widened(TorchDispatchMode):
                 Tensor, lambda x: x if any(x is y for y in written) else _widened(x), (args, kwargs)
             )
         shaking = _COMPOSED.get(name) if self._shake is not None else None
-        out = func(*args, **kwargs) if shaking is None else shaking(self._noisy, *args)
+        out = func(*args, **kwargs) if shaking is None else shaking(lambda x: shake_(x, self._shake), *args)
         if name == "lift_fresh" or not _returns_alias(func):
             narrow = any(x.dtype in NARROW for x in _tensors(out))
             if narrow and wide:
@@ -161,12 +167,7 @@ class Widened(TorchDispatchMode):
             return
         for x in _tensors(out):
             if x.dtype == torch.float64:
-                self._noisy(x)
-
-    def _noisy(self, x: Tensor) -> Tensor:
-        """Multiplied in place."""
-        noise = torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=self._shake)
-        return x.mul_(noise.sub_(0.5).mul_(SHAKEN * torch.finfo(torch.float64).eps).add_(1.0))
+                shake_(x, self._shake)
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.overloadpacket.__name__ == "native_dropout":

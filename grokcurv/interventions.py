@@ -67,10 +67,9 @@ class Intervention:
         self,
         model: nn.Module,
         strength: float,
-        space: Space | None,
-        generator: torch.Generator | None = None,
-        /,
         *,
+        space: Space | None = None,
+        generator: torch.Generator | None = None,
         start: int = 0,
         every: int = 1,
         times: int = 0,
@@ -193,7 +192,7 @@ class Projection(Intervention):
             raise ValueError(f"of must be 'gradient' or 'update'; got {of!r}")
         if of == "update" and isinstance(space, Subspace):
             space = space.to(torch.float64)  # once, not at every step
-        super().__init__(model, strength, space, **schedule)
+        super().__init__(model, strength, space=space, generator=None, **schedule)
         self.of = of
         self._held: tuple[Subspace, Tensor] | None = None  # on what to project, and the gradient or theta before
 
@@ -273,7 +272,7 @@ class Kick(Intervention):
             raise ValueError("direction 'random' needs a generator")
         if faithful and probe.eta == "auto":
             raise ValueError("faithful kicks need a probe whose eta is a number; got 'auto'")
-        super().__init__(probe.gradients.model, strength, space, generator, **schedule)
+        super().__init__(probe.gradients.model, strength, space=space, generator=generator, **schedule)
         self.probe, self.sampler, self.direction, self.faithful = probe, sampler, direction, faithful
 
     def before(self, step: int) -> None:
@@ -322,20 +321,11 @@ class Noise(Intervention):
         model: as for :class:`Intervention`.
         strength: length of the noise, in units of theta.
         generator: of the noise; its state is part of :meth:`state_dict`.
-        space: the subspace that stays free of noise.
-        **schedule: ``start``, ``every``, ``times`` of :class:`Intervention`.
+        **others: ``space``, which stays free of noise, and ``start``, ``every``, ``times`` of :class:`Intervention`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        strength: float,
-        *,
-        generator: torch.Generator,
-        space: Space | None = None,
-        **schedule: int,
-    ) -> None:
-        super().__init__(model, strength, space, generator, **schedule)
+    def __init__(self, model: nn.Module, strength: float, *, generator: torch.Generator, **others: Any) -> None:
+        super().__init__(model, strength, generator=generator, **others)
 
     def after(self, step: int) -> None:
         if self.due(step):

@@ -12,7 +12,7 @@ import copy
 import functools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, RandomSampler
 
-from grokcurv.evaluation import Stream, streams
+from grokcurv.evaluation import same_numbers, streams
 from grokcurv.state import Snapshot, stand_ins
 
 END = object()
@@ -41,14 +41,11 @@ class Later:
     """
 
     def __init__(self, get: Callable[[], Any]) -> None:
-        self._get = get
-        self._taken: list[Any] = []
+        self._get = functools.cache(get)
 
     def take(self) -> Any:
         """The batch, or None if there is none: nothing is to be measured then."""
-        if not self._taken:
-            self._taken.append(self._get())
-        return self._taken[0]
+        return self._get()
 
     def then(self, prepare: Callable[[Any], Any]) -> Later:
         """The batch that ``prepare`` makes of this one, as late."""
@@ -76,18 +73,18 @@ class Upcoming(Later):
         super().__init__(self._early)
         self._source = source
         self._batch: Any = None
-        self._before: list[Any] | None = None  # where the generators were, if the batch was fetched early
-        self._after: list[Any] = []
+        self._before: dict[str, Any] | None = None  # where the generators were, if the batch was fetched early
+        self._after: dict[str, Any] = {}
         self._settled = False
 
     def _early(self) -> Any:
         if not self._settled:
             if self._source.withheld:
                 return None
-            self._before = self._source.positions()
+            self._before = self._source.streams.positions()
             self._batch = self._source.fetch()
-            self._after = self._source.positions()
-            self._source.move_to(self._before)
+            self._after = self._source.streams.positions()
+            self._source.streams.move_to(self._before)
         return None if self._batch is END else self._batch
 
     def _prepared(self, prepare: Callable[[Any], Any]) -> Any:
@@ -95,11 +92,11 @@ class Upcoming(Later):
         batch = self.take()
         if batch is None or self._before is None or self._settled:
             return None if batch is None else prepare(batch)
-        self._source.move_to(self._after)
+        self._source.streams.move_to(self._after)
         try:
             return prepare(batch)
         finally:
-            self._source.move_to(self._before)
+            self._source.streams.move_to(self._before)
 
     def settle(self) -> Any:
         """The batch, or :data:`END`, now that the loop goes on; the generators go where the fetching leaves them."""
@@ -123,7 +120,8 @@ class Source:
         device: of the model; if it is a GPU, its generator is watched too.
 
     Attributes:
-        draws: whether a fetch has moved a generator that everybody sees.
+        streams: the generators that everybody sees.
+        draws: whether a fetch has moved one of them.
         withheld: whether no batch may be fetched before the loop goes on.
     """
 
@@ -131,27 +129,15 @@ class Source:
         self.draws = self.withheld = False
         self.in_memory = type(loader) in (list, tuple)  # there is nothing that a fetch could do
         self._shuffles = _draws_a_seed(loader)
-        self._streams: tuple[Stream, ...] = streams(device)
+        self.streams = streams(device)
         self._error: Exception | None = None
         self._iterator = iter(loader)
 
-    def positions(self) -> list[Any]:
-        """Where the visible generators are."""
-        return [stream.read() for stream in self._streams]
-
-    def stands_at(self, positions: Sequence[Any]) -> bool:
-        """Whether nothing was drawn since."""
-        return all(stream.stands_at(there) for stream, there in zip(self._streams, positions, strict=True))
-
-    def move_to(self, positions: Sequence[Any]) -> None:
-        """Put the generators there, those that are elsewhere."""
-        for stream, there in zip(self._streams, positions, strict=True):
-            stream.put_back(there)
-
-    def move_on(self, before: Sequence[Any], after: Sequence[Any]) -> bool:
+    def move_on(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
         """Put those generators there that a fetch has moved; False if one of them has been drawn from since."""
         free = True
-        for stream, old, new in zip(self._streams, before, after, strict=True):
+        for name, stream in self.streams.items():
+            old, new = before[name], after[name]
             untouched = stream.stands_at(old)
             position = stream.read()
             stream.write(new)
@@ -164,16 +150,16 @@ class Source:
 
     def fetch(self) -> Any:
         """The next batch, or :data:`END`; an error of the loader is kept until training has had all before it."""
-        before = [] if self.in_memory else self.positions()
+        before = {} if self.in_memory else self.streams.positions()
         try:
             batch = next(self._iterator, END)
         except Exception as error:
             self._error, batch = error, END
-        moved = not self.in_memory and not self.stands_at(before)
+        moved = self.streams.moved(before)
         if moved and self._shuffles:
-            moved = not self.stands_at([_after_a_seed(before[0]), *before[1:]])
+            moved = self.streams.moved(before | {"torch": _after_a_seed(before["torch"])})
         self._shuffles = False
-        self.draws = self.draws or moved
+        self.draws = self.draws or bool(moved)
         return batch
 
     def finish(self) -> None:
@@ -313,11 +299,8 @@ def _after_a_seed(state: Tensor) -> Tensor:
 
 
 def _differ(now: Tensor, was: Tensor, written: bool) -> bool:
-    if now.device.type != "cpu" or now.layout != torch.strided or now.is_nested:
-        return written
-    if now.shape != was.shape or now.dtype != was.dtype:
-        return True
-    return not (torch.equal(now, was) or bool(((now == was) | ((now != now) & (was != was))).all()))
+    unseen = now.device.type != "cpu" or now.layout != torch.strided or now.is_nested
+    return written if unseen else not same_numbers(now, was)
 
 
 def _same_arrays(one: Any, other: Any) -> bool:

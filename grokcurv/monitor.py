@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from grokcurv.commutator import (
-    DESIGNS,
-    METHODS,
-    RENAMED,
-    CommutatorProbe,
-    Design,
-    Method,
-)
+from grokcurv.commutator import DESIGNS, METHODS, RENAMED, CommutatorProbe, Design, Method
 from grokcurv.device_buffer import DeviceBuffer, capturing
 from grokcurv.evaluation import LossFn, isolated
 from grokcurv.flat import Segment, select_segments
@@ -158,20 +151,15 @@ class CurvatureMonitor:
         self.every, self.pca_every, self.pairs = every, pca_every, pairs
         self.sampler, self.design = sampler, design
         self.fields = self.commutator.columns
+        self._width = len(HEAD) + len(self.fields)
         self.loggers = tuple(loggers)
         self._steps = 0  # without those of replays
         self._clock = torch.zeros((), dtype=torch.int64, device=engine.device)
-        self._history = [
-            torch.empty(0, self._width, dtype=torch.float64) for _ in range(self.runs)
-        ]  # before the records
+        self._history = [torch.empty(0, self._width, dtype=torch.float64)] * self.runs  # before the records
         self._records = DeviceBuffer(self.runs * self._width, engine.device)
         self.memory = Memory()
         self._writes: bool | None = None  # whether the loss writes to its batch, once that was of interest
         self._unlogged: list[Tensor] = []  # rows from the first on that waits for a confirmation
-
-    @property
-    def _width(self) -> int:
-        return len(HEAD) + len(self.fields)
 
     @property
     def gradient(self) -> Gradient:
@@ -344,9 +332,8 @@ class CurvatureMonitor:
     def latest(self, run: int = 0) -> dict[str, Any] | None:
         """:attr:`last`, of one of several runs."""
         row = self._records.last()
-        if row is not None:
-            return self._record(settled(row.view(self.runs, -1)[run][None])[0])
-        return self._record(settled(self._history[run][-1:])[0]) if len(self._history[run]) else None
+        rows = self._history[run][-1:] if row is None else row.view(self.runs, -1)[run][None]
+        return self._record(settled(rows)[0]) if len(rows) else None
 
     def records(self, run: int = 0) -> pd.DataFrame:
         """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :attr:`fields`.
@@ -364,14 +351,10 @@ class CurvatureMonitor:
         import pandas as pd
 
         self.training_gradient.refuse_another()
-        rows = settled(self._rows(run))
-        head, values = rows[:, : len(HEAD)], rows[:, len(HEAD) :]
-        frame = pd.DataFrame(values.numpy(), columns=list(self.fields))
-        frame.insert(0, "step", head[:, 0].numpy().astype("int64"))
-        frame.insert(5, "method", pd.Series([METHODS[int(m)] for m in head[:, 1].tolist()], dtype="str"))
-        frame["reliable"] = frame["reliable"] == 1.0
-        frame["measure_seconds"] = head[:, 2].numpy()
-        return frame
+        frame = pd.DataFrame(settled(self._rows(run)).numpy(), columns=[*HEAD, *self.fields])
+        methods = pd.Series([METHODS[int(m)] for m in frame["method"]], dtype="str")
+        frame = frame.assign(step=frame["step"].astype("int64"), method=methods, reliable=frame["reliable"] == 1.0)
+        return frame[["step", *self.fields[:4], "method", *self.fields[4:], "measure_seconds"]]
 
     def pca_records(self, run: int = 0) -> pd.DataFrame:
         """PC1 % of every expanding window of the trajectory: columns ``step``, ``matrix``, ``pc1_percent``."""
@@ -380,14 +363,14 @@ class CurvatureMonitor:
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """Everything needed to go on in another process: counters, records and the PCA; tensors and plain values."""
         rows = self._rows(run)
-        head = rows[:, : len(HEAD)].tolist()
+        steps, methods, seconds, gradients = rows[:, : len(HEAD)].T.tolist()
         trajectory = self.trajectory.state_dict(run) if self.trajectory is not None else {"pca_steps": [], "pca": None}
         return {
             "steps": self.steps,
-            "row_steps": [int(row[0]) for row in head],
-            "row_methods": [METHODS[int(row[1])] for row in head],
-            "row_seconds": [row[2] for row in head],
-            "row_gradients": [int(row[3]) for row in head],
+            "row_steps": list(map(int, steps)),
+            "row_methods": [METHODS[int(method)] for method in methods],
+            "row_seconds": seconds,
+            "row_gradients": list(map(int, gradients)),
             "unlogged": len(self._unlogged),
             "rows": rows[:, len(HEAD) :].contiguous(),
             **self.training_gradient.state_dict(),

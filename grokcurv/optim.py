@@ -81,10 +81,11 @@ class Optimizer:
         self,
         theta: Tensor,
         gradient: Tensor,
-        lr: Setting,
-        weight_decay: Setting,
-        warmup: Setting,
-        max_norm: Setting | None,
+        *,
+        lr: Setting = 1e-3,
+        weight_decay: Setting = 0.0,
+        warmup: Setting = 0,
+        max_norm: Setting | None = None,
     ) -> None:
         if theta.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"theta must be float32 or float64; got {theta.dtype}")
@@ -193,7 +194,8 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), in the order of torch's operations.
 
     Args:
-        betas: (2,) for all runs or (R, 2), of the first and the second moment. Others as :class:`Optimizer`.
+        betas: (2,) for all runs or (R, 2), of the first and the second moment.
+        **common: of :class:`Optimizer`.
     """
 
     STATE = ("count", "exp_avg", "exp_avg_sq")
@@ -203,19 +205,16 @@ class AdamW(Optimizer):
         theta: Tensor,
         gradient: Tensor,
         *,
-        lr: Setting = 1e-3,
         betas: Setting = (0.9, 0.999),
         weight_decay: Setting = 1e-2,
-        warmup: Setting = 0,
-        max_norm: Setting | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(theta, gradient, lr, weight_decay, warmup, max_norm)
+        super().__init__(theta, gradient, weight_decay=weight_decay, **common)
         self.betas = self._setting("betas", betas, SHARE, 2)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(theta), torch.zeros_like(theta)
 
     def _update(self, factor: Tensor) -> None:
-        moments = self.exp_avg, self.exp_avg_sq
-        _adamw_(self.theta, self.gradient, moments, self.count, factor * self.lr, self.betas, self.weight_decay)
+        _adamw_(self, self.theta, self.gradient, factor * self.lr)
 
 
 class SGD(Optimizer):
@@ -223,25 +222,16 @@ class SGD(Optimizer):
 
     Args:
         momentum: of each run.
-        nesterov: whether the step looks ahead along the momentum (Sutskever et al., ICML 2013). Others as
-            :class:`Optimizer`.
+        nesterov: whether the step looks ahead along the momentum (Sutskever et al., ICML 2013).
+        **common: of :class:`Optimizer`.
     """
 
     STATE = ("count", "momentum_buffer")
 
     def __init__(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        *,
-        lr: Setting = 1e-3,
-        momentum: Setting = 0.0,
-        nesterov: Setting = False,
-        weight_decay: Setting = 0.0,
-        warmup: Setting = 0,
-        max_norm: Setting | None = None,
+        self, theta: Tensor, gradient: Tensor, *, momentum: Setting = 0.0, nesterov: Setting = False, **common: Any
     ) -> None:
-        super().__init__(theta, gradient, lr, weight_decay, warmup, max_norm)
+        super().__init__(theta, gradient, **common)
         self.momentum = self._setting("momentum", momentum, SHARE)
         self.nesterov = self._setting("nesterov", nesterov, FLAG).bool()
         self.momentum_buffer = torch.zeros_like(theta)
@@ -262,14 +252,14 @@ class Muon(Optimizer):
     Args:
         segments: the matrices, disjoint, each of a shape of two numbers. A fused ``in_proj_weight`` is three of them;
             of projections that are fused under other names, give the parts (:func:`grokcurv.flat.attention_segments`).
-        lr: of the matrices.
         momentum: of the matrices.
         nesterov: whether what is orthogonalised looks ahead along the momentum.
         weight_decay: decoupled; of the matrices with ``lr``, of the others with ``adamw_lr``.
         adjust_lr_fn: what a matrix of A rows and B columns makes of ``lr``: ``"original"`` multiplies by
             ``sqrt(max(1, A / B))``, ``"match_rms_adamw"`` by ``0.2 sqrt(max(A, B))`` (Liu et al., arXiv 2502.16982).
         adamw_lr: of the others.
-        betas: of the others, as :class:`AdamW`. Warm-up and clipping are those of :class:`Optimizer`, for all.
+        betas: of the others, as :class:`AdamW`.
+        **common: of :class:`Optimizer`. ``lr`` is that of the matrices; warm-up and clipping are for all.
 
     Raises:
         ValueError: segments that are no matrices, overlap or leave 0..P, or an unknown ``adjust_lr_fn``.
@@ -283,17 +273,15 @@ class Muon(Optimizer):
         gradient: Tensor,
         segments: Iterable[Segment],
         *,
-        lr: Setting = 1e-3,
         momentum: Setting = 0.95,
         nesterov: Setting = True,
         weight_decay: Setting = 0.1,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
         adamw_lr: Setting = 1e-3,
         betas: Setting = (0.9, 0.999),
-        warmup: Setting = 0,
-        max_norm: Setting | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(theta, gradient, lr, weight_decay, warmup, max_norm)
+        super().__init__(theta, gradient, weight_decay=weight_decay, **common)
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn must be one of {', '.join(ADJUSTMENTS)}; got {adjust_lr_fn!r}")
         self.momentum = self._setting("momentum", momentum, SHARE)
@@ -309,8 +297,7 @@ class Muon(Optimizer):
     def _update(self, factor: Tensor) -> None:
         self._update_matrices(factor * self.lr)
         others, gradient = (_gather(rows, self._others) for rows in (self.theta, self.gradient))
-        moments, rate = (self.exp_avg, self.exp_avg_sq), factor * self.adamw_lr
-        _adamw_(others, gradient, moments, self.count, rate, self.betas, self.weight_decay)
+        _adamw_(self, others, gradient, factor * self.adamw_lr)
         for there, part in zip(self._others, others.split(_lengths(self._others), 1), strict=True):
             self.theta[:, there] = part
 
@@ -358,22 +345,14 @@ def row_norms(rows: Tensor) -> Tensor:
     return lengths
 
 
-def _adamw_(
-    theta: Tensor,
-    gradient: Tensor,
-    moments: tuple[Tensor, Tensor],
-    count: Tensor,
-    rate: Tensor,
-    betas: Tensor,
-    decay: Tensor,
-) -> None:
-    """One step of AdamW on rows (R, n), the moments included, with count, rate and decay (R,) and betas (R, 2)."""
-    mean, square = moments
+def _adamw_(optimizer: AdamW | Muon, theta: Tensor, gradient: Tensor, rate: Tensor) -> None:
+    """One step of AdamW on rows (R, n), which the optimiser has the moments of, with rate (R,)."""
+    mean, square, betas = optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.betas
     # The powers are taken two in a row, too few for the CPU's vectors, which would round those of many runs otherwise
     # than those of one. Counts are float64 for that: converted ones would be written out, and all powers be one row.
-    corrections = 1 - betas ** count[:, None]
+    corrections = 1 - betas ** optimizer.count[:, None]
     values = 1 - betas[:, 0], betas[:, 1], 1 - betas[:, 1], -rate / corrections[:, 0], corrections[:, 1].sqrt()
-    shrink, new, old_square, new_square, length, root = _columns(theta, 1 - rate * decay, *values)
+    shrink, new, old_square, new_square, length, root = _columns(theta, 1 - rate * optimizer.weight_decay, *values)
     theta.mul_(shrink)
     mean.lerp_(gradient, new)
     square.mul_(old_square).addcmul_(new_square * gradient, gradient)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,12 +43,7 @@ def subsample(tensors: Any, rows: int, seed: int = 0) -> RowSampler:
     count = _rows(tensors)
     if not 1 <= rows <= count:
         raise ValueError(f"rows must be between 1 and the {count} rows of the tensors, got {rows}")
-
-    def two(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        first, second = (torch.randperm(count, generator=generator)[:rows] for _ in range(2))
-        return first, second
-
-    return RowSampler(tensors, two, seed)
+    return RowSampler(tensors, lambda g: [torch.randperm(count, generator=g)[:rows] for _ in range(2)], seed)
 
 
 def halves(batch: Any, seed: int = 0) -> RowSampler:
@@ -64,12 +59,7 @@ def halves(batch: Any, seed: int = 0) -> RowSampler:
     count = _rows(batch)
     if count < 2:
         raise ValueError(f"batch must have two rows or more to be halved, got {count}")
-
-    def two(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(count, generator=generator)
-        return order[: count // 2], order[count // 2 :]
-
-    return RowSampler(batch, two, seed)
+    return RowSampler(batch, lambda g: torch.randperm(count, generator=g).tensor_split([count // 2]), seed)
 
 
 def from_loader(loader: Iterable[Any], seed: int = 0) -> LoaderSampler:
@@ -96,7 +86,7 @@ class RowSampler:
     before. Without a monitor to tell the step, that is the number of the draw.
     """
 
-    def __init__(self, tensors: Any, two: Callable[[torch.Generator], tuple[Tensor, Tensor]], seed: int) -> None:
+    def __init__(self, tensors: Any, two: Callable[[torch.Generator], Sequence[Tensor]], seed: int) -> None:
         self._tensors, self._two, self._seed = tensors, two, seed
         self._step = self._drawn = 0
 
@@ -108,8 +98,8 @@ class RowSampler:
         """A pair of batches."""
         generator = torch.Generator().manual_seed(_seed_of(self._seed, self._step, self._drawn))
         self._drawn += 1
-        one, other = self._two(generator)
-        return self._take(one), self._take(other)
+        one, other = map(self._take, self._two(generator))
+        return one, other
 
     def state_dict(self) -> dict[str, int]:
         """Where it stands."""

@@ -18,9 +18,10 @@ import operator
 import random
 import types
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,8 @@ class Snapshot:
         self._walk(list(held))
         self.held = len(self.tensors)
         self._walk(list(reached))
-        self._controls = list(map(_controls_of, self.generators))
-        self._states = [controls.read() for controls in self._controls]
+        self._streams = list(map(stream_of, self.generators))
+        self._positions = [stream.read() for stream in self._streams]
 
     def _walk(self, stack: list[Any]) -> None:
         """Note everything on the stack and what hangs on it; an object that was met is not entered again."""
@@ -174,21 +175,16 @@ class Snapshot:
             _base(filled).clear(filled)
         for mapping, keys, values in self._dicts:
             base = _base(mapping)
-            if (
-                len(mapping) != len(keys)
-                or not all(map(operator.is_, base.values(mapping), values))
-                or not all(map(operator.is_, base.keys(mapping), keys))
-            ):
+            if not (_identical(base.values(mapping), values) and _identical(base.keys(mapping), keys)):
                 changed = True
                 base.clear(mapping)
                 for key, value in zip(keys, values, strict=True):
                     base.__setitem__(mapping, key, _kept(value))
         for sequence, members in self._lists:
-            if len(sequence) == len(members) and all(map(operator.is_, sequence, members)):
-                continue
-            changed = True
-            sequence.clear()
-            sequence.update(members) if isinstance(sequence, set) else sequence.extend(map(_kept, members))
+            if not _identical(sequence, members):
+                changed = True
+                sequence.clear()
+                sequence.update(members) if isinstance(sequence, set) else sequence.extend(map(_kept, members))
         for read, write, value in self._places:
             if read() is not value:
                 changed = True
@@ -213,13 +209,57 @@ class Snapshot:
 
     def restore_generators(self) -> None:
         """Put back every generator that was found."""
-        for controls, state in zip(self._controls, self._states, strict=True):
-            controls.write(state)
+        for stream, position in zip(self._streams, self._positions, strict=True):
+            stream.write(position)
 
     def seed_generators(self, seed: int) -> None:
         """Start every generator that was found anew."""
-        for controls in self._controls:
-            controls.seed(seed)
+        for stream in self._streams:
+            stream.seed(seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """What a generator draws: how it is read where that stands, how it is put somewhere, and started anew."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    seed: Callable[[int], object]
+    same: Callable[[Any, Any], bool] = operator.eq
+
+    def stands_at(self, position: Any) -> bool:
+        """Whether nothing was drawn since ``position`` was read."""
+        return self.same(self.read(), position)
+
+
+class Streams(dict[str, Stream]):
+    """Several of them, by their names."""
+
+    def positions(self) -> dict[str, Any]:
+        """Where they stand."""
+        return {name: stream.read() for name, stream in self.items()}
+
+    def moved(self, since: Mapping[str, Any]) -> dict[str, Any]:
+        """Of these positions those of generators from which something was drawn since."""
+        return {name: position for name, position in since.items() if not self[name].stands_at(position)}
+
+    def move_to(self, positions: Mapping[str, Any]) -> None:
+        """Put the generators there, those that are elsewhere."""
+        for name, position in self.moved(positions).items():
+            self[name].write(position)
+
+
+def stream_of(generator: Any) -> Stream:
+    """Of one of :data:`Generators`."""
+    if isinstance(generator, torch.Generator):
+        return Stream(generator.get_state, generator.set_state, generator.manual_seed, torch.equal)
+    if isinstance(generator, random.Random):
+        return Stream(generator.getstate, generator.setstate, generator.seed)
+    if isinstance(generator, np.random.RandomState):
+        return Stream(generator.get_state, generator.set_state, lambda seed: generator.seed(seed % 2**32), _same_state)
+    bits = generator.bit_generator
+    write = functools.partial(setattr, bits, "state")
+    return Stream(lambda: bits.state, write, lambda seed: write(type(bits)(seed).state))
 
 
 def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -274,11 +314,20 @@ def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterat
             torch._C._swap_tensor_impl(originals[index], others[index])
 
 
+def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
+    """Whether these are the very same objects, in the same order."""
+    return len(now) == len(then) and all(map(operator.is_, now, then))
+
+
 def _kept(value: Any) -> Any:
     """The value, or a copy of an iterator, which would go on otherwise."""
     if isinstance(value, itertools.cycle):
         return copy.deepcopy(value)  # a shallow one goes on with the same iterator inside
     return copy.copy(value) if isinstance(value, ITERATORS) else value
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    return bool(a[2:] == b[2:] and np.array_equal(a[1], b[1]))
 
 
 def _position(generator: types.GeneratorType[Any, Any, Any]) -> int | None:
@@ -293,26 +342,6 @@ def _base(mapping: dict[Any, Any]) -> Any:
 def _storage(tensor: Tensor) -> int:
     pointer: int = tensor.untyped_storage()._cdata
     return pointer
-
-
-class _Controls(NamedTuple):
-    """How one of :data:`Generators` is read, put back, and started anew."""
-
-    read: Callable[[], Any]
-    write: Callable[[Any], object]
-    seed: Callable[[int], object]
-
-
-def _controls_of(generator: Any) -> _Controls:
-    if isinstance(generator, torch.Generator):
-        return _Controls(generator.get_state, generator.set_state, generator.manual_seed)
-    if isinstance(generator, random.Random):
-        return _Controls(generator.getstate, generator.setstate, generator.seed)
-    if isinstance(generator, np.random.RandomState):
-        return _Controls(generator.get_state, generator.set_state, lambda seed: generator.seed(seed % 2**32))
-    bits = generator.bit_generator
-    write = functools.partial(setattr, bits, "state")
-    return _Controls(lambda: bits.state, write, lambda seed: write(type(bits)(seed).state))
 
 
 @functools.cache

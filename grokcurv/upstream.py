@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Log", "load"]
 
 KEYS = ("attn_logs", "cfg", "metrics", "grokked", "final_step")
-METRICS = ("step", "train_acc", "test_acc")
+METRICS = {"step": int, "train_acc": float, "test_acc": float}
 MATRICES = {"WQ": "q_proj_weight", "WK": "k_proj_weight", "WV": "v_proj_weight", "WO": "out_proj.weight"}
 """What :func:`grokcurv.flat.attention_segments` calls each, after the name of its module."""
 
@@ -111,11 +111,8 @@ class Log:
         """
         _check_plain("config", self.config)
         _check_segments(self.segments)
-        metrics = [
-            {"step": int(step), "train_acc": float(train), "test_acc": float(test)}
-            for step, train, test in self.metrics[list(METRICS)].itertuples(index=False)
-        ]
-        final = metrics[-1] if metrics else {"train_acc": 0, "test_acc": 0}
+        metrics = self.metrics[list(METRICS)].astype(METRICS).to_dict("records")
+        final = metrics[-1] if metrics else dict.fromkeys(METRICS, 0)
         content = {
             "attn_logs": [
                 {"step": step, "layers": self._layers(row)} for step, row in zip(self.steps, self.rows, strict=True)
@@ -227,7 +224,7 @@ def _check_steps(name: str, steps: Sequence[Any]) -> None:
         raise ValueError(f"{name}: steps must rise from 0, got {steps}")
 
 
-def _check_keys(where: str, entry: Any, keys: Sequence[str]) -> None:
+def _check_keys(where: str, entry: Any, keys: Iterable[str]) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a dict, got {type(entry).__name__}")
     missing = [key for key in keys if key not in entry]

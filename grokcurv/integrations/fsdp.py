@@ -53,7 +53,7 @@ class Sharding(Partition):
         """
         # Resharded before the model is looked at: where FSDP has gathered a parameter, the module has a plain tensor of
         # full shape in its place, and would look as if nothing were sharded.
-        parameters: list[DTensor] = []
+        pieces, kinds = [], []
         held, segments = _parameters(model), segments_of(model)
         for segment, parameter in zip(segments, held, strict=True):
             if not isinstance(parameter, DTensor):
@@ -64,34 +64,29 @@ class Sharding(Partition):
             # Over a mesh of two dimensions, (replicate, shard), a parameter has a placement for each; exactly one of
             # them may cut it. Cut along its rows, each part is an interval of the flat vector, which all that follows
             # rests on. Of exactly that type: the rows of a strided shard need not be an interval.
-            split = [placement for placement in parameter.placements if not placement.is_replicate()]
-            if len(split) != 1 or type(split[0]) is not Shard or split[0].dim != 0:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            cuts = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+            if len(cuts) != 1 or type(cut := placements[cuts[0]]) is not Shard or cut.dim != 0:
                 raise ValueError(
                     f"model: parameter {segment.name!r} must be sharded along its dimension 0 and over one dimension "
-                    f"of the mesh, got placements {parameter.placements}"
+                    f"of the mesh, got placements {placements}"
                 )
-            parameters.append(parameter)
             # One mesh for all, because sums over all coordinates are completed in one group, and one dtype, because the
             # local parts go into one vector.
-            kind, other = ((p.dtype, p.device_mesh, p.placements) for p in (parameter, parameters[0]))
-            if kind != other:
+            kinds.append((parameter.dtype, mesh, placements))
+            if kinds[-1] != kinds[0]:
                 raise ValueError(
                     f"model: trainable parameters must be of one dtype and sharded alike, but {segment.name!r} is "
-                    f"{kind} and {segments[0].name!r} {other}"
+                    f"{kinds[-1]} and {segments[0].name!r} {kinds[0]}"
                 )
-        # The group of the dimension that shards, not of all ranks: replicas have the same coordinates, and a sum over
-        # both dimensions would count each as often as there are replicas.
-        mesh, placements = parameters[0].device_mesh, parameters[0].placements
-        dim = [placement.is_replicate() for placement in placements].index(False)
-        rank, world = mesh.get_local_rank(dim), mesh.size(dim)
-        pieces = []
-        for segment, sharded in zip(segments, parameters, strict=True):
             # Where the part of this rank begins, as torch.chunk cuts: each rank has ceil(rows / world) rows until there
             # are none left. The last ranks may have fewer, or none; those begin at the end.
             rows = segment.shape[0]
-            start = min(rows, rank * -(-rows // world))
-            pieces.append((segment.start + start * (segment.length // max(1, rows)), _local(sharded).shape))
-        return cls(mesh.get_group(dim), tuple(pieces))
+            start = min(rows, mesh.get_local_rank(cuts[0]) * -(-rows // mesh.size(cuts[0])))
+            pieces.append((segment.start + start * (segment.length // max(1, rows)), _local(parameter).shape))
+        # The group of the dimension that shards, not of all ranks: replicas have the same coordinates, and a sum over
+        # both dimensions would count each as often as there are replicas.
+        return cls(mesh.get_group(cuts[0]), tuple(pieces))
 
     @property
     def size(self) -> int:
@@ -118,7 +113,7 @@ class Sharding(Partition):
 
     def norm(self, *parts: Tensor) -> Tensor:
         # Squares add up over shards, lengths do not.
-        squares = [torch.linalg.vector_norm(_local(part), dtype=torch.float64).square() for part in parts]
+        squares = [torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in parts]
         return self.all_reduce_sum(torch.stack(squares).sum())[0].sqrt()
 
     def norms(self, rows: Tensor) -> Tensor:
@@ -175,23 +170,6 @@ class ShardedEngine(GradientEngine):
     def _evaluator(self, loss_fn: LossFn) -> Evaluator:
         return ShardedEvaluator(self.model, loss_fn, self.partition)
 
-    def flatten_grad(self, out: Tensor | None = None) -> Tensor:
-        """(P_r,)"""
-        # A sharded parameter's .grad is sharded alike, and already reduced over the ranks by FSDP: the local part of it
-        # is the local part of the mean.
-        parameters = _parameters(self.model)
-        grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
-        return torch.cat([grad.flatten() for grad in grads], out=out)
-
-    def flatten(self, out: Tensor | None = None) -> Tensor:
-        """(P_r,)"""
-        parameters = [_local(parameter).flatten() for parameter in _parameters(self.model)]
-        if out is None:
-            return torch.cat(parameters)
-        for view, part in zip(out.split([part.numel() for part in parameters]), parameters, strict=True):
-            view.copy_(part)
-        return out
-
     def product(self, *_: Any, **__: Any) -> None:
         """Raises ValueError: there are none."""
         raise ValueError(
@@ -246,7 +224,8 @@ class ShardedEngine(GradientEngine):
         def use(loss: Tensor, _: list[Any]) -> None:
             # Autograd cannot be asked to deliver elsewhere: FSDP scatters and averages gradients as they arrive, and
             # puts them into the .grad of the sharded parameters. The evaluator has set those to None, or FSDP would add
-            # to them, and puts training's back.
+            # to them, and puts training's back. A .grad is sharded as its parameter is, and already reduced over the
+            # ranks: the local part of it is the local part of the mean.
             loss.backward()
             self.flatten_grad(out)
 
@@ -257,11 +236,8 @@ class ShardedEngine(GradientEngine):
         # when the parameters are put back.
         return self.evaluator.observe(self.evaluator.leaves(theta), batch, lambda *_: None, seed=seed)
 
-    def _reject_distributed_model(self) -> None:
-        """A sharded model is what this is for."""
-
-    def _refuse_mixtures(self) -> None:
-        """Sharding.of has looked at dtypes and devices."""
+    def _check_model(self) -> None:
+        """A sharded model is what this is for, and Sharding.of has looked at dtypes and devices."""
 
     def _refuse_bystanders(self, parameters: list[nn.Parameter]) -> None:
         # In one process a measurement runs on stand-ins, which no hook of training's knows. Here it runs on training's
@@ -324,6 +300,13 @@ class ShardedEvaluator(Evaluator):
         # would pass for others that have come in their place.
         _parameters(self.model)
         return super().parameters()
+
+    @property
+    def size(self) -> int:
+        return self._partition.size
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return _local(tensor)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         return self._partition.views(vector)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from grokcurv.evaluation import LossFn, streams
-from grokcurv.loggers import scalars
+from grokcurv.loggers import CallableLogger, scalars
 from grokcurv.lookahead import Later, copied
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.state import LARGE, Snapshot, stand_ins, standing_in
@@ -96,7 +96,7 @@ class CurvatureCallback(Callback):
             return  # a second fit goes on
         options = dict(self._options)
         if self._log:
-            options["loggers"] = [*options.get("loggers", ()), _TrainerLoggers(trainer)]
+            options["loggers"] = [*options.get("loggers", ()), CallableLogger(partial(_log, trainer))]
         self._monitor = CurvatureMonitor(pl_module, _as_trained(self._loss_fn, trainer), **options)
         if self._state is not None:
             self._monitor.load_state_dict(self._state)
@@ -127,8 +127,8 @@ class CurvatureCallback(Callback):
         if following is _UNKNOWN:
             raise ValueError("fit the trainer with callback.lookahead(loader), or give the callback a sampler")
         if following is not None:
-            later = following if isinstance(following, Later) else Later(partial(_itself, following))
-            following = later.then(partial(_transferred, trainer, pl_module))
+            ready = partial(_transferred, trainer, pl_module)
+            following = following.then(ready) if isinstance(following, Later) else Later(partial(ready, following))
         gradient = self.monitor.gradient
         self.monitor.gradient = gradient if self._has_gradient else "own"
         try:
@@ -209,10 +209,6 @@ def _in_its_type(loss_fn: LossFn, module: nn.Module, batch: Any) -> Tensor:
         torch.set_default_dtype(usual)
 
 
-def _itself(batch: Any) -> Any:
-    return batch
-
-
 def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """The batch as training will get it, from the trainer's own steps, which then find everything as it was.
 
@@ -224,7 +220,8 @@ def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         return None
     snapshot = Snapshot([module, trainer.datamodule], apart=module.parameters())
     small = [x for x in snapshot.tensors if x.numel() <= LARGE and type(x) in (Tensor, nn.Buffer)]
-    before = [(stream, stream.read()) for stream in streams(module.device)]
+    visible = streams(module.device)
+    before = visible.positions()
     try:
         with standing_in(small, stand_ins(small)):
             batch = trainer.precision_plugin.convert_input(batch)
@@ -233,14 +230,9 @@ def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     finally:
         snapshot.restore()
         snapshot.restore_generators()
-        for stream, position in before:
-            stream.put_back(position)
+        visible.move_to(before)
 
 
-class _TrainerLoggers:
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def log(self, record: dict[str, object], /, *, step: int) -> None:
-        for logger in self._trainer.loggers:
-            logger.log_metrics(scalars(record), step=step)
+def _log(trainer: Trainer, record: dict[str, object], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars(record), step=step)

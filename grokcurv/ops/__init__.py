@@ -16,9 +16,9 @@
 * On a GPU work goes to the current stream; memory comes from torch's allocator; nothing waits, so that all of it can be
   captured in a CUDA graph.
 
-Each op is written twice in the file of its name: ``_<op>_fake`` checks what tensors say of themselves and allocates the
-outputs (all that tracing needs), ``_<op>_run`` checks the values of tables too and has a core, ``_cpu`` or ``_cuda``,
-fill them in.
+Each op has two halves in the file of its name: ``_<op>_fake`` checks what tensors say of themselves and allocates the
+outputs (all that tracing needs), ``_<op>_fill`` checks the values of tables too and has a core, ``_cpu`` or ``_cuda``,
+fill them in. What the ops have in common is done where they are registered, in ``_dispatch.py``.
 """
 
 from grokcurv.ops._arguments import Array

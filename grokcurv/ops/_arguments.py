@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -47,10 +48,6 @@ def as_tensor(name: str, x: Array) -> Tensor:
         raise TypeError(f"{name} is a {type(x).__name__} whose memory torch cannot share: {error}") from error
 
 
-def as_optional(name: str, x: Array | None) -> Tensor | None:
-    return None if x is None else as_tensor(name, x)
-
-
 def as_writable(name: str, x: Array) -> Tensor:
     """As :func:`as_tensor`, for what is written to. NumPy says whether it may be; the DLPack protocol need not."""
     if not isinstance(x, Tensor):
@@ -81,6 +78,24 @@ def as_number(name: str, x: float) -> float:
         return float(x)
     except (OverflowError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{name} must be a number, got {x!r:.60}: {error}") from error
+
+
+CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
+    Tensor: as_tensor,
+    int: as_integer,
+    float: as_number,
+    str: lambda _, x: str(x),
+    bool: lambda _, x: bool(x),
+}
+"""What makes an op's argument of what was given for it, by how the op's own is annotated."""
+
+
+def converter(kind: Any, written: bool) -> Callable[[str, Any], Any]:
+    """As :data:`CONVERTERS`, also of what is written to and of what may be None."""
+    if kind == Tensor | None:
+        convert = converter(Tensor, written)
+        return lambda name, x: None if x is None else convert(name, x)
+    return as_writable if written else CONVERTERS[kind]
 
 
 def check(
@@ -146,6 +161,14 @@ def check_spans(name: str, spans: Tensor, size: int) -> None:
     for j, (start, length, *_) in enumerate(spans.tolist()):
         if start < 0 or not 0 <= length <= size - start:
             raise ValueError(f"{name}[{j}] has start {start} and length {length}, which does not lie within P = {size}")
+
+
+def count_segments(segments: Tensor | None) -> int:
+    """S: without segments all coordinates are one."""
+    if segments is None:
+        return 1
+    check_table("segments", segments, ("S", 2))
+    return segments.shape[0]
 
 
 def spans_within(segments: Tensor | None, size: int) -> Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+
+from grokcurv.ops._arguments import check_apart, converter
 
 try:
     from grokcurv import _cpu
@@ -18,7 +20,6 @@ except ImportError as error:
         "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
     ) from error
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
@@ -26,15 +27,46 @@ TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat1
 _library = torch.library.Library("grokcurv", "DEF")
 
 
-def define(name: str, run: Callable[P, R], fake: Callable[..., R], writes: tuple[str, ...] = ()) -> Callable[P, R]:
-    """An op with the arguments of ``fake``, of which it writes to those named."""
+def define(
+    name: str, fake: Callable[..., R], fill: Callable[..., None], writes: tuple[str, ...] = ()
+) -> Callable[..., R]:
+    """An op with the arguments of ``fake``, of which it writes to those named; whoever calls it may give any arrays.
+
+    Args:
+        name: of the op.
+        fake: checks what the arguments say of themselves, and allocates the outputs.
+        fill: checks the values of tables, and has a kernel write the outputs; they are its last arguments.
+        writes: names of the arguments that it also writes to.
+    """
+    kinds = {label: kind for label, kind in get_type_hints(fake).items() if label != "return"}
+    labels = tuple(kinds)
+    converters = tuple(converter(kind, label in writes) for label, kind in kinds.items())
+
+    def run(*args: Any) -> R:
+        outputs = fake(*args)
+        tensors = {label: x for label, x in zip(labels, args, strict=True) if isinstance(x, Tensor)}
+        written = {label: tensors.pop(label) for label in writes if label in tensors}
+        for label, x in written.items():
+            check_apart(label, x, **tensors)
+            tensors[label] = x
+        fill(*args, *(outputs if isinstance(outputs, tuple) else () if outputs is None else (outputs,)))
+        for x in written.values():
+            if not x.is_inference():  # such tensors have no version
+                torch.autograd.graph.increment_version(x)
+        return outputs
+
     schema = torch.library.infer_schema(fake, op_name=name, mutates_args=writes)
     # Integers are part of a traced program, not symbols in it: the checks look at them.
     _library.define(schema.replace("SymInt", "int"), tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"grokcurv::{name}", fake, lib=_library)
-    return cast(Callable[P, R], getattr(torch.ops.grokcurv, name).default)
+    op: Callable[..., R] = getattr(torch.ops.grokcurv, name).default
+
+    def convert_and_call(*given: Any) -> R:
+        return op(*[convert(label, x) for label, convert, x in zip(labels, converters, given, strict=True)])
+
+    return convert_and_call
 
 
 class Core(NamedTuple):
@@ -113,8 +145,3 @@ _anywhere = torch.empty(1)
 def _address(tensor: Tensor) -> int:
     """Never null: torch gives an empty tensor the null address, which to a kernel would mean that it is absent."""
     return tensor.data_ptr() or _anywhere.data_ptr()
-
-
-def bump_version(t: Tensor) -> None:
-    if not t.is_inference():
-        torch.autograd.graph.increment_version(t)

@@ -7,17 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import (
-    FLOATS,
-    Array,
-    as_optional,
-    as_tensor,
-    check,
-    check_basis,
-    check_row_values,
-    check_spans,
-    check_table,
-)
+from grokcurv.ops._arguments import FLOATS, Array, check, check_basis, check_row_values, check_spans, check_table
 from grokcurv.ops._dispatch import TYPES, call, define, strided
 from grokcurv.reference import SUMS, THETA_SUMS, Commutator, Form, compute_type
 
@@ -43,13 +33,7 @@ def commutator(
     vectors), and rows (K, 3) int64 are a block-sparse basis; segments (S, 2) int64. ``delta`` is written out, in
     float32 (float64 with float64 vectors), only if ``keep_delta``.
     """
-    vectors = [as_tensor(name, x) for name, x in (("g_a", g_a), ("g_b", g_b), ("a2", a2), ("b2", b2), ("eta", eta))]
-    named = ("theta", theta), ("values", values), ("rows", rows), ("segments", segments)
-    optional = [as_optional(name, x) for name, x in named]
-    return Commutator(*_commutator(*vectors, *optional, str(form), bool(keep_delta)))
-
-
-_CommutatorTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+    return Commutator(*_commutator(g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta))
 
 
 def _commutator_fake(
@@ -64,7 +48,7 @@ def _commutator_fake(
     segments: Tensor | None,
     form: str,
     keep_delta: bool,
-) -> _CommutatorTensors:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check("g_a", g_a, FLOATS, ("N", "P"))
     n, p = g_a.shape
     for name, t in (("g_b", g_b), ("a2", a2), ("b2", b2)):
@@ -94,29 +78,19 @@ def _commutator_fake(
     )
 
 
-def _commutator_run(*inputs: Any) -> _CommutatorTensors:
-    """``inputs`` are those of :func:`_commutator_fake`."""
-    outputs = _commutator_fake(*inputs)
-    g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta = inputs
+def _commutator_fill(*task: Any) -> None:
+    """``task`` is what :func:`_commutator_fake` takes, and then what it returns."""
+    g_a, g_b, a2, b2, eta, theta, values, rows, segments, form, keep_delta, *outputs = task
     sums, coefficients, energies, delta = outputs
     n, p = g_a.shape
-    if values is not None and rows is not None:
+    if values is not None:
         check_row_values(values, rows, p)
     if segments is not None:
         check_spans("segments", segments, p)
-    call(
-        "commutator",
-        g_a,
-        TYPES[g_a.dtype],
-        n,
-        p,
-        form == "bracket",
-        *(g_a, g_b, a2, b2, eta, *strided(theta)),
-        *(*strided(values), rows, coefficients.shape[1]),
-        *(segments, energies.shape[1]),
-        *(sums, coefficients, energies, delta if keep_delta else None),
-    )
-    return outputs
+    basis = *strided(values), rows, coefficients.shape[1]
+    given = g_a, g_b, a2, b2, eta, *strided(theta), *basis, segments, energies.shape[1]
+    written = sums, coefficients, energies, delta if keep_delta else None
+    call("commutator", g_a, TYPES[g_a.dtype], n, p, form == "bracket", *given, *written)
 
 
-_commutator = define("commutator", _commutator_run, _commutator_fake)
+_commutator = define("commutator", _commutator_fake, _commutator_fill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import Array, as_integer, as_tensor, check
+from grokcurv.ops._arguments import Array, check
 from grokcurv.ops._dispatch import call, define
 
 
@@ -27,13 +27,7 @@ def draw(seeds: Array, purpose: int, steps: Array, n: Array, rows: int) -> Tenso
     the steps that they hold when it is replayed: there a number out of its range is no error, and what is drawn for
     that run is not specified.
     """
-    return _draw(
-        as_tensor("seeds", seeds),
-        as_integer("purpose", purpose),
-        as_tensor("steps", steps),
-        as_tensor("n", n),
-        as_integer("rows", rows),
-    )
+    return _draw(seeds, purpose, steps, n, rows)
 
 
 def _draw_fake(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int) -> Tensor:
@@ -47,15 +41,13 @@ def _draw_fake(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int)
     return seeds.new_empty((seeds.shape[0], rows))
 
 
-def _draw_run(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int) -> Tensor:
-    out = _draw_fake(seeds, purpose, steps, n, rows)
+def _draw_fill(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int, out: Tensor) -> None:
     if seeds.device.type == "cpu":
         for name, x, most in (("steps", steps, 2**32 - 1), ("n", n, 2**32)):
             for r, value in enumerate(x.tolist()):
                 if not 0 <= value <= most:
                     raise ValueError(f"{name}[{r}] must lie in 0..{most}, got {value}")
     call("draw", seeds, *out.shape, purpose, seeds, steps, n, out)
-    return out
 
 
-_draw = define("draw", _draw_run, _draw_fake)
+_draw = define("draw", _draw_fake, _draw_fill)

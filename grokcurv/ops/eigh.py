@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import Array, as_integer, as_tensor, check
+from grokcurv.ops._arguments import Array, check
 from grokcurv.ops._dispatch import call, define
 
 
@@ -18,7 +18,7 @@ def eigh(a: Array, k: int) -> tuple[Tensor, Tensor]:
     ``|a v - w v|`` are right to a few ``n eps |a|``, vectors orthonormal to a few ``n eps``. A matrix with a NaN or an
     infinity yields NaN and harms no other.
     """
-    return _eigh(as_tensor("a", a), as_integer("k", k))
+    return _eigh(a, k)
 
 
 def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,11 +31,8 @@ def _eigh_fake(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return a.new_empty((batch, k)), a.new_empty((batch, n, k))
 
 
-def _eigh_run(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, vectors = _eigh_fake(a, k)
-    batch, n, _ = a.shape
-    call("eigh", a, batch, n, k, a, values, vectors)
-    return values, vectors
+def _eigh_fill(a: Tensor, k: int, values: Tensor, vectors: Tensor) -> None:
+    call("eigh", a, *a.shape[:2], k, a, values, vectors)
 
 
-_eigh = define("eigh", _eigh_run, _eigh_fake)
+_eigh = define("eigh", _eigh_fake, _eigh_fill)

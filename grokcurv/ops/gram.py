@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import FLOATS, Array, as_optional, as_tensor, check, check_table, spans_within
+from grokcurv.ops._arguments import FLOATS, Array, check, count_segments, spans_within
 from grokcurv.ops._dispatch import TYPES, call, define
 
 
@@ -16,8 +16,7 @@ def gram(x: Array, y: Array | None = None, *, origin: Array | None = None, segme
     origin) alone, so a Gram matrix grown row by row equals one computed at once; with y = None it is symmetric. A row
     is read once (on a GPU once for every 32 rows of the other side).
     """
-    optional = [as_optional(name, t) for name, t in (("y", y), ("origin", origin), ("segments", segments))]
-    return _gram(as_tensor("x", x), *optional)
+    return _gram(x, y, origin, segments)
 
 
 def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
@@ -27,18 +26,13 @@ def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Ten
         check("y", y, x.dtype, ("m", p), x)
     if origin is not None:
         check("origin", origin, x.dtype, (p,), x)
-    if segments is not None:
-        check_table("segments", segments, ("S", 2))
-    count = 1 if segments is None else segments.shape[0]
-    return x.new_empty((count, n, n if y is None else y.shape[0]), dtype=torch.float64)
+    return x.new_empty((count_segments(segments), n, n if y is None else y.shape[0]), dtype=torch.float64)
 
 
-def _gram_run(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None) -> Tensor:
-    out = _gram_fake(x, y, origin, segments)
+def _gram_fill(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None, out: Tensor) -> None:
     n, p = x.shape
     segments = spans_within(segments, p)
     call("gram", x, TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)
-    return out
 
 
-_gram = define("gram", _gram_run, _gram_fake)
+_gram = define("gram", _gram_fake, _gram_fill)

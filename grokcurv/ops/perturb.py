@@ -7,8 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import FLOATS, A, Array, as_tensor, as_writable, check, check_apart
-from grokcurv.ops._dispatch import TYPES, bump_version, call, define, strided
+from grokcurv.ops._arguments import FLOATS, A, Array, check
+from grokcurv.ops._dispatch import TYPES, call, define, strided
 
 
 @overload
@@ -21,10 +21,9 @@ def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = 
     theta (P,) is the same for all, and read once. Returns (N, P) in the dtype of theta, bitwise equal to
     :func:`grokcurv.reference.perturb`; ``out``, if given, filled.
     """
-    inputs = as_tensor("theta", theta), as_tensor("directions", directions), as_tensor("eta", eta)
     if out is None:
-        return _perturb(*inputs)
-    _perturb_out(*inputs, as_writable("out", out))
+        return _perturb(theta, directions, eta)
+    _perturb_out(theta, directions, eta, out)
     return out
 
 
@@ -42,23 +41,14 @@ def _perturb_fake(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
     return torch.empty_like(directions)
 
 
-def _perturb_run(theta: Tensor, directions: Tensor, eta: Tensor) -> Tensor:
-    out = _perturb_fake(theta, directions, eta)
-    call("perturb", theta, TYPES[theta.dtype], *directions.shape, *strided(theta), directions, eta, out)
-    return out
-
-
 def _perturb_out_fake(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
     _check_inputs(theta, directions, eta)
     check("out", out, theta.dtype, tuple(directions.shape), theta)
 
 
-def _perturb_out_run(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
-    _perturb_out_fake(theta, directions, eta, out)
-    check_apart("out", out, theta=theta, directions=directions, eta=eta)
+def _fill(theta: Tensor, directions: Tensor, eta: Tensor, out: Tensor) -> None:
     call("perturb", theta, TYPES[theta.dtype], *directions.shape, *strided(theta), directions, eta, out)
-    bump_version(out)
 
 
-_perturb = define("perturb", _perturb_run, _perturb_fake)
-_perturb_out = define("perturb_out", _perturb_out_run, _perturb_out_fake, ("out",))
+_perturb = define("perturb", _perturb_fake, _fill)
+_perturb_out = define("perturb_out", _perturb_out_fake, _fill, ("out",))

@@ -7,19 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import (
-    FLOATS,
-    A,
-    Array,
-    as_optional,
-    as_tensor,
-    as_writable,
-    check,
-    check_apart,
-    check_table,
-    spans_within,
-)
-from grokcurv.ops._dispatch import TYPES, bump_version, call, define
+from grokcurv.ops._arguments import FLOATS, A, Array, check, count_segments, spans_within
+from grokcurv.ops._dispatch import TYPES, call, define
 from grokcurv.reference import compute_type
 
 
@@ -31,8 +20,7 @@ def rotate(rows: Array, coefficients: Array, *, segments: Array | None = None) -
     bitwise equal to :func:`grokcurv.reference.rotate`; on a GPU a product is not rounded before it is added. A NaN in
     a row reaches every output, coefficient 0 or not.
     """
-    inputs = as_tensor("rows", rows), as_tensor("coefficients", coefficients), as_optional("segments", segments)
-    return _rotate(*inputs)
+    return _rotate(rows, coefficients, segments)
 
 
 def rotate_(
@@ -48,19 +36,13 @@ def rotate_(
     With ``mean`` (P,) and ``weights`` (m,), both float64, ``mean += sum_i weights[i] rows[i]`` of the old rows,
     in the same pass. Coordinates outside the segments stay as they are, in the rows and in the mean.
     """
-    _rotate_(
-        *(as_writable("rows", rows), as_tensor("coefficients", coefficients), as_optional("segments", segments)),
-        *(None if mean is None else as_writable("mean", mean), as_optional("weights", weights)),
-    )
+    _rotate_(rows, coefficients, segments, mean, weights)
     return rows
 
 
 def _check_inputs(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> None:
     check("rows", rows, FLOATS, ("m", "P"))
-    if segments is not None:
-        check_table("segments", segments, ("S", 2))
-    count = 1 if segments is None else segments.shape[0]
-    check("coefficients", coefficients, torch.float64, (count, "q", rows.shape[0]), rows)
+    check("coefficients", coefficients, torch.float64, (count_segments(segments), "q", rows.shape[0]), rows)
 
 
 def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
@@ -68,13 +50,11 @@ def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) ->
     return rows.new_empty((coefficients.shape[1], rows.shape[1]), dtype=compute_type(rows.dtype))
 
 
-def _rotate_run(rows: Tensor, coefficients: Tensor, segments: Tensor | None) -> Tensor:
-    out = _rotate_fake(rows, coefficients, segments)
+def _rotate_fill(rows: Tensor, coefficients: Tensor, segments: Tensor | None, out: Tensor) -> None:
     segments = _disjoint(segments, rows.shape[1])
     if int(segments[:, 1].sum()) < rows.shape[1]:
         out.zero_()
-    _call_rotate(rows, coefficients, segments, out, None, None)
-    return out
+    _call(rows, coefficients, segments, out, None, None)
 
 
 def _rotate_in_place_fake(
@@ -90,36 +70,16 @@ def _rotate_in_place_fake(
         check("weights", weights, torch.float64, (rows.shape[0],), rows)
 
 
-def _rotate_in_place_run(
+def _rotate_in_place_fill(
     rows: Tensor, coefficients: Tensor, segments: Tensor | None, mean: Tensor | None, weights: Tensor | None
 ) -> None:
-    _rotate_in_place_fake(rows, coefficients, segments, mean, weights)
-    inputs = {"coefficients": coefficients, "segments": segments, "weights": weights}
-    given = {name: t for name, t in inputs.items() if t is not None}
-    check_apart("rows", rows, **given)
-    if mean is not None:
-        check_apart("mean", mean, rows=rows, **given)
-    _call_rotate(rows, coefficients, _disjoint(segments, rows.shape[1]), None, mean, weights)
-    bump_version(rows)
-    if mean is not None:
-        bump_version(mean)
+    _call(rows, coefficients, _disjoint(segments, rows.shape[1]), None, mean, weights)
 
 
-def _call_rotate(
-    rows: Tensor,
-    coefficients: Tensor,
-    segments: Tensor,
-    out: Tensor | None,
-    mean: Tensor | None,
-    weights: Tensor | None,
-) -> None:
-    m, p = rows.shape
-    call(
-        "rotate",
-        rows,
-        *(TYPES[rows.dtype], m, coefficients.shape[1], p),
-        *(rows, coefficients, segments, len(segments), out, mean, weights),
-    )
+def _call(rows: Tensor, coefficients: Tensor, segments: Tensor, *targets: Tensor | None) -> None:
+    """``targets`` are out, mean and weights."""
+    sizes = rows.shape[0], coefficients.shape[1], rows.shape[1]
+    call("rotate", rows, TYPES[rows.dtype], *sizes, rows, coefficients, segments, len(segments), *targets)
 
 
 def _disjoint(segments: Tensor | None, size: int) -> Tensor:
@@ -132,5 +92,5 @@ def _disjoint(segments: Tensor | None, size: int) -> Tensor:
     return segments
 
 
-_rotate = define("rotate", _rotate_run, _rotate_fake)
-_rotate_ = define("rotate_", _rotate_in_place_run, _rotate_in_place_fake, ("rows", "mean"))
+_rotate = define("rotate", _rotate_fake, _rotate_fill)
+_rotate_ = define("rotate_", _rotate_in_place_fake, _rotate_in_place_fill, ("rows", "mean"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grokcurv.ops._arguments import FLOATS, Array, as_integer, as_tensor, check
+from grokcurv.ops._arguments import FLOATS, Array, check
 from grokcurv.ops._dispatch import TYPES, call, define
 
 
@@ -16,8 +16,7 @@ def sketch(x: Array, size: int, seed: int, *, start: int = 0) -> Tensor:
     2**20; seed, 0 to 2**63 - 1, is all that is stored of the projection. ``start``, 0 to 2**62 - 1, is the number of
     the first coordinate: the sketches of shards that begin where they do in the whole add up to its sketch.
     """
-    scalars = as_integer("size", size), as_integer("seed", seed), as_integer("start", start)
-    return _sketch(as_tensor("x", x), *scalars)
+    return _sketch(x, size, seed, start)
 
 
 def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
@@ -31,11 +30,8 @@ def _sketch_fake(x: Tensor, size: int, seed: int, start: int) -> Tensor:
     return x.new_empty((x.shape[0], size), dtype=torch.float64)
 
 
-def _sketch_run(x: Tensor, size: int, seed: int, start: int) -> Tensor:
-    out = _sketch_fake(x, size, seed, start)
-    n, p = x.shape
-    call("sketch", x, TYPES[x.dtype], n, p, size, seed, start, x, out)
-    return out
+def _sketch_fill(x: Tensor, size: int, seed: int, start: int, out: Tensor) -> None:
+    call("sketch", x, TYPES[x.dtype], *x.shape, size, seed, start, x, out)
 
 
-_sketch = define("sketch", _sketch_run, _sketch_fake)
+_sketch = define("sketch", _sketch_fake, _sketch_fill)
