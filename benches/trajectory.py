@@ -104,9 +104,8 @@ def draw(table: pd.DataFrame, file: Path) -> None:
     with style(LIGHT):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         errors, angles = figure.subplots(1, 2, sharex=True)
-        colours = dict(zip(SETTINGS, (LIGHT.ink, LIGHT.muted, LIGHT.blue, LIGHT.green, LIGHT.orange), strict=True))
-        for name, part in table.groupby("method", sort=False):
-            color = colours[name]
+        colours = LIGHT.ink, LIGHT.muted, LIGHT.blue, LIGHT.green, LIGHT.orange
+        for color, (name, part) in zip(colours, table.groupby("method", sort=False), strict=True):
             look = {"color": color, "marker": "o", "markersize": 4, "label": name}
             errors.plot(part["vectors"], part["pc1_error_points"].clip(lower=1e-7), **look)
             if name != "gram":
