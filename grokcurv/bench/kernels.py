@@ -168,16 +168,14 @@ def filter_(size: int) -> Case:
 
 def gram_row(n: int, size: int) -> Case:
     """One more row against those there are, as a streaming PCA adds it."""
-    title = f"Gram matrix, one row beside {n} of {size:,}"
-    return _gram("gram-row", title, n, size, 2 * n * size, lambda rows: (rows[-1:], rows))
+    return _gram("gram-row", f"one row beside {n}", n, size, 2 * n * size, lambda rows: (rows[-1:], rows))
 
 
 def gram_matrix(n: int, size: int) -> Case:
-    title = f"Gram matrix, {n} x {n} of {size:,}"
-    return _gram("gram-matrix", title, n, size, n * (n + 1) * size, lambda rows: (rows,))
+    return _gram("gram-matrix", f"{n} x {n}", n, size, n * (n + 1) * size, lambda rows: (rows,))
 
 
-def _gram(name: str, title: str, n: int, size: int, flops: int, of: Callable[[Tensor], tuple[Tensor, ...]]) -> Case:
+def _gram(name: str, what: str, n: int, size: int, flops: int, of: Callable[[Tensor], tuple[Tensor, ...]]) -> Case:
     def build(generator: Generator) -> Comparison:
         rows, origin = normal(generator, n, size), normal(generator, size)
         ours, plain = (partial(op, *of(rows), origin=origin) for op in (ops.gram, reference.gram))
@@ -185,7 +183,7 @@ def _gram(name: str, title: str, n: int, size: int, flops: int, of: Callable[[Te
         errors = {"inner products, relative error": lambda got: relative(got, truth)}
         return Comparison(pair(FLOAT64, ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=flops)
 
-    return Case(name, title, 24 * n * size, build)
+    return Case(name, f"Gram matrix, {what} of {size:,}", 24 * n * size, build)
 
 
 def eigh(n: int, k: int, batch: int = 8) -> Case:

@@ -185,9 +185,8 @@ def training(forward: Forward = MODULE) -> Case:
             run, checked = partial(loop.run, CHECK_EVERY), partial(fresh.run, COMPARED)
             return Implementation(name, run, checked, note=note, times=1 / CHECK_EVERY)
 
-        errors: dict[str, Callable[[Any], float]] = {
-            "defect, relative error of the worst": lambda got: worst(got.defects(), truth)
-        }
+        errors: dict[str, Callable[[Any], float]] = {}
+        errors["defect, relative error of the worst"] = lambda got: worst(got.defects(), truth)
         if forward is MODULE:  # another forward pass rounds otherwise
             theta = flatten(bare.model)
             errors["weights, distance from the plain loop's"] = lambda got: float((flatten(got.model) - theta).norm())
