@@ -18,7 +18,7 @@ import torch
 
 from grokcurv.bench.check import Result, check, peers
 from grokcurv.bench.plan import every_size
-from grokcurv.bench.table import in_markdown, table_rows
+from grokcurv.bench.result import in_markdown, table_rows
 from grokcurv.bench.timing import threads
 
 BUDGET = {"cpu": 10.0, "cuda": 2.0}

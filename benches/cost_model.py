@@ -15,20 +15,9 @@ import torch
 import tyro
 from study import Operators
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import grokcurv as gc
-from grokcurv.bench.measurements import MODULE, ROWS, SHORTER, batch, loss, network
-
-
-def counted(run: Callable[[], object]) -> tuple[int, float, float]:
-    """Launches, Gflop in matrix products and MB of one call, after one that was not counted."""
-    run()
-    with Operators() as operators:
-        run()
-    with FlopCounterMode(display=False) as flops:
-        run()
-    return operators.launches, flops.get_total_flops() / 1e9, operators.bytes / 1e6
+from grokcurv.bench.measurements import MODULE, ROWS, SHORTER, batch, flops, loss, network
 
 
 def fastest(run: Callable[[], object], rounds: int) -> float:
@@ -76,11 +65,13 @@ def main(rounds: Annotated[int, tyro.conf.arg(help="of each row; one shows that 
         "nine pairs": lambda: probe.measure([(now, following)] * 9),
     }
     for name, run in rows.items():
-        calls, flops, megabytes = counted(run)
-        predicted = calls * call + flops * flop + megabytes * byte
         measured = fastest(run, rounds)
+        with Operators() as seen:
+            run()
+        calls, gigaflops, megabytes = seen.launches, flops(run) / 1e9, seen.bytes / 1e6
+        predicted = calls * call + gigaflops * flop + megabytes * byte
         times = f"{1e3 * predicted:.0f} ms | {1e3 * measured:.0f} ms | {measured / predicted:.2f}"
-        print(f"| {name} | {calls:,} | {flops:.2f} | {megabytes:,.0f} | {times} |")
+        print(f"| {name} | {calls:,} | {gigaflops:.2f} | {megabytes:,.0f} | {times} |")
 
 
 if __name__ == "__main__":

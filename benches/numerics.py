@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -67,15 +66,6 @@ def cross_entropy64(model: nn.Module, batch: Batch) -> Tensor:
 LOSSES = {"float32 logits": cross_entropy, "float64 logits": cross_entropy64}
 
 
-def checkpoints(op: str, weight_decay: float, last: int) -> Iterator[tuple[int, nn.Module]]:
-    """The network at each checkpoint of the paper's recipe, which its random numbers are part of."""
-    steps = [step for step in CHECKPOINTS[weight_decay] if step <= last]
-    config = TrainConfig(op=op, weight_decay=weight_decay, steps=steps[-1], steps_after_grok=steps[-1], **RECIPE)
-    with TemporaryDirectory() as folder:
-        trained = train(config, out=folder)
-        yield from ((step, load_model(trained, step)) for step in steps)
-
-
 def draw(data: Dataset, numbers: np.random.RandomState) -> Batch:
     index = torch.from_numpy(numbers.randint(0, len(data.train_pairs), BATCH))
     return take((data.train_pairs, data.train_answers), index)
@@ -118,15 +108,21 @@ def assess(model: nn.Module, pairs: list[Pair], **point: object) -> pd.DataFrame
 
 
 def run(options: Options) -> pd.DataFrame:
+    """Of the network at each checkpoint of the paper's recipe, which its random numbers are part of."""
     frames = []
     for op, weight_decay in product(options.ops, CHECKPOINTS):
         data = split(op, 97, 0.5, random.Random(SEED))
-        for step, model in checkpoints(op, weight_decay, options.last):
-            numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
-            pairs = [(draw(data, numbers), draw(data, numbers)) for _ in range(options.pairs)]
-            frames.append(assess(model, pairs, op=op, weight_decay=weight_decay, step=step))
-            norm = frames[-1]["grad_norm"].median()
-            print(f"{op} weight decay {weight_decay:g} step {step}: |g| {norm:.2g}", flush=True)
+        steps = [step for step in CHECKPOINTS[weight_decay] if step <= options.last]
+        config = TrainConfig(op=op, weight_decay=weight_decay, steps=steps[-1], steps_after_grok=steps[-1], **RECIPE)
+        with TemporaryDirectory() as folder:
+            trained = train(config, out=folder)
+            for step in steps:
+                numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
+                pairs = [(draw(data, numbers), draw(data, numbers)) for _ in range(options.pairs)]
+                model = load_model(trained, step)
+                frames.append(assess(model, pairs, op=op, weight_decay=weight_decay, step=step))
+                norm = frames[-1]["grad_norm"].median()
+                print(f"{op} weight decay {weight_decay:g} step {step}: |g| {norm:.2g}", flush=True)
     return pd.concat(frames, ignore_index=True)
 
 

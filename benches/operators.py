@@ -5,23 +5,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 import tyro
 from study import Operators
 
+from grokcurv.bench.measurements import together
 from grokcurv.training import TrainConfig
-from grokcurv.training.program import Program
-from grokcurv.training.run import Training
 
 
 def steps(config: TrainConfig, runs: int) -> Iterator[int]:
     """Operators of a step that is not measured, of one that is, and of one that is with the float64 check."""
-    for every, checked in ((0, False), (1, False), (1, True)):
-        each = [dataclasses.replace(config, seed=seed, measure_every=every) for seed in range(runs)]
-        program = Program([Training(one) for one in each], "vmap" if runs > 1 else "loop")
+    for measured, checked in ((False, False), (True, False), (True, True)):
+        program = together(config, runs, measured, "vmap" if runs > 1 else "loop")
         program.observe(program.runs)  # with admission, and the first check
         program.update()
         for group in program.groups if checked else ():

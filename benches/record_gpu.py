@@ -21,10 +21,10 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +39,7 @@ GPU_TESTS = ROOT / "tests/test_gpu.py"
 RAN = re.compile(r"^GPU tests: \d+ ran on .*$", re.M)
 
 
-@dataclass
-class Done:
+class Done(NamedTuple):
     """A command that has run; ``code`` is None if it ran out of time."""
 
     output: str
@@ -51,16 +50,14 @@ class Done:
         return "out of time" if self.code is None else "FAILED" if self.code else "passed"
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """What came of a step: a state, in capitals if something is wrong, and the Markdown of its section."""
 
     state: str
     text: str
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """Something to do in so many seconds, of which those before leave it ``least``."""
 
     name: str
@@ -200,17 +197,14 @@ def facts() -> dict[str, str]:
 
 
 def main() -> int:
-    start = time.monotonic()
-    rows, sections = [], []
-    states: dict[str, str] = {}
-    for number, step in enumerate(STEPS):
-        begun = time.monotonic()
-        limit = ALL - (begun - start) - sum(later.least for later in STEPS[number + 1 :])
+    end, left = time.monotonic() + ALL, sum(step.least for step in STEPS)
+    states, rows, sections = {}, [], []
+    for step in STEPS:
+        begun, left = time.monotonic(), left - step.least
+        limit = end - begun - left
         print(f"{step.name}, {limit:.0f} s at most ...", flush=True)
-        if states.get("build", "passed") == "passed":
-            outcome = step.run(limit)
-        else:
-            outcome = Outcome("not run", "There is no build to run.")
+        built = states.get("build", "passed") == "passed"
+        outcome = step.run(limit) if built else Outcome("not run", "There is no build to run.")
         states[step.name] = outcome.state
         rows.append(f"| {step.name} | {outcome.state} | {time.monotonic() - begun:.0f} |")
         sections.append(f"\n## {step.name[0].upper()}{step.name[1:]}: {outcome.state}\n\n{outcome.text.strip()}")

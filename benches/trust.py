@@ -18,7 +18,7 @@ import copy
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, starmap
@@ -233,13 +233,10 @@ PROBLEMS = {
 @contextmanager
 def in_float64() -> Iterator[None]:
     """What a model makes without naming a dtype is float64; attention runs on the kernel that has two derivatives."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        yield
 
 
 def length(vector: Tensor) -> Tensor:
@@ -514,9 +511,8 @@ def run(options: Options) -> pd.DataFrame:
 
 def write(record: pd.DataFrame, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    compression: Any = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
     rounded = record.replace([np.inf, -np.inf], np.nan).astype({"reliable": int})
-    rounded.to_csv(path, index=False, float_format="%.6g", compression=compression)
+    rounded.to_csv(path, index=False, float_format="%.6g", compression={"method": "infer", "mtime": 1})
 
 
 def read(path: Path) -> pd.DataFrame:

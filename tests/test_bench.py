@@ -20,7 +20,7 @@ from grokcurv.bench import kernels, measurements, naive, pca, run_bench, timing
 from grokcurv.bench.check import Result, check, peers
 from grokcurv.bench.comparison import OURS, PEERS, Case, Comparison, Implementation, relative, worst
 from grokcurv.bench.plan import Plan, curve, every_size, make_plan
-from grokcurv.bench.table import clock, in_markdown, table_rows
+from grokcurv.bench.result import clock, in_markdown, table_rows
 from grokcurv.bench.timing import Times, interleaved
 from grokcurv.report.format import seconds
 from grokcurv.runs import RunError
@@ -150,12 +150,12 @@ def test_truth_of_the_pca(generator: torch.Generator) -> None:
     _, values, vectors = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     errors = pca.errors_against(x, 2)
     variances, components = values[:2] ** 2 / 14, torch.from_numpy(vectors)
-    exact = pca.answer(variances, components[:2])
+    exact = pca.Answer(variances, components[:2])
     assert errors["variances, error over the first"](exact) < 1e-12
     assert errors["components, degrees"](exact) < 1e-4
     turn = math.radians(3)
     turned = torch.stack([math.cos(turn) * components[0] + math.sin(turn) * components[5], components[1]])
-    off = pca.answer(variances + np.array([0, 0.1 * variances[0]]), turned)
+    off = pca.Answer(variances + np.array([0, 0.1 * variances[0]]), turned)
     assert errors["variances, error over the first"](off) == pytest.approx(0.1)
     assert errors["components, degrees"](off) == pytest.approx(3, rel=1e-6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -142,8 +142,7 @@ def check(case: Case, generator: torch.Generator, budget: float, problems: Mappi
 
 
 def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, str]) -> Outcome:
-    outcome = Outcome(one.name, one.note)
-    outcome.problem = next((problems[name] for name in one.needs if problems[name]), "")
+    outcome = Outcome(one.name, one.note, problem=next(filter(None, map(problems.__getitem__, one.needs)), ""))
     if not outcome.problem:
         try:
             got = (one.result or one.run)()
@@ -155,39 +154,34 @@ def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, 
 
 def _time(comparison: Comparison, outcomes: list[Outcome], budget: float, device: torch.device) -> Floor | None:
     """Fill in times and ratios; the floor, if one is known."""
-    pairs = zip(comparison.implementations, outcomes, strict=True)
-    fit = [(one, outcome) for one, outcome in pairs if not outcome.problem]
-    yardsticks = _yardsticks(comparison, device)
-    runs = [one.run for one, _ in fit] + [call for call, _ in yardsticks.values()]
-    times = interleaved(runs, budget, device)
-    ours = times[0].scaled(fit[0][0].times)
-    for (one, outcome), samples in zip(fit, times, strict=False):
-        outcome.times = samples.scaled(one.times)
-        outcome.ratio = outcome.times.over(ours)
+    fit = [pair for pair in zip(comparison.implementations, outcomes, strict=True) if not pair[1].problem]
+    yardsticks = list(_yardsticks(comparison.work, device))
+    timed = [*(one for one, _ in fit), *yardsticks]
+    calls = interleaved([one.run for one in timed], budget, device)
+    ours, *_ = times = [call.scaled(one.times) for one, call in zip(timed, calls, strict=True)]
+    for (_, outcome), seconds in zip(fit, times, strict=False):
+        outcome.times, outcome.ratio = seconds, seconds.over(ours)
     if not yardsticks:
         return None
     # The seconds of what must be done, by kind and round.
-    work = comparison.work
-    measured = zip(yardsticks.items(), times[len(fit) :], strict=True)
-    parts = {name: samples.scaled(work[name] / done) for (name, (_, done)), samples in measured}
-    floor = Times(tuple(map(max, zip(*(part.samples for part in parts.values()), strict=True))), 1)
-    rates = {name: work[name] / part.median for name, part in parts.items()}
-    return Floor(work, rates, floor.median, ours.over(floor))
+    parts = times[len(fit) :]
+    floor = Times(tuple(map(max, zip(*(part.samples for part in parts), strict=True))), 1)
+    rates = {one.name: comparison.work[one.name] / part.median for one, part in zip(yardsticks, parts, strict=True)}
+    return Floor(comparison.work, rates, floor.median, ours.over(floor))
 
 
-def _yardsticks(comparison: Comparison, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
-    """By kind of work, a call that measures its rate, and how much of it that does."""
-    calls: dict[str, tuple[Callable[[], object], int]] = {}
+def _yardsticks(work: Mapping[str, int], device: torch.device) -> Iterator[Implementation]:
+    """For each kind of work there is, what does some of it."""
     gpu, side = device.type == "cuda", SQUARE[device.type]
-    if comparison.moved:
+    if work["bytes"]:
         # torch.dot reads two vectors of whole cache lines: beside one that begins within a line it takes ten times as
         # long.
-        most = LARGEST_READ if gpu else min(comparison.moved, LARGEST_READ)
+        most = LARGEST_READ if gpu else min(work["bytes"], LARGEST_READ)
         read = max(1, most // (2 * CACHE_LINE)) * 2 * CACHE_LINE
         x, y = torch.ones(read // 4, device=device).chunk(2)
-        calls["bytes"] = partial(y.copy_, x) if gpu else partial(torch.dot, x, y), read
+        call = partial(y.copy_, x) if gpu else partial(torch.dot, x, y)
+        yield Implementation("bytes", call, times=work["bytes"] / read)
     for name, dtype in (("flops_float32", torch.float32), ("flops_float64", torch.float64)):
-        if comparison.work[name]:
+        if work[name]:
             a, out = torch.ones(2, side, side, dtype=dtype, device=device)
-            calls[name] = partial(torch.mm, a, a, out=out), 2 * side**3
-    return calls
+            yield Implementation(name, partial(torch.mm, a, a, out=out), times=work[name] / (2 * side**3))

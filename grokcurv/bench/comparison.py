@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 OURS = "grokcurv"
 
@@ -84,17 +85,12 @@ class Case:
     build: Callable[[torch.Generator], Comparison]
 
 
-def relative(got: Tensor | Iterable[Tensor], truth: Tensor | Iterable[Tensor]) -> float:
-    """``|got - truth| / |truth|`` in float64, over all tensors together."""
-    x, y = (_vector(values) for values in (got, truth))
+def relative(got: Any, truth: Any) -> float:
+    """``|got - truth| / |truth|`` in float64, over all tensors of a result together."""
+    x, y = (torch.cat([part.double().flatten() for part in tree_leaves(result)]) for result in (got, truth))
     return float((x - y).norm() / y.norm())
 
 
 def worst(got: Tensor, truth: Tensor) -> float:
     """Largest relative difference of single numbers, on the device of the truth, which is float64."""
     return float(((got.to(truth) - truth) / truth).abs().max())
-
-
-def _vector(values: Tensor | Iterable[Tensor]) -> Tensor:
-    parts = [values] if isinstance(values, Tensor) else list(values)
-    return torch.cat([part.to(torch.float64).flatten() for part in parts])

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from grokcurv.bench.check import Result, available_memory, check, peers
+from grokcurv.bench.check import GIB, Result, available_memory, check, peers
 from grokcurv.bench.comparison import PEERS
 from grokcurv.bench.plan import Plan, make_plan
-from grokcurv.bench.result import Bench
-from grokcurv.bench.table import in_markdown
+from grokcurv.bench.result import Bench, in_markdown
 from grokcurv.bench.timing import threads as limited
 from grokcurv.runs import describe_environment
 from grokcurv.storage import RunError, write_atomically
@@ -66,13 +65,8 @@ def run_bench(
         raise RunError(f"cannot write into {path}: {error.strerror}") from error
 
     began, problems = time.monotonic(), peers()
-    environment = {
-        **describe_environment(),
-        "threads": threads,
-        "memory_free_gib": round(available_memory() / 2**30, 1),
-        "quick": quick,
-        "seed": seed,
-    }
+    free = round(available_memory() / GIB, 1)
+    settings = {"threads": threads, "memory_free_gib": free, "quick": quick, "seed": seed}
     in_table = {case.title for case in plan.table}
     wanted = {title: case for title, case in planned.items() if cases is None or case.name in cases}
     found: dict[str, Result] = {}
@@ -88,7 +82,7 @@ def run_bench(
     from grokcurv.report.page import write_page
 
     taking_part = {package: problems[name] or metadata.version(package) for name, package in PEERS.items()}
-    bench = Bench(path, environment, plan, found, taking_part, round(time.monotonic() - began, 1))
+    bench = Bench(path, describe_environment() | settings, plan, found, taking_part, round(time.monotonic() - began, 1))
     write_atomically(path / "bench.json", bench.as_json().encode())
     write_atomically(path / "table.md", in_markdown(bench.rows).encode())
     write_page(path, "bench.html", bench, list(drawings(bench.curves, found)))

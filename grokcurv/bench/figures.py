@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import LogLocator
 
 from grokcurv.bench.check import Result
 from grokcurv.bench.comparison import OURS
 from grokcurv.bench.plan import AXES, Curve
-from grokcurv.bench.table import clock
+from grokcurv.bench.result import clock
 from grokcurv.bench.timing import Times
 from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
 from grokcurv.report.format import compact, seconds
@@ -61,11 +61,10 @@ def costs(panels: Sequence[tuple[Curve, Timed]], found: Mapping[str, Result], th
         log_scale(axes, both=True)
         colours = iter((theme.orange, theme.green, theme.purple, theme.muted, theme.ink))
         for name, known in by_name.items():
-            ours = name == OURS
-            colour = theme.blue if ours else next(colours)
-            medians = [times.median for times in known.values()]
+            colour, order = (theme.blue, 3) if name == OURS else (next(colours), 2)
             lows, highs = zip(*(times.spread for times in known.values()), strict=True)
-            axes.plot([*known], medians, color=colour, marker="o", markersize=3.5, label=name, zorder=3 if ours else 2)
+            medians = [times.median for times in known.values()]
+            axes.plot([*known], medians, color=colour, marker="o", markersize=3.5, label=name, zorder=order)
             axes.fill_between([*known], lows, highs, color=colour, alpha=0.2, linewidth=0)
         floors = {size: floor.seconds for size, case in curve.points if (floor := found[case.title].floor)}
         if floors:
@@ -75,9 +74,8 @@ def costs(panels: Sequence[tuple[Curve, Timed]], found: Mapping[str, Result], th
         axes.set_ylim(low, high * (high / low) ** (0.06 * rows))
         axes.legend(loc="upper left", frameon=False, fontsize=7.5, labelspacing=0.25, borderaxespad=0.2)
         axes.set_title(curve.title, loc="left", fontsize=9)
-        axes.set_xlabel(AXES[curve.axis])
-        axes.set_xticks([size for size, _ in curve.points])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: compact(size)))
+        axes.set(xlabel=AXES[curve.axis], xticks=[size for size, _ in curve.points])
+        axes.xaxis.set_major_formatter(lambda size, _: compact(size))
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value).replace(".00", "")))
+        axes.yaxis.set_major_formatter(lambda value, _: seconds(value).replace(".00", ""))
     return figure

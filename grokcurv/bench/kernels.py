@@ -38,6 +38,11 @@ def pair(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], note: st
     return Implementation(OURS, ours), Implementation(name, theirs, note=note)
 
 
+def in_place(name: str, op: Callable[[Tensor], Tensor], x: Tensor) -> Implementation:
+    """Of an op that writes over its argument: timed on one copy again and again, checked on a fresh one."""
+    return Implementation(name, partial(op, x.clone()), lambda: op(x.clone()))
+
+
 def perturb(size: int, runs: int = 1) -> Case:
     """``theta - eta d``; of several runs, each has its own of both."""
 
@@ -60,20 +65,11 @@ def defect(size: int) -> Case:
     def build(generator: Generator) -> Comparison:
         theta, vectors = gradients(generator, size)
         g_a, g_b, a2, b2 = (x[0] for x in vectors)
-        eta, truth = step(generator), defect64(g_a, g_b, a2, b2)
-
-        ours = partial(ops.commutator, *vectors, eta)
-
-        def found() -> Tensor:
-            aa, bb, _, dd, _, _ = ours().sums[0]
-            value: Tensor = (dd / (aa * bb)).sqrt() / ETA**2
-            return value
-
-        def plain() -> Tensor:
-            return naive.defect(theta, g_a, g_b, a2, b2, ETA)[0]
-
+        truth, ours = defect64(g_a, g_b, a2, b2), partial(ops.commutator, *vectors, step(generator))
+        direct = partial(naive.defect, theta, g_a, g_b, a2, b2, ETA)
+        plain = Implementation(f"{PLAIN}, the float32 formula", direct, lambda: direct()[0])
+        both = Implementation(OURS, ours, lambda: defect_of(ours().sums)), plain
         errors = {"defect, relative error": lambda got: abs(float(got) / truth - 1)}
-        both = Implementation(OURS, ours, found), Implementation(f"{PLAIN}, the float32 formula", plain)
         return Comparison(both, errors, tolerance=1e-5, moved=4 * theta.nbytes, flops64=16 * size)
 
     return Case("defect", f"defect arithmetic, P = {size:,}", 44 * size, build)
@@ -152,7 +148,7 @@ def filter_(size: int) -> Case:
         g = normal(generator, 1, size)
         values, rows, dense = block_basis(generator, size)
         wide = dense.double()
-        fresh, truth = g.clone(), reference.subspace_filter(g.double(), values=values, rows=rows, strength=strength)
+        truth = reference.subspace_filter(g.double(), values=values, rows=rows, strength=strength)
 
         def plain(g: Tensor) -> Tensor:
             x = g[0].double()
@@ -164,10 +160,7 @@ def filter_(size: int) -> Case:
 
         errors = {"vector, relative error": lambda got: relative(got, truth)}
         moved, flops = 3 * g.nbytes + 2 * values.nbytes, 3 * size + 4 * values.numel()
-        both = (
-            Implementation(OURS, partial(ours, g), lambda: ours(fresh.clone())),
-            Implementation(DENSE, partial(plain, g), lambda: plain(fresh.clone())),
-        )
+        both = in_place(OURS, ours, g), in_place(DENSE, plain, g)
         return Comparison(both, errors, tolerance=1e-6, moved=moved, flops64=flops)
 
     return Case("filter", f"filtered gradient, P = {size:,}", 200 * size, build)
@@ -175,16 +168,14 @@ def filter_(size: int) -> Case:
 
 def gram_row(n: int, size: int) -> Case:
     """One more row against those there are, as a streaming PCA adds it."""
-    title = f"Gram matrix, one row beside {n} of {size:,}"
-    return _gram("gram-row", title, n, size, 2 * n * size, lambda rows: (rows[-1:], rows))
+    return _gram("gram-row", f"one row beside {n}", n, size, 2 * n * size, lambda rows: (rows[-1:], rows))
 
 
 def gram_matrix(n: int, size: int) -> Case:
-    title = f"Gram matrix, {n} x {n} of {size:,}"
-    return _gram("gram-matrix", title, n, size, n * (n + 1) * size, lambda rows: (rows,))
+    return _gram("gram-matrix", f"{n} x {n}", n, size, n * (n + 1) * size, lambda rows: (rows,))
 
 
-def _gram(name: str, title: str, n: int, size: int, flops: int, of: Callable[[Tensor], tuple[Tensor, ...]]) -> Case:
+def _gram(name: str, what: str, n: int, size: int, flops: int, of: Callable[[Tensor], tuple[Tensor, ...]]) -> Case:
     def build(generator: Generator) -> Comparison:
         rows, origin = normal(generator, n, size), normal(generator, size)
         ours, plain = (partial(op, *of(rows), origin=origin) for op in (ops.gram, reference.gram))
@@ -192,7 +183,7 @@ def _gram(name: str, title: str, n: int, size: int, flops: int, of: Callable[[Te
         errors = {"inner products, relative error": lambda got: relative(got, truth)}
         return Comparison(pair(FLOAT64, ours, plain), errors, tolerance=1e-12, moved=rows.nbytes, flops64=flops)
 
-    return Case(name, title, 24 * n * size, build)
+    return Case(name, f"Gram matrix, {what} of {size:,}", 24 * n * size, build)
 
 
 def eigh(n: int, k: int, batch: int = 8) -> Case:
@@ -218,15 +209,18 @@ def eigh_prefixes(n: int) -> Case:
 
 
 def _eigenpairs(batches: list[Tensor], k: int) -> Comparison:
-    def error(got: Any) -> float:
-        return max(residual(a, *pairs) for a, pairs in zip(batches, got, strict=True))
+    def ours() -> list[tuple[Tensor, Tensor]]:
+        return [ops.eigh(a, k) for a in batches]
+
+    def residual(got: Any) -> float:
+        """``|A V - V L| / |A|``, the largest."""
+        known = [(a, a @ v - v * values[:, None]) for a, (values, v) in zip(batches, got, strict=True)]
+        return max(float((off.norm(dim=(1, 2)) / a.norm(dim=(1, 2))).max()) for a, off in known)
 
     note = "all pairs" if k < batches[-1].shape[1] else ""
-    both = pair(
-        "torch.linalg.eigh", lambda: [ops.eigh(a, k) for a in batches], lambda: [*map(torch.linalg.eigh, batches)], note
-    )
-    moved = sum(a.nbytes for a in batches)
-    return Comparison(both, {"residual, relative, worst": error}, tolerance=1e-9, moved=moved)
+    both = pair("torch.linalg.eigh", ours, lambda: [*map(torch.linalg.eigh, batches)], note)
+    errors, moved = {"residual, relative, worst": residual}, sum(a.nbytes for a in batches)
+    return Comparison(both, errors, tolerance=1e-9, moved=moved)
 
 
 def rotate(m: int, q: int, size: int) -> Case:
@@ -235,16 +229,14 @@ def rotate(m: int, q: int, size: int) -> Case:
     def build(generator: Generator) -> Comparison:
         rows, square = normal(generator, m, size), normal(generator, m, m).double()
         coefficients = torch.linalg.qr(square).Q[None, :q].contiguous()
-        work, wide = rows.clone(), rows.double()
+        wide = rows.double()
         truth, out = coefficients[0] @ wide, wide.new_empty(q, size)
 
         def ours(rows: Tensor) -> Tensor:
             return ops.rotate_(rows, coefficients)[:q]
 
-        both = (
-            Implementation(OURS, lambda: ours(work), lambda: ours(rows.clone())),
-            Implementation(FLOAT64, partial(torch.matmul, coefficients[0], wide, out=out), note=REWRITTEN),
-        )
+        plain = Implementation(FLOAT64, partial(torch.matmul, coefficients[0], wide, out=out), note=REWRITTEN)
+        both = in_place(OURS, ours, rows), plain
         errors = {"rows, relative error": lambda got: relative(got, truth)}
         moved, flops = (m + q) * size * rows.element_size(), 2 * m * q * size
         return Comparison(both, errors, tolerance=1e-6, moved=moved, flops64=flops)
@@ -300,8 +292,9 @@ def draw(runs: int, rows: int, n: int = 4704) -> Case:
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-def step(generator: Generator) -> Tensor:
-    return torch.tensor([ETA], dtype=torch.float64, device=generator.device)
+def step(on: Generator | Tensor) -> Tensor:
+    """Eta, on the device of that."""
+    return torch.tensor([ETA], dtype=torch.float64, device=on.device)
 
 
 def normal(generator: Generator, *shape: int) -> Tensor:
@@ -327,20 +320,13 @@ def block_basis(generator: Generator, size: int, count: int = 16) -> tuple[Tenso
 # ---------------------------------------------------------------------------------------------------------------- truth
 
 
-def chunked(term: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
-    """The sum over chunks of the last dimension of a function of float64 vectors, never all of them at once."""
-    parts = zip(*(v.split(CHUNK, -1) for v in vectors), strict=True)
-    return torch.stack([term(*(part.double() for part in each)) for each in parts]).sum(0)
+def defect64(*gradients: Tensor) -> float:
+    """D in float64, from the four as they are stored, never all of them widened at once."""
+    chunks = zip(*(gradient[None].split(CHUNK, 1) for gradient in gradients), strict=True)
+    return defect_of(torch.cat([reference.commutator(a, b, a2, b2, step(a)).sums for a, b, a2, b2 in chunks]))
 
 
-def defect64(g_a: Tensor, g_b: Tensor, a2: Tensor, b2: Tensor) -> float:
-    """D in float64, from gradients as they are stored."""
-    delta2 = chunked(lambda a, b, a2, b2: ((a2 - a) - (b2 - b)).square().sum(), g_a, g_b, a2, b2)
-    area2 = chunked(lambda a: a.square().sum(), g_a) * chunked(lambda b: b.square().sum(), g_b)
-    return float((delta2 / area2).sqrt() / ETA)
-
-
-def residual(a: Tensor, values: Tensor, vectors: Tensor) -> float:
-    """``|A V - V L| / |A|`` of eigenpairs, the worst of all matrices."""
-    off = (a @ vectors - vectors * values[:, None]).norm(dim=(1, 2)) / a.norm(dim=(1, 2))
-    return float(off.max())
+def defect_of(sums: Tensor) -> float:
+    """D from the sums of :func:`grokcurv.reference.commutator` over parts of the coordinates, a row each."""
+    aa, bb, _, dd, *_ = sums.sum(0).tolist()
+    return math.sqrt(dd / (aa * bb)) / ETA**2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from grokcurv.admission import Finding
 from grokcurv.bench import naive
 from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, relative, worst
 from grokcurv.commutator import CommutatorProbe
@@ -60,9 +59,8 @@ def pair() -> Case:
     """One pair of batches."""
 
     def build(generator: Generator) -> Comparison:
-        model, batches, _ = demo(generator, 1)
-        loss_fn, truth = loss(MODULE), defects64(model, batches)
-
+        model, batches, basis = demo(generator, 1)
+        loss_fn, (truth, _) = loss(MODULE), measured64(model, batches, basis)
         bare, checked = (CommutatorProbe(model, loss_fn, noise_floor=wanted) for wanted in (False, True))
         implementations = (
             Implementation(OURS, lambda: bare.measure(batches).defect),
@@ -83,17 +81,18 @@ def admission() -> Case:
         model, (pair,), _ = demo(generator, 1)
         one, gradient = pair[0], gradient_flops(model, pair[0])
 
-        def admit(brackets: bool) -> tuple[Finding, ...]:
+        def admit(brackets: bool) -> int:
+            """The checks that failed."""
             engine = CommutatorProbe(model, loss(MODULE)).gradients
             engine.admit(one, brackets=brackets)
-            return engine.admission
+            return sum(not finding.passed for finding in engine.admission)
 
         implementations = (
             Implementation(OURS, lambda: admit(True)),
             Implementation(f"{OURS}, without second derivatives", lambda: admit(False), note="does less"),
             _bare(model, [one], times=ADMITTED),
         )
-        errors = {"checks that failed": lambda found: sum(not f.passed for f in found)}
+        errors = {"checks that failed": float}
         # A gradient told where to stop and one not, and a product.
         work = 2 * gradient + flops(lambda: bracket_by_autograd(model, pair)) // 2
         return Comparison(implementations, errors, tolerance=0.0, flops=work, flops64=2 * gradient)
@@ -107,8 +106,7 @@ def whole(pairs: int, forward: Forward = MODULE) -> Case:
     def build(generator: Generator) -> Comparison:
         model, batches, basis = demo(generator, pairs)
         probe = CommutatorProbe(model, loss(forward), basis=basis)
-        dense = basis.to_dense().T.contiguous()
-        truth = defects64(model, batches, dense.double())
+        dense, truth = basis.to_dense().T.contiguous(), measured64(model, batches, basis)
 
         def ours() -> tuple[Tensor, ...]:
             stats = probe.measure(batches)
@@ -166,13 +164,11 @@ def bracket(pairs: int) -> Case:
         def theirs() -> list[Tensor]:
             return [curvlinops_bracket(model, pair) for pair in batches]
 
-        def error(got: Tensor | list[Tensor]) -> float:
-            return max(map(relative, got, truth))
-
         both = Implementation(OURS, ours), Implementation("curvlinops", theirs, needs=("curvlinops",))
+        errors = {"vector, relative error of the worst": lambda got: max(map(relative, got, truth))}
         work = pairs * flops(lambda: bracket_by_autograd(model, batches[0]))
         # The tolerance is five times the worst in docs/numerics.md.
-        return Comparison(both, {"vector, relative error of the worst": error}, tolerance=1e-4, flops=work)
+        return Comparison(both, errors, tolerance=1e-4, flops=work)
 
     return _case("bracket", f"exact bracket, {_pairs(pairs)}", build)
 
@@ -190,11 +186,8 @@ def training(forward: Forward = MODULE) -> Case:
             run, checked = partial(loop.run, CHECK_EVERY), partial(fresh.run, COMPARED)
             return Implementation(name, run, checked, note=note, times=1 / CHECK_EVERY)
 
-        def error(got: Loop) -> float:
-            defects = got.defects()
-            return worst(defects, truth) if len(defects) else math.nan
-
-        errors: dict[str, Callable[[Any], float]] = {"defect, relative error of the worst": error}
+        errors: dict[str, Callable[[Any], float]] = {}
+        errors["defect, relative error of the worst"] = lambda got: worst(got.defects(), truth)
         if forward is MODULE:  # another forward pass rounds otherwise
             theta = flatten(bare.model)
             errors["weights, distance from the plain loop's"] = lambda got: float((flatten(got.model) - theta).norm())
@@ -215,28 +208,23 @@ def program(runs: int, measured: bool) -> Case:
 
     def build(generator: Generator) -> Comparison:
         seed = seed_from(generator)
-        base = TrainConfig(device=str(generator.device), batch_size=ROWS, successive=True, pairs=1, pca_every=0)
+        device = str(generator.device)
+        base = TrainConfig(seed=seed, device=device, batch_size=ROWS, successive=True, pairs=1, pca_every=0)
 
-        def stepper(count: int, measured: bool, strategy: Strategy) -> tuple[Callable[[], object], Callable[[], float]]:
-            """What takes a step of so many runs, and the loss of the first of them afterwards."""
-            configs = [replace(base, seed=seed + i, measure_every=int(measured)) for i in range(count)]
-            together = Program([Training(config) for config in configs], strategy)
-            first = together.runs[0]
+        def loss(stepped: Program) -> float:
+            """Of the first run, after one more step of all."""
+            stepped.update()
+            first = stepped.runs[0]
+            return float(first.task.evaluate(first.model, first.data)[0])
 
-            def loss() -> float:
-                together.update()
-                return float(first.task.evaluate(first.model, first.data)[0])
-
-            return together.update, loss
-
-        (_, truth), alone, ours = stepper(1, True, "loop"), stepper(1, False, "loop"), stepper(runs, measured, "auto")
-        wanted, first = truth(), batch(generator)
+        truth = loss(together(base, 1, True, "loop"))
+        ours, alone = together(base, runs, measured, "auto"), together(base, 1, False, "loop")
         both = (
-            Implementation(OURS, *ours, times=1 / runs),
-            Implementation("one run alone", *alone, note="measures nothing"),
+            Implementation(OURS, ours.update, lambda: loss(ours), times=1 / runs),
+            Implementation("one run alone", alone.update, lambda: loss(alone), note="measures nothing"),
         )
-        errors = {"loss after a step, relative error": lambda got: abs(got / wanted - 1)}
-        work = (4 if measured else 1) * gradient_flops(network(seed, generator.device), first)
+        errors = {"loss after a step, relative error": lambda got: abs(got / truth - 1)}
+        work = (4 if measured else 1) * gradient_flops(network(seed, generator.device), batch(generator))
         # Adam's first step is the sign of a gradient, also of one that rounding decides.
         return Comparison(both, errors, tolerance=1e-3, flops=work)
 
@@ -244,34 +232,32 @@ def program(runs: int, measured: bool) -> Case:
     return Case("program", f"step of a run, {runs} as one program, {doing}", MEMORY * (1 + runs // 16), build)
 
 
+def together(config: TrainConfig, runs: int, measured: bool, strategy: Strategy) -> Program:
+    """One program of runs with consecutive seeds, measured at every step or not at all."""
+    configs = [replace(config, seed=config.seed + i, measure_every=int(measured)) for i in range(runs)]
+    return Program([Training(config) for config in configs], strategy)
+
+
+@dataclass
 class Loop:
-    """A training loop of the demo's network, its own from the seed on.
+    """A training loop of the demo's network, its own from the seed on."""
 
-    Args:
-        seed: of the network and of its batches.
-        device: on which it trains.
-        forward: the forward pass.
-        monitored: whether a monitor measures the defect at every step.
-        naive_on: what makes, of the model at a step, that on which the defect is measured the naive way; it is not if
-            None.
-    """
+    seed: int
+    """Of the network and of its batches."""
+    device: torch.device
+    forward: Forward = MODULE
+    monitored: bool = False
+    """Whether a monitor measures the defect at every step."""
+    naive_on: Callable[[nn.Module], nn.Module] | None = None
+    """What makes, of the model at a step, that on which the defect is measured the naive way; it is not if None."""
 
-    def __init__(
-        self,
-        seed: int,
-        device: torch.device,
-        *,
-        forward: Forward = MODULE,
-        monitored: bool = False,
-        naive_on: Callable[[nn.Module], nn.Module] | None = None,
-    ) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.model = network(seed, device)
-        self.loss = loss(forward)
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.model, self.loss = network(self.seed, self.device), loss(self.forward)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1.0)
         # What stands in .grad is the gradient of this very loss.
-        self.monitor = CurvatureMonitor(self.model, self.loss, gradient="trusted") if monitored else None
-        self.naive_on, self.naive_defects = naive_on, list[float]()
+        self.monitor = CurvatureMonitor(self.model, self.loss, gradient="trusted") if self.monitored else None
+        self.naive_defects: list[float] = []
         self.following = batch(self.generator)
 
     def run(self, steps: int) -> Loop:
@@ -289,9 +275,9 @@ class Loop:
         return self
 
     def defects(self) -> Tensor:
-        """Of the steps so far, float64, however they were measured; empty if they were not."""
+        """Of the steps so far, float64, however they were measured; a NaN if they were not."""
         measured = self.naive_defects if self.monitor is None else self.monitor.records()["defect_median"].tolist()
-        return torch.tensor(measured, dtype=torch.float64)
+        return torch.tensor(measured or [math.nan], dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -319,17 +305,14 @@ def batch(generator: Generator) -> tuple[Tensor, Tensor]:
 
 def demo(generator: Generator, pairs: int) -> tuple[Transformer, list[tuple[Any, Any]], Subspace]:
     """The demo's network after eight steps, pairs of batches, and the execution basis of its way there."""
-    model = network(seed_from(generator), generator.device)
-    pca = StreamingPCA(n_components=2, segments=attention_segments(model))
-    optimizer, loss_fn = torch.optim.AdamW(model.parameters(), lr=1e-3), loss(MODULE)
+    loop = Loop(seed_from(generator), generator.device)
+    pca = StreamingPCA(n_components=2, segments=attention_segments(loop.model))
     for _ in range(8):
-        pca.partial_fit(flatten(model))
-        optimizer.zero_grad()
-        loss_fn(model, batch(generator)).backward()
-        optimizer.step()
-    optimizer.zero_grad()
+        pca.partial_fit(flatten(loop.model))
+        loop.run(1)
+    loop.optimizer.zero_grad()
     drawn = [(batch(generator), batch(generator)) for _ in range(pairs)]
-    return model, drawn, Subspace.from_pca(pca, size=flatten(model).numel())
+    return loop.model, drawn, Subspace.from_pca(pca, size=flatten(loop.model).numel())
 
 
 def _case(name: str, title: str, build: Callable[[Generator], Comparison], forward: Forward = MODULE) -> Case:
@@ -375,25 +358,20 @@ def in_float64(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 
 
-def defects64(model: nn.Module, pairs: list[tuple[Any, Any]], basis: Tensor | None = None) -> Tensor:
-    """Defects of the model in float64, (N,); with a basis (P, K) also the shares of delta inside, (2, N)."""
-    exact, rows = in_float64(model), []
-    for pair in pairs:
-        value, delta = naive.commutator(exact, loss(MODULE), pair, ETA)
-        rows.append(value if basis is None else torch.stack([value, (basis.T @ delta).norm() / delta.norm()]))
-    return torch.stack(rows, dim=-1)
+def measured64(model: nn.Module, pairs: list[tuple[Any, Any]], basis: Subspace) -> Tensor:
+    """Defects of the model in float64, and the shares of delta inside the basis, (2, N)."""
+    exact, dense = in_float64(model), basis.to_dense().T.double()
+    known = [naive.commutator(exact, loss(MODULE), pair, ETA) for pair in pairs]
+    return torch.stack([torch.stack([value, naive.share(delta, dense)]) for value, delta in known], dim=-1)
 
 
 def bracket_by_autograd(model: nn.Module, pair: tuple[Any, Any]) -> Tensor:
-    """``H_B g_A - H_A g_B``, (P,), each product by differentiating the graph of a gradient once more."""
+    """``H_B g_A - H_A g_B``, (P,): the derivative of ``g_B . v - g_A . w``, v and w being g_A and g_B held fixed."""
     parameters = list(model.parameters())
     with sdpa_kernel(SDPBackend.MATH):
         graphs = [torch.autograd.grad(loss(MODULE)(model, one), parameters, create_graph=True) for one in pair]
-        products = [
-            torch.autograd.grad(graph, parameters, [g.detach() for g in other])
-            for graph, other in zip(graphs, reversed(graphs), strict=True)
-        ]
-    return parameters_to_vector(products[1]) - parameters_to_vector(products[0])
+        g_a, g_b = map(parameters_to_vector, graphs)
+        return parameters_to_vector(torch.autograd.grad(g_b @ g_a.detach() - g_a @ g_b.detach(), parameters))
 
 
 def flops(run: Callable[[], object]) -> int:

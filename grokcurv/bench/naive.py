@@ -52,10 +52,12 @@ def measure(
     rows = []
     for pair in pairs:
         value, delta = commutator(model, loss_fn, pair, eta)
-        inside = (basis.T @ delta).norm() / delta.norm()
-        random = []
-        for _ in range(RANDOM_SUBSPACES):
-            q = torch.linalg.qr(torch.randn_like(basis)).Q
-            random.append((q.T @ delta).norm() / delta.norm())
-        rows.append((value.item(), inside.item(), torch.stack(random).mean().item()))
+        random = [share(delta, torch.linalg.qr(torch.randn_like(basis)).Q) for _ in range(RANDOM_SUBSPACES)]
+        rows.append((value.item(), share(delta, basis).item(), torch.stack(random).mean().item()))
     return rows
+
+
+def share(delta: Tensor, basis: Tensor) -> Tensor:
+    """The length of delta inside the span of orthonormal columns (P, K), over its own."""
+    ratio: Tensor = (basis.T @ delta).norm() / delta.norm()
+    return ratio

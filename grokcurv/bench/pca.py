@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,10 @@ SAMPLES = 10
 
 
 class Answer(NamedTuple):
-    """Leading variances (k,), descending, and components (k, P)."""
+    """Leading variances (k,), descending, and components (k, P), as tensors or as NumPy's arrays."""
 
-    variances: Tensor
-    components: Tensor
+    variances: Any
+    components: Any
 
 
 def whole(n: int, size: int, k: int = 2) -> Case:
@@ -37,19 +38,15 @@ def whole(n: int, size: int, k: int = 2) -> Case:
 
         def numpy() -> Answer:
             values, vectors = svd(rows)
-            return answer(values[:k] ** 2 / (n - 1), vectors[:k])
+            return Answer(values[:k] ** 2 / (n - 1), vectors[:k])
 
         def sklearn() -> Answer:
-            from sklearn.decomposition import PCA
-
-            return fitted(PCA(k).fit(rows))
+            return fitted(resolve_name("sklearn.decomposition:PCA")(k).fit(rows))
 
         def torchdr() -> Answer:
-            from torchdr import PCA
-
-            pca = PCA(k, device="cpu")
+            pca = resolve_name("torchdr:PCA")(k, device="cpu")
             scores = pca.fit_transform(x)
-            return answer(scores.square().sum(0) / (n - 1), pca.components_)
+            return Answer(scores.square().sum(0) / (n - 1), pca.components_)
 
         implementations = (
             Implementation(OURS, ours),
@@ -76,13 +73,13 @@ def history(n: int, size: int) -> Case:
         def ours() -> Tensor:
             return StreamingPCA(n_components=2, method="gram").partial_fit(x).pc1_history_
 
-        def share(variances: Tensor) -> Tensor:
-            return variances[0] / variances.sum()
+        def shares(spectra: Iterable[Any]) -> Tensor:
+            return torch.stack([variances[0] / variances.sum() for variances in map(torch.as_tensor, spectra)])
 
         def numpy() -> Tensor:
-            return torch.stack([share(torch.from_numpy(svd(part.numpy())[0]).double().square()) for part in parts])
+            return shares(svd(part.numpy())[0].astype(float) ** 2 for part in parts)
 
-        truth = torch.stack([share(spectrum(part)[0]) for part in parts])
+        truth = shares(spectrum(part)[0] for part in parts)
         note, scale = f"{SAMPLES} timed, scaled to all", (n - 1) / SAMPLES
         both = (
             Implementation(OURS, ours, lambda: ours()[[m - 1 for m in prefixes]]),
@@ -112,14 +109,10 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
             return streamed(StreamingPCA(n_components=k, method="incremental"), x)
 
         def sklearn() -> Answer:
-            from sklearn.decomposition import IncrementalPCA
-
-            return streamed(IncrementalPCA(k), [part.numpy() for part in batches])
+            return streamed(resolve_name("sklearn.decomposition:IncrementalPCA")(k), [part.numpy() for part in batches])
 
         def torchdr() -> Answer:
-            from torchdr import IncrementalPCA
-
-            return streamed(IncrementalPCA(k, device="cpu"), batches)
+            return streamed(resolve_name("torchdr:IncrementalPCA")(k, device="cpu"), batches)
 
         new = StreamingPCA(n_components=k)
         rank, block = k + new.oversampling, new.block
@@ -143,7 +136,7 @@ def incremental(n: int, size: int, k: int = 8) -> Case:
 
 def lowrank(x: Tensor, k: int) -> Answer:
     _, values, vectors = torch.pca_lowrank(x, q=k + 6, niter=2)
-    return answer(values[:k].square() / (len(x) - 1), vectors[:, :k].mT)
+    return Answer(values[:k].square() / (len(x) - 1), vectors[:, :k].mT)
 
 
 def svd(rows: Any) -> tuple[Any, Any]:
@@ -153,11 +146,7 @@ def svd(rows: Any) -> tuple[Any, Any]:
 
 def fitted(pca: Any) -> Answer:
     """That of a PCA of ours or of scikit-learn's kind."""
-    return answer(pca.explained_variance_, pca.components_)
-
-
-def answer(variances: Any, components: Any) -> Answer:
-    return Answer(torch.as_tensor(variances), torch.as_tensor(components))
+    return Answer(pca.explained_variance_, pca.components_)
 
 
 # ----------------------------------------------------------------------------------------------------- input and truth
@@ -185,9 +174,9 @@ def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0) / (len(x) - 1), vectors.flip(1)
 
 
-def principal_angle(rows: Tensor, others: Tensor) -> float:
+def principal_angle(rows: Any, others: Any) -> float:
     """The largest between the spans of rows (k, P), in degrees."""
-    return float(np.degrees(subspace_angles(rows.double().T.numpy(), others.double().T.numpy())[0]))
+    return float(np.degrees(subspace_angles(*(np.asarray(span, np.float64).T for span in (rows, others)))[0]))
 
 
 def errors_against(x: Tensor, k: int) -> dict[str, Callable[[Answer], float]]:
@@ -197,7 +186,7 @@ def errors_against(x: Tensor, k: int) -> dict[str, Callable[[Answer], float]]:
     weights = vectors[:, :k].mT / (values[:k, None] * (len(x) - 1)).sqrt()
 
     def variances(got: Answer) -> float:
-        return float((got.variances.double() - values[:k]).abs().max() / values[0])
+        return float((torch.as_tensor(got.variances).double() - values[:k]).abs().max() / values[0])
 
     def angle(got: Answer) -> float:
         true = torch.cat([weights @ centred(part) for part in x.split(CHUNK, 1)], 1)

@@ -1,19 +1,21 @@
-"""What a bench has found: for the terminal, for its page, and for ``bench.json``."""
+"""What a bench has found: as a table in print, for its page, and for ``bench.json``.
+
+The table has a row for each peer of a case, its times, and below them how accurate they are.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grokcurv.bench.check import Floor, Outcome, Result
 from grokcurv.bench.plan import AXES, Curve, Plan
-from grokcurv.bench.table import COLUMNS, Row, for_terminal, table_rows
 from grokcurv.bench.timing import Times
-from grokcurv.report.format import count, duration
+from grokcurv.report.format import count, duration, seconds, significant
 from grokcurv.report.summary import flat
 
 if TYPE_CHECKING:
@@ -21,6 +23,66 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of ``bench.json``."""
+
+COLUMNS = ("case, and error of what", "grokcurv", "beside it", "its time, and error", "ratio", "floor", "over floor")
+
+UNITS = {"bytes": (1e6, "MB"), "flops_float32": (1e9, "Gflop"), "flops_float64": (1e9, "Gflop64")}
+"""Of each kind of work."""
+
+
+class Row(NamedTuple):
+    """Cells of :data:`COLUMNS`; those on accuracy stand below those on speed, and there may be none."""
+
+    speed: tuple[str, ...]
+    accuracy: tuple[str, ...] = ()
+
+
+def table_rows(results: Iterable[Result]) -> list[Row]:
+    """Of all cases; one that was left out has a row that says why."""
+    rows = []
+    for result in results:
+        if not result.outcomes or result.wrong:
+            rows.append(Row((result.case.title, result.problem, *[""] * 5)))
+            continue
+        ours, *others = result.outcomes
+        # Only the first row of a case has what all of them share.
+        left, right = (result.case.title, clock(ours.times)), ("", "")
+        if floor := result.floor:
+            work = [f"{significant(n / UNITS[kind][0])} {UNITS[kind][1]}" for kind, n in floor.work.items() if n]
+            right = f"{', '.join(work)}: {seconds(floor.seconds)}", factor(floor.ratio)
+        for other in others:
+            name = other.name + (f" ({other.note})" if other.note else "")
+            speed = (*left, name, clock(other.times) or other.problem, factor(other.ratio), *right)
+            accuracy = () if other.problem else ("; ".join(ours.errors), errors(ours), "", errors(other), "", "", "")
+            rows.append(Row(speed, accuracy))
+            left = right = ("", "")
+    return rows
+
+
+def errors(outcome: Outcome) -> str:
+    values = outcome.errors.values()
+    return "; ".join("none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in values)
+
+
+def clock(times: Times | None) -> str:
+    """Median, and half the distance between the quartiles in per cent of it."""
+    if times is None:
+        return ""
+    low, high = times.spread
+    return f"{seconds(times.median)} ± {50 * (high - low) / times.median:.0f} %"
+
+
+def factor(ratio: Times | None) -> str:
+    return "" if ratio is None else f"{significant(ratio.median)}x"
+
+
+def in_markdown(rows: Sequence[Row]) -> str:
+    """As a table of a Markdown file: below each time, in its cell and in italics, the error."""
+    table = [COLUMNS, ("---",) * len(COLUMNS)]
+    for speed, accuracy in rows:
+        pairs = zip(speed, accuracy or [""] * len(speed), strict=True)
+        table.append(tuple(f"{above}<br>*{below}*" if above and below else above for above, below in pairs))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
 @dataclass(frozen=True)
@@ -67,7 +129,19 @@ class Bench:
 
     def table(self) -> Table:
         """The table, for a terminal."""
-        return for_terminal(self.rows)
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name in (COLUMNS[0], "beside it") else "right")
+        for speed, accuracy in self.rows:
+            if speed[0] and table.row_count:  # an empty line between two cases
+                table.add_row()
+            table.add_row(*map(Text, speed))
+            if accuracy:
+                table.add_row(*map(Text, accuracy), style="dim")
+        return table
 
     @property
     def wrong(self) -> list[str]:
@@ -77,15 +151,10 @@ class Bench:
     @property
     def left_out(self) -> list[str]:
         """What was not measured, and why, a sentence each."""
-        missing = [f"{package}: {said}" for package, said in self.peers.items() if not said[:1].isdigit()]
-        cases = [f"{title}: {result.problem}" for title, result in self.found.items() if not result.outcomes]
-        failed = [
-            f"{title}, {outcome.name}: {outcome.problem}"
-            for title, result in self.found.items()
-            for outcome in result.outcomes
-            if outcome.failed
-        ]
-        return missing + cases + failed
+        said = [f"{package}: {version}" for package, version in self.peers.items() if not version[:1].isdigit()]
+        said += [f"{title}: {result.problem}" for title, result in self.found.items() if not result.outcomes]
+        outcomes = [(title, outcome) for title, result in self.found.items() for outcome in result.outcomes]
+        return said + [f"{title}, {one.name}: {one.problem}" for title, one in outcomes if one.failed]
 
     @property
     def subtitle(self) -> list[str]:
@@ -103,25 +172,23 @@ class Bench:
 
     def as_json(self) -> str:
         """``bench.json``; NaN is null."""
-        curves = [
-            {"axis": curve.axis, "title": curve.title, "points": [[size, case.title] for size, case in curve.points]}
-            for curve in self.curves
-        ]
         saved = {
             "schema": SCHEMA,
             "environment": dict(self.environment),
             "peers": dict(self.peers),
             "seconds": self.seconds,
             "table": [result.case.title for result in self.results],
-            "curves": curves,
+            "curves": self.curves,
             "cases": list(self.found.values()),
         }
         return json.dumps(saved, indent=1, allow_nan=False, default=_plain)
 
 
-def _plain(value: Result | Outcome | Floor | Times) -> dict[str, Any]:
+def _plain(value: Curve | Result | Outcome | Floor | Times) -> dict[str, Any]:
     """As JSON has it; what is in it may be another of these."""
     match value:
+        case Curve():
+            return {**vars(value), "points": [[size, case.title] for size, case in value.points]}
         case Result():
             named = {"case": value.case.name, "title": value.case.title, "problem": value.problem, "wrong": value.wrong}
             return {**named, "floor": value.floor, "contenders": value.outcomes}

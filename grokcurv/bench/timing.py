@@ -7,9 +7,9 @@ the wall clock says, its waits included.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -75,16 +75,13 @@ def interleaved(runs: Sequence[Callable[[], object]], budget: float, device: tor
     Calls before, which warm up and count for nothing, say how often to repeat each. The garbage collector rests.
     """
     samples: list[list[float]] = [[] for _ in runs]
-    with _no_garbage():
-        clocks, first = zip(*(_first(run, device) for run in runs), strict=True)
-        calls = [max(1, math.ceil(SAMPLE / max(seconds, 1e-7))) for seconds in first]
-        calls = [min(n, QUEUED) if clock is not _wall else n for n, clock in zip(calls, clocks, strict=True)]
-        a_round = sum(n * seconds for n, seconds in zip(calls, first, strict=True))
-        rounds = min(max(int(budget / a_round), ROUNDS[0]), ROUNDS[1])
-        for turn in range(rounds):
-            order = range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs)))
-            for i in order:
-                samples[i].append(clocks[i](runs[i], calls[i]))
+    clocks, first = zip(*(_first(run, device) for run in runs), strict=True)
+    calls = [max(1, math.ceil(SAMPLE / max(seconds, 1e-7))) for seconds in first]
+    calls = [min(n, QUEUED) if clock is not _wall else n for n, clock in zip(calls, clocks, strict=True)]
+    a_round = sum(n * seconds for n, seconds in zip(calls, first, strict=True))
+    for turn in range(min(max(int(budget / a_round), ROUNDS[0]), ROUNDS[1])):
+        for i in range(len(runs))[:: (-1) ** turn]:
+            samples[i].append(clocks[i](runs[i], calls[i]))
     return [Times(tuple(times), n) for times, n in zip(samples, calls, strict=True)]
 
 
@@ -92,19 +89,15 @@ def _first(run: Callable[[], object], device: torch.device) -> tuple[Clock, floa
     """What times the call, and its seconds, of the second where that does not take long: the first may load."""
     if device.type == "cuda":
         _on_wall(run, 1)
-        start = time.perf_counter()
-        run()
-        clock = _on_device if time.perf_counter() - start < SHORT else _on_wall
+        clock = _on_device if _wall(run, 1) < SHORT else _on_wall
         return clock, clock(run, 1)
     seconds = _wall(run, 1)
     return _wall, seconds if seconds > 25 * SAMPLE else _wall(run, 1)
 
 
 def _wall(run: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+    """The mean; timeit keeps the garbage collector off meanwhile."""
+    return timeit.timeit(run, number=calls, timer=time.perf_counter) / calls
 
 
 def _on_wall(run: Callable[[], object], calls: int) -> float:
@@ -120,12 +113,16 @@ def _on_device(run: Callable[[], object], calls: int) -> float:
     """By the GPU's own clock, each call alone."""
     scratch = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    torch.cuda._sleep(BUSY)
-    for start, stop in events:
-        scratch.zero_()
-        start.record()
-        run()
-        stop.record()
+
+    def queue() -> None:
+        torch.cuda._sleep(BUSY)
+        for start, stop in events:
+            scratch.zero_()
+            start.record()
+            run()
+            stop.record()
+
+    _wall(queue, 1)  # no garbage is collected in it
     torch.cuda.synchronize()
     milliseconds = float(sum(start.elapsed_time(stop) for start, stop in events))
     return milliseconds / 1e3 / calls
@@ -141,15 +138,3 @@ def threads(count: int) -> Iterator[None]:
             stack.enter_context(threadpool_limits(count))
         stack.enter_context(threads_of(count))
         yield
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
