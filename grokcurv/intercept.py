@@ -189,8 +189,8 @@ class Widened(TorchDispatchMode):
 
     def _leaky(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A rectifier that draws its slopes writes them to its second argument, where the backward pass finds them."""
-        x, slopes, _, _, training, *_ = *args, *(kwargs.get("training", False),) * (5 - len(args))
-        if not training:
+        x, slopes, *rest = args  # two bounds, and whether it trains
+        if not (rest[2] if len(rest) > 2 else kwargs.get("training", False)):
             return func(*args, **kwargs)
         small = tree_map_only(Tensor, self._narrowed, args)
         func(*small, **kwargs)

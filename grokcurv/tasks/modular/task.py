@@ -27,7 +27,10 @@ EVALUATION_ROWS = 16_384
 class ModularArithmetic:
     """``a op b`` modulo p, learned by a transformer or an MLP: a :class:`grokcurv.tasks.Task`, by a run's settings."""
 
-    columns = ("train_loss", "train_acc", "test_loss", "test_acc", "weight_norm", "fourier_embedding", "fourier_logits")
+    columns: tuple[str, ...] = (
+        *("train_loss", "train_acc", "test_loss", "test_acc"),
+        *("weight_norm", "fourier_embedding", "fourier_logits"),
+    )
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
