@@ -359,8 +359,11 @@ def _is_library(code: types.CodeType) -> bool:
 @functools.cache
 def _global_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """The global names that a function, or one defined in it, may read, and those that it assigns."""
-    assigned = {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"}
-    read = set(code.co_names)
+    # Not co_names, which has attributes too: what a script calls `b` is not what a module has as `self.b`.
+    found = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    assigned = {name for operation, name in found if operation == "STORE_GLOBAL"}
+    loads = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")  # the last since Python 3.12
+    read = {name for operation, name in found if operation in loads}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _global_names(constant)

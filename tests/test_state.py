@@ -229,6 +229,21 @@ def count_up() -> None:
     NAMES.append("called")
 
 
+NAMESAKE = ones(3)
+
+
+def test_an_attribute_is_no_global_of_its_name():
+    class Inner:
+        kept = NAMESAKE
+
+        def read(self):
+            return NAMESAKE
+
+    assert id(NAMESAKE) in found(lambda: NAMESAKE + 1)
+    assert id(NAMESAKE) in found(Inner().read)
+    assert id(NAMESAKE) not in found(lambda x: x.NAMESAKE + 1)
+
+
 def test_globals_that_a_function_assigns_or_fills_are_put_back():
     snapshot = Snapshot([count_up])
     before = COUNT, list(NAMES)
