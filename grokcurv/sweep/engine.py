@@ -113,7 +113,7 @@ def _wait_for_folders(tasks: Sequence[Task], stop: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     for task in tasks:
         while holder(Path(task.folder)) is not None and time.monotonic() < deadline and not stop():
-            time.sleep(0.1)
+            time.sleep(0.1)  # nobody is told when a lock is let go
 
 
 def _stopped(task: Task, latest: dict[str, Any] | None, error: BaseException) -> Event:
