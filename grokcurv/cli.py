@@ -1,19 +1,24 @@
 """The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report``, ``bench`` and ``doctor``.
 
 Exit status: 0 done; 1 the training or a run of a sweep failed, or a bench found a wrong answer; 2 input or a folder
-that cannot be used, with the reason on standard error; 130 stopped by Ctrl-C; 141 nobody reads the output any more.
+that cannot be used, with the reason on standard error; 129, 130 and 143 stopped by a closed terminal, Ctrl-C
+and SIGTERM; 141 nobody reads the output any more.
 """
 
 # No postponed annotations in this file: tyro could not resolve those of the classes that live inside functions.
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import pairwise
+from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +28,7 @@ from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
 from grokcurv.runs import open_run
 from grokcurv.storage import RunError
 from grokcurv.training import PRESETS, TrainConfig
+from grokcurv.training.process import Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(sys.argv[1:] if arguments is None else list(arguments))
         finally:
             _flush()  # here, where what goes wrong can be reported: Python's own flush at the end could only fail
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        return 128 + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT)
     except BrokenPipeError:
         return 141  # what a shell reports of a program that the signal of a closed pipe ended
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except RunError as error:
+    except (RunError, ImportError) as error:
         return _complain(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
@@ -57,8 +63,13 @@ def _run(arguments: list[str]) -> int:
     if name in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    if name == "--version":
+        print(f"grokcurv {version('grokcurv')}")
+        return 0
     if name not in COMMANDS:
-        return _complain(f"no command {name!r}: there are {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        return _complain(f"no command {name!r}: {hint}")
     command, _ = COMMANDS[name]
     return command(rest)
 
@@ -85,7 +96,7 @@ def _train(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(defaults))
     config = options.config
     out = options.out or Path("runs") / f"{config.op}-seed{config.seed}"
-    if options.resume and not described and not (out / "config.json").exists():
+    if options.resume and not described and not lexists(out / "config.json"):
         return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
     try:
         with (
@@ -124,7 +135,7 @@ def _defaults(arguments: list[str]) -> tuple[TrainConfig, bool]:
     parser.add_argument("--out", nargs="?", type=Path)
     parser.add_argument("--resume", action="store_true")
     known, others = parser.parse_known_args(arguments)
-    if known.preset is None and known.resume and known.out is not None and (known.out / "config.json").exists():
+    if known.preset is None and known.resume and known.out is not None and lexists(known.out / "config.json"):
         try:
             return TrainConfig(**open_run(known.out).config), True
         except (TypeError, ValueError) as error:
@@ -221,17 +232,21 @@ def _reproduce(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     import tyro
 
-    def report(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]) -> int:
+    def report(
+        run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]],
+        out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    ) -> int:
         """Write report.html and figures/*.png into the folder of a run or a sweep, and print the page's path.
 
         A sweep's page has its phase diagram, the records of all runs, and links to the runs that have a page.
 
         Args:
             run: Folder of the run or the sweep.
+            out: Another folder to write into, so that the run's is only read.
         """
         from grokcurv.report import write_report
 
-        print(write_report(run))
+        print(write_report(run, out))
         return 0
 
     return tyro.cli(report, prog="grokcurv report", args=arguments)

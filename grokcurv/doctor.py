@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grokcurv import _cpu, ops, reference
-from grokcurv.ops._dispatch import cuda_problem, cuda_version
+from grokcurv import ops, reference
+from grokcurv.ops._dispatch import cpu_core, cpu_problem, cuda_problem, cuda_version
 from grokcurv.runs import PACKAGES, processor, versions
 
 PACKAGES_OF_PAGES = ("matplotlib", "jinja2", "tyro", "rich")
@@ -31,17 +31,7 @@ def report() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "packages": dict.fromkeys(packages, "not installed") | versions(packages),
-        "build": {
-            "compiler": _cpu.COMPILER,
-            "build type": _cpu.BUILD_TYPE,
-            "flags": _cpu.FLAGS,
-            "instruction set": _cpu.ISA,
-            "instruction sets": {
-                name: "runs here" if runs else "not on this processor" for name, runs in _cpu.ISAS.items()
-            },
-            "OpenMP": _cpu.OPENMP,
-            "OpenMP runtimes loaded": _openmp_runtimes(),
-        },
+        "build": {**_cpu_core(), "OpenMP runtimes loaded": _openmp_runtimes()},
         "cuda": {
             **_cuda_core(),
             "torch's CUDA": torch.version.cuda or "none: this torch was built for the CPU alone",
@@ -60,6 +50,22 @@ def main() -> int:
             text = ", ".join(f"{k} ({v})" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"  {name:<24} {', '.join(text) or 'none' if isinstance(text, list) else text}")
     return 0 if set(facts["self_test"].values()) == {"ok"} else 1
+
+
+def _cpu_core() -> dict[str, Any]:
+    """How the CPU kernels were built, and for which processors."""
+    if cpu_problem:
+        return {"extension": cpu_problem}
+    return {
+        "compiler": cpu_core.COMPILER,
+        "build type": cpu_core.BUILD_TYPE,
+        "flags": cpu_core.FLAGS,
+        "instruction set": cpu_core.ISA,
+        "instruction sets": {
+            name: "runs here" if runs else "not on this processor" for name, runs in cpu_core.ISAS.items()
+        },
+        "OpenMP": cpu_core.OPENMP,
+    }
 
 
 def _openmp_runtimes() -> list[str]:

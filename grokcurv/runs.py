@@ -13,19 +13,22 @@
 =========================  ===========================================================================
 
 Every file is as :mod:`grokcurv.storage` writes it. Tables go before the checkpoint, so after a crash they may be ahead
-of it; resuming drops the rows that are. One writer at a time holds a lock.
+of it; resuming drops the rows that are. A checkpoint says of which settings it is and what the tables held: it is gone
+on with beside no others. One writer at a time holds a lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib import metadata
+from os.path import lexists
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,8 +37,10 @@ from grokcurv.commutator import RENAMED
 from grokcurv.storage import (
     SCHEMA,
     RunError,
+    check_folder,
     hold,
     holder,
+    make_folder,
     pack,
     read_json,
     read_parquet,
@@ -67,6 +72,17 @@ __all__ = [
 
 TABLES = ("metrics", "curvature", "pca")
 """Names of the Parquet files; each has a column ``step``."""
+
+REMEDIES = {
+    **dict.fromkeys(
+        ("environment.json", "status.json", "curvature.parquet", "pca.parquet", "basis.safetensors"),
+        "it can be deleted: it is written anew when the run goes on",
+    ),
+    "config.json": "if it is deleted, the run can go on with the same settings: its checkpoint knows them",
+    "checkpoint.safetensors": "if it is deleted, the run begins anew",
+    "metrics.parquet": "if it is deleted, and checkpoint.safetensors too, the run begins anew",
+}
+"""What helps where a file is damaged."""
 
 PACKAGES = ("grokcurv", "torch", "numpy", "pandas", "pyarrow", "scipy", "safetensors")
 
@@ -125,12 +141,13 @@ class Run:
         """``running``, ``interrupted`` (also: killed), ``finished`` or ``failed: reason``; read afresh at every use."""
         if self.path is None:
             return self._status or "finished"
-        status: str = read_json(self.path / "status.json", "status", str)
+        status: str = _read_or(self.path / "status.json", "status", "running")
         return "interrupted" if status == "running" and holder(self.path) is None else status
 
     def checkpoint(self) -> dict[str, Any]:
         """The latest checkpoint; RunError if there is none or it is damaged."""
-        return read_state(self._folder("checkpoint") / "checkpoint.safetensors")
+        with _remedy(path := self._folder("checkpoint") / "checkpoint.safetensors"):
+            return {name: value for name, value in read_state(path).items() if name != "belongs"}
 
     def basis(self) -> dict[str, Any]:
         """The execution basis at the last checkpoint: the arguments of :meth:`grokcurv.Subspace.from_table`.
@@ -139,14 +156,15 @@ class Run:
             RunError: there is none, or it is damaged.
         """
         path = self._folder("execution basis") / "basis.safetensors"
-        if not path.exists():
+        if not lexists(path):
             raise RunError(f"{self.path} holds no execution basis (basis.safetensors)")
-        return read_state(path)
+        with _remedy(path):
+            return read_state(path)
 
     @property
     def snapshots(self) -> list[int]:
         """The steps whose weights were kept, in order (setting ``snapshot_every``)."""
-        files = self.path.glob("snapshots/*.safetensors") if self.path else ()
+        files = check_folder(self.path / "snapshots").glob("*.safetensors") if self.path else ()
         return sorted(int(file.stem) for file in files if re.fullmatch("[0-9]{9,}", file.stem))
 
     def snapshot(self, step: int) -> dict[str, Any]:
@@ -155,7 +173,7 @@ class Run:
 
     def _table(self, name: str) -> pd.DataFrame:
         if name not in self._tables:
-            self._tables[name] = read_table(self._folder(name) / f"{name}.parquet")
+            self._tables[name] = _read_table(self._folder(name), name)
         return self._tables[name]
 
     def _folder(self, wanted: str) -> Path:
@@ -171,27 +189,32 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         RunError: no run there, or one whose files are damaged or of a later schema version.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    if not lexists(folder / "config.json"):
         raise RunError(f"{folder} holds no run: there is no config.json in it")
-    config = current_settings(read_json(folder / "config.json", "config", dict))
-    return Run(folder, config, read_json(folder / "environment.json", "environment", dict))
+    return Run(folder, _read_settings(folder), _read_or(folder / "environment.json", "environment", {}))
 
 
 class RunWriter:
     """The one writer of a run folder, as a context manager.
 
-    Leaving it by an exception sets the status: ``interrupted`` for Ctrl-C, ``failed: ...`` otherwise.
+    On entering it looks at what is there, before anything is changed. Leaving it by an exception sets the status:
+    ``interrupted`` for Ctrl-C, ``failed: ...`` otherwise.
 
     Args:
         path: the folder; made if missing.
         config: the settings, plain values that JSON can hold.
         resume: continue the run that is there, if any; without it a folder that holds a run is an error.
         environment: what to record beside :func:`describe_environment`.
+        changeable: settings in which the run that is continued may have differed so far.
+        accept: called on entering, with this, when it has found nothing amiss; what it raises is a refusal.
+
+    Attributes:
+        checkpoint: what to go on from; None where the run has to start from the beginning.
 
     Raises:
         RunError: on entering, for a folder held by another writer, one that holds a run of other settings (they are
-            named), or a damaged one; at any write, for a full disk or one that fails otherwise: the file that was
-            there is then intact.
+            named), or a damaged one, or a checkpoint that belongs to other settings or tables; at any write, for a full
+            disk or one that fails otherwise: the file that was there is then intact.
     """
 
     def __init__(
@@ -201,17 +224,24 @@ class RunWriter:
         *,
         resume: bool = False,
         environment: Mapping[str, Any] | None = None,
+        changeable: Collection[str] = (),
+        accept: Callable[[RunWriter], object] | None = None,
     ) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(dict(config)))
-        self.resume = resume
+        self.resume, self.changeable, self._accept = resume, changeable, accept
         self.environment = {**describe_environment(), **(environment or {})}
+        self.checkpoint: dict[str, Any] | None = None
         self._held = contextlib.ExitStack()
+        self._holds: dict[str, str] = {}  # by table, what the checkpoint that is written next says of it
 
     def __enter__(self) -> RunWriter:
         with contextlib.ExitStack() as held:
             held.enter_context(hold(self.path, "written"))
-            self._claim()
+            self._look()
+            if self._accept is not None:
+                self._accept(self)
+            self._begin()
             self._held = held.pop_all()
         return self
 
@@ -227,53 +257,127 @@ class RunWriter:
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Replace ``<name>.parquet``; ``name`` is one of :data:`TABLES`."""
         write_table(self.path / f"{name}.parquet", frame)
+        self._holds[name] = _digest(frame)
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint by a nested state of tensors, plain values, lists, tuples and dicts."""
-        write_atomically(self.path / "checkpoint.safetensors", pack(state))
+        """Replace the checkpoint by a nested state of tensors, plain values, lists, tuples and dicts.
+
+        It is one of the step that it says, of these settings, and of the tables as they were written last.
+        """
+        belongs = {"settings": self.config, "tables": self._holds}
+        write_atomically(self.path / "checkpoint.safetensors", pack({**state, "belongs": belongs}))
 
     def write_basis(self, state: Mapping[str, Any]) -> None:
         write_atomically(self.path / "basis.safetensors", pack(state))
 
     def write_snapshot(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep a network's ``state_dict``; one that is there from before a crash has the same bits."""
+        make_folder(self.path / "snapshots")
         file = _snapshot_path(self.path, step)
-        if file.exists():
-            return
-        try:
-            file.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot write {file.parent}: {error.strerror}") from error
-        write_atomically(file, pack(state))
+        if not lexists(file):
+            write_atomically(file, pack(state))
 
     def read_table(self, name: str) -> pd.DataFrame:
-        return read_table(self.path / f"{name}.parquet")
+        return _read_table(self.path, name)
 
-    def read_checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None where the run has to start from the beginning."""
-        path = self.path / "checkpoint.safetensors"
-        return read_state(path) if path.exists() else None
+    @property
+    def lacks_tables(self) -> bool:
+        """Whether there are none, or not all of them."""
+        return not all((self.path / f"{name}.parquet").exists() for name in TABLES)
 
-    def drop_after(self, step: int) -> None:
-        """Drop every table's rows past ``step``: they were written after the checkpoint one goes on from."""
-        for name in TABLES:
-            frame = self.read_table(name)
-            if not frame.empty and frame["step"].max() > step:
-                self.write_table(name, frame[frame["step"] <= step])
-
-    def _claim(self) -> None:
-        if (self.path / "config.json").exists():
-            there = current_settings(read_json(self.path / "config.json", "config", dict))
-            if differing := differences(there, self.config):
-                said = ", ".join(f"{name} ({values})" for name, values in differing.items())
-                raise RunError(f"{self.path} holds a run of another configuration: {said}")
+    def _look(self) -> None:
+        """Read what is there of the run; RunError if it is another, or cannot be continued."""
+        check_folder(self.path / "snapshots")
+        there = lexists(self.path / "config.json")
+        if there:
+            self._compare(_read_settings(self.path), "holds a run of another configuration")
             if not self.resume:
                 raise RunError(f"{self.path} already holds this run: resume it, or choose another folder")
+        others = [name for name in REMEDIES if name not in ("config.json", "environment.json", "status.json")]
+        found = [name for name in others if lexists(self.path / name)]
+        begun = "checkpoint.safetensors" in found
+        if found and not there and not (begun and self.resume):
+            raise RunError(f"{self.path} has no config.json, and yet {', '.join(found)} of a run: choose another folder")
+        if begun:
+            self.checkpoint = self._read_checkpoint("" if there else "no config.json, and ")
+
+    def _begin(self) -> None:
+        """Make the folder this run's: rows past the checkpoint go, settings and status are written."""
         for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("snapshots/.*.tmp")):
             leftover.unlink()
+        if self.checkpoint is not None:
+            for name in TABLES:
+                frame = self.read_table(name)
+                if not frame.empty and frame["step"].max() > self.checkpoint["step"]:
+                    self.write_table(name, frame[frame["step"] <= self.checkpoint["step"]])
         write_json(self.path / "environment.json", "environment", self.environment)
         self.set_status("running")
         write_json(self.path / "config.json", "config", self.config)
+
+    def _read_checkpoint(self, lacking: str) -> dict[str, Any]:
+        with _remedy(path := self.path / "checkpoint.safetensors"):
+            state = read_state(path)
+            try:
+                step, belongs = state["step"], state.pop("belongs")
+                settings, tables = dict(belongs["settings"]), dict(belongs["tables"])
+                if not isinstance(step, int):
+                    raise ValueError(f"its step is {step!r}")
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{path} does not say to which run it belongs ({error!r})") from error
+            self._compare(current_settings(settings), f"has {lacking}a checkpoint.safetensors of another configuration")
+        for name, said in tables.items():
+            with _remedy(path := self.path / f"{name}.parquet"):
+                frame = self.read_table(name)
+                rows = frame if frame.empty else frame[frame["step"] <= step]
+                gone = not lexists(path) and name != "metrics"  # it can be made anew, of what the checkpoint holds
+                if not gone and (name not in TABLES or _digest(rows) != said):
+                    raise RunError(f"{path} is not what it was when checkpoint.safetensors was written, at step {step}")
+        return state
+
+    def _compare(self, there: Mapping[str, Any], said: str) -> None:
+        differing = differences(there, self.config)
+        if wrong := [f"{name} ({values})" for name, values in differing.items() if name not in self.changeable]:
+            may = f"; when it is resumed, {', '.join(self.changeable)} may change" if self.changeable else ""
+            raise RunError(f"{self.path} {said}: {', '.join(wrong)}{may}")
+
+
+def _digest(frame: pd.DataFrame) -> str:
+    """Of the rows of a table, bit for bit."""
+    import pyarrow as pa
+
+    found = hashlib.sha256()
+    # As it is read again: what is missing is one thing there, and has several forms in a table that is new.
+    for name, column in pa.Table.from_pandas(frame, preserve_index=False).to_pandas(ignore_metadata=True).items():
+        values = column.to_numpy()
+        numbers = values.dtype.kind in "biuf"
+        found.update(f"{name} {values.dtype if numbers else 'text'} {len(values)} ".encode())
+        found.update(values.tobytes() if numbers else json.dumps([str(value) for value in values]).encode())
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _remedy(path: Path) -> Iterator[None]:
+    """What is wrong with a file is said together with what helps."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{error}; {REMEDIES[path.name]}") from error
+
+
+def _read_table(folder: Path, name: str) -> pd.DataFrame:
+    with _remedy(path := folder / f"{name}.parquet"):
+        return read_table(path)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    with _remedy(path := folder / "config.json"):
+        return current_settings(read_json(path, "config", dict))
+
+
+def _read_or(path: Path, name: str, missing: Any) -> Any:
+    """What a file says that can be done without."""
+    with _remedy(path):
+        return read_json(path, name, type(missing)) if lexists(path) else missing
 
 
 def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:

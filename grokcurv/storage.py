@@ -2,20 +2,26 @@
 
 Every file is written under a temporary name, synced and renamed, and carries a schema version. States are safetensors
 with a checksum, tables are Parquet, all else is JSON: nothing is ever unpickled. One process at a time holds a folder.
+
+A folder may come from anyone. Where a file or a folder of ours should be, links are refused, which could lead out of it,
+and so are pipes and devices, which never end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
+import secrets
+import stat
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,16 +38,65 @@ class RunError(RuntimeError):
     """A run folder that cannot be read, written or continued; the message says which and what to do."""
 
 
+@contextlib.contextmanager
+def open_file(path: Path, flags: int = os.O_RDONLY) -> Iterator[BinaryIO]:
+    """Open a regular file, or make it, as ``flags`` say; OSError for a link, and for what is no file."""
+    _check_kind(path, stat.S_ISREG)
+    # Whatever takes its place meanwhile is not followed, and without O_NONBLOCK a pipe would wait for its other end.
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "wb") as file:
+        yield file
+
+
+def read_file(path: Path) -> bytes:
+    """What a regular file holds; OSError as for :func:`open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def make_folder(path: Path, *, parents: bool = False) -> Path:
+    """The path of a folder, which is made if it is missing; RunError where that cannot be.
+
+    With ``parents`` it is one that the user names, and may be a link; without, one of ours in such a folder.
+    """
+    try:
+        path.mkdir(parents=parents, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
+    return path if parents else check_folder(path)
+
+
+def check_folder(path: Path) -> Path:
+    """The path; RunError if anything but a folder has that name, such as a link to one."""
+    try:
+        _check_kind(path, stat.S_ISDIR)
+    except OSError as error:
+        raise RunError(f"{path} cannot be used: {error.strerror}") from error
+    return path
+
+
+def _check_kind(path: Path, wanted: Callable[[int], bool]) -> None:
+    """OSError if what has this name, if anything, is of another kind."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not wanted(mode):
+            kind = "a file" if wanted is stat.S_ISREG else "a folder"
+            link = "a link, and links are not followed" if stat.S_ISLNK(mode) else f"not {kind}"
+            raise OSError(errno.EINVAL, f"it must be {kind} and is {link}")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a whole file, or leave the one that was there as it was.
 
     Raises:
-        RunError: the disk is full, or refuses for another reason.
+        RunError: the disk is full, or refuses for another reason; or what is there is no file.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Under a name that nobody could know, which is made and not opened: a link there would have been followed.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        _check_kind(path, stat.S_ISREG)
         try:
-            with temporary.open("wb") as file:
+            with open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -67,7 +122,7 @@ def write_json(path: Path, name: str, value: Any) -> None:
 def read_json(path: Path, name: str, kind: type) -> Any:
     """What the file says of ``name``; RunError unless it is whole, of this schema, and a ``kind``."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
         _check_schema(content["schema"])
         value = content[name]
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be neither printed nor written
@@ -160,7 +215,7 @@ def _check_schema(schema: int) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     try:
-        return unpack(path.read_bytes())
+        return unpack(read_file(path))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is missing or damaged: {error}") from error
 
@@ -206,7 +261,7 @@ def read_parquet(path: Path) -> pa.Table | None:
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             table = pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
         table.validate(full=True)
         _check_schema(int((table.schema.metadata or {})[b"grokcurv_schema"]))
@@ -231,12 +286,12 @@ def hold(folder: Path, doing: str) -> Iterator[None]:
     Raises:
         RunError: another process has it, which "is being ``doing``" by that one; or it cannot be written into.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise RunError(f"cannot write into {folder}: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open_file(folder / ".lock", os.O_RDWR | os.O_CREAT))
+        except OSError as error:
+            raise RunError(f"cannot write into {folder}: {error.strerror}") from error
         for patience in (0.05, 0.2, None):  # one that asks for the holder has the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,16 +301,14 @@ def hold(folder: Path, doing: str) -> Iterator[None]:
                     raise RunError(f"{folder} is being {doing} by process {holder(folder) or 'unknown'}") from None
                 time.sleep(patience)
         with contextlib.suppress(OSError):  # on a full disk it stays unknown who has it
-            os.truncate(lock, 0)
-            os.write(lock, str(os.getpid()).encode())
+            os.truncate(lock.fileno(), 0)
+            os.write(lock.fileno(), str(os.getpid()).encode())
         yield
-    finally:
-        os.close(lock)
 
 
 def holder(path: Path) -> int | None:
     """The process that is writing into the folder, or None; 0 where it cannot be told which."""
-    with contextlib.suppress(OSError), (path / ".lock").open("rb") as lock:
+    with contextlib.suppress(OSError), open_file(path / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

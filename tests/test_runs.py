@@ -143,8 +143,8 @@ def test_snapshots(tmp_path: Path) -> None:
 
 def test_snapshots_where_none_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "snapshots").write_bytes(b"")
-    with RunWriter(tmp_path, CONFIG) as writer, pytest.raises(RunError, match=r"cannot write .*snapshots"):
-        writer.write_snapshot(0, {"w": torch.ones(3)})
+    with pytest.raises(RunError, match="snapshots cannot be used: it must be a folder"), RunWriter(tmp_path, CONFIG):
+        pass
 
 
 def test_a_run_in_memory() -> None:
@@ -182,15 +182,21 @@ def test_the_same_configuration_needs_resume(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already holds this run"), RunWriter(tmp_path, CONFIG):
         pass
     with RunWriter(tmp_path, CONFIG, resume=True) as writer:
-        assert writer.read_checkpoint() == {"step": 3}
+        assert writer.checkpoint == {"step": 3}
 
 
 def test_resume_drops_rows_past_the_checkpoint(tmp_path: Path) -> None:
+    metrics = pd.DataFrame({"step": [0, 10, 20], "x": [1.0, math.nan, 3.0], "label": ["a", None, "c"]})
+    pca = pd.DataFrame({"step": [0, 0, 30], "matrix": ["q", "k", "q"]})
     with RunWriter(tmp_path, CONFIG) as writer:
-        writer.write_table("metrics", pd.DataFrame({"step": [0, 10, 20], "x": [1.0, 2.0, 3.0]}))
-        writer.write_table("pca", pd.DataFrame({"step": [0, 0, 30], "matrix": ["q", "k", "q"]}))
-        writer.drop_after(10)
-        assert writer.read_table("metrics")["x"].tolist() == [1.0, 2.0]
+        for step in (10, 30):
+            for name, table in {"metrics": metrics, "pca": pca}.items():
+                writer.write_table(name, table[table["step"] <= step])
+            if step == 10:
+                writer.write_checkpoint({"step": step})
+    with RunWriter(tmp_path, CONFIG, resume=True) as writer:
+        assert writer.checkpoint == {"step": 10}
+        assert writer.read_table("metrics")["step"].tolist() == [0, 10]
         assert writer.read_table("pca")["matrix"].tolist() == ["q", "k"]
         assert writer.read_table("curvature").empty
 
@@ -244,7 +250,7 @@ def test_leaving_by_an_exception_sets_the_status(tmp_path: Path) -> None:
 def test_damage_is_a_clear_error(tmp_path: Path, name: str, damage: bytes) -> None:
     with RunWriter(tmp_path, CONFIG) as writer:
         writer.write_table("metrics", pd.DataFrame({"step": [0]}))
-        writer.write_checkpoint({"x": torch.ones(3)})
+        writer.write_checkpoint({"step": 0, "x": torch.ones(3)})
     (tmp_path / name).write_bytes(damage)
 
     def read() -> None:
@@ -292,12 +298,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
         pytest.skip("mounting a small disk needs root")
     try:
         with RunWriter(tmp_path / "run", CONFIG) as writer:
-            writer.write_checkpoint({"x": torch.ones(10)})
+            writer.write_checkpoint({"step": 0, "x": torch.ones(10)})
         with (
             pytest.raises(RunError, match="No space left on device"),
             RunWriter(tmp_path / "run", CONFIG, resume=True) as writer,
         ):
-            writer.write_checkpoint({"x": torch.ones(100_000)})
+            writer.write_checkpoint({"step": 1, "x": torch.ones(100_000)})
         run = open_run(tmp_path / "run")
         assert run.checkpoint()["x"].equal(torch.ones(10))
         assert run.status.startswith("failed: cannot write")

@@ -17,7 +17,7 @@ from grokcurv.bench.plan import Plan, make_plan
 from grokcurv.bench.result import Bench, in_markdown
 from grokcurv.bench.timing import threads as limited
 from grokcurv.runs import describe_environment
-from grokcurv.storage import RunError, write_atomically
+from grokcurv.storage import make_folder, write_atomically
 
 Progress = Callable[[dict[str, Any]], object]
 
@@ -59,10 +59,7 @@ def run_bench(
         if name not in known:
             raise ValueError(f"cases must be among {', '.join(known)}; got {name!r}")
     path = Path(out) if out is not None else Path("runs") / ("bench-quick" if quick else "bench")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write into {path}: {error.strerror}") from error
+    make_folder(path, parents=True)
 
     began, problems = time.monotonic(), peers()
     free = round(available_memory() / GIB, 1)

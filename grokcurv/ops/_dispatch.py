@@ -13,16 +13,16 @@ from torch import Tensor
 
 from grokcurv.ops._arguments import check_apart, converter
 
+cpu_core: Any = None
+cpu_problem = ""
 try:
-    from grokcurv import _cpu
-except ImportError as error:
-    raise ImportError(
-        "grokcurv._cpu, the compiled core, does not load; docs/building.md says how to build it"
-    ) from error
+    cpu_core = import_module("grokcurv._cpu")
+except ImportError as error:  # until a kernel is called nothing needs it, so that grokcurv doctor can say what is wrong
+    cpu_problem = f"grokcurv._cpu, the compiled core, does not load ({error}); docs/building.md says how to build it"
 
 R = TypeVar("R")
 
-TYPES = {torch.float32: _cpu.FLOAT32, torch.float64: _cpu.FLOAT64, torch.bfloat16: _cpu.BFLOAT16}
+TYPES = {getattr(torch, name): getattr(cpu_core, name.upper(), 0) for name in ("float32", "float64", "bfloat16")}
 
 _library = torch.library.Library("grokcurv", "DEF")
 
@@ -82,7 +82,9 @@ class Core(NamedTuple):
 
 def core_of(device: torch.device) -> Core:
     if device.type == "cpu":
-        return Core(_cpu, torch.get_num_threads(), nullcontext())
+        if cpu_problem:
+            raise ImportError(cpu_problem)
+        return Core(cpu_core, torch.get_num_threads(), nullcontext())
     return Core(cuda_core(device), torch.cuda.current_stream(device).cuda_stream, torch.cuda.device(device))
 
 

@@ -6,6 +6,7 @@ import base64
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from grokcurv.report.format import number
 from grokcurv.report.summary import GROKKED, Summary
 from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import Run, open_run
-from grokcurv.storage import RunError, write_atomically
+from grokcurv.storage import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,38 +35,40 @@ class Drawing:
     dark: bytes
 
 
-def write_report(source: Run | Sweep | str | os.PathLike[str]) -> Path:
+def write_report(source: Run | Sweep | str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into the folder of a run or a sweep; returns the page's path.
 
     Older ones are replaced. The page needs no other file and no network; a sweep's links to the reports of its runs
     that have one. What is unfinished, or without curvature, is reported as far as it goes, and the page says what is
     missing.
 
+    Args:
+        source: the run, the sweep, or its folder.
+        out: another folder to write into, such as where the source's may only be read; made if missing.
+
     Raises:
-        RunError: neither there, damaged files, or a disk that refuses.
+        RunError: neither there, damaged files, a disk that refuses, or a link where the page or a figure should be.
         ValueError: a run that was kept in memory alone.
     """
     if isinstance(source, str | os.PathLike):
         from grokcurv.sweep import open_sweep
 
         folder = Path(source)
-        source = open_sweep(folder) if (folder / "sweep.json").is_file() else open_run(folder)
+        source = open_sweep(folder) if lexists(folder / "sweep.json") else open_run(folder)
     if source.path is None:
         raise ValueError("run was kept in memory alone: a report is written into a run's folder, and it has none")
+    folder = source.path if out is None else Path(out)
     if isinstance(source, Run):
         summary = Summary(source)
-        return write_page(source.path, "page.html", summary, list(draw(summary)))
-    sweep = SweepSummary(source)
-    return write_page(source.path, "sweep.html", sweep, list(draw_sweep(sweep)))
+        return write_page(folder, "page.html", summary, list(draw(summary)))
+    sweep = SweepSummary(source, folder)
+    return write_page(folder, "sweep.html", sweep, list(draw_sweep(sweep)))
 
 
 def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing]) -> Path:
     """Write ``report.html``, made of a template of this package, and the figures; the page's path."""
-    pictures = folder / "figures"
-    try:
-        pictures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write {pictures}: {error.strerror}") from error
+    make_folder(folder, parents=True)
+    pictures = make_folder(folder / "figures")
     for drawing in drawings:
         write_atomically(pictures / f"{drawing.name}.png", drawing.light)
     environment = Environment(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -29,6 +31,10 @@ Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "",
 class SweepSummary:
     """The words and numbers of a sweep's report; runs need not have started.
 
+    Args:
+        sweep: what is reported.
+        folder: where its page will be; with the sweep if None.
+
     Attributes:
         path: the sweep's folder.
         varied: the settings in which runs differ.
@@ -39,8 +45,8 @@ class SweepSummary:
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.path, self.varied = sweep.path, list(sweep.varied)
+    def __init__(self, sweep: Sweep, folder: Path | None = None) -> None:
+        self.path, self.folder, self.varied = sweep.path, folder or sweep.path, list(sweep.varied)
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
         self.metrics = check_table(sweep.table("metrics"), "metrics", sweep.path, ("test_acc",))
         needed = ("defect_median", "reliable")
@@ -150,7 +156,8 @@ class SweepSummary:
                 f"{row['test_acc']:.1%}" if math.isfinite(row["test_acc"]) else "",
             ]
             report = self.path / "runs" / str(name) / "report.html"
-            rows.append((str(name), f"runs/{quote(str(name))}/report.html" if report.is_file() else "", cells))
+            link = quote(os.path.relpath(report, self.folder)) if report.is_file() else ""
+            rows.append((str(name), link, cells))
         return columns, rows
 
     @property

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, 
 from grokcurv.reproduce.published import SLOW_GROK_STEP
 from grokcurv.reproduce.rules import NOT_RUN
 from grokcurv.runs import describe_environment
-from grokcurv.storage import write_atomically
+from grokcurv.storage import make_folder, write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
 from grokcurv.training import PRESETS, train
 
@@ -77,7 +78,7 @@ def reproduce(
     costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
     failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
     found = Reproduction(path, profile.name, answers, costs, describe_environment(), failed)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, parents=True)
     for name, frame in {"table": found.table, "findings": found.findings}.items():
         write_atomically(path / f"{name}.parquet", frame.to_parquet(index=False))
         write_atomically(path / f"{name}.csv", frame.to_csv(index=False).encode())
@@ -92,7 +93,7 @@ def _root(path: Path) -> str:
     began, so that the folder alone can be moved and is still that sweep.
     """
     there = path / "interventions"
-    if (there / "sweep.json").is_file():
+    if lexists(there / "sweep.json"):
         return str(Path(next(iter(open_sweep(there).plan.values())).basis_from).parent)
     return os.path.relpath(path / "runs" / "runs")
 
@@ -129,7 +130,7 @@ def _trials(name: str, sweep: Sweep) -> dict[str, Trial]:
     """The runs of a sweep by id."""
     trials = {}
     for run, status, reason in sweep.runs[["status", "reason"]].itertuples():
-        begun = (sweep.folder(run) / "config.json").exists()
+        begun = lexists(sweep.folder(run) / "config.json")
         trials[run] = Trial(f"{name}/{run}", sweep.plan[run], status, reason, sweep.run(run) if begun else None)
     return trials
 

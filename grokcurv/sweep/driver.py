@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -12,10 +13,10 @@ from typing import Any
 
 from grokcurv.storage import hold
 from grokcurv.sweep.config import SweepConfig
-from grokcurv.sweep.engine import Engine, Event, Task
+from grokcurv.sweep.engine import LEAVE_SECONDS, Engine, Event, Task
 from grokcurv.sweep.folder import Sweep, claim, write_failures
 from grokcurv.sweep.local import LocalEngine
-from grokcurv.training.process import ctrl_c
+from grokcurv.training.process import StopRequest
 
 Progress = Callable[[dict[str, Any]], object]
 
@@ -137,11 +138,11 @@ class _Driver:
         self.pace = _Pace()
 
     def run(self) -> None:
-        with ctrl_c() as interrupted:
-            stopping = False
-            while self.running or (self.waiting and not stopping):
-                if interrupted.is_set() and not stopping:
-                    stopping = True
+        with StopRequest() as stop:
+            stopping, deadline = False, math.inf
+            while (self.running or (self.waiting and not stopping)) and time.monotonic() < deadline:
+                if stop.number is not None and not stopping:
+                    stopping, deadline = True, time.monotonic() + LEAVE_SECONDS
                     self.engine.interrupt()
                 while self.waiting and not stopping and len(self.running) < self.engine.workers:
                     self._start(self.waiting.popleft())
@@ -153,8 +154,7 @@ class _Driver:
                         self._end(event, stopping)
                 if self.on_progress:
                     self.on_progress(self._progress())
-        if interrupted.is_set():
-            raise KeyboardInterrupt
+        stop.check()
 
     def _start(self, run: str) -> None:
         self.running[run] = {}

@@ -16,7 +16,7 @@ from grokcurv.training import TrainConfig, train_ensemble
 REPORT_SECONDS = 0.5
 """Seconds between two reports of a run under way."""
 
-LEAVE_SECONDS = 60.0
+LEAVE_SECONDS = 30.0
 """How long workers may take to write their checkpoints and end."""
 
 PATIENCE_SECONDS = 60.0

@@ -15,13 +15,14 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grokcurv.runs import TABLES, Run, current_settings, differences, open_run
-from grokcurv.storage import RunError, read_json, read_parquet, write_json
+from grokcurv.storage import RunError, check_folder, read_json, read_parquet, write_json
 from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
 from grokcurv.training.config import TrainConfig
 
@@ -73,7 +74,8 @@ class Sweep:
         return open_run(self.folder(run))
 
     def folder(self, run: str) -> Path:
-        return self.path / "runs" / run
+        """That of one run; RunError where a link would lead elsewhere."""
+        return check_folder(check_folder(self.path / "runs") / run)
 
     def table(self, name: str) -> pd.DataFrame:
         """The rows of all runs, in the order of the plan: the column ``run``, then those of ``<name>.parquet``.
@@ -107,7 +109,7 @@ class Sweep:
     def _state(self, run: str) -> tuple[str, str]:
         failure = self.failures.get(run)
         try:
-            status = Run(self.folder(run), {}, {}).status if (self.folder(run) / "status.json").exists() else "pending"
+            status = Run(self.folder(run), {}, {}).status if lexists(self.folder(run) / "status.json") else "pending"
         except RunError as error:
             status = f"failed: {error}"
         state, _, reason = status.partition(": ")
@@ -124,7 +126,7 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
     """
     folder = Path(path)
     file = folder / "sweep.json"
-    if not file.is_file():
+    if not lexists(file):
         raise RunError(f"{folder} holds no sweep: there is no sweep.json in it")
     content = read_json(file, "sweep", dict)
     try:
@@ -135,7 +137,7 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RunError(f"{file} is damaged: {error!r}") from error
     file = folder / "failures.json"
-    failures = read_json(file, "failures", dict) if file.exists() else {}
+    failures = read_json(file, "failures", dict) if lexists(file) else {}
     for run, failure in failures.items():
         kinds = {name: type(value) for name, value in failure.items()} if isinstance(failure, dict) else None
         if kinds != {"reason": str, "final": bool}:
@@ -160,12 +162,12 @@ def claim(path: Path, config: SweepConfig) -> Sweep:
     Raises:
         RunError: the folder holds another sweep (what differs is named) or a run, or cannot be written.
     """
-    if (path / "sweep.json").exists():
+    if lexists(path / "sweep.json"):
         sweep = open_sweep(path)
         if differing := _differences(sweep.plan, config.plan):
             raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
         return sweep
-    if (path / "config.json").exists():
+    if lexists(path / "config.json"):
         raise RunError(f"{path} holds a run; a sweep needs a folder of its own")
     configs = [asdict(settings) for settings in config.plan.values()]
     common = {name: value for name, value in configs[0].items() if all(other[name] == value for other in configs)}

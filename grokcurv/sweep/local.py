@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import BinaryIO
 
-from grokcurv.storage import RunError
+from grokcurv.storage import RunError, open_file
 from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
 from grokcurv.training.trainer import together
 
@@ -156,11 +157,14 @@ class _Worker:
             self.connection.send(message)
 
 
-def _open_log(path: Path) -> BinaryIO:
-    try:
-        return path.open("ab")
-    except OSError:  # a full disk is the runs' to report
-        return open(os.devnull, "ab")
+@contextlib.contextmanager
+def _open_log(path: Path) -> Iterator[BinaryIO]:
+    with contextlib.ExitStack() as stack:
+        try:
+            log = stack.enter_context(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
+        except OSError:  # a full disk is the runs' to report
+            log = stack.enter_context(open(os.devnull, "ab"))
+        yield log
 
 
 def serve(descriptor: int) -> None:

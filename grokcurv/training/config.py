@@ -22,6 +22,10 @@ MEASURE_ROWS = 512
 """Rows of a measurement's batch where training uses the full batch (or all of them, if they are fewer)."""
 
 
+CHANGEABLE = ("steps", "steps_after_grok", "checkpoint_every", "snapshot_every", "threads")
+"""Settings that may be others when a run is resumed: how far it goes, what it stores, on how many threads."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746)."""

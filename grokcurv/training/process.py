@@ -1,4 +1,4 @@
-"""What a run asks of its process: a device, threads, and an end at Ctrl-C that loses nothing."""
+"""What a run asks of its process: a device, threads, and an end at a signal that loses nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -32,21 +33,45 @@ def threads_of(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one acts as ever. Only the main thread hears signals."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.getsignal(signal.SIGINT)
+class Stopped(KeyboardInterrupt):
+    """What Ctrl-C means, or ``number``, another signal that asks a process to end."""
 
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+class StopRequest:
+    """Whether a signal has asked for an end, and which.
+
+    The first one is noted: Ctrl-C, SIGTERM (Slurm, ``docker stop``), or SIGHUP (a terminal that was closed). The second
+    acts as ever.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # no other one hears signals
+            for number in self.SIGNALS:
+                before = signal.getsignal(number)
+                if before is not None and (before != signal.SIG_IGN or number == signal.SIGINT):  # nohup ignores SIGHUP
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+
+    def check(self) -> None:
+        """Raise :class:`Stopped` if there was one."""
+        if self.number is not None:
+            raise Stopped(self.number)

@@ -24,7 +24,7 @@ from grokcurv.optim import SGD, AdamW, Muon, Optimizer
 from grokcurv.training.batches import Batches
 from grokcurv.training.captured import Launcher
 from grokcurv.training.measured import Group, Guest, Measured, MonitorFactory
-from grokcurv.training.process import ctrl_c
+from grokcurv.training.process import StopRequest
 from grokcurv.training.run import Training
 
 MEASURED_ALIKE = ("measure_every", "measure_rows", "pairs", "design", "method", "eta", "alignment", "pca_every")
@@ -86,10 +86,10 @@ class Program:
         place = {run: index for index, run in enumerate(self.all)}
         starts = {run: run.step for run in self.all}
         began = time.perf_counter()
-        with ctrl_c() as interrupted:
+        with StopRequest() as stop:
             bad = self.observe([run for run in self.runs if not run.rows])
             while True:
-                pressed = interrupted.is_set()
+                pressed = stop.number is not None
                 for run in self.runs:
                     status = run.pause(failed=run in bad, interrupted=pressed)
                     if status is not None:
@@ -101,7 +101,7 @@ class Program:
                 if not self.runs:
                     return [statuses[run] for run in self.all]
                 if pressed:
-                    raise KeyboardInterrupt
+                    stop.check()
                 bad = self.update()
                 bad |= self.observe([run for run in self.runs if run not in bad])
                 for run in self.runs if on_progress else ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,11 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.interventions import Intervention, Kick, Noise, Part, Projection, Space
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.optim import Optimizer
-from grokcurv.runs import Run, RunWriter, describe_environment, open_run
+from grokcurv.runs import Run, RunWriter, describe_environment, differences, open_run
 from grokcurv.storage import RunError
 from grokcurv.subspace import Subspace
 from grokcurv.tasks.base import Batch
-from grokcurv.training.config import TrainConfig
+from grokcurv.training.config import CHANGEABLE, TrainConfig
 from grokcurv.training.draws import PaperDraws, intervention_seed, order_of
 from grokcurv.training.network import task_of
 from grokcurv.training.process import describe_device
@@ -82,18 +82,19 @@ class Training:
                 p.grad = gradient[here].view(p.shape)
         self._optimizer = optimizer, row
         if self._saved_optimizer is not None:
-            try:
+            with self._fitting():
                 optimizer.load_state_dict(row, self._saved_optimizer)
-            except ValueError as error:
-                raise RunError(f"its checkpoint is of an older version, which stepped otherwise: {error}") from error
             self._saved_optimizer = None
 
     def attach(self, monitor: CurvatureMonitor | None, *place: int) -> None:
         """Be measured by a monitor, as the run of this number; where a checkpoint was loaded, go on as it says."""
         self.monitor, self.place = monitor, place
         if monitor is not None and self._saved_monitor is not None:
-            monitor.load_state_dict(self._saved_monitor, *place)
+            with self._fitting():
+                monitor.load_state_dict(self._saved_monitor, *place)
             self._saved_monitor = None
+            if self.writer is not None and self.writer.lacks_tables:
+                self._write_tables(self.writer)
 
     def detach(self) -> None:
         """Leave the monitor, which may be renumbered: what it knows of this run is kept."""
@@ -107,16 +108,19 @@ class Training:
 
     def enter(self, out: str | PathLike[str], resume: bool, stack: contextlib.ExitStack) -> None:
         """Take hold of the run's folder until ``stack`` closes, and go back to where the run in it stands."""
-        writer = RunWriter(out, asdict(self.config), resume=resume, environment=self.environment)
+        about = {"resume": resume, "environment": self.environment, "changeable": CHANGEABLE}
+        self.writer = RunWriter(out, asdict(self.config), **about, accept=self._go_on)
         self._held = stack.enter_context(contextlib.ExitStack())
-        self.writer = self._held.enter_context(writer)
-        checkpoint = writer.read_checkpoint()
-        if checkpoint is not None:
-            writer.drop_after(checkpoint["step"])
-            metrics = writer.read_table("metrics")
-            if metrics.empty:
-                raise RunError(f"{writer.path} has a checkpoint, but its metrics.parquet is missing")
-            self.load_state_dict(checkpoint, metrics)
+        self._held.enter_context(self.writer)
+
+    def _go_on(self, writer: RunWriter) -> None:
+        """Go back to where the run in the folder stands; RunError if it cannot be this one."""
+        if writer.checkpoint is None:
+            return
+        with self._fitting():
+            self.load_state_dict(writer.checkpoint, writer.read_table("metrics"))
+        if self.step > self.last_step:
+            raise RunError(f"{writer.path} stands at step {self.step}, and is to end at {self.last_step}")
 
     def result(self, status: str) -> Run:
         """The run as its folder has it, or as it was kept in memory."""
@@ -193,27 +197,44 @@ class Training:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: pd.DataFrame) -> None:
-        self.step, self.streak, self.grok_step = state["step"], state["streak"], state["grok_step"]
+        saved = {name: (tuple(value.shape), value.dtype) for name, value in state["model"].items()}
+        own = {name: (tuple(value.shape), value.dtype) for name, value in self.model.state_dict().items()}
+        if differing := differences(saved, own):
+            raise ValueError(", ".join(f"{name} ({values})" for name, values in differing.items()))
+        self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self._saved_optimizer, self._saved_monitor = state["optimizer"], state["monitor"]
         if self.draws is not None:
             self.draws.load_state_dict(state["draws"])
         if self.intervention is not None:
             self.intervention.load_state_dict(state["intervention"])
-        self.rows = [{str(name): value for name, value in row.items()} for row in metrics.to_dict("records")]
+        for row in metrics[metrics["step"] <= self.step].to_dict("records"):
+            # An evaluation that was made because the run ended there is none of a run that goes on.
+            if self._evaluation_due(row["step"]):
+                self._note({str(name): value for name, value in row.items()})
         self.started = time.perf_counter() - self.rows[-1]["seconds"]
         self.saved = self.step
 
+    @contextlib.contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Around what a checkpoint is read by: RunError where that does not fit this run."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            assert self.writer is not None
+            file = self.writer.path / "checkpoint.safetensors"
+            raise RunError(f"{file} does not fit these settings, or is of an older version: {error}") from error
+
     def evaluate_due(self) -> bool:
         """Evaluate if that is due at this step; False if the loss is not finite."""
-        if not self._evaluation_due():
+        if not self._evaluation_due(self.step):
             return True
         self._evaluate()
         return math.isfinite(self.rows[-1]["train_loss"] + self.rows[-1]["test_loss"])
 
     def note_defect(self) -> None:
         """What progress says of the defect; read where an evaluation has waited for the device anyway."""
-        if self.monitor is not None and self._evaluation_due():
+        if self.monitor is not None and self._evaluation_due(self.step):
             latest = self.monitor.latest(*self.place) if self.place else self.monitor.last
             self.defect = self.defect if latest is None else latest["defect_median"]
 
@@ -222,8 +243,8 @@ class Training:
         if self.rows[-1]["step"] != self.step:
             self._evaluate()
 
-    def _evaluation_due(self) -> bool:
-        return self.step % self.config.eval_every == 0 or self.step == self.last_step
+    def _evaluation_due(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.last_step
 
     def _evaluate(self) -> None:
         beside = {} if self.intervention is None else {"intervention_norm": self.intervention.norm}
@@ -233,10 +254,14 @@ class Training:
         moved = {name: found.pop(name) for name in beside}
         risen = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
         rate, seconds = self.config.lr * risen, time.perf_counter() - self.started
-        self.rows.append({"step": self.step, **found, "learning_rate": rate, "seconds": seconds, **done, **moved})
-        self.streak = self.streak + 1 if found["test_acc"] >= self.config.grok_threshold else 0
+        self._note({"step": self.step, **found, "learning_rate": rate, "seconds": seconds, **done, **moved})
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """Take an evaluation down, and see whether the run has grokked with it."""
+        self.rows.append(row)
+        self.streak = self.streak + 1 if row["test_acc"] >= self.config.grok_threshold else 0
         if self.grok_step is None and self.streak == self.config.grok_patience:
-            self.grok_step = self.step
+            self.grok_step = row["step"]
 
     def intervening(self) -> contextlib.AbstractContextManager[None]:
         """What goes around the optimiser's step."""
@@ -302,7 +327,7 @@ class Training:
 
     @property
     def progress_due(self) -> bool:
-        return self.step % PROGRESS_EVERY == 0 or self._evaluation_due()
+        return self.step % PROGRESS_EVERY == 0 or self._evaluation_due(self.step)
 
     def progress(self, steps_per_second: float) -> dict[str, Any]:
         row = self.rows[-1]
