@@ -297,7 +297,9 @@ class RunWriter:
         found = [name for name in others if lexists(self.path / name)]
         begun = "checkpoint.safetensors" in found
         if found and not there and not (begun and self.resume):
-            raise RunError(f"{self.path} has no config.json, and yet {', '.join(found)} of a run: choose another folder")
+            raise RunError(
+                f"{self.path} has no config.json, and yet {', '.join(found)} of a run: choose another folder"
+            )
         if begun:
             self.checkpoint = self._read_checkpoint("" if there else "no config.json, and ")
 

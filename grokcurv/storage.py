@@ -3,8 +3,8 @@
 Every file is written under a temporary name, synced and renamed, and carries a schema version. States are safetensors
 with a checksum, tables are Parquet, all else is JSON: nothing is ever unpickled. One process at a time holds a folder.
 
-A folder may come from anyone. Where a file or a folder of ours should be, links are refused, which could lead out of it,
-and so are pipes and devices, which never end.
+A folder may come from anyone. Where a file or a folder of ours should be, links are refused, which could lead out of
+it, and so are pipes and devices, which never end.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _check_kind(path: Path, wanted: Callable[[int], bool]) -> None:
         if not wanted(mode):
             kind = "a file" if wanted is stat.S_ISREG else "a folder"
             link = "a link, and links are not followed" if stat.S_ISLNK(mode) else f"not {kind}"
-            raise OSError(errno.EINVAL, f"it must be {kind} and is {link}")
+            raise OSError(errno.EINVAL, f"it must be {kind} and is {link}", str(path))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -291,7 +291,8 @@ def hold(folder: Path, doing: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(open_file(folder / ".lock", os.O_RDWR | os.O_CREAT))
         except OSError as error:
-            raise RunError(f"cannot write into {folder}: {error.strerror}") from error
+            what = "" if Path(error.filename or "") == folder else ".lock: "
+            raise RunError(f"cannot write into {folder}: {what}{error.strerror}") from error
         for patience in (0.05, 0.2, None):  # one that asks for the holder has the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from grokcurv.report.format import number
 from grokcurv.report.summary import GROKKED, Summary
 from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import Run, open_run
-from grokcurv.storage import make_folder, write_atomically
+from grokcurv.storage import RunError, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +54,8 @@ def write_report(source: Run | Sweep | str | os.PathLike[str], out: str | os.Pat
         from grokcurv.sweep import open_sweep
 
         folder = Path(source)
+        if not any(lexists(folder / name) for name in ("config.json", "sweep.json")):
+            raise RunError(f"{folder} holds neither a run nor a sweep: there is no config.json or sweep.json in it")
         source = open_sweep(folder) if lexists(folder / "sweep.json") else open_run(folder)
     if source.path is None:
         raise ValueError("run was kept in memory alone: a report is written into a run's folder, and it has none")

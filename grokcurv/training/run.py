@@ -108,8 +108,14 @@ class Training:
 
     def enter(self, out: str | PathLike[str], resume: bool, stack: contextlib.ExitStack) -> None:
         """Take hold of the run's folder until ``stack`` closes, and go back to where the run in it stands."""
-        about = {"resume": resume, "environment": self.environment, "changeable": CHANGEABLE}
-        self.writer = RunWriter(out, asdict(self.config), **about, accept=self._go_on)
+        self.writer = RunWriter(
+            out,
+            asdict(self.config),
+            resume=resume,
+            environment=self.environment,
+            changeable=CHANGEABLE,
+            accept=self._go_on,
+        )
         self._held = stack.enter_context(contextlib.ExitStack())
         self._held.enter_context(self.writer)
 
@@ -199,8 +205,8 @@ class Training:
     def load_state_dict(self, state: Mapping[str, Any], metrics: pd.DataFrame) -> None:
         saved = {name: (tuple(value.shape), value.dtype) for name, value in state["model"].items()}
         own = {name: (tuple(value.shape), value.dtype) for name, value in self.model.state_dict().items()}
-        if differing := differences(saved, own):
-            raise ValueError(", ".join(f"{name} ({values})" for name, values in differing.items()))
+        for name, values in differences(saved, own).items():
+            raise ValueError(f"{name} is {values}")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self._saved_optimizer, self._saved_monitor = state["optimizer"], state["monitor"]
@@ -212,6 +218,8 @@ class Training:
             # An evaluation that was made because the run ended there is none of a run that goes on.
             if self._evaluation_due(row["step"]):
                 self._note({str(name): value for name, value in row.items()})
+        if self.rows[-1]["step"] // self.config.eval_every != self.step // self.config.eval_every:
+            raise ValueError(f"it is of step {self.step}, and evaluations end at step {self.rows[-1]['step']}")
         self.started = time.perf_counter() - self.rows[-1]["seconds"]
         self.saved = self.step
 
