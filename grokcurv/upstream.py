@@ -34,14 +34,14 @@ from torch import Tensor
 
 from grokcurv.flat import Segment
 from grokcurv.pca import StreamingPCA
-from grokcurv.storage import write_atomically
+from grokcurv.storage import open_file, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Log", "load"]
 
-KEYS = ("attn_logs", "cfg", "metrics", "grokked", "final_step")
+KEYS = {"attn_logs": list, "cfg": dict, "metrics": list, "grokked": bool, "final_step": int}
 METRICS = {"step": int, "train_acc": float, "test_acc": float}
 MATRICES = {"WQ": "q_proj_weight", "WK": "k_proj_weight", "WV": "v_proj_weight", "WO": "out_proj.weight"}
 """What :func:`grokcurv.flat.attention_segments` calls each, after the name of its module."""
@@ -94,7 +94,7 @@ class Log:
         if len(steps) != len(rows):
             raise ValueError(f"steps has {len(steps)} entries, but pca has seen {len(rows)} rows")
         _check_steps("steps", steps)
-        _check_keys("metrics", dict(metrics), METRICS)
+        _check_keys("metrics", dict(metrics), dict.fromkeys(METRICS, object))
         last = max(steps[-1], *metrics["step"].tolist()) if len(metrics) else steps[-1]
         segments = _side_by_side({s.name: s.shape for s in pca.segments or ()})
         return cls(steps, rows, segments, dict(config), metrics[list(METRICS)], grokked, int(last))
@@ -139,7 +139,7 @@ def load(path: str | os.PathLike[str]) -> Log:
     """Read one of the files of the paper's code.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none; another OSError where it cannot be opened.
         ValueError: it is no such file, or one that would have to run code to be read; the message says what is amiss.
     """
     import pandas as pd
@@ -147,31 +147,32 @@ def load(path: str | os.PathLike[str]) -> Log:
     content = _read(path)
     try:
         _check_keys("the file", content, KEYS)
+        _check_plain("cfg", content["cfg"])
         logs = content["attn_logs"]
-        if not isinstance(logs, list) or not logs:
-            raise ValueError("attn_logs must be a list of at least one entry")
+        if not logs:
+            raise ValueError("attn_logs must have at least one entry")
         named = [_named_matrices(i, log) for i, log in enumerate(logs)]
-        shapes = [{name: tuple(matrix.shape) for name, matrix in matrices.items()} for matrices in named]
-        for i, others in enumerate(shapes):
-            if others != shapes[0]:
-                raise ValueError(f"attn_logs[{i}] has other layers or shapes than attn_logs[0]")
+        kinds = [{name: (m.shape, m.dtype) for name, m in matrices.items()} for matrices in named]
+        for i, others in enumerate(kinds):
+            if others != kinds[0]:
+                raise ValueError(f"attn_logs[{i}] has other layers, shapes or dtypes than attn_logs[0]")
         steps = [log["step"] for log in logs]
         _check_steps("attn_logs", steps)
         for i, metrics in enumerate(content["metrics"]):
             _check_keys(f"metrics[{i}]", metrics, METRICS)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no log of the paper's code: {error}") from None
     rows = torch.stack([torch.cat([m.reshape(-1) for m in matrices.values()]) for matrices in named])
     frame = pd.DataFrame(content["metrics"], columns=list(METRICS))
-    segments = _side_by_side(shapes[0])
+    segments = _side_by_side({name: tuple(m.shape) for name, m in named[0].items()})
     return Log(steps, rows, segments, content["cfg"], frame, content["grokked"], content["final_step"])
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
+    with open_file(Path(os.path.realpath(path))) as file:  # a link is the caller's own
+        data = io.BytesIO(file.read())
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # of any class, where the bytes make no sense
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
@@ -185,17 +186,17 @@ def _read(path: str | os.PathLike[str]) -> Any:
 
 def _named_matrices(i: int, log: Any) -> dict[str, Tensor]:
     """The matrices of one entry of attn_logs, by the names of their segments."""
-    _check_keys(f"attn_logs[{i}]", log, ("step", "layers"))
+    _check_keys(f"attn_logs[{i}]", log, {"step": int, "layers": list})
     matrices: dict[str, Tensor] = {}
     for number, layer in enumerate(log["layers"]):
         where = f"attn_logs[{i}]['layers'][{number}]"
-        _check_keys(where, layer, ("layer", *MATRICES))
+        _check_keys(where, layer, {"layer": int, **dict.fromkeys(MATRICES, Tensor)})
         if layer["layer"] != number:
             raise ValueError(f"{where} is layer {layer['layer']!r}")
         for key, name in MATRICES.items():
             matrix = layer[key]
-            if not isinstance(matrix, Tensor) or matrix.dim() != 2:
-                raise ValueError(f"{where}[{key!r}] must be a matrix, a tensor of two dimensions")
+            if matrix.layout != torch.strided or not matrix.is_floating_point() or matrix.dim() != 2:
+                raise ValueError(f"{where}[{key!r}] must be a matrix of floats, a dense tensor of two dimensions")
             matrices[f"encoder.layers.{number}.self_attn.{name}"] = matrix
     if not matrices:
         raise ValueError(f"attn_logs[{i}] has no layers")
@@ -224,12 +225,16 @@ def _check_steps(name: str, steps: Sequence[Any]) -> None:
         raise ValueError(f"{name}: steps must rise from 0, got {steps}")
 
 
-def _check_keys(where: str, entry: Any, keys: Iterable[str]) -> None:
+def _check_keys(where: str, entry: Any, keys: Mapping[str, type]) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a dict, got {type(entry).__name__}")
     missing = [key for key in keys if key not in entry]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it has {', '.join(map(str, entry)) or 'nothing'}")
+    for key, kind in keys.items():
+        value = entry[key]
+        if not isinstance(value, (kind, int) if kind is float else kind) or (kind is not bool and value is True):
+            raise ValueError(f"{where}[{key!r}] must be of type {kind.__name__}, got {type(value).__name__}")
 
 
 def _check_plain(where: str, value: Any) -> None:

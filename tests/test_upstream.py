@@ -186,16 +186,32 @@ def spoiled(path: str, value: Any) -> Any:
     ("change", "message"),
     [
         (spoiled("grokked", None), "the file lacks grokked; it has attn_logs, cfg"),
-        (spoiled("attn_logs", []), "attn_logs must be a list of at least one entry"),
+        (spoiled("attn_logs", []), "attn_logs must have at least one entry"),
         (spoiled("attn_logs/2/layers", None), r"attn_logs\[2\] lacks layers; it has step"),
         (spoiled("attn_logs/1/layers/1/WV", None), r"attn_logs\[1\]\['layers'\]\[1\] lacks WV"),
         (spoiled("attn_logs/1/layers/1/layer", 0), r"\['layers'\]\[1\] is layer 0"),
-        (spoiled("attn_logs/1/layers/0/WQ", torch.ones(3)), r"\['WQ'\] must be a matrix"),
-        (spoiled("attn_logs/1/layers/0/WQ", torch.ones(3, 3)), r"attn_logs\[1\] has other layers or shapes"),
+        (spoiled("attn_logs/1/layers/0/WQ", torch.ones(3)), r"\['WQ'\] must be a matrix of floats"),
+        (spoiled("attn_logs/1/layers/0/WQ", torch.ones(3, 3)), r"attn_logs\[1\] has other layers, shapes or dtypes"),
         (spoiled("attn_logs/3/layers", []), r"attn_logs\[3\] has no layers"),
         (spoiled("attn_logs/0/step", 1), r"steps must rise from 0, got \[1, 100"),
         (spoiled("attn_logs/2/step", 100), r"steps must rise from 0, got \[0, 100, 100"),
-        (spoiled("attn_logs/2/step", 200.0), "steps must be whole numbers"),
+        (spoiled("attn_logs/2/step", 200.0), r"attn_logs\[2\]\['step'\] must be of type int, got float"),
+        (spoiled("attn_logs/2/step", "200"), "must be of type int, got str"),
+        (spoiled("attn_logs", {}), "must be of type list, got dict"),
+        (spoiled("attn_logs/0", 3), r"attn_logs\[0\] must be a dict, got int"),
+        (spoiled("attn_logs/0/layers", 3), "must be of type list, got int"),
+        (spoiled("attn_logs/0/layers/0", "x"), "must be a dict, got str"),
+        (spoiled("attn_logs/1/layers/0/WQ", "x"), r"\['WQ'\] must be of type Tensor, got str"),
+        (spoiled("attn_logs/1/layers/0/WQ", torch.eye(8).to_sparse()), "must be a matrix of floats, a dense tensor"),
+        (spoiled("attn_logs/1/layers/0/WQ", torch.eye(8).int()), "must be a matrix of floats, a dense tensor"),
+        (spoiled("attn_logs/1/layers/0/WQ", torch.eye(8).double()), "has other layers, shapes or dtypes"),
+        (spoiled("cfg", 3), r"\['cfg'\] must be of type dict, got int"),
+        (spoiled("cfg/OP_NAME", torch.ones(2)), "must be a plain value .* got Tensor"),
+        (spoiled("metrics", 3), "must be of type list, got int"),
+        (spoiled("metrics/1", 3), r"metrics\[1\] must be a dict, got int"),
+        (spoiled("metrics/1/test_acc", "high"), r"metrics\[1\]\['test_acc'\] must be of type float, got str"),
+        (spoiled("grokked", 1), "must be of type bool, got int"),
+        (spoiled("final_step", True), "must be of type int, got bool"),
         (spoiled("metrics/1/test_acc", None), r"metrics\[1\] lacks test_acc"),
     ],
 )
@@ -210,6 +226,10 @@ def test_a_log_of_another_layout_is_refused(run: Any, tmp_path: Path, change: An
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         upstream.load(tmp_path / "none.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    for name in ("pipe.pt", "."):
+        with pytest.raises(OSError, match="must be a file and is"):
+            upstream.load(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="the file must be a dict, got list"):
         upstream.load(tmp_path / "list.pt")
