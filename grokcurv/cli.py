@@ -15,12 +15,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from os.path import lexists
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from grokcurv import sweep, training
 from grokcurv.commutator import RENAMED
@@ -28,6 +28,17 @@ from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
 from grokcurv.runs import open_run
 from grokcurv.storage import RunError
 from grokcurv.training import PRESETS, TrainConfig
+from grokcurv.training.config import (
+    SECTIONS,
+    InterventionSettings,
+    LengthSettings,
+    MeasurementSettings,
+    NetworkSettings,
+    OptimizerSettings,
+    Preset,
+    StorageSettings,
+    TaskSettings,
+)
 from grokcurv.training.process import Stopped
 
 
@@ -84,7 +95,15 @@ def _train(arguments: list[str]) -> int:
         --preset sets the defaults of the other settings. Ctrl-C stops the run after writing a checkpoint.
         """
 
-        config: tyro.conf.OmitArgPrefixes[TrainConfig]
+        task: tyro.conf.OmitArgPrefixes[TaskSettings]
+        network: tyro.conf.OmitArgPrefixes[NetworkSettings]
+        optimizer: tyro.conf.OmitArgPrefixes[OptimizerSettings]
+        length: tyro.conf.OmitArgPrefixes[LengthSettings]
+        measurement: tyro.conf.OmitArgPrefixes[MeasurementSettings]
+        intervention: tyro.conf.OmitArgPrefixes[InterventionSettings]
+        storage: tyro.conf.OmitArgPrefixes[StorageSettings]
+        preset: Preset = "paper"
+        """Settings to start from."""
         out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
         """Folder of the run; runs/OP-seedSEED if not given."""
         resume: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -93,11 +112,19 @@ def _train(arguments: list[str]) -> int:
 
     arguments = _renamed(arguments)
     defaults, described = _defaults(arguments)
-    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(defaults))
-    config = options.config
+    parts: list[Any] = [kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)}) for kind in SECTIONS]
+    given = Options(*parts, preset=defaults.preset)
+    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=given)
+    said = {name: value for part in vars(options).values() if is_dataclass(part) for name, value in vars(part).items()}
+    try:
+        config = TrainConfig(preset=options.preset, **said)
+    except ValueError as error:
+        return _complain(str(error))
     out = options.out or Path("runs") / f"{config.op}-seed{config.seed}"
     if options.resume and not described and not lexists(out / "config.json"):
         return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
+    if options.resume and not lexists(out):
+        return _complain(f"{out} does not exist: to begin a run there, leave --resume out")
     try:
         with (
             _asked_for(f"grokcurv train --resume --out {out}"),
@@ -160,13 +187,13 @@ def _sweep(arguments: list[str]) -> int:
         """Folder of the sweep; runs/NAME for the file NAME.toml if not given."""
         engine: Literal["local", "ray"] = "local"
         """Worker processes on this machine, or a Ray cluster."""
-        workers: int | None = None
+        workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """Runs at a time; as many as there is room for if not given."""
-        address: str | None = None
+        address: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
         """Address of the Ray cluster to join; one is started on this machine if not given."""
         gpus_per_run: float = 0.0
         """With Ray, the share of a GPU that a run has."""
-        together: int | None = None
+        together: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """With local workers, runs that each trains as one program; 1 on the CPU and 64 on a GPU if not given."""
         retry_failed: tyro.conf.FlagCreatePairsOff[bool] = False
         """Try again also the runs that would fail again: loss not finite, workers that kept dying."""
@@ -210,7 +237,7 @@ def _reproduce(arguments: list[str]) -> int:
         """In place of the profile's, for every operation."""
         engine: Literal["local", "ray"] = "local"
         """Worker processes on this machine, or a Ray cluster."""
-        workers: int | None = None
+        workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """Runs at a time; as many as there is room for if not given."""
 
     options = tyro.cli(Options, prog="grokcurv reproduce", args=arguments)

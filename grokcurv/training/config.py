@@ -12,6 +12,7 @@ from grokcurv.interventions import Direction
 from grokcurv.tasks.modular.model import Activation, Sequence
 from grokcurv.tasks.modular.operations import check_operation, train_size
 
+Preset = Literal["paper", "paper-slow", "power", "nanda", "prieto"]
 Architecture = Literal["transformer", "mlp"]
 Rng = Literal["philox", "paper", "torch"]
 OptimizerName = Literal["adamw", "sgd", "muon"]
@@ -27,17 +28,50 @@ CHANGEABLE = ("steps", "steps_after_grok", "checkpoint_every", "snapshot_every",
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746)."""
+class TaskSettings:
+    """What is learnt."""
 
     op: str = "add"
     """Operation: one of add, sub, mul, x2_y2, x2_xy_y2, x3_xy, div."""
     p: int = 97
     """Modulus; prime for div."""
-    preset: str = "paper"
-    """Name of the preset these settings started from; on the command line, the one to start from."""
+    train_fraction: float = 0.5
+    """Share of the pairs that train."""
     seed: int = 42
     """Of everything random in the run; 0 to 2^32 - 1."""
+    rng: Rng = "philox"
+    """philox: split, batches and measurements are functions of seed and step alone, so that neither measuring nor other
+    runs beside this one change anything. paper: the draws of the paper's code in its order; measurements share the
+    stream of the training batches, and the network runs as the module itself, to meet published digits; otherwise a
+    transformer runs by a shorter way. torch: of older versions, whose folders are read, but not gone on with."""
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The network."""
+
+    architecture: Architecture = "transformer"
+    """Kind of network."""
+    layers: int = 2
+    """Layers of the transformer, or hidden layers of the MLP."""
+    d_model: int = 128
+    """Width of the residual stream, or of the MLP's hidden layers."""
+    heads: int = 4
+    """Attention heads."""
+    d_ff: int = 256
+    """Width of the transformer's feed-forward layers."""
+    activation: Activation = "gelu"
+    """Of the transformer's feed-forward layers."""
+    layer_norm: bool = True
+    """Whether the transformer has LayerNorms."""
+    sequence: Sequence = "a b"
+    """What the transformer reads; with an = it is a causal decoder."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How it is trained."""
+
     optimizer: OptimizerName = "adamw"
     """AdamW; SGD with momentum, whose decay is part of the gradient; or Muon on the matrices between the embeddings and
     the head, with AdamW on everything else."""
@@ -63,24 +97,12 @@ class TrainConfig:
     """Largest gradient norm; 0 does not clip."""
     batch_size: int = 512
     """Rows per step, drawn with replacement; 0 takes the whole training set."""
-    train_fraction: float = 0.5
-    """Share of the pairs that train."""
-    architecture: Architecture = "transformer"
-    """Kind of network."""
-    layers: int = 2
-    """Layers of the transformer, or hidden layers of the MLP."""
-    d_model: int = 128
-    """Width of the residual stream, or of the MLP's hidden layers."""
-    heads: int = 4
-    """Attention heads."""
-    d_ff: int = 256
-    """Width of the transformer's feed-forward layers."""
-    activation: Activation = "gelu"
-    """Of the transformer's feed-forward layers."""
-    layer_norm: bool = True
-    """Whether the transformer has LayerNorms."""
-    sequence: Sequence = "a b"
-    """What the transformer reads; with an = it is a causal decoder."""
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """How long, and when it has grokked."""
+
     steps: int = 20_000
     """Updates at most."""
     eval_every: int = 100
@@ -91,11 +113,12 @@ class TrainConfig:
     """Evaluations in a row that must reach it; the run has grokked at the last of them."""
     steps_after_grok: int = 1000
     """The run ends this many steps after it has grokked."""
-    rng: Rng = "philox"
-    """philox: split, batches and measurements are functions of seed and step alone, so that neither measuring nor other
-    runs beside this one change anything. paper: the draws of the paper's code in its order; measurements share the
-    stream of the training batches, and the network runs as the module itself, to meet published digits; otherwise a
-    transformer runs by a shorter way. torch: of older versions, whose folders are read, but not gone on with."""
+
+
+@dataclass(frozen=True)
+class MeasurementSettings:
+    """What is measured, and when."""
+
     method: Method = "difference"
     """How the commutator is computed."""
     eta: float = 1e-3
@@ -114,6 +137,12 @@ class TrainConfig:
     """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100
     """Steps between rows of the trajectory's PCA; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class InterventionSettings:
+    """What is done to training."""
+
     intervention: InterventionKind = "none"
     """What is done to training: project damps the gradient outside the basis and project-update the whole step, kick
     pushes the weights along a commutator, noise in a random direction, both outside the basis (docs/interventions.md).
@@ -136,6 +165,12 @@ class TrainConfig:
     faithful: bool = False
     """Kick as published: between backward and step, leaving another gradient in .grad; with the paper's draws, its
     batches come from the training stream."""
+
+
+@dataclass(frozen=True)
+class StorageSettings:
+    """Where it runs, and what is stored when."""
+
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     snapshot_every: int = 0
@@ -146,6 +181,25 @@ class TrainConfig:
     """CPU threads while the run lasts; 0 leaves torch's."""
     compile: bool = False
     """Whether gradients of several runs that are one batched program go through torch.compile; others never do."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    StorageSettings,
+    InterventionSettings,
+    MeasurementSettings,
+    LengthSettings,
+    OptimizerSettings,
+    NetworkSettings,
+    TaskSettings,
+):
+    """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746).
+
+    Its settings are those of its bases, the last one's first.
+    """
+
+    preset: Preset = "paper"
+    """Name of the preset these settings started from; on the command line, the one to start from."""
 
     def __post_init__(self) -> None:
         """Check every setting.
@@ -201,11 +255,10 @@ class TrainConfig:
         return self.batch_size or min(MEASURE_ROWS, self.train_rows)
 
 
-PRESET_NAMES = ("paper", "paper-slow", "power", "nanda", "prieto")
+SECTIONS = TrainConfig.__bases__[::-1]
+"""The settings in groups."""
 
-CHOICES = {"preset": PRESET_NAMES} | {
-    name: get_args(hint) for name, hint in get_type_hints(TrainConfig).items() if get_origin(hint) is Literal
-}
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainConfig).items() if get_origin(hint) is Literal}
 """By setting, what it can be, where that is one of a few words."""
 
 POSITIVE = (
@@ -229,7 +282,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )
 """Settings that are numbers, when one is in order, and the words for that."""
 
-PRESETS: dict[str, TrainConfig] = {
+PRESETS: dict[Preset, TrainConfig] = {
     "paper": TrainConfig(),
     "paper-slow": TrainConfig(
         preset="paper-slow",
