@@ -112,8 +112,10 @@ def _train(arguments: list[str]) -> int:
 
     arguments = _renamed(arguments)
     defaults, described = _defaults(arguments)
-    parts: list[Any] = [kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)}) for kind in SECTIONS]
-    given = Options(*parts, preset=defaults.preset)
+    parts: dict[str, Any] = {}
+    for section, kind in zip(fields(Options), SECTIONS, strict=False):
+        parts[section.name] = kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)})
+    given = Options(**parts, preset=defaults.preset)
     options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=given)
     said = {name: value for part in vars(options).values() if is_dataclass(part) for name, value in vars(part).items()}
     try:

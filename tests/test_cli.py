@@ -98,9 +98,9 @@ def test_train_has_a_flag_for_every_setting(capsys: pytest.CaptureFixture[str]) 
         ("--lr 0.5 --preset=nanda", dataclasses.replace(PRESETS["nanda"], lr=0.5), "runs/add-seed42", False),
         ("--op mul --seed 7 --out some/where", TrainConfig(op="mul", seed=7), "some/where", False),
         (
-            "--no-layer-norm --rng paper --measure-every 0 --resume",
+            "--no-layer-norm --rng paper --measure-every 0 --resume --out .",
             TrainConfig(layer_norm=False, rng="paper", measure_every=0),
-            "runs/add-seed42",
+            ".",
             True,
         ),
     ],

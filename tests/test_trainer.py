@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 from typing import Any
 
 import numpy as np
