@@ -44,6 +44,7 @@ from grokcurv.training.process import Stopped
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: the process's own) name; returns the exit status."""
+    os.environ["MPLBACKEND"] = "agg"  # pages need no window, nor the name of one that matplotlib does not know
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a folder's name may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")

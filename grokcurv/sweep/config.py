@@ -17,6 +17,9 @@ from typing import Any, get_type_hints
 
 from grokcurv.training.config import PRESETS, TrainConfig
 
+MOST_RUNS = 100_000
+"""Of a sweep."""
+
 LONGEST_ID = 120
 """Characters of a run's id at most; a file name can have 255."""
 
@@ -74,6 +77,10 @@ class SweepConfig:
             shared = [name for name in names if name in others]
             if shared and (table, other) != ("[run]", "[[runs]]"):
                 raise ValueError(f"{shared[0]} is in {table} and in {other}; wanted it in one of them")
+        samples = _number("samples", self.random.samples, 1) if self.random else 1
+        count = max(len(self.runs), 1) * samples * math.prod(map(len, self.grid.values()))
+        if count > MOST_RUNS:
+            raise ValueError(f"a sweep has {MOST_RUNS:,} runs at most; this one would have {count:,}")
         _ = self.plan
 
     @classmethod
@@ -159,18 +166,21 @@ def _random(table: dict[str, Any]) -> Random:
     for name in ("samples", "fields"):
         if name not in table:
             raise ValueError(f"[random] needs {name}, the {'number of draws' if name == 'samples' else 'fields drawn'}")
-    if not isinstance(table["fields"], dict):
-        raise ValueError(f"[random] fields must be a table, [random.fields]; got {table['fields']!r}")
+    if not isinstance(table["fields"], dict) or not table["fields"]:
+        raise ValueError(f"[random] fields must be a table, [random.fields], of at least one; got {table['fields']!r}")
     return Random(**table)
 
 
 def _samples(drawn: Random) -> list[dict[str, Any]]:
-    for name, least in (("samples", 1), ("seed", 0)):
-        number = getattr(drawn, name)
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise ValueError(f"[random] {name} must be a whole number, at least {least}; got {number!r}")
+    _number("seed", drawn.seed, 0)
     columns = [_draws(name, law, drawn) for name, law in drawn.fields.items()]
     return [dict(zip(drawn.fields, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _number(name: str, number: Any, least: int) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise ValueError(f"[random] {name} must be a whole number, at least {least}; got {number!r}")
+    return number
 
 
 def _draws(name: str, law: Any, drawn: Random) -> list[Any]:

@@ -16,7 +16,7 @@ from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import LEAVE_SECONDS, Engine, Event, Task
 from grokcurv.sweep.folder import Sweep, claim, write_failures
 from grokcurv.sweep.local import LocalEngine
-from grokcurv.training.process import StopRequest
+from grokcurv.training.process import StopRequest, describe_device
 
 Progress = Callable[[dict[str, Any]], object]
 
@@ -74,7 +74,8 @@ def run_sweep(
         The sweep; what failed, and why, is in ``runs``.
 
     Raises:
-        ValueError: an unknown engine, options that it does not take, or a run in ``only`` that the sweep does not have.
+        ValueError: an unknown engine, options that it does not take, a device that is not here, or a run in ``only``
+            that the sweep does not have.
         ModuleNotFoundError: Ray is not installed.
         RunError: the folder is held by another driver, holds another sweep or is damaged; workers do not start.
     """
@@ -89,6 +90,9 @@ def run_sweep(
     for name, (option, owner) in own.items():
         if option is not None and engine != owner:
             raise ValueError(f"{name} is for the engine {owner!r}; got {option!r} with {engine!r}")
+    if engine == "local":  # another machine of a cluster may have other devices than this one
+        for device in {config.device for config in config.plan.values()}:
+            describe_device(device)
     unknown = next((run for run in only or () if run not in config.plan), None)
     if unknown is not None:
         raise ValueError(f"only must name runs of the sweep; it has no {unknown!r}")
