@@ -181,7 +181,8 @@ def _sweep(arguments: list[str]) -> int:
     class Options:
         """Do the runs that a sweep file describes, or those that are left of them.
 
-        The same command goes on after anything that stopped it. Ctrl-C stops the runs after they wrote checkpoints.
+        The same command goes on after anything that stopped it. Ctrl-C stops the runs after they wrote checkpoints. A
+        file that has gained seeds or values, or steps, does what is new in it.
         """
 
         file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE")]]
@@ -207,7 +208,7 @@ def _sweep(arguments: list[str]) -> int:
     with _asked_for("the same command"):
         config = sweep.SweepConfig.from_toml(file)
         with SweepProgress(file.stem) as progress:
-            runs = sweep.run_sweep(config, out, **settings, on_progress=progress).runs
+            runs = sweep.run_sweep(config, out, **settings, grow=True, on_progress=progress).runs
     failed = runs[runs["status"] == "failed"]
     print(f"{out}: {len(runs):,} runs, {(runs['status'] == 'finished').sum():,} finished, {len(failed):,} failed")
     for run, reason in failed["reason"].items():

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter, deque
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,33 @@ def test_another_sweep_in_the_folder(tmp_path: Path) -> None:
         folder.claim(tmp_path, dataclasses.replace(SMALL, grid={**SMALL.grid, "op": ["add", "sub"]}))
     with hold(tmp_path, "run"), pytest.raises(RunError, match="is being run by process"):
         run_sweep(SMALL, tmp_path)
+
+
+def test_a_sweep_grows(script: dict[str, Any], tmp_path: Path) -> None:
+    """Runs keep their ids, only new ones and those that are to be longer start; what else differs is refused."""
+    sweep = folder.claim(tmp_path, SMALL)
+    ids = list(sweep.plan)
+    for run, config in sweep.plan.items():
+        synthetic_run.write_run(sweep.folder(run), {}, status="finished", **dataclasses.asdict(config))
+    more = {**SMALL.grid, "seed": [7, *SMALL.grid["seed"]]}
+    points = [("add", "mul"), ("0.001", "0.01")]
+    numbers = [f"{number:04}-{op}-lr{lr}-seed7" for number, (op, lr) in enumerate(product(*points), 8)]
+    script["ends"] = {run: [Event(run, "finished", latest(100))] for run in [*ids, *numbers]}
+    grown = run_sweep(dataclasses.replace(SMALL, grid=more), tmp_path, grow=True)
+    new = script["engine"].started
+    assert [run for run in grown.plan if run not in ids] == new
+    assert [run.partition("-")[0] for run in new] == [f"{len(ids) + number:04}" for number in range(len(new))]
+    assert all(grown.plan[run] == config for run, config in sweep.plan.items())
+    assert {grown.plan[run].seed for run in new} == {7}
+    assert len(grown.plan) == len(dataclasses.replace(SMALL, grid=more).plan) == len(set(grown.plan))
+    assert open_sweep(tmp_path).plan == grown.plan
+    longer = dataclasses.replace(SMALL, grid=more, run={**SMALL.run, "steps": 10**6, "checkpoint_every": 3})
+    assert run_sweep(longer, tmp_path, grow=True).plan.keys() == grown.plan.keys()
+    assert set(script["engine"].started) == set(grown.plan)
+    with pytest.raises(RunError, match=r"holds another sweep: 12 runs are only there \(0000-add-lr0.001-seed1, ...\);"):
+        run_sweep(dataclasses.replace(longer, run={**longer.run, "d_ff": 64}), tmp_path, grow=True)
+    with pytest.raises(RunError, match="holds another sweep"):
+        run_sweep(dataclasses.replace(longer, run={**longer.run, "checkpoint_every": 5}), tmp_path)
 
 
 def test_folders_that_hold_no_sweep(tmp_path: Path) -> None:

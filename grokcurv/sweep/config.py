@@ -166,13 +166,15 @@ def _random(table: dict[str, Any]) -> Random:
     for name in ("samples", "fields"):
         if name not in table:
             raise ValueError(f"[random] needs {name}, the {'number of draws' if name == 'samples' else 'fields drawn'}")
-    if not isinstance(table["fields"], dict) or not table["fields"]:
-        raise ValueError(f"[random] fields must be a table, [random.fields], of at least one; got {table['fields']!r}")
+    if not isinstance(table["fields"], dict):
+        raise ValueError(f"[random] fields must be a table, [random.fields]; got {table['fields']!r}")
     return Random(**table)
 
 
 def _samples(drawn: Random) -> list[dict[str, Any]]:
     _number("seed", drawn.seed, 0)
+    if not drawn.fields:
+        raise ValueError("[random.fields] must have at least one setting to draw; got none")
     columns = [_draws(name, law, drawn) for name, law in drawn.fields.items()]
     return [dict(zip(drawn.fields, values, strict=True)) for values in zip(*columns, strict=True)]
 

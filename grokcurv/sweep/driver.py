@@ -46,6 +46,7 @@ def run_sweep(
     together: int | None = None,
     retry_failed: bool = False,
     only: Collection[str] | None = None,
+    grow: bool = False,
     on_progress: Progress | None = None,
 ) -> Sweep:
     """Do all the runs of a sweep, or those that are left of it.
@@ -66,6 +67,8 @@ def run_sweep(
         retry_failed: try again the runs that would not be: those whose loss was not finite or whose workers kept
             dying. Others that failed, such as for a full disk, are tried again in any case.
         only: ids of the runs to do, the others being left for another call; all if None.
+        grow: the sweep may have more runs than the one in the folder, which keep their ids, and settings of
+            :data:`grokcurv.training.config.CHANGEABLE` may be others; runs that are to be longer go on.
         on_progress: called a few times a second with a dict of ``runs``, ``finished``, ``failed`` (numbers of runs),
             ``deaths`` (of workers), ``running`` (what ``train`` reported last, by run; {} before it did),
             ``steps_per_second`` (all runs together) and ``seconds_left`` (None until there is a rate).
@@ -98,8 +101,10 @@ def run_sweep(
         raise ValueError(f"only must name runs of the sweep; it has no {unknown!r}")
     path = Path(out)
     with hold(path, "run"):
-        sweep = claim(path, config)
-        states = sweep.runs["status"]
+        sweep = claim(path, config, grow=grow)
+        states = {str(run): str(state) for run, state in sweep.runs["status"].items()}
+        if grow:
+            states |= {run: "short" for run, state in states.items() if state == "finished" and sweep.is_short(run)}
         final = {run: why for run, why in sweep.failures.items() if why["final"] and states[run] != "finished"}
         if retry_failed:
             final = {}

@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from os.path import lexists
@@ -24,7 +26,7 @@ import numpy as np
 from grokcurv.runs import TABLES, Run, current_settings, differences, open_run
 from grokcurv.storage import RunError, check_folder, read_json, read_parquet, write_json
 from grokcurv.sweep.config import LONGEST_ID, SweepConfig, checked, varied_fields
-from grokcurv.training.config import TrainConfig
+from grokcurv.training.config import CHANGEABLE, TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,6 +108,11 @@ class Sweep:
             raise RunError(f"{self.path}: the {name} of its runs are no one table: {error}") from error
         return frame
 
+    def is_short(self, run: str) -> bool:
+        """Whether a run that has finished was to end sooner than the plan says now."""
+        there = self.run(run).config
+        return any(there[name] < getattr(self.plan[run], name) for name in ("steps", "steps_after_grok"))
+
     def _state(self, run: str) -> tuple[str, str]:
         failure = self.failures.get(run)
         try:
@@ -156,27 +163,57 @@ def _settings(settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: checked("plan:", name, value) for name, value in current_settings(settings).items()})
 
 
-def claim(path: Path, config: SweepConfig) -> Sweep:
+def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
     """The sweep in ``path``, written there if there is none yet.
+
+    Args:
+        path: its folder.
+        config: what the sweep file says.
+        grow: it may have more runs than the one that is there, and other :data:`CHANGEABLE` settings. Runs that are
+            there keep their ids.
 
     Raises:
         RunError: the folder holds another sweep (what differs is named) or a run, or cannot be written.
     """
+    plan, sweep = config.plan, None
     if lexists(path / "sweep.json"):
         sweep = open_sweep(path)
-        if differing := _differences(sweep.plan, config.plan):
+        if grow:
+            plan = _grown(sweep.plan, plan)
+        if differing := _differences(sweep.plan, plan, CHANGEABLE if grow else ()):
             raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
-        return sweep
-    if lexists(path / "config.json"):
+        if plan == sweep.plan:
+            return sweep
+    elif lexists(path / "config.json"):
         raise RunError(f"{path} holds a run; a sweep needs a folder of its own")
-    configs = [asdict(settings) for settings in config.plan.values()]
+    configs = [asdict(settings) for settings in plan.values()]
     common = {name: value for name, value in configs[0].items() if all(other[name] == value for other in configs)}
-    plan = {
+    own = {
         run: {name: value for name, value in settings.items() if name not in common}
-        for run, settings in zip(config.plan, configs, strict=True)
+        for run, settings in zip(plan, configs, strict=True)
     }
-    write_json(path / "sweep.json", "sweep", {"config": config.to_dict(), "common": common, "plan": plan})
-    return Sweep(path, config, config.plan)
+    write_json(path / "sweep.json", "sweep", {"config": config.to_dict(), "common": common, "plan": own})
+    return Sweep(path, config, plan, sweep.failures if sweep else None)
+
+
+def _grown(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+    """The runs from here, those that are there by their ids there, others with numbers after theirs."""
+
+    def lasting(config: TrainConfig) -> str:
+        return json.dumps({name: value for name, value in asdict(config).items() if name not in CHANGEABLE})
+
+    known: dict[str, list[str]] = {}
+    for run, config in there.items():
+        known.setdefault(lasting(config), []).append(run)
+    plan, number = {}, len(there)
+    for run, config in here.items():
+        if ids := known.get(lasting(config)):
+            plan[ids.pop(0)] = config
+        else:
+            _, dash, words = run.partition("-")
+            plan[f"{number:04}{dash}{words}"] = config
+            number += 1
+    return plan
 
 
 def write_failures(sweep: Sweep) -> None:
@@ -185,14 +222,16 @@ def write_failures(sweep: Sweep) -> None:
         write_json(sweep.path / "failures.json", "failures", sweep.failures)
 
 
-def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> str:
-    """What differs between two plans, in words; '' if nothing does."""
+def _differences(there: dict[str, TrainConfig], here: dict[str, TrainConfig], changeable: Collection[str]) -> str:
+    """What differs between two plans and may not, in words; '' if nothing does."""
     said = []
-    for runs, where in ((there.keys() - here.keys(), "there"), (here.keys() - there.keys(), "here")):
+    new = set() if changeable else here.keys() - there.keys()
+    for runs, where in ((there.keys() - here.keys(), "there"), (new, "here")):
         if runs:
             said.append(f"{len(runs)} runs are only {where} ({min(runs)}{', ...' if len(runs) > 1 else ''})")
     changed: dict[str, str] = {}
     for run in (run for run in there if run in here):
         for name, values in differences(asdict(there[run]), asdict(here[run])).items():
-            changed.setdefault(name, f"{name} ({values}, in run {run})")
+            if name not in changeable:
+                changed.setdefault(name, f"{name} ({values}, in run {run})")
     return ", ".join([*said, *changed.values()])
