@@ -19,7 +19,7 @@ import secrets
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -251,8 +251,12 @@ def read_table(path: Path) -> pd.DataFrame:
     return frame
 
 
-def read_parquet(path: Path) -> pa.Table | None:
+def read_parquet(path: Path, columns: Collection[str] | None = None) -> pa.Table | None:
     """A table of a run folder as Arrow has it, in one thread; None where none has been written yet.
+
+    Args:
+        path: of the file.
+        columns: names of those to read, as far as they are there, beside ``step``; all if None.
 
     Raises:
         RunError: it is damaged, of another schema version, or its ``step`` is not a whole number in every row.
@@ -261,13 +265,15 @@ def read_parquet(path: Path) -> pa.Table | None:
     import pyarrow.parquet as pq
 
     try:
-        with open_file(path) as file:
-            table = pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
-        table.validate(full=True)
-        _check_schema(int((table.schema.metadata or {})[b"grokcurv_schema"]))
-        names = table.column_names
+        file = pq.ParquetFile(pa.BufferReader(read_file(path)), page_checksum_verification=True)
+        schema = file.schema_arrow
+        _check_schema(int((schema.metadata or {})[b"grokcurv_schema"]))
+        names = schema.names
         if len(set(names)) < len(names):
             raise ValueError(f"two columns have one name, of {', '.join(names)}")
+        wanted = None if columns is None else [name for name in names if name in columns or name == "step"]
+        table = file.read(wanted, use_threads=False)
+        table.validate(full=True)
         if table.num_rows and ("step" not in names or not pa.types.is_integer(table["step"].type)):
             raise ValueError("it has no column step of whole numbers")
         if table.num_rows and table["step"].null_count:

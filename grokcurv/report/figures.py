@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -338,12 +338,12 @@ def _end_label(label: str) -> str:
 
 
 def log_scale(axes: Axes, both: bool = False) -> None:
-    """A logarithmic vertical axis, or ``both`` axes, without minor ticks' labels."""
+    """A logarithmic vertical axis, or ``both`` axes, without minor ticks."""
     axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     if both:
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def show_decades(axes: Axes, least: float) -> None:

@@ -48,9 +48,10 @@ class SweepSummary:
     def __init__(self, sweep: Sweep, folder: Path | None = None) -> None:
         self.path, self.folder, self.varied = sweep.path, folder or sweep.path, list(sweep.varied)
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
-        self.metrics = check_table(sweep.table("metrics"), "metrics", sweep.path, ("test_acc",))
-        needed = ("defect_median", "reliable")
-        self.curvature = check_table(sweep.table("curvature"), "curvature", sweep.path, needed)
+        tables = {"metrics": ("test_acc",), "curvature": ("defect_median", "reliable")}
+        self.metrics, self.curvature = (
+            check_table(sweep.table(name, needed), name, sweep.path, needed) for name, needed in tables.items()
+        )
         self.results = sweep_results(runs, self.metrics, self.curvature, GROKKED)
         fields = arrange(runs, [name for name in self.varied if name != "seed"])
         self.classed = [

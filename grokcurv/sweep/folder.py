@@ -66,7 +66,7 @@ class Sweep:
         import pandas as pd
 
         states = [self._state(run) for run in self.plan]
-        frame = pd.DataFrame([asdict(config) for config in self.plan.values()], index=pd.Index(self.plan, name="run"))
+        frame = pd.DataFrame(map(vars, self.plan.values()), index=pd.Index(self.plan, name="run"))
         return frame.assign(status=[status for status, _ in states], reason=[reason for _, reason in states])
 
     def run(self, run: str) -> Run:
@@ -79,10 +79,10 @@ class Sweep:
         """That of one run; RunError where a link would lead elsewhere."""
         return check_folder(check_folder(self.path / "runs") / run)
 
-    def table(self, name: str) -> pd.DataFrame:
+    def table(self, name: str, columns: Collection[str] | None = None) -> pd.DataFrame:
         """The rows of all runs, in the order of the plan: the column ``run``, then those of ``<name>.parquet``.
 
-        Runs that have no such table yet have no rows.
+        Runs that have no such table yet have no rows. With ``columns`` there are ``step`` and these alone.
 
         Raises:
             ValueError: ``name`` is not one of :data:`grokcurv.runs.TABLES`.
@@ -94,7 +94,7 @@ class Sweep:
         if name not in TABLES:
             raise ValueError(f"name must be one of {', '.join(map(repr, TABLES))}; got {name!r}")
         with ThreadPoolExecutor(READERS) as pool:
-            read = list(pool.map(lambda run: read_parquet(self.folder(run) / f"{name}.parquet"), self.plan))
+            read = list(pool.map(lambda run: read_parquet(self.folder(run) / f"{name}.parquet", columns), self.plan))
         tables = {run: table for run, table in zip(self.plan, read, strict=True) if table}  # it is there, and has rows
         if not tables:
             return pd.DataFrame({"run": pd.Series(dtype=object)})
