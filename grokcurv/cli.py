@@ -14,6 +14,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
@@ -25,8 +26,8 @@ from typing import Annotated, Any, Literal
 from grokcurv import sweep, training
 from grokcurv.commutator import RENAMED
 from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
-from grokcurv.runs import open_run
-from grokcurv.storage import RunError
+from grokcurv.runs import TABLES, Run, open_run
+from grokcurv.storage import News, RunError, holder, make_folder, write_atomically
 from grokcurv.training import PRESETS, TrainConfig
 from grokcurv.training.config import (
     SECTIONS,
@@ -40,6 +41,9 @@ from grokcurv.training.config import (
     TaskSettings,
 )
 from grokcurv.training.process import Stopped
+
+WATCH_SECONDS = 1.0
+"""Between two looks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,6 +287,63 @@ def _report(arguments: list[str]) -> int:
     return tyro.cli(report, prog="grokcurv report", args=arguments)
 
 
+def _watch(arguments: list[str]) -> int:
+    import tyro
+
+    def watch(folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]) -> int:
+        """Follow a run or a sweep that another process is doing, until that ends.
+
+        Args:
+            folder: Of the run or the sweep.
+        """
+        followed = sweep.open_sweep(folder) if lexists(folder / "sweep.json") else open_run(folder)
+        shown = RunProgress if isinstance(followed, Run) else SweepProgress
+        news = News(folder)
+        try:
+            with shown(folder.resolve().name) as progress:
+                while holder(folder) is not None:
+                    if latest := news.read():
+                        progress(latest)
+                    time.sleep(WATCH_SECONDS)
+        except (LookupError, TypeError, ValueError) as error:
+            raise RunError(f"{news.path} is damaged: {error!r}") from error
+        if isinstance(followed, Run):
+            print(f"{folder}: {followed.status}")
+        else:
+            states = followed.runs["status"].value_counts()
+            print(f"{folder}: {', '.join(f'{number:,} {state}' for state, number in states.items())}")
+        return 0
+
+    return tyro.cli(watch, prog="grokcurv watch", args=arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    def export(
+        folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]],
+        csv: tyro.conf.FlagCreatePairsOff[bool] = False,
+        out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    ) -> int:
+        """Write the tables of a run, or of all runs of a sweep together, for other programs, and print their paths.
+
+        Args:
+            folder: Of the run or the sweep.
+            csv: As CSV instead of Parquet.
+            out: Where to; FOLDER/tables if not given.
+        """
+        table = sweep.open_sweep(folder).table if lexists(folder / "sweep.json") else open_run(folder).table
+        target = make_folder(folder / "tables" if out is None else out, parents=out is not None)
+        for name in TABLES:
+            frame, path = table(name), target / f"{name}.{'csv' if csv else 'parquet'}"
+            if not frame.empty:
+                write_atomically(path, frame.to_csv(index=False).encode() if csv else frame.to_parquet(index=False))
+                print(path)
+        return 0
+
+    return tyro.cli(export, prog="grokcurv export", args=arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     import tyro
 
@@ -339,6 +400,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "sweep": (_sweep, "do the many runs that a file describes"),
     "reproduce": (_reproduce, "judge the paper's claims by runs of your own"),
     "report": (_report, "write the page and the figures of a run or a sweep"),
+    "watch": (_watch, "follow a run or a sweep that another process is doing"),
+    "export": (_export, "write the tables of a run or a sweep as CSV"),
     "bench": (_bench, "time it beside what there is today, accuracy first"),
     "doctor": (_doctor, "say what was built and what works on this machine"),
 }

@@ -4,6 +4,7 @@
 ``config.json``            the settings of the run
 ``environment.json``       where it ran last: versions, machine, device, threads
 ``status.json``            ``running``, ``interrupted``, ``finished`` or ``failed: reason``
+``progress.json``          how far it is, for ``grokcurv watch``
 ``metrics.parquet``        one row an evaluation
 ``curvature.parquet``      one row a measurement
 ``pca.parquet``            PC1 % by matrix and step
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from grokcurv.commutator import RENAMED
 from grokcurv.storage import (
     SCHEMA,
+    News,
     RunError,
     check_folder,
     hold,
@@ -118,17 +120,17 @@ class Run:
         the time it stood still left out). With an intervention, interventions (how many so far) and intervention_norm
         (length of what the latest one changed; NaN before the first).
         """
-        return self._table("metrics")
+        return self.table("metrics")
 
     @property
     def curvature(self) -> pd.DataFrame:
         """One row a measurement: the columns of :meth:`grokcurv.CurvatureMonitor.records`."""
-        return self._table("curvature")
+        return self.table("curvature")
 
     @property
     def pca_history(self) -> pd.DataFrame:
         """PC1 % of the trajectory so far: step, matrix, pc1_percent."""
-        return self._table("pca")
+        return self.table("pca")
 
     def records(self) -> pd.DataFrame:
         """Metrics and curvature joined on ``step``, every step of either, for :mod:`grokcurv.analysis`."""
@@ -171,7 +173,8 @@ class Run:
         """The network's ``state_dict`` at ``step``, one of :attr:`snapshots`; RunError if it is none or damaged."""
         return read_state(_snapshot_path(self._folder("snapshot"), step))
 
-    def _table(self, name: str) -> pd.DataFrame:
+    def table(self, name: str) -> pd.DataFrame:
+        """One of :data:`TABLES`, by its name; empty where none has been written yet."""
         if name not in self._tables:
             self._tables[name] = _read_table(self._folder(name), name)
         return self._tables[name]
@@ -232,6 +235,7 @@ class RunWriter:
         self.resume, self.changeable, self._accept = resume, changeable, accept
         self.environment = {**describe_environment(), **(environment or {})}
         self.checkpoint: dict[str, Any] | None = None
+        self.news = News(self.path)
         self._held = contextlib.ExitStack()
         self._holds: dict[str, str] = {}  # by table, what the checkpoint that is written next says of it
 

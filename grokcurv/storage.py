@@ -14,6 +14,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import secrets
 import stat
@@ -85,8 +86,10 @@ def _check_kind(path: Path, wanted: Callable[[int], bool]) -> None:
             raise OSError(errno.EINVAL, f"it must be {kind} and is {link}", str(path))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a whole file, or leave the one that was there as it was.
+
+    Unless it need not be ``durable``, it is on the disk then, whatever happens to the machine.
 
     Raises:
         RunError: the disk is full, or refuses for another reason; or what is there is no file.
@@ -99,24 +102,26 @@ def write_atomically(path: Path, data: bytes) -> None:
             with open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         reason = f"{error.strerror} ({len(data)} bytes to write); what was there is intact"
         raise RunError(f"cannot write {path}: {reason}") from error
 
 
-def write_json(path: Path, name: str, value: Any) -> None:
+def write_json(path: Path, name: str, value: Any, *, durable: bool = True) -> None:
     """Write a file that says ``value`` of ``name``; :func:`read_json` reads it."""
-    write_atomically(path, json.dumps({"schema": SCHEMA, name: value}, indent=1).encode())
+    write_atomically(path, json.dumps({"schema": SCHEMA, name: value}, indent=1).encode(), durable=durable)
 
 
 def read_json(path: Path, name: str, kind: type) -> Any:
@@ -283,6 +288,26 @@ def read_parquet(path: Path, columns: Collection[str] | None = None) -> pa.Table
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{path} is damaged: {error}") from error
     return table
+
+
+class News:
+    """What is being done in a folder, for those who watch: ``progress.json``, written once a second at most."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "progress.json"
+        self._told = -math.inf
+
+    def tell(self, latest: Mapping[str, Any]) -> None:
+        """Say how far it is. A disk that refuses is for others to report."""
+        if time.monotonic() - self._told >= 1.0:
+            self._told = time.monotonic()
+            with contextlib.suppress(RunError):
+                write_json(self.path, "progress", latest, durable=False)
+
+    def read(self) -> dict[str, Any]:
+        """What was told last; nothing if there is nothing yet."""
+        latest: dict[str, Any] = read_json(self.path, "progress", dict) if os.path.lexists(self.path) else {}
+        return latest
 
 
 @contextlib.contextmanager

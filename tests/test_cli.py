@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,10 @@ import synthetic_run
 from rich.console import Console
 
 from grokcurv import cli, progress
-from grokcurv.runs import Run
+from grokcurv.runs import Run, open_run
+from grokcurv.storage import News, hold
 from grokcurv.sweep import Sweep, SweepConfig
+from grokcurv.sweep.folder import claim
 from grokcurv.training import PRESETS, TrainConfig, TrainingError
 
 SMALL = [
@@ -133,7 +137,7 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("fly", "no command 'fly': there are train, sweep, reproduce, report, bench, doctor"),
+        ("fly", "no command 'fly': there are train, sweep, reproduce, report, watch, export, bench, doctor"),
         ("trian", "no command 'trian': did you mean train?"),
         ("train --op pow", "op must be one of add, sub, mul,"),
         ("train --op div --p 10", "p must be prime for op 'div'"),
@@ -241,6 +245,7 @@ to see it: grokcurv report runs/rates
         "gpus_per_run": 0.0,
         "together": None,
         "retry_failed": False,
+        "grow": True,
     }
     options = "--out some/where --engine ray --workers 3 --address a:1 --gpus-per-run 0.5 --together 2 --retry-failed"
     (tmp_path / "rates.toml").write_text("grid.lr = [0.1]")
@@ -330,6 +335,51 @@ def test_train_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     page = (out / "report.html").read_text()
     assert "add mod 11, seed 42" in page
     assert page.count("<img ") == 5
+
+
+def test_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run is followed while it is held, and a sweep; what they say last is its status."""
+    monkeypatch.setattr(cli, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    run = synthetic_run.write_run(tmp_path / "run", {}, status="finished")
+    grid = SweepConfig(grid={"lr": [0.1, 0.2]})
+    (tmp_path / "sweep").mkdir()
+    claim(tmp_path / "sweep", grid)
+    under_way = {"runs": 2, "finished": 1, "failed": 0, "deaths": 0, "running": {"0001": LATEST}}
+    for folder, news, said, end in (
+        (run, LATEST, "defect", "finished"),
+        (tmp_path / "sweep", {**under_way, "steps_per_second": 3.0, "seconds_left": None}, "1/2 runs", "2 pending"),
+    ):
+        held = contextlib.ExitStack()
+        held.enter_context(hold(folder, "written"))
+        News(folder).tell(news)
+        looks = iter(range(3))
+        monkeypatch.setattr(time, "sleep", lambda _, looks=looks, held=held: held.close() if next(looks) == 2 else None)
+        assert cli.main(["watch", str(folder)]) == 0
+        out, err = capsys.readouterr()
+        assert said in err
+        assert len(err.splitlines()) >= 3
+        assert out == f"{folder}: {end}\n"
+    (run / "progress.json").write_text(json.dumps({"schema": 1, "progress": {"step": "many"}}))
+    with hold(run, "written"):
+        assert cli.main(["watch", str(run)]) == 2
+    assert "progress.json is damaged" in capsys.readouterr().err
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = synthetic_run.write_run(tmp_path / "run")
+    (tmp_path / "sweep").mkdir()
+    sweep = claim(tmp_path / "sweep", SweepConfig(grid={"lr": [0.1, 0.2]}))
+    for name in sweep.plan:
+        shutil.copytree(run, sweep.folder(name))
+    assert cli.main(["export", str(run), "--csv"]) == 0
+    assert cli.main(["export", str(sweep.path), "--out", str(tmp_path / "there" / "deep")]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    names = ("metrics", "curvature", "pca")
+    assert written[:3] == [run / "tables" / f"{name}.csv" for name in names]
+    assert written[3:] == [tmp_path / "there" / "deep" / f"{name}.parquet" for name in names]
+    pd.testing.assert_frame_equal(pd.read_csv(written[0]), open_run(run).metrics, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(written[4]), sweep.table("curvature"), check_dtype=False)
 
 
 def test_ctrl_c_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from grokcurv.storage import hold
+from grokcurv.storage import News, hold
 from grokcurv.sweep.config import SweepConfig
 from grokcurv.sweep.engine import LEAVE_SECONDS, Engine, Event, Task
 from grokcurv.sweep.folder import Sweep, claim, write_failures
@@ -144,7 +144,7 @@ class _Driver:
         self.deaths = 0
         self.deaths_of: dict[str, tuple[int | None, int]] = {}
         """By run: its checkpoint when a worker died last, and the deaths since that checkpoint."""
-        self.pace = _Pace()
+        self.pace, self.news = _Pace(), News(sweep.path)
 
     def run(self) -> None:
         with StopRequest() as stop:
@@ -161,8 +161,10 @@ class _Driver:
                         self.pace.note(event)
                     else:
                         self._end(event, stopping)
+                progress = self._progress()
+                self.news.tell(progress)
                 if self.on_progress:
-                    self.on_progress(self._progress())
+                    self.on_progress(progress)
         stop.check()
 
     def _start(self, run: str) -> None:

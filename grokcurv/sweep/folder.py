@@ -2,6 +2,7 @@
 
 =================  ====================================================================================
 ``sweep.json``     what the sweep file said, and the plan: settings by run
+``progress.json``  how far it is, for ``grokcurv watch``
 ``failures.json``  why runs failed, by run, as far as their own folders cannot tell
 ``runs/ID/``       a run, see :mod:`grokcurv.runs`
 ``workers.log``    what the worker processes of the local engine printed

@@ -104,9 +104,13 @@ class Program:
                     stop.check()
                 bad = self.update()
                 bad |= self.observe([run for run in self.runs if run not in bad])
-                for run in self.runs if on_progress else ():
-                    if run.progress_due and on_progress:
-                        on_progress(place[run], run.progress((run.step - starts[run]) / (time.perf_counter() - began)))
+                for run in self.runs:
+                    if run.progress_due and (on_progress or run.writer):
+                        news = run.progress((run.step - starts[run]) / (time.perf_counter() - began))
+                        if run.writer:
+                            run.writer.news.tell(news)
+                        if on_progress:
+                            on_progress(place[run], news)
 
     def update(self) -> set[Training]:
         """Take one step of every run; those that a measurement has found not finite, which end here."""
