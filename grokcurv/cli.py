@@ -268,20 +268,26 @@ def _report(arguments: list[str]) -> int:
     import tyro
 
     def report(
-        run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]],
+        folders: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]],
         out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     ) -> int:
         """Write report.html and figures/*.png into the folder of a run or a sweep, and print the page's path.
 
-        A sweep's page has its phase diagram, the records of all runs, and links to the runs that have a page.
+        A sweep's page has its phase diagram, the records of all runs, and links to the runs that have a page. Several
+        runs are set beside each other on one page, for which --out names a folder.
 
         Args:
-            run: Folder of the run or the sweep.
+            folders: Of the run or the sweep; or of several runs.
             out: Another folder to write into, so that the run's is only read.
         """
         from grokcurv.report import write_report
 
-        print(write_report(run, out))
+        if not folders:
+            return _complain("report needs the folder of a run or a sweep")
+        try:
+            print(write_report(folders[0] if len(folders) == 1 else folders, out))
+        except ValueError as error:
+            return _complain(str(error))
         return 0
 
     return tyro.cli(report, prog="grokcurv report", args=arguments)

@@ -30,7 +30,10 @@ class Sweep:
     def run(self, name: str) -> Run:
         return open_run(self.path / "runs" / name)
 
-    def table(self, name: str) -> pd.DataFrame:
+    def folder(self, name: str) -> Path:
+        return self.path / "runs" / name
+
+    def table(self, name: str, columns: object = None) -> pd.DataFrame:
         return self.tables.get(name, pd.DataFrame())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -102,6 +103,37 @@ def test_key_numbers(page: Page) -> None:
     assert not page.of("ul")  # nothing is missing
 
 
+def test_runs_beside_each_other(run: Path, tmp_path: Path) -> None:
+    """On a page of its own, with links to theirs; they are told apart by as much of their paths as it takes."""
+    other = synthetic_run.write_run(tmp_path / "more" / "add", lr=0.5, seed=7)
+    before = sorted(run.rglob("*"))
+    page = write_report([run, other], tmp_path / "page")
+    assert page == tmp_path / "page" / "report.html"
+    names = [f"{folder.parent.name}/add" for folder in (run, other)]
+    shown = Page(page)
+    assert " beside ".join(names) in shown.text
+    assert "they differ in seed, lr" in shown.text
+    assert all(name in shown.text for name in names)
+    assert [link["href"] for link in shown.of("a")] == [os.path.relpath(run / "report.html", page.parent)]
+    assert (tmp_path / "page" / "figures" / "trajectories.png").read_bytes().startswith(PNG)
+    assert sorted(run.rglob("*")) == before
+    for folders, said in (([run], "at least two, each once"), ([run, run], "at least two, each once")):
+        with pytest.raises(ValueError, match=said):
+            write_report(folders, tmp_path / "page")
+    with pytest.raises(ValueError, match="need out, the folder for their page"):
+        write_report([run, other])
+    with pytest.raises(RunError, match="holds no run"):
+        write_report([run, tmp_path], tmp_path / "page")
+
+
+def test_a_page_elsewhere(tmp_path: Path) -> None:
+    """The run's folder is only read."""
+    folder = synthetic_run.write_run(tmp_path / "run")
+    before = sorted(folder.rglob("*"))
+    assert write_report(folder, tmp_path / "deep" / "page") == tmp_path / "deep" / "page" / "report.html"
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_second_report_replaces_the_first(run: Path) -> None:
     figure = run / "figures" / "pc1.png"
     figure.write_bytes(b"old")
@@ -169,7 +201,7 @@ def test_curvature_alone_and_never_reliable(tmp_path: Path) -> None:
 
 
 def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="holds neither a run nor a sweep"):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="kept in memory alone"):
         write_report(Run(None, {}, {}, tables={"metrics": synthetic_run.metrics()}))

@@ -257,7 +257,7 @@ def test_a_folder_of_a_sweep_and_one_of_nothing(tmp_path: Path, monkeypatch: pyt
     module = SimpleNamespace(open_sweep=lambda path: replace(sweep, path=path))
     monkeypatch.setitem(sys.modules, "grokcurv.sweep", module)
     assert write_report(str(sweep.path)) == sweep.path / "report.html"
-    with pytest.raises(RunError, match="holds no run"):
+    with pytest.raises(RunError, match="holds neither a run nor a sweep"):
         write_report(tmp_path)
 
 
@@ -377,7 +377,7 @@ def drawn(sweep: Sweep, theme: figures.Theme = LIGHT) -> Figure:
 
 def texts(figure: Figure) -> list[list[str]]:
     """Of every map: what its cells and labels say."""
-    return [[text.get_text() for text in axes.texts] for axes in figure.axes if axes.patches]
+    return [[text.get_text() for text in axes.texts] for axes in figure.axes if axes.collections]
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
@@ -424,8 +424,8 @@ def test_a_lead_below_zero_has_a_colour_of_its_own(tmp_path: Path) -> None:
     sweep = small(tmp_path, lr=(1e-3, 3e-3), weight_decay=(0.5, 1.0))
     early = sweep.runs.index[0]
     sweep.tables["metrics"].loc[sweep.tables["metrics"]["run"] == early, "test_acc"] = 1.0
-    axes = [axes for axes in drawn(sweep).axes if axes.patches][3]
-    behind, *ahead = (np.array(patch.get_facecolor()[:3]) for patch in axes.patches)
+    (cells,) = [axes for axes in drawn(sweep).axes if axes.collections][3].collections
+    behind, *ahead = cells.get_facecolor()[:, :3]
     assert behind[0] > behind[2]  # orange
     for colour in ahead:
         assert colour[2] > colour[1]  # purple

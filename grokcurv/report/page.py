@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grokcurv.report import figures, sweep_figures
+from grokcurv.report.beside import Beside, BesideSummary
 from grokcurv.report.format import number
 from grokcurv.report.summary import GROKKED, Summary
 from grokcurv.report.sweep_summary import SweepSummary
@@ -35,7 +36,10 @@ class Drawing:
     dark: bytes
 
 
-def write_report(source: Run | Sweep | str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    source: Run | Sweep | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write ``report.html`` and ``figures/*.png`` into the folder of a run or a sweep; returns the page's path.
 
     Older ones are replaced. The page needs no other file and no network; a sweep's links to the reports of its runs
@@ -43,13 +47,19 @@ def write_report(source: Run | Sweep | str | os.PathLike[str], out: str | os.Pat
     missing.
 
     Args:
-        source: the run, the sweep, or its folder.
-        out: another folder to write into, such as where the source's may only be read; made if missing.
+        source: the run, the sweep, or its folder; or the folders of several runs, which are set beside each other.
+        out: another folder to write into, such as where the source's may only be read; made if missing. Runs beside
+            each other need one.
 
     Raises:
         RunError: neither there, damaged files, a disk that refuses, or a link where the page or a figure should be.
-        ValueError: a run that was kept in memory alone.
+        ValueError: a run that was kept in memory alone; several folders without ``out``.
     """
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        if out is None:
+            raise ValueError("runs beside each other need out, the folder for their page")
+        beside = BesideSummary(Beside(source, Path(out)))
+        return write_page(Path(out), "sweep.html", beside, list(draw_sweep(beside)))
     if isinstance(source, str | os.PathLike):
         from grokcurv.sweep import open_sweep
 
@@ -140,7 +150,11 @@ def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
         names = ["test accuracy"] * (not metrics.empty) + ["defect"] * (not curvature.empty)
         alt = f"One line a run: {' above, '.join(names)}{' below' * (len(names) == 2)}, over the training steps."
         yield draw_twice(
-            "trajectories", alt, lambda theme: sweep_figures.trajectories(results, metrics, curvature, fields, theme)
+            "trajectories",
+            alt,
+            lambda theme: sweep_figures.trajectories(
+                results.assign(run=results.index), metrics, curvature, summary.lines, theme, together=not fields
+            ),
         )
 
 

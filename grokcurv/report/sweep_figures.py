@@ -75,15 +75,24 @@ def phase(settings: pd.DataFrame, results: pd.DataFrame, fields: dict[str, list[
 
 
 def trajectories(
-    runs: pd.DataFrame, metrics: pd.DataFrame, curvature: pd.DataFrame, fields: dict[str, list[Any]], theme: Theme
+    runs: pd.DataFrame,
+    metrics: pd.DataFrame,
+    curvature: pd.DataFrame,
+    fields: dict[str, list[Any]],
+    theme: Theme,
+    *,
+    together: bool = False,
 ) -> Figure:
     """Test accuracy and reliable defect of every run over the steps: a panel by one field, a colour by the next.
+
+    All in one panel if they are to be ``together``, with a colour by the first field.
 
     An empty table's panels are left out. One at least must have rows, and what has rows a value to draw.
     """
     names = list(fields)
     words = bool(names) and not _numeric(fields[names[0]])
-    facet = names.pop(0) if names and (words or len(names) > 1) and len(fields[names[0]]) <= FACETS else None
+    split = names and not together and (words or len(names) > 1) and len(fields[names[0]]) <= FACETS
+    facet = names.pop(0) if split else None
     hue = names[0] if names else None
     values: list[Any] = fields[facet] if facet else [None]
     kinds = [  # a table, its column, the axis' label, a colour where none tells settings apart, the height

@@ -18,6 +18,7 @@ from grokcurv.report.sweep_figures import arrange
 if TYPE_CHECKING:
     import pandas as pd
 
+    from grokcurv.report.beside import Beside
     from grokcurv.sweep import Sweep
 
 MANY = 24
@@ -42,11 +43,13 @@ class SweepSummary:
         classed: those of the fields, drawn at random as a rule, whose many values were put into classes.
         metrics, curvature: the rows of all runs.
         results: one row a run, from ``analysis.sweep_results``; grouped: the same with classes for values.
+        lines: what tells the lines of the runs apart, as fields do.
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path | None = None) -> None:
+    def __init__(self, sweep: Sweep | Beside, folder: Path | None = None) -> None:
         self.path, self.folder, self.varied = sweep.path, folder or sweep.path, list(sweep.varied)
+        self._folder_of = sweep.folder
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
         tables = {"metrics": ("test_acc",), "curvature": ("defect_median", "reliable")}
         self.metrics, self.curvature = (
@@ -58,7 +61,7 @@ class SweepSummary:
             name for name, values in fields.items() if len(values) > MANY and not isinstance(values[0], str)
         ]
         self.grouped = self.results.assign(**{name: _classes(runs[name]) for name in self.classed})
-        self.fields = arrange(self.grouped, list(fields))
+        self.fields = self.lines = arrange(self.grouped, list(fields))
         self.settings = sweep_settings(self.grouped, list(self.fields))
         self.total: dict[Any, Any] = sweep_settings(self.results, []).to_dict("records")[0]
 
@@ -156,7 +159,7 @@ class SweepSummary:
                 _steps(row["last_step"]),
                 f"{row['test_acc']:.1%}" if math.isfinite(row["test_acc"]) else "",
             ]
-            report = self.path / "runs" / str(name) / "report.html"
+            report = self._folder_of(str(name)) / "report.html"
             link = quote(os.path.relpath(report, self.folder)) if report.is_file() else ""
             rows.append((str(name), link, cells))
         return columns, rows
