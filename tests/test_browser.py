@@ -101,11 +101,11 @@ def browse(url: str, *flags: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-def probe(page: Path, site: str, width: int) -> dict[str, Any]:
-    """What a script finds in a copy of the page that lets it run; the page itself forbids every script."""
+def probe(page: Path, site: str, width: int, script: str = PROBE) -> dict[str, Any]:
+    """What a script finds in a copy of the page that lets it run; the page itself permits none but its own."""
     copy = page.with_name("probed.html")
     permitted = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
-    copy.write_text(permitted.replace("</body>", PROBE + "</body>"))
+    copy.write_text(permitted.replace("</body>", script + "</body>"))
     dumped = browse(f"{site}/{copy.name}", "--dump-dom", f"--window-size={width},900")
     found = re.search(r"<pre id=\"found\">(.*?)</pre>", dumped)
     assert found, "the browser did not run the probe"
@@ -120,6 +120,49 @@ def test_pictures_decode_and_nothing_is_fetched(page: Path, site: str) -> None:
         assert (width, height > 500) == (1600, True)
     assert found["fetched"] == []
     assert found["overflow"] <= 0
+
+
+USE = """
+<script>
+addEventListener("load", () => {
+  const tables = document.querySelectorAll("table.sortable"), table = tables[tables.length - 1];
+  const column = name => [...table.tHead.rows[0].cells].findIndex(head => head.textContent === name);
+  const values = name => [...table.tBodies[0].rows].filter(row => !row.hidden)
+    .map(row => row.cells[column(name)].textContent.trim());
+  const press = name => table.tHead.rows[0].cells[column(name)].querySelector("button").click();
+  const found = {before: values("run")};
+  press("grok step");
+  found.up = values("grok step");
+  press("grok step");
+  found.down = values("grok step");
+  press("op");
+  found.words = values("op");
+  const filter = table.closest("section").querySelector("input");
+  filter.value = "MUL 0.001";
+  filter.dispatchEvent(new Event("input"));
+  found.left = values("run");
+  found.said = filter.nextSibling.textContent;
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+});
+</script>
+"""
+
+
+def test_a_sweep_s_table_is_sorted_and_filtered(tmp_path: Path) -> None:
+    """By the page's own script, which its policy permits; numbers before words, what is empty last."""
+    page = write_report(synthetic_sweep.published(tmp_path))
+    assert "script-src 'sha256-" in page.read_text()
+    found = probe(page, page.parent.as_uri(), 1200, USE)
+    assert len(found["before"]) == 54
+    for way, order in ((1, found["up"]), (-1, found["down"])):
+        numbers = [float(cell.replace(",", "")) for cell in order if cell[:1].isdigit()]
+        assert numbers == sorted(numbers, reverse=way < 0)
+        rest = order[len(numbers) :]
+        assert 0 < len(numbers) < len(order)
+        assert rest == ["never"] * rest.count("never") + [""] * rest.count("")
+    assert found["words"] == sorted(found["words"])
+    assert found["left"] == ["mul-0.001-42", "mul-0.001-137", "mul-0.001-2024"]
+    assert found["said"].strip() == "3 of 54"
 
 
 def test_the_probe_sees_what_is_fetched_and_what_fails(page: Path, site: str) -> None:

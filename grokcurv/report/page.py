@@ -6,11 +6,13 @@ import base64
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from grokcurv.report import figures, sweep_figures
 from grokcurv.report.beside import Beside, BesideSummary
@@ -91,8 +93,13 @@ def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    page = folder / "report.html"
-    write_atomically(page, environment.get_template(template).render(summary=summary, drawings=drawings).encode())
+    # A page may run this script and no other, by its digest.
+    environment.filters["integrity"] = lambda text: (
+        "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
+    )
+    script = Markup(Path(__file__).with_name("table.js").read_text(encoding="utf-8"))
+    html = environment.get_template(template).render(summary=summary, drawings=drawings, script=script)
+    write_atomically(page := folder / "report.html", html.encode())
     return page
 
 
