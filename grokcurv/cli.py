@@ -385,6 +385,7 @@ def _bench(arguments: list[str]) -> int:
     except ValueError as error:
         return _complain(str(error))
     Console(width=None if sys.stdout.isatty() else 180).print(bench.table())  # a file has room for whole lines
+    print(bench.load)
     for said in bench.left_out:
         print(f"left out: {said}")
     for said in bench.wrong:

@@ -63,7 +63,7 @@ def make_folder(path: Path, *, parents: bool = False) -> Path:
     try:
         path.mkdir(parents=parents, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from error
+        raise RunError(f"cannot write into {path}: {error.strerror}") from error
     return path if parents else check_folder(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -340,6 +341,8 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grokcurv.bench.driver.peers", lambda: absent)
     monkeypatch.setattr("grokcurv.bench.driver.metadata", SimpleNamespace(version=lambda package: "1.2"))
     threads, news = torch.get_num_threads(), []
+    loads = iter([0.2, 1.3])
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 5.0, 5.0))
     bench = run_bench(out=tmp_path / "bench", plan=plan(), on_progress=news.append)
     assert torch.get_num_threads() == threads
     assert not bench.wrong
@@ -347,7 +350,9 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(said.startswith("torchdr: not installed") for said in bench.left_out)
     assert any(said.startswith("a large comparison: needs") for said in bench.left_out)
 
+    assert bench.load == "load 0.2 before, 1.3 at the end"
     saved = json.loads((tmp_path / "bench/bench.json").read_text())
+    assert (saved["environment"]["load before"], saved["environment"]["load after"]) == (0.2, 1.3)
     assert saved["environment"]["threads"] == 1
     assert saved["environment"]["packages"]["torch"] == torch.__version__
     assert saved["peers"]["curvlinops-for-pytorch"] == "1.2"
@@ -383,6 +388,18 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write into"):
         run_bench(out=tmp_path / "file")
+
+
+@pytest.mark.parametrize("loads", [(0.6, 1.0), (0.0, 1.6)])
+def test_a_bench_on_a_busy_machine_says_so(
+    loads: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = iter(loads)
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(read), 0.0, 0.0))
+    bench = run_bench(out=tmp_path, plan=Plan((comparison(1.0),), (), 0.0))
+    said = f"oad {loads[0]} before, {loads[1]} at the end: the machine was busy"
+    assert said in bench.load
+    assert said in (tmp_path / "report.html").read_text()
 
 
 def test_plans() -> None:

@@ -61,9 +61,15 @@ def run_bench(
     path = Path(out) if out is not None else Path("runs") / ("bench-quick" if quick else "bench")
     make_folder(path, parents=True)
 
-    began, problems = time.monotonic(), peers()
+    began, problems, (load, *_) = time.monotonic(), peers(), os.getloadavg()
     free = round(available_memory() / GIB, 1)
-    settings = {"threads": threads, "memory_free_gib": free, "quick": quick, "seed": seed}
+    settings = {
+        "threads": threads,
+        "memory_free_gib": free,
+        "quick": quick,
+        "seed": seed,
+        "load before": round(load, 2),
+    }
     in_table = {case.title for case in plan.table}
     wanted = {title: case for title, case in planned.items() if cases is None or case.name in cases}
     found: dict[str, Result] = {}
@@ -74,6 +80,8 @@ def run_bench(
                 on_progress({"case": title, "done": len(found), "cases": len(wanted), "seconds": seconds})
             budget = plan.budget if title in in_table else plan.budget / 2
             found[title] = check(case, torch.Generator().manual_seed(seed), budget, problems)
+
+    settings["load after"] = round(os.getloadavg()[0], 2)
 
     from grokcurv.bench.figures import drawings  # and matplotlib with it
     from grokcurv.report.page import write_page

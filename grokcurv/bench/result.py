@@ -59,6 +59,10 @@ def table_rows(results: Iterable[Result]) -> list[Row]:
     return rows
 
 
+IDLE = 0.5
+"""Load beyond that of the bench itself that counts as none."""
+
+
 def errors(outcome: Outcome) -> str:
     values = outcome.errors.values()
     return "; ".join("none" if math.isnan(value) else f"{value:.1e}" if value else "0" for value in values)
@@ -91,7 +95,8 @@ class Bench:
 
     Attributes:
         path: the folder.
-        environment: versions of grokcurv and its peers, machine, threads, memory that was free.
+        environment: versions of grokcurv and its peers, machine, threads, memory that was free, and the machine's load
+            (processes that run or wait, over a minute) before the bench and at its end.
         plan: what was to be measured.
         found: what became of each case that was chosen, by its title.
         peers: by package, its version, or why it did not take part.
@@ -157,14 +162,24 @@ class Bench:
         return said + [f"{title}, {one.name}: {one.problem}" for title, one in outcomes if one.failed]
 
     @property
+    def load(self) -> str:
+        """Of the machine, in words, and whether others had a part in it."""
+        before, after = (self.environment[name] for name in ("load before", "load after"))
+        busy = before > IDLE or after > self.environment["threads"] + IDLE
+        said = f"load {before:.1f} before, {after:.1f} at the end"
+        return f"{said}: the machine was busy, and times are longer and less even than they should be" if busy else said
+
+    @property
     def subtitle(self) -> list[str]:
         threads = count(self.environment["threads"], "thread")
-        return [str(self.environment["processor"]), threads, f"took {duration(self.seconds)}"]
+        load, _, _ = self.load.partition(":")
+        return [str(self.environment["processor"]), threads, f"took {duration(self.seconds)}", load]
 
     @property
     def missing(self) -> list[str]:
         """What is wrong, and what was left out, a sentence each."""
-        return [f"Wrong: {said}" for said in self.wrong] + self.left_out
+        busy = [f"{self.load[0].upper()}{self.load[1:]}."] if ":" in self.load else []
+        return [f"Wrong: {said}" for said in self.wrong] + busy + self.left_out
 
     @property
     def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
