@@ -205,12 +205,20 @@ def _sweep(arguments: list[str]) -> int:
         """With local workers, runs that each trains as one program; 1 on the CPU and 64 on a GPU if not given."""
         retry_failed: tyro.conf.FlagCreatePairsOff[bool] = False
         """Try again also the runs that would fail again: loss not finite, workers that kept dying."""
+        dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+        """Say which runs these are, and how long they may take, and do none."""
 
     options = tyro.cli(Options, prog="grokcurv sweep", args=arguments)
     settings = asdict(options)
-    file, out = settings.pop("file"), settings.pop("out") or Path("runs") / options.file.stem
+    file, out, dry = (
+        settings.pop("file"),
+        settings.pop("out") or Path("runs") / options.file.stem,
+        settings.pop("dry_run"),
+    )
     with _asked_for("the same command"):
         config = sweep.SweepConfig.from_toml(file)
+        if dry:
+            return _foresee(config, options.workers or len(os.sched_getaffinity(0)))
         with SweepProgress(file.stem) as progress:
             runs = sweep.run_sweep(config, out, **settings, grow=True, on_progress=progress).runs
     failed = runs[runs["status"] == "failed"]
@@ -219,6 +227,18 @@ def _sweep(arguments: list[str]) -> int:
         print(f"  {run}: {reason}")
     print(f"to see it: grokcurv report {out}")
     return 1 if len(failed) else 0
+
+
+def _foresee(config: sweep.SweepConfig, workers: int) -> int:
+    from grokcurv.report.format import count, duration
+    from grokcurv.sweep.estimate import STEPS, expected_seconds
+
+    for run in config.plan:
+        print(run)
+    took = duration(expected_seconds(config, workers))
+    print(f"{count(len(config.plan), 'run')}, at most {took} on {count(workers, 'worker')} by {STEPS} steps taken now;")
+    print("runs that grok end sooner")
+    return 0
 
 
 def _reproduce(arguments: list[str]) -> int:

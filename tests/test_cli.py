@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from grokcurv import cli, progress
 from grokcurv.runs import Run, open_run
 from grokcurv.storage import News, hold
 from grokcurv.sweep import Sweep, SweepConfig
+from grokcurv.sweep.estimate import expected_seconds
 from grokcurv.sweep.folder import claim
 from grokcurv.training import PRESETS, TrainConfig, TrainingError
 
@@ -260,7 +262,27 @@ to see it: grokcurv report runs/rates
         "gpus_per_run": 0.5,
         "together": 2,
         "retry_failed": True,
+        "grow": True,
     }
+
+
+def test_a_sweep_is_foreseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its runs and their time, of which none is spent."""
+    (tmp_path / "ours.toml").write_text(
+        "run = {p = 11, d_model = 8, heads = 2, d_ff = 8, layers = 1, batch_size = 16, steps = 5000}\n"
+        "grid = {lr = [0.1, 0.2], architecture = ['mlp', 'transformer']}"
+    )
+    config = SweepConfig.from_toml(tmp_path / "ours.toml")
+    command = ["sweep", str(tmp_path / "ours.toml"), "--out", str(tmp_path / "out"), "--workers", "2", "--dry-run"]
+    assert cli.main(command) == 0
+    *ids, time_said, _ = capsys.readouterr().out.splitlines()
+    assert ids == list(config.plan)
+    assert re.fullmatch(r"4 runs, at most \d.* on 2 workers by 30 steps taken now;", time_said)
+    assert not (tmp_path / "out").exists()
+    both, one = (expected_seconds(config, workers) for workers in (2, 1))
+    assert 0 < both < one  # on twice as many in about half the time; the steps are timed anew
+    longer = dataclasses.replace(config, run={**config.run, "steps": 500_000})
+    assert expected_seconds(longer, 1) > 10 * one
 
 
 def test_ctrl_c_in_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
