@@ -95,7 +95,7 @@ class RunProgress(_Progress):
         return f"{step:,}/{steps:,}  {speed:.0f} steps/s{left}"
 
     def state(self) -> str:
-        """Loss, accuracies, defect, and the grok step once it is known."""
+        """Loss, accuracies, defect, and the steps at which it grokked and settled, once they are known."""
         latest = self.latest
         said = [
             f"loss {latest['train_loss']:.3g}",
@@ -105,7 +105,8 @@ class RunProgress(_Progress):
         if latest["defect"] is not None:
             said.append(f"defect {latest['defect']:.3g}")
         if latest["grok_step"] is not None:
-            said.append(f"grokked at {latest['grok_step']:,}")
+            settled = "not yet" if latest["settled_step"] is None else f"at {latest['settled_step']:,}"
+            said.append(f"grokked at {latest['grok_step']:,}, settled {settled}")
         return "  ".join(said)
 
 

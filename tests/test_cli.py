@@ -438,6 +438,7 @@ LATEST = {
     "defect": 87.31,
     "steps_per_second": 225.0,
     "grok_step": None,
+    "settled_step": None,
 }
 
 
@@ -448,11 +449,14 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not file.getvalue()  # the first line is due after PLAIN_SECONDS
         monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
         shown(LATEST)
-        shown({**LATEST, "step": 3000, "steps": 4100, "grok_step": 3100, "defect": None, "steps_per_second": 0.0})
+        late = {"step": 3000, "steps": 4100, "grok_step": 2900, "defect": None, "steps_per_second": 0.0}
+        shown({**LATEST, **late})
+        shown({**LATEST, **late, "settled_step": 3000})
     lines = file.getvalue().splitlines()
     assert lines[0] == ("2,000/20,000  225 steps/s  0:01:20 left  loss 0.0123  train 100.0%  test 34.2%  defect 87.3")
-    assert lines[1] == "3,000/4,100  0 steps/s  loss 0.0123  train 100.0%  test 34.2%  grokked at 3,100"
-    assert lines[2:] == lines[1:2]  # the last one again, at the end
+    late_line = "3,000/4,100  0 steps/s  loss 0.0123  train 100.0%  test 34.2%  grokked at 2,900, settled "
+    assert lines[1:3] == [f"{late_line}not yet", f"{late_line}at 3,000"]
+    assert lines[3:] == lines[2:3]  # the last one again, at the end
 
 
 def test_nothing_is_said_of_a_run_that_never_started() -> None:

@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from synthetic_sweep import Sweep
 from test_report import PNG, Page
 
-from grokcurv.analysis import grok_step, lead_time, onset_step, sweep_results, sweep_settings
+from grokcurv.analysis import grok_step, lead_time, onset_step, settled_step, sweep_results, sweep_settings
 from grokcurv.report import figures, sweep_figures, write_report
 from grokcurv.report.figures import DARK, LIGHT
 from grokcurv.report.sweep_summary import SweepSummary
@@ -65,6 +65,7 @@ def test_results_by_hand() -> None:
     assert list(results.index) == list("abcde")
     expected = {
         "grok_step": [20, NAN, 0, 10, NAN],
+        "settled_step": [NAN, NAN, NAN, NAN, NAN],
         "onset_step": [15, NAN, NAN, NAN, NAN],
         "lead_time": [5, NAN, NAN, NAN, NAN],
         "max_defect": [30, 2, NAN, NAN, NAN],  # 90 was not reliable
@@ -91,6 +92,7 @@ def test_only_finished_runs_count() -> None:
         "grok_step": 20,
         "grok_step_min": 20,
         "grok_step_max": 20,
+        "settled_step": pytest.approx(NAN, nan_ok=True),
         "censored_step": 20,  # b
         "max_defect": 16,
         "lead_time": 5,
@@ -105,7 +107,7 @@ def test_only_finished_runs_count() -> None:
 def test_wilson_intervals(trials: int) -> None:
     for successes in range(trials + 1):
         results = pd.DataFrame({"status": "finished", "grok_step": [1.0] * successes + [NAN] * (trials - successes)})
-        results = results.assign(last_step=9.0, max_defect=1.0, lead_time=NAN)
+        results = results.assign(settled_step=NAN, last_step=9.0, max_defect=1.0, lead_time=NAN)
         (row,) = sweep_settings(results, []).to_dict("records")
         interval = binomtest(successes, trials).proportion_ci(method="wilson")
         np.testing.assert_allclose((row["grok_low"], row["grok_high"]), interval, atol=1e-12)
@@ -125,7 +127,8 @@ def test_random_records_as_the_functions_of_one_run_see_them() -> None:
             defect[generator.random(count) < 0.05] = np.inf
             columns = {"step": step, "test_acc": accuracy, "defect_median": defect}
             tables.append(pd.DataFrame({"run": name, **columns, "reliable": generator.random(count) < 0.7}))
-    runs = pd.DataFrame({"status": "finished", "reason": ""}, index=names)
+    runs = pd.DataFrame({"status": "finished", "reason": "", "grok_threshold": 0.8, "grok_patience": 2}, index=names)
+    runs.loc[names[::2], "grok_patience"] = 3
     both = [pd.concat(tables).sample(frac=1, random_state=1) for tables in (metrics, curvature)]
     for categories in (False, True):
         tables = [table.astype({"run": "category"}) if categories else table for table in both]
@@ -133,6 +136,7 @@ def test_random_records_as_the_functions_of_one_run_see_them() -> None:
         for name, measured, defects in zip(names, metrics, curvature, strict=True):
             row = results.loc[name]
             found = {"grok_step": grok_step(measured, 0.8), "onset_step": onset_step(defects)}
+            found["settled_step"] = settled_step(measured, 0.8, int(runs["grok_patience"][name]))
             joined = pd.concat([measured[["step", "test_acc"]], defects[["step", "defect_median"]]])
             found["lead_time"] = lead_time(joined, 0.8)
             trusted = defects.loc[defects["reliable"] & np.isfinite(defects["defect_median"]), "defect_median"]
@@ -290,7 +294,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     sweep = small(tmp_path, tables={}, op=(evil, "add"), lr=(1.0, 2.0))
     sweep.runs.index = pd.Index([evil, "b", "c", "d"])
     page = Page(write_report(sweep))
-    assert not page.of("script")
+    assert len(page.of("script")) == 1  # its own
     assert page.text.count(evil) == 1 + 2 + 2  # an id; two settings; two runs of that operation
     page = Page(write_report(replace(sweep, tables=synthetic_sweep.records(sweep.runs))))
     assert not page.of("script")  # and matplotlib does not take it for mathematics

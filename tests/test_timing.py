@@ -24,6 +24,7 @@ from grokcurv.analysis import (
     lead_times,
     onset_step,
     phases,
+    settled_step,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -110,6 +111,28 @@ def test_random_records_against_a_plain_loop() -> None:
         assert onset_step(records) == onset
         assert grok_step(records, 0.7) == grok
         assert lead_time(records, 0.7) == (None if onset is None or grok is None else grok - onset)
+
+
+def test_settled_against_a_plain_loop(generator: torch.Generator) -> None:
+    """The last of so many in a row, in order of steps; what was not measured is not between."""
+    for patience in (1, 2, 3, 5):
+        accuracy = torch.rand(40, generator=generator, dtype=torch.float64).sqrt().numpy()
+        accuracy[::7] = np.nan
+        steps = np.arange(40) * 10
+        streak, wanted = 0, None
+        for step, value in zip(steps, accuracy, strict=True):
+            if not np.isnan(value):
+                streak = streak + 1 if value >= 0.6 else 0
+                if streak == patience and wanted is None:
+                    wanted = int(step)
+        order = torch.randperm(40, generator=generator).numpy()
+        shuffled = {"step": steps[order], "test_acc": accuracy[order]}
+        assert settled_step(shuffled, 0.6, patience) == wanted
+    assert settled_step({"step": [], "test_acc": []}) is None
+    with pytest.raises(ValueError, match="patience must be at least 1; got 0"):
+        settled_step({"step": [], "test_acc": []}, patience=0)
+    with pytest.raises(ValueError, match="threshold is a fraction"):
+        settled_step({"step": [], "test_acc": []}, threshold=98)
 
 
 def test_one_row_and_empty_records() -> None:

@@ -201,7 +201,7 @@ def test_it_ends_after_grokking() -> None:
     assert run.metrics["step"].tolist() == [0, 10, 17]
     seen: list[dict[str, Any]] = []
     train(changed(UNMEASURED, grok_threshold=0.0, steps_after_grok=100), on_progress=seen.append)
-    assert [latest["grok_step"] for latest in seen] == [None, 20, 20]
+    assert [latest["settled_step"] for latest in seen] == [None, 20, 20]
     assert seen[-1]["step"] == seen[-1]["steps"] == 30
 
 

@@ -27,6 +27,7 @@ from grokcurv.analysis.timing import (
     lead_times,
     onset_step,
     phases,
+    settled_step,
 )
 from grokcurv.random_subspace import RandomBaseline, alignment_p_value
 
@@ -50,6 +51,7 @@ __all__ = [
     "phases",
     "power_law",
     "random_walk_pc1",
+    "settled_step",
     "sign_test",
     "sweep_results",
     "sweep_settings",

@@ -22,7 +22,8 @@ def sweep_results(
 ) -> pd.DataFrame:
     """``runs`` with what each came to; NaN where it did not, or has not yet.
 
-    The columns added are grok_step, onset_step and lead_time, as the functions of those names define them; max_defect,
+    The columns added are grok_step, settled_step (by each run's grok_threshold and grok_patience, where ``runs`` has
+    them), onset_step and lead_time, as the functions of those names define them; max_defect,
     the highest reliable defect, and max_defect_step; last_step, of an evaluation or a measurement; and test_acc, the
     last one measured. A run without a grok step is censored at its last step: it had not grokked by then.
 
@@ -41,6 +42,7 @@ def sweep_results(
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
     found = {
         "grok_step": accuracy[accuracy["test_acc"] >= threshold].groupby("run")["step"].min(),
+        "settled_step": _settled(accuracy, runs),
         "onset_step": defect[risen].groupby("run")["step"].min(),
         "max_defect": peak["defect_median"],
         "max_defect_step": peak["step"],
@@ -48,7 +50,7 @@ def sweep_results(
         "test_acc": accuracy.groupby("run")["test_acc"].last(),
     }
     results = runs.assign(**{name: column.reindex(runs.index).astype(float) for name, column in found.items()})
-    results.insert(len(runs.columns) + 2, "lead_time", results["grok_step"] - results["onset_step"])
+    results.insert(len(runs.columns) + 3, "lead_time", results["grok_step"] - results["onset_step"])
     return results
 
 
@@ -62,8 +64,8 @@ def sweep_settings(results: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame
     Returns:
         The fields; then runs, finished, failed, unfinished, grokked (of the finished); grok_fraction with its 95 %
         Wilson interval, grok_low and grok_high; grok_step, the median of those that grokked, with grok_step_min and
-        grok_step_max; censored_step, to which the shortest run went that finished without grokking; max_defect and
-        lead_time, medians. NaN where there is none.
+        grok_step_max; settled_step, the median of those that settled; censored_step, to which the shortest run went
+        that finished without grokking; max_defect and lead_time, medians. NaN where there is none.
     """
     fields = list(fields)
     finished = results["status"] == "finished"
@@ -77,20 +79,37 @@ def sweep_settings(results: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame
         grok_step=step,
         grok_step_min=step,
         grok_step_max=step,
+        settled_step=results["settled_step"].where(finished),
         censored_step=results["last_step"].where(finished & step.isna()),
         max_defect=results["max_defect"].where(finished),
         lead_time=results["lead_time"].where(finished),
     )
     counts = ("runs", "finished", "failed", "unfinished", "grokked")
     how = dict.fromkeys(counts, "sum") | {"grok_step_min": "min", "grok_step_max": "max", "censored_step": "min"}
-    how |= dict.fromkeys(("grok_step", "max_defect", "lead_time"), "median")
+    how |= dict.fromkeys(("grok_step", "settled_step", "max_defect", "lead_time"), "median")
     # One group where no field differs; groupby wants at least one key.
     keys = fields or np.zeros(len(columns), dtype=int)
     settings = columns.groupby(keys, sort=False, dropna=False).agg(how).reset_index(drop=not fields)
     fraction, low, high = wilson(settings["grokked"], settings["finished"])
     settings = settings.assign(grok_fraction=fraction, grok_low=low, grok_high=high)
-    shares, numbers = ["grok_fraction", "grok_low", "grok_high"], ["grok_step", "grok_step_min", "grok_step_max"]
+    shares, numbers = (
+        ["grok_fraction", "grok_low", "grok_high"],
+        ["grok_step", "grok_step_min", "grok_step_max", "settled_step"],
+    )
     return settings[[*fields, *counts, *shares, *numbers, "censored_step", "max_defect", "lead_time"]]
+
+
+def _settled(accuracy: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
+    """By run the step at which so many evaluations in a row had reached what it asks for."""
+    ordered = accuracy.sort_values(["run", "step"], kind="stable")
+    own = {"grok_threshold": 0.98, "grok_patience": 3}
+    of = {name: ordered["run"].map(runs[name]) if name in runs else default for name, default in own.items()}
+    reached = (ordered["test_acc"] >= of["grok_threshold"]).to_numpy(dtype=bool)
+    number, owners = np.arange(len(ordered)), ordered["run"].to_numpy()
+    begins = np.r_[True, owners[1:] != owners[:-1]][: len(ordered)]
+    streak = number - np.maximum.accumulate(np.where(reached, np.where(begins, number - 1, -1), number), dtype=int)
+    settled: pd.Series = ordered[streak == of["grok_patience"]].groupby("run")["step"].min()
+    return settled
 
 
 def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:

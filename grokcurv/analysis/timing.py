@@ -50,16 +50,35 @@ def by_phase(records: Records, column: str) -> pd.Series:
     return medians.reindex(pd.Index(PHASES, name="phase"))
 
 
+def settled_step(records: Records, threshold: float = 0.98, patience: int = 3) -> int | None:
+    """Step of the last of the first ``patience`` evaluations in a row with a test accuracy of ``threshold`` or more.
+
+    None when there are not so many in a row. This is what the trainer waits for; :func:`grok_step`, which is never
+    later, is where the paper counts lead times from. Reads ``step`` and ``test_acc``; ValueError as there.
+    """
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1; got {patience}")
+    steps, accuracy = measured(records, "test_acc")
+    reached = accuracy >= _checked(threshold)
+    seen = np.arange(1, len(reached) + 1)
+    streak = seen - np.maximum.accumulate(np.where(reached, 0, seen))
+    return _first(steps, streak == patience)
+
+
 def grok_step(records: Records, threshold: float = 0.9) -> int | None:
     """First step at which the test accuracy is at least ``threshold``; None when it never is.
 
     Reads the columns ``step`` and ``test_acc`` (a fraction, 0 to 1). Raises ValueError when one is missing, when they
     differ in length, or when ``threshold`` is outside (0, 1].
     """
+    steps, accuracy = measured(records, "test_acc")
+    return _first(steps, accuracy >= _checked(threshold))
+
+
+def _checked(threshold: float) -> float:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
-    steps, accuracy = measured(records, "test_acc")
-    return _first(steps, accuracy >= threshold)
+    return threshold
 
 
 def onset_step(records: Records) -> int | None:

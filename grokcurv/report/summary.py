@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from grokcurv.analysis import grok_step, onset_step
+from grokcurv.analysis import grok_step, onset_step, settled_step
 from grokcurv.report.figures import matrix_label
 from grokcurv.report.format import duration, number
 from grokcurv.storage import RunError
+from grokcurv.training.run import GROKKED as GROKKED
 
 if TYPE_CHECKING:
     from grokcurv.runs import Run
-
-GROKKED = 0.9
-"""Test accuracy from which the report calls a run grokked."""
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "metrics": ("train_loss", "train_acc", "test_loss", "test_acc", "seconds"),
@@ -76,6 +74,7 @@ class Summary:
         environment: the run's, nested names joined by dots.
         metrics, curvature, pca: the run's tables.
         grok, onset: steps, or None.
+        settled: the step at which the test accuracy was ``threshold`` for ``patience`` evaluations, or None.
 
     Raises:
         RunError: files that are damaged, or tables of something else than a run's evaluations and measurements.
@@ -89,6 +88,8 @@ class Summary:
         tables = {"metrics": run.metrics, "curvature": run.curvature, "pca": run.pca_history}
         self.metrics, self.curvature, self.pca = (check_table(tables[name], name, run.path or "run") for name in tables)
         self.grok, self.onset = grok_step(self.metrics, GROKKED), onset_step(self.curvature)
+        self.threshold, self.patience = criterion(run.config)
+        self.settled = settled_step(self.metrics, self.threshold, self.patience)
 
     @property
     def title(self) -> str:
@@ -154,7 +155,11 @@ class Summary:
         """(name, value, remark) of what a reader wants first."""
         numbers = []
         if not self.metrics.empty:
-            numbers.append(("Grok step", _step(self.grok), f"first test accuracy of {GROKKED:.0%} or more"))
+            when = "not settled" if self.settled is None else f"settled at step {self.settled:,}"
+            remark = (
+                f"first test accuracy of {GROKKED:.0%} or more; {when} ({self.threshold:.0%}, {self.patience} in a row)"
+            )
+            numbers.append(("Grok step", _step(self.grok), remark))
         if not self.curvature.empty:
             numbers.append(("Defect onset", _step(self.onset), "first D above 20 and ten times its early level"))
         if self.grok is not None and self.onset is not None:
@@ -207,6 +212,13 @@ class Summary:
             share = f" ({total / seconds:.0%} of the run)" if 0 <= total < seconds else ""
             said["all measurements"] = duration(total) + share
         return said
+
+
+def criterion(config: Mapping[str, Any]) -> tuple[float, int]:
+    """With which test accuracy, in how many evaluations, a run settles; the defaults where its settings do not say."""
+    threshold, patience = config.get("grok_threshold", 0.98), config.get("grok_patience", 3)
+    sound = isinstance(threshold, float) and 0 < threshold <= 1 and isinstance(patience, int) and patience >= 1
+    return (threshold, patience) if sound else (0.98, 3)
 
 
 def _step(step: int | None) -> str:

@@ -109,7 +109,8 @@ class SweepSummary:
         finished = results[results["status"] == "finished"]
         if total["grokked"]:
             lowest, highest = total["grok_step_min"], total["grok_step_max"]
-            remark = f"median of those that did; {lowest:,.0f} to {highest:,.0f}"
+            settled = _steps(total["settled_step"]) or "none"
+            remark = f"median of those that did; {lowest:,.0f} to {highest:,.0f}; of settled steps {settled}"
             numbers.append(("Grok step", f"{total['grok_step']:,.0f}", remark))
         leads = finished["lead_time"].dropna()
         if len(leads):
@@ -125,7 +126,7 @@ class SweepSummary:
     def settings_table(self) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
         """Names of the columns after those of the fields; then each setting's values and its cells."""
         told = [name for name in ("failed", "unfinished") if self.total[name]]
-        columns = ["grokked", "95% interval", "grok step", "over seeds", "highest defect", "lead", *told]
+        columns = ["grokked", "95% interval", "grok step", "over seeds", "settled", "highest defect", "lead", *told]
         table = []
         for row in self.settings.to_dict("records"):
             spread = f"{_steps(row['grok_step_min'])} to {_steps(row['grok_step_max'])}" if row["grokked"] > 1 else ""
@@ -135,6 +136,7 @@ class SweepSummary:
                 f"{100 * row['grok_low']:.0f} to {row['grok_high']:.0%}" if row["finished"] else "",
                 _steps(row["grok_step"]) if row["grokked"] else step if row["finished"] else "",
                 spread,
+                _steps(row["settled_step"]),
                 _defect(row["max_defect"]),
                 _steps(row["lead_time"]),
                 *(f"{row[name]:,}" if row[name] else "" for name in told),
@@ -145,7 +147,8 @@ class SweepSummary:
     @property
     def runs_table(self) -> tuple[list[str], list[Row]]:
         """Names of the columns after the run's; then a row a run."""
-        columns = [*self.varied, "status", "grok step", "onset", "lead", "highest defect", "last step", "test accuracy"]
+        columns = [*self.varied, "status", "grok step", "settled", "onset", "lead", "highest defect"]
+        columns += ["last step", "test accuracy"]
         rows: list[Row] = []
         for name, row in zip(self.results.index, self.results.to_dict("records"), strict=True):
             never = "never" if row["status"] == "finished" else ""
@@ -153,6 +156,7 @@ class SweepSummary:
                 *(plain(row[field]) for field in self.varied),
                 row["status"],
                 _steps(row["grok_step"]) or never,
+                _steps(row["settled_step"]) or never,
                 _steps(row["onset_step"]) or (never if math.isfinite(row["max_defect"]) else ""),
                 _steps(row["lead_time"]),
                 _defect(row["max_defect"]),

@@ -37,7 +37,13 @@ def expected_seconds(config: SweepConfig, workers: int) -> float:
 
 def _seconds_of(run: TrainConfig) -> tuple[float, float]:
     """Of an update, and of an evaluation."""
-    bare: dict[str, Any] = {"intervention": "none", "faithful": False, "basis_from": "", "basis": "causal", "successive": False}
+    bare: dict[str, Any] = {
+        "intervention": "none",
+        "faithful": False,
+        "basis_from": "",
+        "basis": "causal",
+        "successive": False,
+    }
     short = replace(run, steps=STEPS, eval_every=STEPS, measure_every=0, pca_every=0, **bare)
     seconds = train(short).metrics["seconds"].tolist()  # of the first evaluation, and of all steps and another one
     return max(seconds[1] - 2 * seconds[0], 0.0) / STEPS, seconds[0]

@@ -101,18 +101,18 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class LengthSettings:
-    """How long, and when it has grokked."""
+    """How long, and when it has settled."""
 
     steps: int = 20_000
     """Updates at most."""
     eval_every: int = 100
     """Steps between evaluations on the whole of both sets."""
     grok_threshold: float = 0.98
-    """Test accuracy that counts as grokked."""
+    """Test accuracy with which the run settles."""
     grok_patience: int = 3
-    """Evaluations in a row that must reach it; the run has grokked at the last of them."""
+    """Evaluations in a row that must reach it; the run has settled at the last of them."""
     steps_after_grok: int = 1000
-    """The run ends this many steps after it has grokked."""
+    """The run ends this many steps after it has settled."""
 
 
 @dataclass(frozen=True)

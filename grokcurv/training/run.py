@@ -33,6 +33,10 @@ PROGRESS_EVERY = 10
 """Steps between calls of ``on_progress``."""
 
 
+GROKKED = 0.9
+"""Test accuracy from which on a run counts as grokked in the paper (Xu, arXiv 2602.16746): its grok step is the first
+evaluation with it. It has settled when it meets the settings' own criterion, and ends some time after that."""
+
 DIVERGED = 1e30
 """Weights from here on count as infinite: sums of squares of them are."""
 
@@ -66,6 +70,7 @@ class Training:
         self.step = 0
         self.streak = 0
         self.grok_step: int | None = None
+        self.settled_step: int | None = None
         self.rows: list[dict[str, Any]] = []
         self.defect: float | None = None
         self.saved: int | None = None
@@ -102,9 +107,9 @@ class Training:
 
     @property
     def last_step(self) -> int:
-        if self.grok_step is None:
+        if self.settled_step is None:
             return self.config.steps
-        return min(self.config.steps, self.grok_step + self.config.steps_after_grok)
+        return min(self.config.steps, self.settled_step + self.config.steps_after_grok)
 
     def enter(self, out: str | PathLike[str], resume: bool, stack: contextlib.ExitStack) -> None:
         """Take hold of the run's folder until ``stack`` closes, and go back to where the run in it stands."""
@@ -194,7 +199,7 @@ class Training:
         return {
             "step": self.step,
             "streak": self.streak,
-            "grok_step": self.grok_step,
+            "settled_step": self.settled_step,
             "model": self.model.state_dict(),
             "optimizer": optimizer.state_dict(row),
             "draws": {} if self.draws is None else self.draws.state_dict(),
@@ -268,8 +273,10 @@ class Training:
         """Take an evaluation down, and see whether the run has grokked with it."""
         self.rows.append(row)
         self.streak = self.streak + 1 if row["test_acc"] >= self.config.grok_threshold else 0
-        if self.grok_step is None and self.streak == self.config.grok_patience:
+        if self.grok_step is None and row["test_acc"] >= GROKKED:
             self.grok_step = row["step"]
+        if self.settled_step is None and self.streak == self.config.grok_patience:
+            self.settled_step = row["step"]
 
     def intervening(self) -> contextlib.AbstractContextManager[None]:
         """What goes around the optimiser's step."""
@@ -348,6 +355,7 @@ class Training:
             "defect": self.defect,
             "steps_per_second": steps_per_second,
             "grok_step": self.grok_step,
+            "settled_step": self.settled_step,
         }
 
 

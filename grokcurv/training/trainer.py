@@ -56,7 +56,8 @@ def train(
         out: the run folder, see :mod:`grokcurv.runs`; without it the run is kept in memory.
         resume: go on with the run in ``out``, if there is one. It ends bitwise equal to one never stopped.
         on_progress: called every few steps with a dict of step, steps, train_loss, train_acc, test_acc, defect (each
-            the latest; None before the first), steps_per_second and grok_step (None until then).
+            the latest; None before the first), steps_per_second, grok_step (test accuracy 0.9) and
+            settled_step (``grok_patience`` evaluations of ``grok_threshold``; None until then).
 
     Returns:
         The run; its metrics, curvature and PCA history are DataFrames.
