@@ -48,9 +48,13 @@ FEW = 16
 SAMPLED = 1 << 12
 """From about so many coordinates it is seen how far the parameters have moved."""
 
-SampleNoise = Callable[[Pairs, Tensor], Tensor]
+SAMPLES = 4
+"""How often float64's own rounding is sampled where gradients are faint, the worst being taken: there it may come from a
+single number beside one, such as the probability of one answer, which a sample can leave as it is."""
+
+SampleNoise = Callable[[Pairs, Tensor, int], Tensor]
 """(4,) of one pair how far its evaluations in float64 move when their rounding errors are made larger at random; given
-(4,) what its vectors have lost in rounding."""
+(4,) what its vectors have lost in rounding, and how often to try."""
 
 
 class Origin(NamedTuple):
@@ -116,23 +120,27 @@ class Checks:
         # float64 errs less than float32 by the ratio of the roundoffs, provided that both lose digits alike. Where
         # float32 has lost most of them (saturated logits), or gradients are so small that both may have underflowed
         # alike, the ratio says nothing, and float64's own rounding is sampled instead.
-        relative = distance / length
-        faint = (relative > SATURATED) | (length < FAINT)
+        faint = length < FAINT
+        if exactly or wide:  # nothing was there to be held against
+            faint = engine.partition.norms(pairs.work) < FAINT
+        else:
+            faint |= distance > SATURATED * length
         own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
         sampled = (exactly and check) or wide or pairs.form == "bracket"
-        sample = [sampled] * len(pairs)
+        sample, often = [sampled] * len(pairs), [1] * len(pairs)
         # On an accelerator nobody looks at the numbers to decide: where a sample would be needed the error counts as
         # large as the vector, and the row is NaN.
         if is_asynchronous(engine.device):
             own = torch.where(faint, length, own)
             sample = [exactly and check] * len(pairs)
-        elif not sampled:
-            sample = faint.any(0).tolist()
+        else:
+            often = [SAMPLES if one else 1 for one in faint.any(0).tolist()]
+            sample = [sampled or times > 1 for times in often]
         if capturing(engine.device) or engine.device.type == "meta":
             sample = [False] * len(pairs)
         for v in range(len(pairs)):
             if sample[v]:
-                own[:, v] = sample_noise(pairs.part(v, v + 1), lost[:, v])
+                own[:, v] = sample_noise(pairs.part(v, v + 1), lost[:, v], often[v])
         # The published formula is reported in the model's own precision, and so is what only a twin can check.
         kept = (published or not engine.certifies) and not exactly
         errors = distance if kept else torch.maximum(lost, own)

@@ -627,14 +627,19 @@ class CommutatorProbe:
             engine.product(theta, a, g_b, None, h_a, seed_a, exact and exact.of((slice(2, 3), v)))
         return self._step(pairs)
 
-    def _sampled(self, pairs: Pairs, lost: Tensor) -> Tensor:
+    def _sampled(self, pairs: Pairs, lost: Tensor, often: int) -> Tensor:
         """(4,) how far one pair's evaluations move when float64's rounding errors are made larger at random.
 
         They are held against vectors that may have been rounded to the model's precision, and have ``lost`` (4,) by it.
+        The farthest of so many times.
         """
+        shake = torch.Generator(self.gradients.device).manual_seed(pairs.those[0].seeds[0])
+        return torch.stack([self._moved(pairs, lost, shake) for _ in range(often)]).amax(0)
+
+    def _moved(self, pairs: Pairs, lost: Tensor, shake: torch.Generator) -> Tensor:
+        """:meth:`_sampled`, once."""
         engine, seeds, (pair,) = self.gradients, pairs.those[0].seeds, pairs.those
         moved = pairs.unknown(0.0, 3)
-        shake = torch.Generator(engine.device).manual_seed(seeds[0])
         theta = engine.shake_(self._thetas(pairs, Check(moved))[0], shake)
         check = Check(moved, keep=True, shake=shake)
         if pairs.form == "bracket":

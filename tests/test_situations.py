@@ -199,6 +199,21 @@ def test_float64_rounds_away_the_rest_of_a_certain_class(dtype, margin, form, ge
         check(model, classify, pair, Truth(model, classify64), **FORMS[form])
 
 
+@pytest.mark.parametrize(("form", "samples"), [("automatic step", 10), ("bracket", 2)])
+def test_a_sample_of_rounding_may_leave_a_number_as_it_is(form, samples, generator):
+    """In a batch of one all the rounding is that of one probability; which sample is drawn must not matter."""
+    for activation in (nn.Tanh, nn.ReLU, nn.GELU):
+        for margin in (36.0, 37.5):
+            model, (a, b) = confident(generator, margin, 1, activation)
+            truth = Truth(model, classify64)
+            probe = gc.CommutatorProbe(model, classify, **FORMS[form])
+            for number in range(samples):
+                stats = probe.measure([(a, b)], seed=number)
+                if stats.reliable:
+                    expected = truth.defect(stats.method, a, b, float(stats.eta))
+                    assert float(stats.defect) == pytest.approx(expected, rel=0.1), (margin, number, stats.noise_floor)
+
+
 def test_both_precisions_lose_the_same_digits(generator):
     """p - 1 is zero in either: that they agree says nothing."""
     for margin in (39.0, 40.0, 41.0, 42.0):
