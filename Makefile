@@ -10,7 +10,7 @@ KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.
 .PHONY: demo test check docs bench gpu numerics trajectory sanitize clean
 
 demo: .venv/ready
-	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo --resume
+	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo $(if $(wildcard runs/demo),--resume)
 	$(BIN)/grokcurv report runs/demo
 
 # On two workers, of one thread each.

@@ -49,8 +49,8 @@ SAMPLED = 1 << 12
 """From about so many coordinates it is seen how far the parameters have moved."""
 
 SAMPLES = 4
-"""How often float64's own rounding is sampled where gradients are faint, the worst being taken: there it may come from a
-single number beside one, such as the probability of one answer, which a sample can leave as it is."""
+"""How often float64's own rounding is sampled where gradients are faint, of which the worst counts: there it may come
+from a single number beside one, such as the probability of one answer, which a sample can leave as it is."""
 
 SampleNoise = Callable[[Pairs, Tensor, int], Tensor]
 """(4,) of one pair how far its evaluations in float64 move when their rounding errors are made larger at random; given
