@@ -331,12 +331,14 @@ class RunWriter:
             except (KeyError, TypeError, ValueError) as error:
                 raise RunError(f"{path} does not say to which run it belongs ({error!r})") from error
             self._compare(current_settings(settings), f"has {lacking}a checkpoint.safetensors of another configuration")
-        for name, said in tables.items():
-            with _remedy(path := self.path / f"{name}.parquet"):
-                frame = self.read_table(name)
-                rows = frame if frame.empty else frame[frame["step"] <= step]
-                gone = not lexists(path) and name != "metrics"  # it can be made anew, of what the checkpoint holds
-                if not gone and (name not in TABLES or _digest(rows) != said):
+        for name in TABLES:
+            path = self.path / f"{name}.parquet"
+            if not lexists(path) and name != "metrics":  # it can be made anew, of what the checkpoint holds
+                continue
+            frame = self.read_table(name)
+            rows = frame if frame.empty else frame[frame["step"] <= step]
+            if name in tables and _digest(rows) != tables[name]:
+                with _remedy(path):
                     raise RunError(f"{path} is not what it was when checkpoint.safetensors was written, at step {step}")
         return state
 

@@ -233,6 +233,8 @@ class Training:
         """Around what a checkpoint is read by: RunError where that does not fit this run."""
         try:
             yield
+        except RunError:
+            raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             assert self.writer is not None
             file = self.writer.path / "checkpoint.safetensors"
