@@ -333,8 +333,10 @@ class RunWriter:
             self._compare(current_settings(settings), f"has {lacking}a checkpoint.safetensors of another configuration")
         for name in TABLES:
             path = self.path / f"{name}.parquet"
-            if not lexists(path) and name != "metrics":  # it can be made anew, of what the checkpoint holds
-                continue
+            if not lexists(path):
+                if name == "metrics" and name in tables:
+                    raise RunError(f"{path} is missing; {REMEDIES['checkpoint.safetensors']} without it")
+                continue  # the others can be made anew, of what the checkpoint holds
             frame = self.read_table(name)
             rows = frame if frame.empty else frame[frame["step"] <= step]
             if name in tables and _digest(rows) != tables[name]:

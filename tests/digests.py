@@ -141,6 +141,7 @@ def sweep() -> str:
         run_sweep(config, Path(folder))
         swept = open_sweep(folder)
         files = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+        files = [name for name in files if not name.endswith("progress.json")]  # no record
         runs = [swept.run(name) for name in swept.plan]
         return digest(files, [[run.metrics, run.curvature, run.pca_history] for run in runs])
 

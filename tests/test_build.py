@@ -37,7 +37,17 @@ def test_unknown_instruction_set_is_an_error() -> None:
     result = load_core(GROKCURV_ISA="sse9")
     assert result.returncode != 0
     assert f"GROKCURV_ISA=sse9: compiled for {', '.join(_cpu.ISAS)}" in result.stderr
-    assert "docs/building.md" in result.stderr
+    said = subprocess.run(
+        [sys.executable, "-m", "grokcurv", "train", "--steps", "0"],
+        env=os.environ | {"GROKCURV_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 2
+    (line,) = said.stderr.splitlines()  # one, without a traceback
+    assert line.startswith("grokcurv: grokcurv._cpu, the compiled core, does not load (GROKCURV_ISA=sse9: compiled for")
+    assert line.endswith("docs/building.md says how to build it")
 
 
 def test_the_widest_instruction_set_is_the_default() -> None:

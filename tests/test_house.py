@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks", "training", "modular", "integrations"),
     ("sweep", "analysis", "upstream"),
     ("report", "reproduce", "bench", "doctor"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 """From the ground up; a room imports from its own floor and those below."""
 

@@ -34,6 +34,8 @@ def shares(x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize(("n", "p"), [(2, 1), (3, 50), (17, 5), (17, 4097), (31, 1000)])
 def test_against_a_float64_svd(n: int, p: int, dtype: torch.dtype, generator: Generator) -> None:
     x = trajectory(n, p, generator, dtype)
+    while (x == x[0]).all():  # rows that a narrow type makes alike have a test of their own
+        x = trajectory(n, p, generator, dtype)
     k = min(4, n - 1, p)
     pca = gram(k).partial_fit(x)
     variance, components = svd(x)

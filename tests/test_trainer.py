@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -187,7 +187,7 @@ def test_presets_train_one_measured_step(preset: str) -> None:
 
 
 def test_preset_names() -> None:
-    assert tuple(PRESETS) == config.PRESET_NAMES
+    assert tuple(PRESETS) == get_args(config.Preset)
     assert PRESETS["paper"] == TrainConfig()
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from grokcurv.analysis import sweep_results, sweep_settings
@@ -16,10 +16,9 @@ from grokcurv.report.summary import GROKKED, check_table
 from grokcurv.report.sweep_figures import arrange
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from collections.abc import Collection
 
-    from grokcurv.report.beside import Beside
-    from grokcurv.sweep import Sweep
+    import pandas as pd
 
 MANY = 24
 """More values of a number than this are put into classes."""
@@ -27,6 +26,20 @@ MANY = 24
 CLASSES = 8
 
 Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "", its cells
+
+
+class Runs(Protocol):
+    """What is reported: a sweep, or runs from folders of their own."""
+
+    path: Path
+    varied: tuple[str, ...]
+
+    @property
+    def runs(self) -> pd.DataFrame: ...
+
+    def table(self, name: str, columns: Collection[str]) -> pd.DataFrame: ...
+
+    def folder(self, run: str) -> Path: ...
 
 
 class SweepSummary:
@@ -47,7 +60,7 @@ class SweepSummary:
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
     """
 
-    def __init__(self, sweep: Sweep | Beside, folder: Path | None = None) -> None:
+    def __init__(self, sweep: Runs, folder: Path | None = None) -> None:
         self.path, self.folder, self.varied = sweep.path, folder or sweep.path, list(sweep.varied)
         self._folder_of = sweep.folder
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
