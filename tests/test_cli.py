@@ -25,8 +25,7 @@ from rich.console import Console
 from grokcurv import cli, progress
 from grokcurv.runs import Run, open_run
 from grokcurv.storage import News, hold
-from grokcurv.sweep import Sweep, SweepConfig
-from grokcurv.sweep.estimate import expected_seconds
+from grokcurv.sweep import Sweep, SweepConfig, estimate
 from grokcurv.sweep.folder import claim
 from grokcurv.training import PRESETS, TrainConfig, TrainingError
 
@@ -266,7 +265,9 @@ to see it: grokcurv report runs/rates
     }
 
 
-def test_a_sweep_is_foreseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its runs and their time, of which none is spent."""
     (tmp_path / "ours.toml").write_text(
         "run = {p = 11, d_model = 8, heads = 2, d_ff = 8, layers = 1, batch_size = 16, steps = 5000}\n"
@@ -279,10 +280,12 @@ def test_a_sweep_is_foreseen(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert ids == list(config.plan)
     assert re.fullmatch(r"4 runs, at most \d.* on 2 workers by 30 steps taken now;", time_said)
     assert not (tmp_path / "out").exists()
-    both, one = (expected_seconds(config, workers) for workers in (2, 1))
-    assert 0 < both < one  # on twice as many in about half the time; the steps are timed anew
-    longer = dataclasses.replace(config, run={**config.run, "steps": 500_000})
-    assert expected_seconds(longer, 1) > 10 * one
+    monkeypatch.setattr(estimate, "_seconds_of", lambda run: (0.01 if run.architecture == "mlp" else 0.02, 0.5))
+    steps = 2 * 5000 * (0.01 + 0.02)  # with a measurement of 20 gradients, and a check of eight, every 100
+    wanted = steps * (1 + 28 / 100) + 4 * 50 * 0.5
+    assert estimate.expected_seconds(config, 1) == pytest.approx(wanted)
+    assert estimate.expected_seconds(config, 2) == pytest.approx(wanted / 2)
+    assert estimate.expected_seconds(config, 100) == pytest.approx(wanted / 4)
 
 
 def test_ctrl_c_in_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
