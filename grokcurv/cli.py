@@ -43,7 +43,7 @@ from grokcurv.training.config import (
 from grokcurv.training.process import Stopped
 
 WATCH_SECONDS = 1.0
-"""Between two looks."""
+"""Between two looks at a run that is watched, which tells how far it is as often."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def _train(arguments: list[str]) -> int:
     arguments = _renamed(arguments)
     defaults, described = _defaults(arguments)
     parts: dict[str, Any] = {}
-    for section, kind in zip(fields(Options), SECTIONS, strict=False):
+    for section, kind in zip(fields(Options), SECTIONS, strict=False):  # they come first there, in the same order
         parts[section.name] = kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)})
     given = Options(**parts, preset=defaults.preset)
     options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=given)
@@ -330,7 +330,7 @@ def _watch(arguments: list[str]) -> int:
                 while holder(folder) is not None:
                     if latest := news.read():
                         progress(latest)
-                    time.sleep(WATCH_SECONDS)
+                    time.sleep(WATCH_SECONDS)  # another process is at work, which wakes nobody
         except (LookupError, TypeError, ValueError) as error:
             raise RunError(f"{news.path} is damaged: {error!r}") from error
         if isinstance(followed, Run):

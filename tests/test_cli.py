@@ -384,7 +384,7 @@ def test_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert cli.main(["watch", str(folder)]) == 0
         out, err = capsys.readouterr()
         assert said in err
-        assert len(err.splitlines()) >= 3
+        assert len(err.splitlines()) == 4  # three looks, and the last again at the end
         assert out == f"{folder}: {end}\n"
     (run / "progress.json").write_text(json.dumps({"schema": 1, "progress": {"step": "many"}}))
     with hold(run, "written"):

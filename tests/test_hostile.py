@@ -24,7 +24,7 @@ from grokcurv.report import page
 from grokcurv.sweep import SweepConfig, run_sweep
 from grokcurv.training import TrainConfig, train
 
-SECONDS = 20
+SECONDS = 5
 """How long a command may take before it counts as hanging; on an idle machine the slowest takes one."""
 
 CONFIG = TrainConfig(

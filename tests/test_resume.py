@@ -133,7 +133,7 @@ def test_asked_to_end_it_writes_a_checkpoint(tmp_path: Path) -> None:
         assert child.stdout is not None
         moment = random.randrange(10, CONFIG.steps, 10)
         assert any(int(line) == moment for line in child.stdout)
-        time.sleep(random.uniform(0.0, 0.05))
+        time.sleep(random.uniform(0.0, 0.05))  # so that the signal comes anywhere in a step, not behind its report
         child.send_signal(number)
         _, said = child.communicate(timeout=60)
         reached.append(open_run(folder).checkpoint()["step"])

@@ -17,10 +17,11 @@ from markupsafe import Markup
 from grokcurv.report import figures, sweep_figures
 from grokcurv.report.beside import Beside, BesideSummary
 from grokcurv.report.format import number
-from grokcurv.report.summary import GROKKED, Summary
+from grokcurv.report.summary import Summary
 from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import Run, open_run
 from grokcurv.storage import RunError, make_folder, write_atomically
+from grokcurv.training.run import GROKKED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from grokcurv.analysis import grok_step, onset_step, settled_step
 from grokcurv.report.figures import matrix_label
 from grokcurv.report.format import duration, number
 from grokcurv.storage import RunError
-from grokcurv.training.run import GROKKED as GROKKED
+from grokcurv.training.run import GROKKED
 
 if TYPE_CHECKING:
     from grokcurv.runs import Run

@@ -12,8 +12,9 @@ from urllib.parse import quote
 from grokcurv.analysis import sweep_results, sweep_settings
 from grokcurv.analysis.sweeps import UNFINISHED
 from grokcurv.report.format import are, count, number, plain
-from grokcurv.report.summary import GROKKED, check_table
+from grokcurv.report.summary import check_table
 from grokcurv.report.sweep_figures import arrange
+from grokcurv.training.run import GROKKED
 
 if TYPE_CHECKING:
     from collections.abc import Collection
