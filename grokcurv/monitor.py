@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -352,25 +353,29 @@ class CurvatureMonitor:
 
         self.training_gradient.refuse_another()
         frame = pd.DataFrame(settled(self._rows(run)).numpy(), columns=[*HEAD, *self.fields])
-        methods = pd.Series([METHODS[int(m)] for m in frame["method"]], dtype="str")
+        methods = pd.Series(np.array(METHODS, dtype=object)[frame["method"].astype("int64")], dtype="str")
         frame = frame.assign(step=frame["step"].astype("int64"), method=methods, reliable=frame["reliable"] == 1.0)
         return frame[["step", *self.fields[:4], "method", *self.fields[4:], "measure_seconds"]]
 
     def pca_records(self, run: int = 0) -> pd.DataFrame:
-        """PC1 % of every expanding window of the trajectory: columns ``step``, ``matrix``, ``pc1_percent``."""
+        """PC1 % of every expanding window of the trajectory: columns ``step``, ``matrix``, ``pc1_percent``.
+
+        And ``pc1_error``, in percent too, of a PCA that does not keep its rows.
+        """
         return no_records() if self.trajectory is None else self.trajectory.records(run)
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """Everything needed to go on in another process: counters, records and the PCA; tensors and plain values."""
         rows = self._rows(run)
-        steps, methods, seconds, gradients = rows[:, : len(HEAD)].T.tolist()
+        steps, methods, seconds, gradients = rows[:, : len(HEAD)].T.contiguous()
         trajectory = self.trajectory.state_dict(run) if self.trajectory is not None else {"pca_steps": [], "pca": None}
         return {
             "steps": self.steps,
-            "row_steps": list(map(int, steps)),
-            "row_methods": [METHODS[int(method)] for method in methods],
+            "row_steps": steps.long(),
+            "methods": list(METHODS),
+            "row_methods": methods.to(torch.int8),  # places among them
             "row_seconds": seconds,
-            "row_gradients": list(map(int, gradients)),
+            "row_gradients": gradients.to(torch.int8),
             "unlogged": len(self._unlogged),
             "rows": rows[:, len(HEAD) :].contiguous(),
             **self.training_gradient.state_dict(),
@@ -395,13 +400,11 @@ class CurvatureMonitor:
                 f"state has rows of {state['rows'].shape[1]} numbers and this version records {len(self.fields)}: "
                 "it was saved by another version of grokcurv"
             )
-        columns = (
-            state["row_steps"],
-            (METHODS.index(RENAMED.get(method, method)) for method in state["row_methods"]),
-            state["row_seconds"],
-            state["row_gradients"],
-        )
-        head = torch.tensor(list(zip(*columns, strict=True)), dtype=torch.float64).reshape(-1, len(HEAD))
+        names = state["row_methods"] if "methods" not in state else state["methods"]  # older versions wrote them out
+        places = torch.tensor([METHODS.index(RENAMED.get(name, name)) for name in names], dtype=torch.float64)
+        methods = places if names is state["row_methods"] else places[state["row_methods"].long()]
+        columns = (state["row_steps"], methods, state["row_seconds"], state["row_gradients"])
+        head = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns], 1)
         rows = torch.cat([head, state["rows"].to("cpu", torch.float64)], dim=1)
         self._history[run] = rows
         if run == 0:

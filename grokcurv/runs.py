@@ -129,7 +129,7 @@ class Run:
 
     @property
     def pca_history(self) -> pd.DataFrame:
-        """PC1 % of the trajectory so far: step, matrix, pc1_percent."""
+        """PC1 % of the trajectory so far: step, matrix, pc1_percent; of more than 500 rows also pc1_error."""
         return self.table("pca")
 
     def records(self) -> pd.DataFrame:
@@ -352,14 +352,16 @@ class RunWriter:
 
 
 def _digest(frame: pd.DataFrame) -> str:
-    """Of the rows of a table, bit for bit."""
+    """Of the rows of a table, bit for bit, as it is read again: there, what is missing has one form."""
+    import numpy as np
     import pyarrow as pa
 
     found = hashlib.sha256()
-    # As it is read again: what is missing is one thing there, and has several forms in a table that is new.
-    for name, column in pa.Table.from_pandas(frame, preserve_index=False).to_pandas(ignore_metadata=True).items():
-        values = column.to_numpy()
+    for name, column in frame.items():
+        values = (pa.array(column, from_pandas=True).to_pandas() if column.dtype == object else column).to_numpy()
         numbers = values.dtype.kind in "biuf"
+        if values.dtype.kind == "f":
+            values = np.where(np.isnan(values), np.nan, values)
         found.update(f"{name} {values.dtype if numbers else 'text'} {len(values)} ".encode())
         found.update(values.tobytes() if numbers else json.dumps([str(value) for value in values]).encode())
     return found.hexdigest()

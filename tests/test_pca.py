@@ -75,7 +75,7 @@ def assert_within_bound(pca: StreamingPCA, x: Tensor, segments: list[tuple[int, 
 def results(pca: StreamingPCA) -> dict[str, Tensor]:
     """Everything public that there is."""
     names = ["explained_variance_", "explained_variance_ratio_", "total_variance_", "pc1_history_"]
-    names += ["error_bound_", "error_estimate_"]
+    names += ["pc1_history_bound_", "error_bound_", "error_estimate_"]
     found = {name: getattr(pca, name) for name in names}
     found["n"] = torch.tensor([pca.n_samples_seen_, pca.n_features_in_])
     if pca.method_ == "gram":
@@ -657,7 +657,115 @@ def test_auto_goes_from_gram_to_incremental(generator: Generator) -> None:
     assert 20 < switch < 40
     assert methods == switch * ["gram"] + (60 - switch) * ["incremental"]
     assert_same(pca, make({}, memory_limit=LIMIT).partial_fit(x))
-    assert_same(pca, make(METHODS["incremental"]).partial_fit(x))
+    assert_those_but_the_history(pca, make(METHODS["incremental"]).partial_fit(x))
+    assert_history_of_both(pca, x, switch)
+
+
+def assert_those_but_the_history(a: StreamingPCA, b: StreamingPCA) -> None:
+    mine, theirs = results(a), results(b)
+    for found in (mine, theirs):
+        del found["pc1_history_"], found["pc1_history_bound_"]
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def assert_history_of_both(pca: StreamingPCA, x: Tensor, kept: int) -> None:
+    """That of the rows that were kept, and after it that of incremental."""
+    for name in ("pc1_history_", "pc1_history_bound_"):
+        exact, later = (getattr(make(METHODS[method]).partial_fit(x), name) for method in ("gram", "incremental"))
+        want = torch.cat([exact[:kept], later[kept:]])
+        torch.testing.assert_close(getattr(pca, name), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cut", [[1] * 30, [30], [12, 18], [13, 17], [5, 20, 5]], ids=str)
+def test_auto_keeps_so_many_rows_and_no_more(
+    cut: list[int], monkeypatch: pytest.MonkeyPatch, generator: Generator
+) -> None:
+    monkeypatch.setattr("grokcurv.pca.streaming.MOST_ROWS", 12)
+    x = trajectory(30, 40, generator)
+    pca, start = make({}), 0
+    for count in cut:
+        start += count
+        pca.partial_fit(x[start - count : start])
+        assert pca.method_ == ("gram" if start <= 12 else "incremental")
+    assert pca.reason_ == "more than 12 rows would take too long to solve exactly"
+    assert_within_bound(pca, x)
+    assert_those_but_the_history(pca, make(METHODS["incremental"]).partial_fit(x))
+    assert_history_of_both(pca, x, 12)
+
+
+def test_auto_keeps_five_hundred_rows(generator: Generator) -> None:
+    x = trajectory(501, 3, generator)
+    pca = make({}).partial_fit(x[:500])
+    assert pca.method_ == "gram"
+    assert pca.partial_fit(x[500]).method_ == "incremental"
+
+
+@pytest.mark.parametrize("read", [0, 7, 12, 20])
+def test_the_history_of_kept_rows_outlives_them(
+    read: int, monkeypatch: pytest.MonkeyPatch, generator: Generator
+) -> None:
+    """Whenever it is asked for, and through saved states; of several runs, for each."""
+    monkeypatch.setattr("grokcurv.pca.streaming.MOST_ROWS", 12)
+    x = torch.stack([trajectory(30, 40, generator), trajectory(30, 40, generator)], 1)
+    pca, alone = make({}, runs=2), [make({}), make({})]
+    for t, rows in enumerate(x):
+        if t == read:
+            pca.pc1_history_  # noqa: B018
+            states = [pca.state_dict(run) for run in range(2)]
+            pca = make({}, runs=2)
+            for run, state in enumerate(states):
+                pca.load_state_dict(unpack(pack(state)), run)
+        pca.partial_fit(rows)
+        for run, one in enumerate(alone):
+            one.partial_fit(rows[run])
+    for run, one in enumerate(alone):
+        assert_history_of_both(one, x[:, run], 12)
+        for name in ("pc1_history_", "pc1_history_bound_"):
+            mine, its = getattr(pca, name)[run], getattr(one, name)
+            torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
+
+
+def test_masked_rows_are_not_in_the_history_of_kept_ones(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    monkeypatch.setattr("grokcurv.pca.streaming.MOST_ROWS", 12)
+    x = trajectory(30, 40, generator)
+    broken = x.clone()
+    broken[[3, 11, 20]] = torch.inf
+    monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
+    pca = make({}).partial_fit(broken)
+    with pytest.raises(ValueError, match="row 3 held NaN or infinity"):
+        pca.pc1_history_  # noqa: B018
+    assert pca.method_ == "incremental"
+    good = x[[i for i in range(30) if i not in (3, 11, 20)]]
+    assert len(pca.pc1_history_) == 27
+    exact = make(METHODS["gram"]).partial_fit(good).pc1_history_
+    torch.testing.assert_close(pca.pc1_history_[:10], exact[:10], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_a_state_that_knows_of_no_bounds_is_read(generator: Generator) -> None:
+    """Older versions kept none."""
+    x = trajectory(20, 40, generator)
+    pca, state = make(METHODS["incremental"]), make(METHODS["incremental"]).partial_fit(x[:13]).state_dict()
+    del state["state"]["bounds"], state["state"]["exact"]
+    pca.load_state_dict(state)
+    pca.partial_fit(x[13:])
+    assert pca.pc1_history_bound_[:14].isnan().all()
+    assert_those_but_the_history(pca, make(METHODS["incremental"]).partial_fit(x))
+
+
+@pytest.mark.parametrize("options", [METHODS["incremental"], METHODS["shrinkage"]], ids=["incremental", "shrinkage"])
+def test_a_share_of_the_history_is_within_its_bound(options: dict[str, Any], generator: Generator) -> None:
+    x = trajectory(40, 60, generator) + 5 * torch.randn(40, 60, generator=generator)
+    pca = make(options).partial_fit(x)
+    history, bounds = pca.pc1_history_, pca.pc1_history_bound_
+    known = history.isfinite()
+    assert known.equal(bounds.isfinite())
+    assert known.sum() == 8
+    for t in known.nonzero()[:, 0].tolist():
+        variance, _ = svd(x[: t + 1])
+        assert abs(variance[0] / variance.sum() - history[t]) <= bounds[t]
+    assert bounds[known].max() > 1e-3  # something was cut off
 
 
 def test_auto_logs_what_it_does(generator: Generator, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from sklearn.decomposition import PCA
 from test_pca import FLOATS, assert_same, assert_within_bound, bits, results, svd, trajectory
 from torch import Generator, Tensor
 
+from grokcurv import ops
 from grokcurv.pca import StreamingPCA
+from grokcurv.pca.prefixes import Prefixes
 
 
 def gram(k: int = 3, **options: Any) -> StreamingPCA:
@@ -22,9 +25,9 @@ def gram(k: int = 3, **options: Any) -> StreamingPCA:
 
 
 def shares(x: Tensor) -> np.ndarray:
-    """PC1 share of every prefix of at least two rows."""
+    """PC1 share of every prefix of at least two rows; NaN where nothing varies."""
     found = [svd(x[:t])[0] for t in range(2, len(x) + 1)]
-    return np.array([variance[0] / variance.sum() for variance in found])
+    return np.array([variance[0] / (variance.sum() or np.nan) for variance in found])
 
 
 # Exactness
@@ -71,6 +74,145 @@ def test_many_rows_go_beyond_the_dense_solver_and_a_page(spectrum: str, generato
     variance, _ = svd(x)
     np.testing.assert_allclose(pca.explained_variance_, variance[:4], rtol=1e-10)
     np.testing.assert_allclose(pca.pc1_history_[1:], shares(x), rtol=1e-9)
+
+
+# More rows than coordinates
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("segments", [None, [(0, 9), (9, 4), (13, 0), (20, 3)]], ids=["whole", "segments"])
+def test_more_rows_than_coordinates(
+    segments: list[tuple[int, int]] | None, dtype: torch.dtype, generator: Generator
+) -> None:
+    """The scatter matrix is solved, and nobody can tell."""
+    x = trajectory(40, 23, generator, dtype)
+    pca = gram(5, segments=segments).partial_fit(x)
+    assert pca._method.narrow
+    assert pca._method.solution[2].shape[1] == (23 if segments is None else 9)
+    assert_within_bound(pca, x, segments)
+    for i, (start, length) in enumerate(segments or [(0, 23)]):
+        part, k = x[:, start : start + length], min(5, length)
+        if not length:
+            continue
+        variance, axes = svd(part)
+        mine = pca.explained_variance_ if segments is None else pca.explained_variance_[i]
+        np.testing.assert_allclose(mine[:k], variance[:k], rtol=1e-10)
+        assert not mine[k:].any()
+        components = pca.components_ if segments is None else pca.components_[i]
+        cosines = np.abs(np.sum(components[:k].double().numpy() * axes[:k], axis=1))
+        np.testing.assert_allclose(cosines, 1, atol=1e-9 if dtype == torch.float64 else 1e-6)
+        assert not components[k:].any()
+        peaks = components[:k].gather(1, components[:k].abs().argmax(1, keepdim=True))
+        assert (peaks > 0).all()
+        history = pca.pc1_history_ if segments is None else pca.pc1_history_[:, i]
+        np.testing.assert_allclose(history[1:], shares(part), rtol=1e-10)
+
+
+@pytest.mark.parametrize("stored", [None, torch.bfloat16], ids=str)
+def test_more_rows_than_coordinates_in_runs_and_pages(
+    stored: torch.dtype | None, tmp_path: Path, generator: Generator
+) -> None:
+    x = torch.stack([trajectory(90, 12, generator) for _ in range(3)])
+    options = {"segments": [(0, 5), (6, 6)], "store_dtype": stored}
+    many = gram(runs=3, **options)
+    for rows in x.split([3, 1, 60, 26], dim=1):
+        many.partial_fit(rows)
+        many.explained_variance_  # noqa: B018
+    for run, one in enumerate([gram(scratch=tmp_path, **options).partial_fit(rows) for rows in x]):
+        mine, its = results(many), results(one)
+        assert one._method.narrow
+        for name, value in its.items():
+            if name != "n":
+                got = mine[name][run]
+                assert torch.equal(got.nan_to_num(torch.pi), value.nan_to_num(torch.pi)), name
+        assert_within_bound(one, x[run], options["segments"])
+
+
+def test_many_equal_rows_of_few_coordinates(generator: Generator) -> None:
+    x = torch.randn(4, generator=generator).expand(20, 4)
+    pca = gram().partial_fit(x)
+    assert not pca.explained_variance_.any()
+    assert not pca.components_.any()
+    assert pca.pc1_history_.isnan().all()
+    x = x.clone()
+    x[:, 2] += torch.randn(20, generator=generator)
+    pca = gram().partial_fit(x)
+    assert (pca.explained_variance_ > 0).tolist() == [True, False, False]
+    assert pca.components_[0].abs().tolist() == [0, 0, 1, 0]
+
+
+def test_masked_rows_are_not_in_the_scatter(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    x = trajectory(30, 6, generator)
+    broken = x.clone()
+    broken[[0, 7, 29]] = torch.nan
+    good = x[[i for i in range(30) if i not in (0, 7, 29)]]
+    monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
+    pca = gram().partial_fit(broken)
+    ((_, blind),) = pca.leading_blocks(3)  # without a look at what is masked
+    monkeypatch.undo()
+    want = gram().partial_fit(good)
+    torch.testing.assert_close(blind, want.components_, rtol=1e-5, atol=1e-5)
+
+
+# Prefixes
+
+
+def prefix_shares(x: Tensor) -> Tensor:
+    """By the kernels' way, from Gram matrices about the first row that numpy has made; (n, S) of x (S, n, p)."""
+    rows = (x - x[:, :1]).numpy()
+    prefixes = Prefixes(torch.from_numpy(rows @ rows.transpose(0, 2, 1)))
+    return torch.stack([prefixes.leading_share(size) for size in range(1, x.shape[1] + 1)])
+
+
+def crossing(n: int, p: int, generator: Generator) -> Tensor:
+    """Rows along one axis, and from the middle on, farther, along another: the second overtakes the first."""
+    x = 0.01 * torch.randn(n, p, generator=generator, dtype=torch.float64)
+    t = torch.arange(n, dtype=torch.float64)
+    x[:, 0] += torch.cos(t)
+    x[:, 1] += torch.where(t >= n // 2, 1.5 * torch.sin(0.7 * t), 0.0)
+    return x
+
+
+KINDS: dict[str, Callable[[int, int, Generator], Tensor]] = {
+    "walk": lambda n, p, g: trajectory(n, p, g, torch.float64),
+    "flat": lambda n, p, g: torch.randn(n, p, generator=g, dtype=torch.float64),
+    "crossing": crossing,
+    "one direction": lambda n, p, g: torch.randn(n, 1, generator=g) * torch.randn(p, generator=g).double(),
+    "few distinct": lambda n, p, g: trajectory(3, p, g, torch.float64)[torch.randint(3, (n,), generator=g)],
+    "late": lambda n, p, g: trajectory(n, p, g, torch.float64) * (torch.arange(n)[:, None] > 45),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_of_every_kind_of_trajectory(kind: str, generator: Generator) -> None:
+    for n in (31, 32, 33, 64, 101):
+        x = torch.stack([KINDS[kind](n, 40, generator) for _ in range(2)])
+        found = prefix_shares(x)
+        for want, got in zip([shares(one) for one in x], found[1:].T, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-11)
+
+
+def test_a_prefix_is_that_of_its_own_rows_to_the_bit(generator: Generator) -> None:
+    """Whatever rows follow, whatever prefixes were asked for before, and whoever is solved beside it."""
+    x = torch.stack([KINDS[kind](101, 40, generator) for kind in KINDS])
+    whole = prefix_shares(x)
+    for n in (33, 47, 70, 96, 100):
+        all_rows = (x - x[:, :1]).numpy()
+        products = torch.from_numpy(all_rows @ all_rows.transpose(0, 2, 1))[:, :n, :n]
+        assert Prefixes(products).leading_share(n).nan_to_num(7).equal(whole[n - 1].nan_to_num(7))
+        for run in range(len(x)):
+            alone = Prefixes(products[run : run + 1]).leading_share(n)
+            assert alone.nan_to_num(7).equal(whole[n - 1, run : run + 1].nan_to_num(7))
+
+
+def test_prefixes_of_a_trajectory_are_not_solved_from_nothing(
+    monkeypatch: pytest.MonkeyPatch, generator: Generator
+) -> None:
+    solved = []
+    eigh = ops.eigh
+    monkeypatch.setattr(ops, "eigh", lambda a, k: solved.append(a.shape[-1]) or eigh(a, k))
+    prefix_shares(trajectory(128, 40, generator, torch.float64)[None])
+    assert [size for size in solved if size >= 32] == [32, 32, 64, 64, 96, 96, 128]
 
 
 def test_small_motion_far_from_the_origin_is_not_lost(generator: Generator) -> None:

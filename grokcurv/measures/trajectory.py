@@ -79,26 +79,35 @@ class Trajectory:
         self.probe.update_bases(basis)
 
     def records(self, run: int = 0) -> pd.DataFrame:
-        """PC1 % of every expanding window of a run's trajectory: columns ``step``, ``matrix``, ``pc1_percent``."""
+        """PC1 % of every expanding window of a run's trajectory: columns ``step``, ``matrix``, ``pc1_percent``.
+
+        Of a PCA that does not keep its rows also ``pc1_error``: how far the share can be off, in percent too; 0 while
+        it still kept them.
+        """
         import pandas as pd
 
         pca, steps = self.pca, self.fed_at(run)
-        if not steps:
+        if not len(steps):
             return no_records()
         names = [s.name for s in pca.segments] if pca.segments else ["all"]
-        history = 100.0 * pca.pc1_history_.reshape(pca.runs, len(steps), len(names))[run].cpu().numpy()
-        frame = pd.DataFrame(history, columns=names)
-        frame.insert(0, "step", steps)
-        return frame.melt("step", var_name="matrix", value_name="pc1_percent").sort_values("step", kind="stable")
+        shares, errors = (
+            100.0 * values.reshape(pca.runs, -1)[run].cpu().numpy()
+            for values in (pca.pc1_history_, pca.pc1_history_bound_)
+        )
+        matrices = pd.Series(names * len(steps), dtype="str")
+        frame = pd.DataFrame({"step": steps.repeat_interleave(len(names)), "matrix": matrices, "pc1_percent": shares})
+        return frame if pca.method_ == "gram" else frame.assign(pc1_error=errors)
 
-    def fed_at(self, run: int = 0) -> list[int]:
-        return [int(step) for step in self.steps[run]]
+    def fed_at(self, run: int = 0) -> Tensor:
+        """(n,) int64: the steps of the rows."""
+        steps = self.steps[run]
+        return torch.stack(steps).cpu() if steps else torch.empty(0, dtype=torch.int64)
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         return {"pca_steps": self.fed_at(run), "pca": self.pca.state_dict(run)}
 
     def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
-        self.steps[run] = [torch.tensor(step) for step in state["pca_steps"]]
+        self.steps[run] = list(torch.as_tensor(state["pca_steps"], dtype=torch.int64))  # a list in older versions
         self.pca.load_state_dict(state["pca"], run)
         self._stale = True
 
@@ -111,4 +120,6 @@ def no_records() -> pd.DataFrame:
     """:meth:`Trajectory.records` of no trajectory."""
     import pandas as pd
 
-    return pd.DataFrame({"step": pd.Series(dtype="int64"), "matrix": pd.Series(dtype="str"), "pc1_percent": []})
+    return pd.DataFrame(
+        {"step": pd.Series(dtype="int64"), "matrix": pd.Series(dtype="str"), "pc1_percent": [], "pc1_error": []}
+    )

@@ -103,6 +103,10 @@ class Method(Protocol):
     def history(self) -> Tensor:
         """(n, S) float64: share of the first component in the first 1, 2, ... n rows; NaN where it is not known."""
 
+    @property
+    def history_bound(self) -> Tensor:
+        """(n, S) float64: how far each of them can be off; 0 where it is exact but for rounding."""
+
     def append(self, rows: Tensor, valid: Tensor | None = None) -> None:
         """Add rows; if ``valid`` (n,) bool is given, only those it marks: the others are masked."""
 

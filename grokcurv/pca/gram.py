@@ -10,6 +10,7 @@ blocks of G hold the whole history: the PCA of every prefix.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from grokcurv import ops
 from grokcurv.device_buffer import is_asynchronous
+from grokcurv.partition import WHOLE
 from grokcurv.pca.common import (
     EIGH_TOLERANCE,
     EPSILON,
@@ -30,6 +32,7 @@ from grokcurv.pca.common import (
     padded,
     trace,
 )
+from grokcurv.pca.prefixes import Prefixes
 from grokcurv.pca.rows import Rows
 from grokcurv.reference import compute_type
 
@@ -134,12 +137,21 @@ class Gram(Method):
         n = len(self.rows)
         return self.gram[:, :n, :n]
 
+    @property
+    def narrow(self) -> bool:
+        """Whether there are more rows than any segment has coordinates; not where those are on several processes."""
+        return len(self.rows) > max(self.layout.lengths) and self.layout.partition is WHOLE
+
     @cached_property
     def solution(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading eigenvalues (S, k) of the centred Gram matrices, their traces (S,), and eigenvectors (S, n, k)."""
-        n = len(self.rows)
-        centred = self._centred()
-        values, vectors = ops.eigh(centred, min(self.n_components, n))
+        """Leading eigenvalues (S, k), traces (S,), and eigenvectors (S, m, k) of what is smaller.
+
+        That is the centred Gram matrices, m = n, or if :attr:`narrow` the scatter matrices of the coordinates, where m
+        is the longest segment's length, and the coordinates that others lack are zero.
+        """
+        centred = self._scatter() if self.narrow else self._centred()
+        k = min(self.n_components, centred.shape[1])
+        values, vectors = ops.eigh(centred, k)
         values = torch.where(values <= self._rank_floor()[:, None], 0.0, values)
         return padded(values, self.n_components), trace(centred), padded(vectors, self.n_components)
 
@@ -147,13 +159,18 @@ class Gram(Method):
         values, total, _ = self.solution
         n, lengths = len(self.rows), self.layout.sizes
         # Each entry of G is off by at most (length + 2) eps/2 times |x_i - x_0| |x_j - x_0|, so G by that times its
-        # trace in norm; centring adds four terms of at most (2n + 6) eps/2. An eigenvalue moves by at most the norm
-        # of the error (Weyl); then what is rounded down to zero, and the solver.
+        # trace in norm; centring adds four terms of at most (2n + 6) eps/2. Sums over n rows that were centred before
+        # are off by less. An eigenvalue moves by at most the norm of the error (Weyl); then what is rounded down to
+        # zero, and the solver.
         worst = (0.5 * lengths + 4 * n + 13) * EPSILON * trace(self.raw) + self._rank_floor()
         return Spectrum(values, total, worst + EIGH_TOLERANCE * values[:, 0] + self.rounding())
 
     def components(self) -> Tensor:
         values, _, vectors = self.solution
+        if self.narrow:
+            axes = torch.where(values[:, None] > 0, vectors, 0.0).transpose(1, 2)
+            parts = [axis[:, :length] for axis, length in zip(axes, self.layout.lengths, strict=True)]
+            return orthonormal_(torch.cat(parts, 1).to(compute_type(self.dtype)), self.layout)
         scale = torch.where(values == 0, 0.0, values.rsqrt())
         if self.flags is None:
             weights = (vectors - vectors.mean(1, keepdim=True)) * scale[:, None, :]
@@ -179,6 +196,18 @@ class Gram(Method):
             new = [prefixes.leading_share(size) for size in range(done + 1, n + 1)]
             self.shares = torch.cat([self.shares, torch.stack(new)])
         return self.shares
+
+    @property
+    def history_bound(self) -> Tensor:
+        """(n, S): zeros, as prefixes are exact but for rounding."""
+        return torch.zeros_like(self.history)
+
+    def without_rows(self) -> Gram:
+        """What can still tell the history."""
+        other = copy.copy(self)
+        other.rows, other.gram = copy.copy(self.rows), self.raw.clone()
+        other.rows.release()
+        return other
 
     def step_norms(self) -> Tensor:
         """(n - 1, S): ``|x_t - x_{t-1}|``."""
@@ -245,6 +274,24 @@ class Gram(Method):
         grand = (mean @ share)[:, None, None]
         return torch.where(both, self.raw - (mean[:, :, None] + mean[:, None, :]) + grand, 0.0)
 
+    def _scatter(self) -> Tensor:
+        """(S, m, m): the scatter matrices of the coordinates, zero for those that a segment lacks; masked rows out."""
+        rows = torch.cat([page for _, page in self.rows.pages()]).double()
+        if not self._differences:
+            rows = rows - self.origin.double()
+        weights, count, m = self._shares_of_rows(), len(rows), max(self.layout.lengths)
+        # A mean whose bits do not depend on what stands beside a coordinate.
+        mean = ops.rotate(
+            rows, weights.expand(len(self.layout.lengths), 1, count).contiguous(), segments=self.layout.spans
+        )
+        rows = torch.where(weights[:, None] > 0, rows - mean, 0.0)
+        columns = [
+            torch.nn.functional.pad(part.T, (0, 0, 0, m - part.shape[1]))
+            for part in rows.split(list(self.layout.lengths), 1)
+        ]
+        spans = torch.tensor([(count * s, count) for s in range(len(columns))])
+        return ops.gram(torch.cat(columns, 1), segments=spans)
+
     def _rank_floor(self) -> Tensor:
         """(S,): an eigenvalue below this is rounding: errors of a sum grow like a random walk; n of them; a margin."""
         return 4 * EPSILON * self.layout.sizes.sqrt().clamp_min(len(self.rows)) * trace(self.raw)
@@ -256,27 +303,3 @@ class Gram(Method):
             part = weights[:, :, start : start + len(page)].contiguous()
             total += ops.rotate(page.double(), part, segments=self.layout.spans)
         return total
-
-
-class Prefixes:
-    """Double centring of every leading block of a stack of Gram matrices (S, n, n).
-
-    Running sums make the result for a prefix independent of the rows that follow it, to the bit.
-    """
-
-    def __init__(self, gram: Tensor) -> None:
-        self.gram = gram
-        self.row_sums = gram.cumsum(2)
-        self.totals = self.row_sums.cumsum(1).diagonal(dim1=1, dim2=2)
-
-    def centred(self, size: int) -> Tensor:
-        """(S, size, size): Gram matrix of the first ``size`` rows about their mean."""
-        mean = self.row_sums[:, :size, size - 1] / size
-        grand = self.totals[:, size - 1] / size**2
-        return self.gram[:, :size, :size] - (mean[:, :, None] + mean[:, None, :]) + grand[:, None, None]
-
-    def leading_share(self, size: int) -> Tensor:
-        """(S,): largest eigenvalue over trace; NaN where there is no variance."""
-        centred = self.centred(size)
-        values, _ = ops.eigh(centred, 1)
-        return values[:, 0] / trace(centred)

@@ -36,6 +36,7 @@ from grokcurv.pca.common import (
     padded,
     trace,
 )
+from grokcurv.pca.gram import Gram
 from grokcurv.reference import compute_type
 
 TENSORS = ("origin", "sum", "count", "valid", "total", "lost", "rounding")
@@ -70,7 +71,10 @@ class Incremental(Method):
     it can be captured in a CUDA graph.
     """
 
-    side_by_side: ClassVar = {"rows": 1, "origin": 0, "sum": 0, "total": 0, "lost": 1, "rounding": 0, "history": 1}
+    side_by_side: ClassVar = {
+        **{"rows": 1, "origin": 0, "sum": 0, "total": 0, "lost": 1, "rounding": 0},
+        **{"history": 1, "bounds": 1, "exact": 1},
+    }
 
     def __init__(
         self, n_components: int, rank: int, block: int, shrinkage: bool, layout: Layout, dtype: torch.dtype
@@ -94,10 +98,13 @@ class Incremental(Method):
         self.total = zeros(count)
         self.lost = zeros(2, count)  # sums over the folds: largest eigenvalue cut off, and all of them
         self.rounding = zeros(count)
-        # A ring of the shares of the first component, and of the numbers of rows after which they were taken.
+        # A ring of the shares of the first component, of how far they may be off, and of the numbers of rows after
+        # which they were taken.
         self.marked = zeros(1, dtype=torch.int64)
         self.marks = zeros(min(MARKS, max(1 << 10, (1 << 20) // (count // layout.runs + 1))))
-        self.shares = zeros(len(self.marks), count)
+        self.shares, self.bounds = zeros(len(self.marks), count), zeros(len(self.marks), count)
+        self.earlier: Gram | None = None  # what had the first rows, until its history is asked for
+        self.exact = zeros(0, count)  # that history
 
     @property
     def n_samples_seen(self) -> int:
@@ -125,12 +132,24 @@ class Incremental(Method):
             self._took(stop - start)
             start = stop
 
+    def follow(self, gram: Gram) -> None:
+        """Take the rows of a method that has kept them, what rounding has done to them, and its history."""
+        for rows, valid in gram.given():
+            self.append(rows, valid)
+        self.rounding += gram.rounding()
+        self.forget()
+        if self.appended == len(gram.rows):
+            self.earlier = gram.without_rows()
+
     def drop_masked(self) -> None:
         """None are held: they are zeros of no weight."""
+        if self.earlier is not None:
+            self.earlier.drop_masked()
 
     def merge(self, other: Incremental) -> None:
         if not self.appended:
             self.origin.copy_(other.origin)
+            self.earlier, self.exact = other.earlier, other.exact
         if other.begun:
             self._flush()
             self._merge_folded(other)
@@ -139,11 +158,6 @@ class Incremental(Method):
             self._buffer[self.pending].copy_((row.double() + shift) * counts)
             self.valid[self.pending].copy_(counts)
             self._took(1)
-
-    def add_rounding(self, rounding: Tensor) -> None:
-        """The rows were off already, by this (S,) in an eigenvalue."""
-        self.rounding += rounding
-        self.forget()
 
     def spectrum(self) -> Spectrum:
         fold = self.fold
@@ -166,20 +180,31 @@ class Incremental(Method):
 
     @property
     def history(self) -> Tensor:
-        """(n, S): known where a block ended, NaN elsewhere."""
-        history = self.shares.new_full((self.n_samples_seen, self.shares.shape[1]), torch.nan)
-        marks, shares = self._kept_marks()
-        for count, share in zip(marks.tolist(), shares, strict=True):
+        """(n, S): known for rows that were kept, and later where a block ended; NaN elsewhere."""
+        return self._by_rows(self.shares, self._exact())
+
+    @property
+    def history_bound(self) -> Tensor:
+        return self._by_rows(self.bounds, torch.zeros_like(self._exact()))
+
+    def _by_rows(self, ring: Tensor, exact: Tensor) -> Tensor:
+        history = self.shares.new_full((self.n_samples_seen, ring.shape[1]), torch.nan)
+        marks, values = self._in_order(self.marks), self._in_order(ring)
+        for count, value in zip(marks.tolist(), values, strict=True):
             if count:
-                history[int(count) - 1] = share
+                history[int(count) - 1] = value
+        history[: len(exact)] = exact
         return history
 
-    def _kept_marks(self) -> tuple[Tensor, Tensor]:
-        """The marks and shares that are in the ring, in order."""
-        marked, size = int(self.marked), len(self.marks)
-        if marked <= size:
-            return self.marks[:marked], self.shares[:marked]
-        return torch.roll(self.marks, -(marked % size), 0), torch.roll(self.shares, -(marked % size), 0)
+    def _exact(self) -> Tensor:
+        if self.earlier is not None:
+            self.exact, self.earlier = self.earlier.history, None
+        return self.exact
+
+    def _in_order(self, ring: Tensor) -> Tensor:
+        """What is in a ring, the oldest first."""
+        marked, size = int(self.marked), len(ring)
+        return ring[:marked] if marked <= size else torch.roll(ring, -(marked % size), 0)
 
     @cached_property
     def fold(self) -> Fold:
@@ -189,22 +214,28 @@ class Incremental(Method):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        marks, shares = self._kept_marks()
         numbers = {"appended": self.appended, "pending": self.pending, "folds": int(self.folds)}
         tensors = {name: getattr(self, name) for name in TENSORS}
-        return {"rows": self._used, **tensors, **numbers, "marks": marks, "history": shares}
+        rings = {name: self._in_order(ring) for name, ring in self._rings.items()}
+        return {"rows": self._used, **tensors, **numbers, **rings, "exact": self._exact()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         numbers = {name: state.get(name) for name in ("appended", "pending", "folds")}
         if any(type(value) is not int or value < 0 for value in numbers.values()):
             raise ValueError(f"state is damaged: {numbers}")
         pending = state["pending"]
-        marks = state["marks"].shape[0] if isinstance(state.get("marks"), Tensor) and state["marks"].dim() else 0
+        if not {"bounds", "exact"} & state.keys():  # of an older version, which had neither
+            lost = torch.full_like(state["history"], torch.nan) if isinstance(state.get("history"), Tensor) else None
+            state = {**state, "bounds": lost, "exact": self.exact}
+        marks, exact = (
+            value.shape[0] if isinstance(value, Tensor) and value.dim() else 0
+            for value in (state.get("marks"), state.get("exact"))
+        )
         own: dict[str, Tensor] = {name: getattr(self, name) for name in TENSORS}
         wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()} | {
             "rows": ((self.rank + 1 + pending, self.layout.size), self.dtype),
-            "marks": ((marks,), torch.float64),
-            "history": ((marks, len(self.layout.lengths)), torch.float64),
+            **{name: ((marks, *ring.shape[1:]), torch.float64) for name, ring in self._rings.items()},
+            "exact": ((exact, len(self.layout.lengths)), torch.float64),
         }
         check_state(state, wanted)
         if pending >= self.block:
@@ -217,8 +248,14 @@ class Incremental(Method):
         self.appended, self.pending, self.begun = state["appended"], pending, state["folds"] > 0
         self.folds.fill_(state["folds"])
         self.marked.fill_(marks)
-        self.marks[:marks] = state["marks"]
-        self.shares[:marks] = state["history"]
+        for name, ring in self._rings.items():
+            ring[:marks] = state[name]
+        self.earlier, self.exact = None, state["exact"]
+
+    @property
+    def _rings(self) -> dict[str, Tensor]:
+        """By name in a state."""
+        return {"marks": self.marks, "history": self.shares, "bounds": self.bounds}
 
     # Folding
 
@@ -323,6 +360,8 @@ class Incremental(Method):
         place = self.marked % len(self.marks)
         self.marks.index_copy_(0, place, self.count[None])
         self.shares.index_copy_(0, place, (values[:, 0] / self.total)[None])
+        off = self.lost.amin(0).clamp_min(0) + self.rounding
+        self.bounds.index_copy_(0, place, (off / self.total)[None])
         self.marked += 1
         self.forget()
 

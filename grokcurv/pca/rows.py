@@ -64,9 +64,13 @@ class Rows:
 
     def keep(self, numbers: list[int]) -> None:
         """Drop all rows but these, which ascend."""
-        for to, number in enumerate(numbers):
+        for to, number in enumerate(numbers if self._pages else ()):
             self._row(to).copy_(self._row(number))
         self._count = len(numbers)
+
+    def release(self) -> None:
+        """Give their memory back; how many there are is still known."""
+        self._pages, self._file = [], None
 
     def _row(self, number: int) -> Tensor:
         page, row = divmod(number, self.page_rows)

@@ -49,9 +49,18 @@ class Sketch(Incremental):
 
     def spectrum(self) -> Spectrum:
         values, total, bound = super().spectrum()
-        share = 2 / math.sqrt(FAILURE * self.size)
-        worst = share / (1 - share) * total if share < 1 else torch.full_like(total, torch.inf)
+        worst = self._distortion * total if self._distortion < math.inf else torch.full_like(total, math.inf)
         return Spectrum(values, total, bound + worst)
+
+    @property
+    def history_bound(self) -> Tensor:
+        return super().history_bound + 2 * self._distortion  # of the eigenvalue and of the total variance
+
+    @property
+    def _distortion(self) -> float:
+        """How far a sum of squares can be off beside the total of the sketches."""
+        share = 2 / math.sqrt(FAILURE * self.size)
+        return share / (1 - share) if share < 1 else math.inf
 
     def standard_errors(self) -> Tensor:
         r"""(S, k): estimate of the standard deviation of each eigenvalue over the choice of the seed.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,9 @@ METHODS = ("auto", "gram", "incremental", "sketch")
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 GIB = 1 << 30
 
+MOST_ROWS = 500
+"""Rows that ``"auto"`` keeps at most: the exact solution takes time that grows with their cube."""
+
 log = logging.getLogger(__name__)
 
 
@@ -33,8 +37,9 @@ class StreamingPCA:
     basis of r = ``n_components + oversampling`` directions and b = ``block`` rows; it is as good as the basis holds the
     variance, and says how good that is. ``"sketch"`` keeps as many vectors of ``sketch_size`` numbers: variances and
     scores, right within a bound of known probability, but no components. ``"auto"`` begins with ``gram``, goes over to
-    ``incremental`` before the rows outgrow ``memory_limit``, and takes ``sketch`` where even that would be too much;
-    :attr:`method_` and :attr:`reason_` say where it is and why. docs/pca.md has the costs and bounds of each.
+    ``incremental`` before the rows outgrow ``memory_limit`` or are more than 500, and takes ``sketch`` where even that
+    would be too much; :attr:`method_` and :attr:`reason_` say where it is and why. docs/pca.md has the costs and bounds
+    of each.
 
     How the caller cuts the rows into blocks does not change a bit of any result; neither does the number of threads,
     nor what is read in between.
@@ -156,7 +161,7 @@ class StreamingPCA:
             if capturing(rows.device):
                 self._check_capture(len(rows))
             with self._all_or_nothing():
-                self._method_for(len(rows), x.shape[-1], rows).append(rows, valid if masks else None)
+                self._append(rows, valid if masks else None, x.shape[-1])
             if masks:
                 self._count_masked(valid)
             self._rows_taken += len(rows)
@@ -206,11 +211,14 @@ class StreamingPCA:
             if self._method is None:
                 self._features, self._dtype, self._layout = other._features, other._dtype, other._layout
                 self._begin(other.method_, f"as the PCA merged into this one: {other.reason_}")
-            if isinstance(self._method, Gram) and not isinstance(theirs, Gram):
-                self._switch_method(other.method_, f"as the PCA merged into this one: {other.reason_}")
-            mine = self._method_for(other._taken(), self._features, torch.empty(0, dtype=self._dtype))
-            if isinstance(theirs, Gram) and not isinstance(mine, Gram):
-                _feed(mine, theirs)
+            mine = self._method
+            assert mine is not None
+            if isinstance(mine, Gram) and not isinstance(theirs, Gram):
+                mine = self._leave(other.method_, f"as the PCA merged into this one: {other.reason_}")
+            elif self._outgrown(other._taken()):
+                mine = self._leave("incremental", self._reason_to_leave)
+            if isinstance(theirs, Gram) and isinstance(mine, Incremental):
+                mine.follow(theirs)
             elif type(mine) is type(theirs):
                 mine.merge(theirs)
             else:
@@ -304,13 +312,18 @@ class StreamingPCA:
         """(n,) or (n, S) float64: the first component's share of the variance of the first 1, 2, ... n rows.
 
         The first is NaN, since one row has no variance. With ``incremental`` and ``sketch`` it is known where a block
-        ended, and NaN elsewhere. Every prefix is solved once, at the first reading.
+        ended, and NaN elsewhere; ``"auto"`` knows it of the rows that it kept at first, too. Every prefix is solved
+        once, at the first reading.
         """
-        self._raise_if_masked()
-        if self._method is None:
-            count = self.runs * len(self.segments or (None,))
-            return self._shaped(torch.empty(0, count, dtype=torch.float64), dim=1)
-        return self._shaped(self._method.history, dim=1)
+        return self._over_rows("history")
+
+    @property
+    def pc1_history_bound_(self) -> Tensor:
+        """(n,) or (n, S) float64: how far entries of :attr:`pc1_history_` can be from those of the rows as stored.
+
+        0 where they are exact but for rounding, which is about 1e-12; with ``sketch`` as :attr:`error_kind_` says.
+        """
+        return self._over_rows("history_bound")
 
     @property
     def step_norms_(self) -> Tensor:
@@ -425,26 +438,45 @@ class StreamingPCA:
 
     # The method
 
-    def _method_for(self, count: int, features: int, like: Tensor) -> Method:
-        """The method at work, chosen for ``count`` more rows like ``like``."""
-        if self._method is None:
-            self._features, self._dtype = features, like.dtype
-            self._layout = self._new_layout(features, like.device)
-            if self.method != "auto":
-                self._begin(self.method, "it was asked for")
-            elif self._incremental_bytes() > self.memory_limit:
-                self._begin("sketch", f"incremental would take {_gib(self._incremental_bytes())}, {self._limit()}")
-            else:
-                self._begin("gram", f"exact, and the rows are within memory_limit = {_gib(self.memory_limit)} so far")
-        if self.method == "auto" and isinstance(self._method, Gram):
-            rows = self._rows_taken + count
-            need = self._gram_bytes(rows) + self._incremental_bytes()  # both, while it goes over
-            if need > self.memory_limit:
-                self._switch_method(
-                    "incremental", f"{rows} rows would take {_gib(need)} with what follows them, {self._limit()}"
-                )
-        assert self._method is not None
-        return self._method
+    def _append(self, rows: Tensor, valid: Tensor | None, features: int) -> None:
+        """Give rows to the method at work; those before the one with which "auto" leaves ``gram`` are still kept."""
+        method = self._method or self._first_method(features, rows)
+        if self._outgrown(len(rows)):
+            early = max(0, self._kept_rows - self._rows_taken)
+            parts = [
+                (rows[part], None if valid is None else valid[part]) for part in (slice(early), slice(early, None))
+            ]
+            method, (rows, valid) = self._leave("incremental", self._reason_to_leave, *parts[0]), parts[1]
+        method.append(rows, valid)
+
+    def _first_method(self, features: int, like: Tensor) -> Method:
+        """The one to begin with, for rows like ``like``."""
+        self._features, self._dtype = features, like.dtype
+        self._layout = self._new_layout(features, like.device)
+        if self.method != "auto":
+            return self._begin(self.method, "it was asked for")
+        if self._incremental_bytes() > self.memory_limit:
+            return self._begin("sketch", f"incremental would take {_gib(self._incremental_bytes())}, {self._limit()}")
+        return self._begin("gram", f"exact, and the rows are within memory_limit = {_gib(self.memory_limit)} so far")
+
+    def _outgrown(self, count: int) -> bool:
+        """Whether "auto" must not keep so many rows more."""
+        leaves = self.method == "auto" and isinstance(self._method, Gram)
+        return leaves and self._rows_taken + count > self._kept_rows
+
+    @property
+    def _kept_rows(self) -> int:
+        """How many "auto" keeps at most."""
+        room = self.memory_limit - self._incremental_bytes()  # both are there, while it goes over
+        return bisect_right(range(MOST_ROWS + 1), room, key=self._gram_bytes) - 1
+
+    @property
+    def _reason_to_leave(self) -> str:
+        rows = self._kept_rows + 1
+        if rows > MOST_ROWS:
+            return f"more than {MOST_ROWS} rows would take too long to solve exactly"
+        need = self._gram_bytes(rows) + self._incremental_bytes()
+        return f"{rows} rows would take {_gib(need)} with what follows them, {self._limit()}"
 
     def _begin(self, name: str | None, reason: str) -> Method:
         assert name is not None
@@ -453,11 +485,15 @@ class StreamingPCA:
         log.info("StreamingPCA works by %s: %s", name, reason)
         return self._method
 
-    def _switch_method(self, name: str | None, reason: str) -> None:
-        """From ``gram`` to a method that does not keep the rows."""
-        gram = self._method
+    def _leave(self, name: str | None, reason: str, *last: Any) -> Method:
+        """Go over from ``gram``, which takes the ``last`` rows before, to a method that keeps none."""
+        gram, following = self._method, self._begin(name, reason)  # which may fail for want of memory
         assert isinstance(gram, Gram)
-        _feed(self._begin(name, reason), gram)
+        assert isinstance(following, Incremental)
+        if last and len(last[0]):
+            gram.append(*last)
+        following.follow(gram)
+        return following
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -591,6 +627,14 @@ class StreamingPCA:
             raise ValueError(f"{name} needs method='gram', this PCA works by {self.method_!r}")
         return method
 
+    def _over_rows(self, name: str) -> Tensor:
+        """What the method says under this name of each prefix of the rows; nothing before the first."""
+        self._raise_if_masked()
+        if self._method is None:
+            count = self.runs * len(self.segments or (None,))
+            return self._shaped(torch.empty(0, count, dtype=torch.float64), dim=1)
+        return self._shaped(getattr(self._method, name), dim=1)
+
     def _result(self, name: str) -> Any:
         """What the method says under this name; kept until rows are added, or may have been by a replay."""
         method = self._fitted()
@@ -631,14 +675,6 @@ class StreamingPCA:
             "segments": None if self.segments is None else [[s.start, s.length] for s in self.segments],
             "store_dtype": None if self.store_dtype is None else str(self.store_dtype),
         }
-
-
-def _feed(method: Method, gram: Gram) -> None:
-    """Give the rows of ``gram`` to a method that keeps none, and what rounding has done to them."""
-    assert isinstance(method, Incremental)
-    for rows, valid in gram.given():
-        method.append(rows, valid)
-    method.add_rounding(gram.rounding())
 
 
 def _default_block(rank: int) -> int:
