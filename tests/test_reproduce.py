@@ -522,6 +522,17 @@ def test_walks_of_a_run(finished: Run, tmp_path: Path) -> None:
     assert compare_walks(finished, 10).empty
 
 
+def test_a_trajectory_that_is_not_kept_whole_has_no_walks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("grokcurv.pca.streaming.MOST_ROWS", 5)
+    run = train(TrainConfig(**{**NETWORK, "p": 11, "steps": 40, "pca_every": 1}), out=tmp_path / "run")
+    assert list(run.pca_history.columns) == ["step", "matrix", "pc1_percent", "pc1_error"]
+    known = run.pca_history.dropna()
+    assert known["step"].unique().tolist() == [1, 2, 3, 4, 30]  # a block is 31 rows
+    assert (known["pc1_error"][known["step"] < 5] == 0).all()
+    assert (known["pc1_error"][known["step"] == 30] > 0).all()
+    assert compare_walks(run).empty
+
+
 # The whole, small
 
 NETWORK: dict[str, Any] = {

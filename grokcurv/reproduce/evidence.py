@@ -275,7 +275,8 @@ def compare_walks(run: Run, until: int | None = None) -> pd.DataFrame:
 
     Returns:
         ``matrix``; ``pc1_percent`` at the end of the trajectory; ``walk_percent``, the mean of the walks; ``z``;
-        ``p_value``. No rows where there is no trajectory of three rows.
+        ``p_value``. No rows where there is no trajectory of three rows, or one that is not kept whole: one of more
+        than 500.
 
     Raises:
         RunError: no checkpoint, or a damaged one.
@@ -288,6 +289,8 @@ def compare_walks(run: Run, until: int | None = None) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     pca = StreamingPCA(segments=attention_segments(build_model(TrainConfig(**run.config))))
     pca.load_state_dict(monitor["pca"])
+    if pca.method_ != "gram":
+        return pd.DataFrame(columns=columns)
     rows = []
     for segment, norms in zip(pca.segments or (), pca.step_norms_[: len(history) - 1].T, strict=True):
         null = random_walk_pc1(norms.numpy(), segment.length, trials=WALKS)
