@@ -128,7 +128,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without their pictures, which take a second and have a test of their own."""
-    monkeypatch.setattr(page, "draw_twice", lambda name, alt, _: Drawing(name, alt, b"", b""))
+    monkeypatch.setattr(page, "draw_all", lambda name, alt, _: Drawing(name, alt, b"", b""))
 
 
 @st.composite

@@ -1,24 +1,24 @@
-"""Cost against size, on logarithmic axes: two panels side by side, a line an implementation, the floor in grey.
+"""Cost against size, on logarithmic axes: a panel a curve, a line an implementation, the floor in grey.
 
-As in :mod:`grokcurv.report.figures`, call it, and ``png``, inside ``with style(theme)``.
+As in :mod:`grokcurv.report.figures`, call it, and ``saved``, inside ``with style(theme)``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from grokcurv.bench.check import Result
 from grokcurv.bench.comparison import OURS
 from grokcurv.bench.plan import AXES, Curve
 from grokcurv.bench.result import clock
 from grokcurv.bench.timing import Times
-from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, log_scale
+from grokcurv.report.figures import NARROW, Theme, axes_at, blank, log_scale, page_width
 from grokcurv.report.format import compact, seconds
-from grokcurv.report.page import Drawing, draw_twice
+from grokcurv.report.page import Drawing, draw_all
 
 HEIGHT, BOTTOM, TOP = 2.9, 0.5, 0.35  # inches
 LEFT, BETWEEN, RIGHT = 0.75, 0.75, 0.15
@@ -34,7 +34,7 @@ def drawings(curves: Sequence[Curve], found: Mapping[str, Result]) -> Iterator[D
         panels = [(curve, by_name) for curve, by_name in timed if by_name]
         if panels:
             alt = " ".join(f"{curve.title}: {'; '.join(_ends(by_name))}." for curve, by_name in panels)
-            yield draw_twice(axis, alt, partial(costs, panels, found))
+            yield draw_all(axis, alt, partial(costs, panels, found))
 
 
 def _timed(curve: Curve, found: Mapping[str, Result]) -> Timed:
@@ -54,10 +54,14 @@ def _ends(by_name: Timed) -> list[str]:
 
 def costs(panels: Sequence[tuple[Curve, Timed]], found: Mapping[str, Result], theme: Theme) -> Figure:
     """The curves over one axis."""
-    figure = blank(HEIGHT + BOTTOM + TOP)
-    width = (WIDTH - LEFT - RIGHT - BETWEEN * (len(panels) - 1)) / len(panels)
+    abreast, high = 1 if page_width() == NARROW else len(panels), HEIGHT + BOTTOM + TOP
+    lines = math.ceil(len(panels) / abreast)
+    figure = blank(lines * high)
+    width = (page_width() - LEFT - RIGHT - BETWEEN * (abreast - 1)) / abreast
     for index, (curve, by_name) in enumerate(panels):
-        axes = axes_at(figure, (LEFT + index * (width + BETWEEN), BOTTOM, width, HEIGHT))
+        line, place = divmod(index, abreast)
+        edge = (lines - 1 - line) * high + BOTTOM
+        axes = axes_at(figure, (LEFT + place * (width + BETWEEN), edge, width, HEIGHT))
         log_scale(axes, both=True)
         colours = iter((theme.orange, theme.green, theme.purple, theme.muted, theme.ink))
         for name, known in by_name.items():
@@ -76,6 +80,5 @@ def costs(panels: Sequence[tuple[Curve, Timed]], found: Mapping[str, Result], th
         axes.set_title(curve.title, loc="left", fontsize=9)
         axes.set(xlabel=AXES[curve.axis], xticks=[size for size, _ in curve.points])
         axes.xaxis.set_major_formatter(lambda size, _: compact(size))
-        axes.yaxis.set_major_locator(LogLocator(numticks=8))
         axes.yaxis.set_major_formatter(lambda value, _: seconds(value).replace(".00", ""))
     return figure

@@ -31,10 +31,10 @@ UNITS = {"bytes": (1e6, "MB"), "flops_float32": (1e9, "Gflop"), "flops_float64":
 
 
 class Row(NamedTuple):
-    """Cells of :data:`COLUMNS`; those on accuracy stand below those on speed, and there may be none."""
+    """Cells of :data:`COLUMNS`; those on accuracy stand below those on speed, and may all be empty."""
 
     speed: tuple[str, ...]
-    accuracy: tuple[str, ...] = ()
+    accuracy: tuple[str, ...] = ("",) * len(COLUMNS)
 
 
 def table_rows(results: Iterable[Result]) -> list[Row]:
@@ -47,15 +47,16 @@ def table_rows(results: Iterable[Result]) -> list[Row]:
         ours, *others = result.outcomes
         # Only the first row of a case has what all of them share.
         left, right = (result.case.title, clock(ours.times)), ("", "")
+        said = "; ".join(ours.errors), errors(ours)
         if floor := result.floor:
             work = [f"{significant(n / UNITS[kind][0])} {UNITS[kind][1]}" for kind, n in floor.work.items() if n]
             right = f"{', '.join(work)}: {seconds(floor.seconds)}", factor(floor.ratio)
         for other in others:
             name = other.name + (f" ({other.note})" if other.note else "")
             speed = (*left, name, clock(other.times) or other.problem, factor(other.ratio), *right)
-            accuracy = () if other.problem else ("; ".join(ours.errors), errors(ours), "", errors(other), "", "", "")
-            rows.append(Row(speed, accuracy))
-            left = right = ("", "")
+            theirs = "" if other.problem else errors(other)
+            rows.append(Row(speed, (*said, "", theirs, "", "", "")))
+            left = right = said = ("", "")
     return rows
 
 
@@ -84,8 +85,8 @@ def in_markdown(rows: Sequence[Row]) -> str:
     """As a table of a Markdown file: below each time, in its cell and in italics, the error."""
     table = [COLUMNS, ("---",) * len(COLUMNS)]
     for speed, accuracy in rows:
-        pairs = zip(speed, accuracy or [""] * len(speed), strict=True)
-        table.append(tuple(f"{above}<br>*{below}*" if above and below else above for above, below in pairs))
+        pairs = zip(speed, accuracy, strict=True)
+        table.append(tuple(f"{above}<br>*{below}*" if below else above for above, below in pairs))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
@@ -144,7 +145,7 @@ class Bench:
             if speed[0] and table.row_count:  # an empty line between two cases
                 table.add_row()
             table.add_row(*map(Text, speed))
-            if accuracy:
+            if any(accuracy):
                 table.add_row(*map(Text, accuracy), style="dim")
         return table
 

@@ -1,7 +1,7 @@
 """The figures of a run's report.
 
 Each function takes the run's tables (pandas DataFrames with the run folder's column names) and returns a matplotlib
-Figure; call it, and ``png``, inside ``with style(theme)``. Plotting areas have the same left and right edge in every
+Figure; call it, and ``saved``, inside ``with style(theme)``. Plotting areas have the same left and right edge in every
 figure, so that steps line up down a page. Rows with NaN leave a gap. Colours come from a ``Theme`` and tell apart under
 the common colour-vision deficiencies.
 """
@@ -25,16 +25,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import Formatter, Locator, MaxNLocator, NullLocator, PercentFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WIDTH = 8.0  # inches
+WIDE, NARROW = 8.0, 4.75  # inches of a figure in a window and on a telephone, its type being as large
 LEFT, RIGHT = 0.76, 1.24  # inches beside the panels; end labels stand to the right
 LABEL_HEIGHT = 0.15  # inches a line of an end label
 DECADES_BELOW = 2.5  # how far below the lowest defect the noise floor may pull the axis
 STYLES = ("-", "--", ":", "-.")
+DENSE = 4000  # points from which on a curve is a picture within the drawing: nobody could zoom into it
+MOST_DECADES = 7  # labelled on an axis, about
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,18 @@ LIGHT = Theme("#1f2328", "#656d76", "#e4e7eb", "#ffffff", "#0072b2", "#d55e00", 
 DARK = Theme("#e6e8eb", "#9aa4af", "#2b3138", "#14171a", "#56b4e9", "#f28e4b", "#2fc79b", "#d993bd")
 
 
-def style(theme: Theme) -> AbstractContextManager[None]:
-    """Inside this context figures are drawn, and must be saved, in the theme's colours and the report's type."""
+def style(theme: Theme, width: float = WIDE) -> AbstractContextManager[None]:
+    """Inside this context figures are drawn, and must be saved: so wide, in the theme's colours, the report's type."""
     ink = dict.fromkeys(["axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"], theme.ink)
     muted = dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], theme.muted)
-    colours: dict[Any, str] = {**ink, **muted, "axes.facecolor": theme.paper, "grid.color": theme.rule}
-    return matplotlib.rc_context(colours, Path(__file__).with_name("report.mplstyle"))
+    colours = {**ink, **muted, "axes.facecolor": theme.paper, "grid.color": theme.rule}
+    wanted: dict[Any, Any] = {**colours, "figure.figsize": (width, width)}
+    return matplotlib.rc_context(wanted, Path(__file__).with_name("report.mplstyle"))
+
+
+def page_width() -> float:
+    """Of the figures of the style at work, in inches."""
+    return float(matplotlib.rcParams["figure.figsize"][0])
 
 
 def grokking(
@@ -184,7 +192,7 @@ def spread(middles: list[float], heights: list[float]) -> list[float]:
 
 def blank(height: float) -> Figure:
     """An empty figure of the pages' width; ``height`` in inches."""
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(page_width(), height))
     FigureCanvasAgg(figure)
     return figure
 
@@ -192,8 +200,8 @@ def blank(height: float) -> Figure:
 def axes_at(figure: Figure, place: tuple[float, float, float, float], sharex: Axes | None = None) -> Axes:
     """Axes at (left, bottom, width, height) in inches."""
     left, bottom, width, height = place
-    _, total = figure.get_size_inches()
-    return figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total), sharex=sharex)
+    across, total = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / total, width / across, height / total), sharex=sharex)
 
 
 def stack(
@@ -203,7 +211,8 @@ def stack(
     bottom = 0.5
     total = top + bottom + sum(heights) + between * (len(heights) - 1)
     figure = blank(total)
-    edges = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / total, "top": 1 - top / total}
+    across = page_width()
+    edges = {"left": left / across, "right": 1 - right / across, "bottom": bottom / total, "top": 1 - top / total}
     grid = {**edges, "hspace": between / fmean(heights), "height_ratios": heights}
     panels: list[Axes] = list(figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw=grid)[:, 0])
     for axes in panels:
@@ -216,16 +225,17 @@ def legend(
 ) -> Legend:
     """What is drawn, by its label, at a place in inches from the upper left corner."""
     labels, handles = zip(*items, strict=True)
-    anchor = (place[0] / WIDTH, 1 - place[1] / figure.get_figheight())
+    anchor = (place[0] / figure.get_figwidth(), 1 - place[1] / figure.get_figheight())
     look |= {"bbox_to_anchor": anchor, "ncols": columns, "frameon": False, "borderaxespad": 0}
     written: Legend = figure.legend(handles, labels, loc="upper left", **look)
     return written
 
 
-def png(figure: Figure, theme: Theme) -> bytes:
-    """The figure as a PNG file of 200 dots an inch."""
+def saved(figure: Figure, theme: Theme, kind: str) -> bytes:
+    """The figure as a file: ``svg``, or ``png`` of 200 dots an inch."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor=theme.paper, metadata={"Software": None})
+    nameless = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}[kind]
+    figure.savefig(buffer, format=kind, dpi=200, facecolor=theme.paper, metadata=nameless)
     return buffer.getvalue()
 
 
@@ -253,13 +263,14 @@ def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
     log_scale(axes)
     step = curvature["step"]
     ends = [_line(axes, curvature, "reference_median", "float32\nformula", color=theme.orange, linewidth=1.1)]
-    axes.fill_between(step, curvature["defect_p25"], curvature["defect_p75"], color=theme.blue, alpha=0.25, linewidth=0)
+    band: dict[str, Any] = {"linewidth": 0, "rasterized": len(step) > DENSE}
+    axes.fill_between(step, curvature["defect_p25"], curvature["defect_p75"], color=theme.blue, alpha=0.25, **band)
     ends.append(_line(axes, curvature, "defect_median", "defect", color=theme.blue))
     if _has(curvature, "noise_floor"):
         lowest = _lowest(curvature, "defect_p25", "reference_median")
         bottom = min(lowest, max(_lowest(curvature, "noise_floor"), lowest / 10**DECADES_BELOW)) / 2
         axes.set_ylim(bottom=bottom)
-        axes.fill_between(step, bottom, curvature["noise_floor"], color=theme.muted, alpha=0.3, linewidth=0)
+        axes.fill_between(step, bottom, curvature["noise_floor"], color=theme.muted, alpha=0.3, **band)
         floor = curvature["noise_floor"].dropna().iloc[-1]
         ends.append((float(floor), "noise floor", theme.muted))
     rows = curvature[curvature["method"] == "bracket"]
@@ -325,7 +336,7 @@ def plot(axes: Axes, x: Any, y: Any, **style: Any) -> Line2D:
     if axes.get_yscale() == "log":
         values = np.where(values > 0, values, np.nan)
     marker = "." if np.isfinite(values).sum() < 25 else ""  # a value between two gaps has no line
-    (line,) = axes.plot(x, values, **{"marker": marker, **style})
+    (line,) = axes.plot(x, values, **{"marker": marker, "rasterized": len(values) > DENSE, **style})
     return line
 
 
@@ -338,12 +349,54 @@ def _end_label(label: str) -> str:
 
 
 def log_scale(axes: Axes, both: bool = False) -> None:
-    """A logarithmic vertical axis, or ``both`` axes, without minor ticks."""
+    """A logarithmic vertical axis, or ``both`` axes, of which three values at least are labelled."""
     axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_minor_locator(NullLocator())
     if both:
         axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis) if both else (axes.yaxis,):
+        axis.set_major_locator(LogTicks())
+        axis.set_major_formatter(LogLabels())
+        axis.set_minor_locator(NullLocator())
+
+
+class LogTicks(Locator):
+    """Powers of ten; where there are fewer than three, also round numbers between them, of as few digits as it takes.
+
+    (Matplotlib's own locator is content with one.)
+    """
+
+    def __call__(self) -> list[float]:
+        assert self.axis is not None
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        low, high = sorted((vmin, vmax))
+        if not 0 < low < high < np.inf:
+            return [value for value in (low, high) if 0 < value < np.inf]
+        first, last = np.ceil(np.log10(low) - 1e-9), np.floor(np.log10(high) + 1e-9)
+        if last - first >= 2:
+            apart = max(1, min(round((last - first) / (MOST_DECADES - 1)), (last - first) // 2))
+            return [float(10.0**power) for power in np.arange(first, last + 1, apart)]
+        for digits in ((1, 3), (1, 2, 5), range(1, 10)):
+            ticks = [digit * 10.0**power for power in np.arange(first - 1, last + 1) for digit in digits]
+            ticks = [float(tick) for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+            if len(ticks) >= 3:
+                return ticks
+        return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
+class LogLabels(Formatter):
+    """Powers of ten as such where all ticks are, and numbers otherwise."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        powers = np.log10(self.locs)
+        if len(powers) > 2 and np.allclose(powers, np.round(powers), atol=1e-6):
+            return f"$10^{{{round(np.log10(x))}}}$"
+        digits = next((n for n in range(1, 8) if len({f"{loc:.{n}g}" for loc in self.locs}) == len(self.locs)), 8)
+        if np.min(self.locs) >= 1e-4 and np.max(self.locs) < 1e6:
+            return np.format_float_positional(float(f"{x:.{digits}g}"), trim="-")
+        mantissa, power = f"{x:.{digits - 1}e}".split("e")
+        return rf"${mantissa} \times 10^{{{int(power)}}}$"
 
 
 def show_decades(axes: Axes, least: float) -> None:
@@ -360,7 +413,11 @@ def fractions(axes: Axes) -> None:
 
 
 def step_ticks(axes: Axes, most: int) -> None:
-    """At most so many steps of the horizontal axis are labelled, by round numbers with their thousands separated."""
+    """At most so many steps of the horizontal axis are labelled, by round numbers with their thousands separated.
+
+    On a narrow figure fewer.
+    """
+    most = round(most * (0.5 if page_width() < WIDE else 1))
     axes.xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 

@@ -31,12 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page: its name, its alternative text, and the PNG files of the two themes."""
+    """A figure of the page: its name, its alternative text, a PNG file, and as SVG in two themes, wide and narrow."""
 
     name: str
     alt: str
+    png: bytes
     light: bytes
     dark: bytes
+    narrow_light: bytes
+    narrow_dark: bytes
 
 
 def write_report(
@@ -85,7 +88,7 @@ def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing
     make_folder(folder, parents=True)
     pictures = make_folder(folder / "figures")
     for drawing in drawings:
-        write_atomically(pictures / f"{drawing.name}.png", drawing.light)
+        write_atomically(pictures / f"{drawing.name}.png", drawing.png)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -93,7 +96,7 @@ def write_page(folder: Path, template: str, summary: Any, drawings: list[Drawing
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     # A page may run this script and no other, by its digest.
     environment.filters["integrity"] = lambda text: (
         "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
@@ -116,7 +119,7 @@ def draw(summary: Summary) -> Iterator[Drawing]:
             first, last = summary.defects["defect_median"].iloc[[0, -1]]
             onset = f", with its onset at step {summary.onset:,}" if summary.onset is not None else ""
             alt += f"Below, on a logarithmic axis, the defect: from {number(first)} to {number(last)}{onset}."
-        yield draw_twice(
+        yield draw_all(
             "grokking",
             alt,
             lambda theme: figures.grokking(metrics, curvature, theme, onset=summary.onset, grok=summary.grok),
@@ -124,24 +127,24 @@ def draw(summary: Summary) -> Iterator[Drawing]:
     if summary.has_pca:
         last = pca.dropna(subset="pc1_percent").groupby("matrix")["pc1_percent"].last()
         alt = f"Shares over the steps, one line a matrix; at the end from {last.min():.0f} to {last.max():.0f} %."
-        yield draw_twice("pc1", alt, lambda theme: figures.pc1(pca, theme))
+        yield draw_all("pc1", alt, lambda theme: figures.pc1(pca, theme))
     if summary.has_geometry:
         last = curvature.dropna(subset=["rho", "exec_random_ratio", "exec_matched_ratio"]).iloc[-1]
         alt = (
             f"Over the steps; at the last, {last['exec_random_ratio']:.2f} times chance among all parameters, "
             f"{last['exec_matched_ratio']:.2f} times chance in the support, and rho is {last['rho']:.4f}."
         )
-        yield draw_twice("geometry", alt, lambda theme: figures.geometry(curvature, theme))
+        yield draw_all("geometry", alt, lambda theme: figures.geometry(curvature, theme))
     if summary.has_fourier:
         alt = "Over the steps, above, accuracy; below, the share of energy on a few frequencies, at the end"
         shares = {"embedding": "fourier_embedding", "logits": "fourier_logits"}
         ends = {name: metrics[column].dropna() for name, column in shares.items() if column in metrics}
         alt += " and ".join(f" {values.iloc[-1]:.0%} of the {name}" for name, values in ends.items() if len(values))
-        yield draw_twice("fourier", f"{alt}.", lambda theme: figures.fourier(metrics, theme, grok=summary.grok))
+        yield draw_all("fourier", f"{alt}.", lambda theme: figures.fourier(metrics, theme, grok=summary.grok))
     if not metrics.empty:
         first, last = metrics["train_loss"].iloc[[0, -1]]
         alt = f"On logarithmic axes over the steps; the training loss goes from {number(first)} to {number(last)}."
-        yield draw_twice("dynamics", alt, lambda theme: figures.dynamics(metrics, curvature, theme))
+        yield draw_all("dynamics", alt, lambda theme: figures.dynamics(metrics, curvature, theme))
 
 
 def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
@@ -150,14 +153,14 @@ def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
     if fields and settings["finished"].any():
         said = [f"{name.lower()} {value}, {remark}" for name, value, remark in summary.key_numbers]
         alt = f"By {' and '.join(fields)}; the numbers are in the table below. Over all runs: {'; '.join(said)}."
-        yield draw_twice("phase", alt, lambda theme: sweep_figures.phase(settings, results, fields, theme))
+        yield draw_all("phase", alt, lambda theme: sweep_figures.phase(settings, results, fields, theme))
     # A table in which nothing can be drawn counts as empty.
     metrics = summary.metrics if results["test_acc"].notna().any() else summary.metrics.iloc[:0]
     curvature = summary.curvature if (results["max_defect"] > 0).any() else summary.curvature.iloc[:0]
     if not (metrics.empty and curvature.empty):
         names = ["test accuracy"] * (not metrics.empty) + ["defect"] * (not curvature.empty)
         alt = f"One line a run: {' above, '.join(names)}{' below' * (len(names) == 2)}, over the training steps."
-        yield draw_twice(
+        yield draw_all(
             "trajectories",
             alt,
             lambda theme: sweep_figures.trajectories(
@@ -166,10 +169,13 @@ def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
         )
 
 
-def draw_twice(name: str, alt: str, draw: Callable[[figures.Theme], Figure]) -> Drawing:
-    """A figure in both themes."""
-    pictures = []
-    for theme in (figures.LIGHT, figures.DARK):
-        with figures.style(theme):
-            pictures.append(figures.png(draw(theme), theme))
-    return Drawing(name, alt, *pictures)
+def draw_all(name: str, alt: str, draw: Callable[[figures.Theme], Figure]) -> Drawing:
+    """A figure in both themes and widths."""
+    drawn, png = [], b""
+    for width in (figures.WIDE, figures.NARROW):
+        for theme in (figures.LIGHT, figures.DARK):
+            with figures.style(theme, width):
+                figure = draw(theme)
+                drawn.append(figures.saved(figure, theme, "svg"))
+                png = png or figures.saved(figure, theme, "png")
+    return Drawing(name, alt, png, *drawn)

@@ -1,6 +1,6 @@
 """The figures of a sweep's report: what each setting came to, and the records of all runs in one place.
 
-As in ``figures``, call a function, and ``png``, inside ``with style(theme)``. Shades run from the paper's colour to
+As in ``figures``, call a function, and ``saved``, inside ``with style(theme)``. Shades run from the paper's colour to
 one that stands out from it, so that they keep their order in print and under any colour-vision deficiency.
 """
 
@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from grokcurv.report import figures
-from grokcurv.report.figures import LIGHT, WIDTH, Theme, axes_at, blank
+from grokcurv.report.figures import LIGHT, NARROW, Theme, axes_at, blank, page_width
 from grokcurv.report.format import plain, short
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ def trajectories(
         (curvature, "defect_median", "defect D", theme.blue, 1.25 if facet else 2.6),
     ]
     kinds = [kind for kind in kinds if not kind[0].empty]
-    columns = 2 if len(values) == 4 else min(3, len(values))
+    columns = 2 if len(values) == 4 or page_width() == NARROW else 3
+    columns = min(columns, len(values))
     left, right, across, down = 0.76, 0.12, 0.2, 0.1
     top, title, ticks, bottom = 0.27 if hue else 0.1, 0.3 if facet else 0.1, 0.3, 0.22
-    width = (WIDTH - left - right - across * (columns - 1)) / columns
+    width = (page_width() - left - right - across * (columns - 1)) / columns
     block = title + sum(height + down for *_, height in kinds) - down + ticks
     total = top + math.ceil(len(values) / columns) * block + bottom
     figure = blank(total)
@@ -136,7 +137,9 @@ def trajectories(
             heading = _label(value) if isinstance(value, str) else f"{facet} {_label(value)}"
             panel[0].set_title(heading, loc="left", fontsize=9, fontweight="bold", pad=4)
     _steps(panels, metrics, curvature)
-    figure.text((left + WIDTH - right) / 2 / WIDTH, 0.07 / total, "training step", ha="center", va="bottom")
+    figure.text(
+        (left + page_width() - right) / 2 / page_width(), 0.07 / total, "training step", ha="center", va="bottom"
+    )
     if hue:
         _legend(figure, hue, colours, left, theme)
     return figure
@@ -157,12 +160,12 @@ def _maps(
     high = min(0.3, max(0.05, 16 / count), 60 / count)  # inches a row
     tall = len(blocks) * head + count * high
     stacked = count > 30  # four narrow maps abreast rather than two wide ones
-    abreast = min(len(shown), 4 if stacked else 2)
+    abreast = min(len(shown), (4 if stacked else 2) // (1 + (page_width() == NARROW)))
 
     row_labels, column_labels = list(map(_label, rows)), list(map(_label, columns))
     left = 0.2 + CHARACTER * max(map(len, [*row_labels, down, across]))
     between, right, title = 0.3, 0.08, 0.5 if stacked else 0.3
-    width = (WIDTH - left - right - between * (abreast - 1)) / abreast
+    width = (page_width() - left - right - between * (abreast - 1)) / abreast
     wide = width / len(columns)
     turned = SMALL_CHARACTER * (max(map(len, column_labels)) + 1) > wide
     below = 0.14 + SMALL_CHARACTER * max(map(len, column_labels)) if turned else 0.24
@@ -229,16 +232,16 @@ def _heading(axes: Axes, quantity: Quantity, scale: Scale, stacked: bool, theme:
     """A map's title, and the scale of its colours at the right end of the same line, or ``stacked`` below it."""
     (shades, norm), figure = scale, axes.get_figure(root=True)
     assert figure is not None
-    box, (_, total) = axes.get_position(), figure.get_size_inches()
-    left, right, y = box.x0 * WIDTH, box.x1 * WIDTH, box.y1 * total + 0.09
-    figure.text(left / WIDTH, (y + 0.19 * stacked) / total, quantity.title, va="bottom", fontweight="bold")
+    box, (across, total) = axes.get_position(), figure.get_size_inches()
+    left, right, y = box.x0 * across, box.x1 * across, box.y1 * total + 0.09
+    figure.text(left / across, (y + 0.19 * stacked) / total, quantity.title, va="bottom", fontweight="bold")
     said = "{:.0%}".format if quantity.column == "grok_fraction" else short
     low, high = said(norm.vmin), said(norm.vmax)  # type: ignore[arg-type]
     length, gap = 0.45 if stacked else 0.6, 0.06
 
     def write(place: float, text: str, side: str) -> float:
         """Writes an end of the scale; returns its width in inches."""
-        written = figure.text(place / WIDTH, y / total, text, ha=side, va="bottom", fontsize=8, color=theme.muted)
+        written = figure.text(place / across, y / total, text, ha=side, va="bottom", fontsize=8, color=theme.muted)
         return float(written.get_window_extent().width / figure.dpi)
 
     if stacked:
@@ -247,7 +250,7 @@ def _heading(axes: Axes, quantity: Quantity, scale: Scale, stacked: bool, theme:
     else:
         x = right - write(right, high, "right") - gap - length
         write(x - gap, low, "right")
-    bar = figure.add_axes((x / WIDTH, (y + 0.02) / total, length / WIDTH, 0.09 / total))
+    bar = figure.add_axes((x / across, (y + 0.02) / total, length / across, 0.09 / total))
     bar.set_axis_off()
     bar.imshow(np.linspace(0, 1, 128)[None], aspect="auto", cmap=shades)
 
@@ -259,8 +262,8 @@ def _dots(
     ((field, values),) = fields.items()
     labels = list(map(_label, values))
     left, right, top, title, between, height = 0.72, 0.1, 0.05, 0.3, 0.75, 1.7
-    abreast = min(2, len(shown))
-    width = (WIDTH - left - right - between * (abreast - 1)) / abreast
+    abreast = min(1 if page_width() == NARROW else 2, len(shown))
+    width = (page_width() - left - right - between * (abreast - 1)) / abreast
     turned = SMALL_CHARACTER * (max(map(len, labels)) + 1) > width / len(values)
     below = 0.2 + 0.6 * SMALL_CHARACTER * max(map(len, labels)) if turned else 0.3
     lines = math.ceil(len(shown) / abreast)
@@ -363,7 +366,7 @@ def _colours(values: list[Any], theme: Theme) -> dict[Any, Any]:
 def _legend(figure: Figure, field: str, colours: dict[Any, Any], left: float, theme: Theme) -> None:
     """The field's name and its values, or of many values the first, the middle and the last."""
     items = list(colours.items())
-    if len(items) > 8:
+    if len(items) > (4 if page_width() == NARROW else 8):
         items = [items[0], items[len(items) // 2], items[-1]]
     drawn = [(_label(value), Line2D([], [], color=colour, linewidth=2.5)) for value, colour in items]
     drawn.insert(0, (field, Line2D([], [], color="none")))
@@ -395,6 +398,7 @@ def _overlay(axes: Axes, table: pd.DataFrame, name: str, runs: pd.Index, colour:
             linewidths=1.1 if len(lines) < 50 else 0.7,
             alpha=float(np.clip(8 / len(lines), 0.12, 0.9)),
             capstyle="round",
+            rasterized=len(points) > figures.DENSE,
         )
     )
 
@@ -417,6 +421,7 @@ def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
     if last >= 20 * first:
         axes.set_xscale("log")
         axes.set_xlim(first, last * 1.03)
+        axes.xaxis.set_major_locator(figures.LogTicks())
     for panel in panels:
         for axes in panel:
             axes.tick_params(axis="x", labelbottom=axes is panel[-1])

@@ -1,14 +1,14 @@
 """The figures of a reproduction: lines over the steps, numbers with their intervals, a law on logarithmic axes.
 
-As in :mod:`grokcurv.report.figures`, call a function, and ``png``, inside ``with style(theme)``. In all of them blue is
-what can be trusted, orange the published arithmetic, grey what was published.
+As in :mod:`grokcurv.report.figures`, call a function, and ``saved``, inside ``with style(theme)``. In all of them blue
+is what can be trusted, orange the published arithmetic, grey what was published.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from grokcurv.report.figures import WIDTH, Theme, axes_at, blank, legend, log_scale, plot, stack
+from grokcurv.report.figures import NARROW, Theme, axes_at, blank, legend, log_scale, page_width, plot, stack
 from grokcurv.reproduce.evidence import Arithmetic
 from grokcurv.reproduce.findings import Finding
 from grokcurv.reproduce.published import Number
@@ -26,6 +26,7 @@ ARITHMETICS: dict[Arithmetic, tuple[str, str]] = {
     "trustworthy": ("blue", "trustworthy"),
 }
 """Colour and name of each."""
+SAID = [said for _, said in ARITHMETICS.values()]
 BENEATH = 2.8  # points: the float32 formula shows beneath what can be trusted where both agree
 LEFT, RIGHT = 0.8, 0.15  # inches beside the panels
 LEGEND_ROW = 0.2  # inches
@@ -63,10 +64,8 @@ class Panel:
 def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step") -> Figure:
     """Panels one above the other over the same horizontal axis, each line named once, above."""
     labels = dict.fromkeys(line.label for panel in panels for line in panel.lines if line.label)
-    rows = math.ceil(len(labels) / 3)
-    figure, stacked = stack(
-        [panel.height for panel in panels], left=LEFT, right=RIGHT, top=0.1 + LEGEND_ROW * rows, between=0.2
-    )
+    heights = [panel.height for panel in panels]
+    figure, stacked = stack(heights, left=LEFT, right=RIGHT, top=_legend_height(labels), between=0.2)
     drawn: dict[str, Any] = {}
     for panel, axes in zip(panels, stacked, strict=True):
         if panel.log:
@@ -82,7 +81,7 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
             if line.label:
                 drawn.setdefault(line.label, handle)
         axes.set_ylabel(panel.ylabel)
-        axes.yaxis.set_label_coords(-0.62 / (WIDTH - LEFT - RIGHT), 0.5)
+        axes.yaxis.set_label_coords(-0.62 / (page_width() - LEFT - RIGHT), 0.5)
     axes.set_xlabel(xlabel)
     _legend(figure, drawn)
     return figure
@@ -91,12 +90,13 @@ def lines(panels: Sequence[Panel], theme: Theme, *, xlabel: str = "training step
 def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: float) -> Figure:
     """A row a finding: the published range, and both of our numbers with their intervals; a black line at ``zero``."""
     findings = [finding for finding in findings if any(number.known for number in finding.here)]
-    words = [textwrap.fill(finding.quantity, WORDS) for finding in findings]
+    narrow = page_width() == NARROW
+    words = [textwrap.fill(finding.quantity, WORDS // (1 + narrow)) for finding in findings]
     heights = [0.2 + 0.15 * (1 + text.count("\n")) for text in words]
-    left, top, bottom = 2.75, 0.1 + LEGEND_ROW, 0.5
+    left, top, bottom = 1.5 if narrow else 2.75, _legend_height(SAID), 0.5
     total = top + bottom + sum(heights)
     figure = blank(total)
-    axes = axes_at(figure, (left, bottom, WIDTH - left - RIGHT, sum(heights)))
+    axes = axes_at(figure, (left, bottom, page_width() - left - RIGHT, sum(heights)))
     axes.set_ylim(sum(heights), 0)
     axes.axvline(zero, color=theme.ink, linewidth=0.9)
     centres, handles = np.cumsum(heights) - np.divide(heights, 2), {}
@@ -126,7 +126,7 @@ def scatter(
     points: Mapping[Arithmetic, Sequence[tuple[float, float]]], laws: Mapping[Arithmetic, Any], theme: Theme
 ) -> Figure:
     """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
-    figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=0.1 + LEGEND_ROW, between=0)
+    figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=_legend_height(SAID), between=0)
     log_scale(axes, both=True)
     known = np.array([point for found in points.values() for point in found])
     (left, low), (right, high) = known.min(axis=0) / 1.4, known.max(axis=0) * 1.4
@@ -156,4 +156,15 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
     """What is drawn, by its label, at the top; nothing where nothing is."""
     if handles:
         look = {"fontsize": 8, "handlelength": 2.2, "labelspacing": 0.25, "borderpad": 0}
-        legend(figure, handles.items(), (0.16, 0.03), 3, **look)
+        legend(figure, handles.items(), (0.16, 0.03), _legend_columns(handles), **look)
+
+
+def _legend_columns(labels: Collection[str]) -> int:
+    if page_width() > NARROW:
+        return 3
+    return 1 if max(map(len, labels)) > 24 else 2
+
+
+def _legend_height(labels: Collection[str]) -> float:
+    """Inches that it takes, with the edge above it."""
+    return 0.1 + (LEGEND_ROW * math.ceil(len(labels) / _legend_columns(labels)) if labels else 0)

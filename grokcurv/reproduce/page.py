@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from grokcurv.report.format import duration
-from grokcurv.report.page import draw_twice, write_page
+from grokcurv.report.page import draw_all, write_page
 from grokcurv.report.summary import flat
 from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.published import SOURCE
@@ -132,5 +132,5 @@ class Reproduction:
 
     def write(self) -> None:
         """Write ``report.html`` and ``figures/*.png`` into the folder."""
-        drawings = [draw_twice(one.claim, one.alt, one.draw) for one in self.answers if one.draw is not None]
+        drawings = [draw_all(one.claim, one.alt, one.draw) for one in self.answers if one.draw is not None]
         write_page(self.path, "reproduction.html", self, drawings)
