@@ -117,7 +117,7 @@ def test_pictures_decode_and_nothing_is_fetched(page: Path, site: str) -> None:
     assert (found["heading"], len(found["pictures"])) == EXPECTED[page.parent.name]
     for complete, width, height in found["pictures"]:
         assert complete
-        assert (width, height > 500) == (1600, True)
+        assert (width, height > 240) == (768, True)  # eight inches
     assert found["fetched"] == []
     assert found["overflow"] <= 0
 
@@ -175,10 +175,31 @@ def test_the_probe_sees_what_is_fetched_and_what_fails(page: Path, site: str) ->
     assert found["overflow"] > 0
 
 
-def test_a_narrow_window(page: Path, site: str) -> None:
-    found = probe(page, site, 500)
-    assert found["width"] <= 500
+FRAME = """
+<iframe src="report.html" style="width: 420px; height: 900px"></iframe>
+<script>
+addEventListener("load", () => {
+  const shown = document.querySelector("iframe").contentDocument;
+  const found = {
+    pictures: [...shown.images].map(image => [image.clientWidth, image.naturalWidth]),
+    overflow: shown.documentElement.scrollWidth - 420,
+  };
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+});
+</script>
+"""
+
+
+def test_a_telephone(page: Path, site: str) -> None:
+    """The page fits, and the type of its figures, 9 points of 4.75 inches, is as large as 9.5 pixels."""
+    page.with_name("frame.html").write_text(f"<body>{FRAME}</body>")
+    dumped = browse(f"{site}/frame.html", "--dump-dom", "--window-size=600,900")
+    found = json.loads(re.search(r"<pre id=\"found\">(.*?)</pre>", dumped)[1])
     assert found["overflow"] <= 0
+    assert len(found["pictures"]) == EXPECTED[page.parent.name][1]
+    for shown, natural in found["pictures"]:
+        assert natural == 456
+        assert 12 * shown / natural >= 9.5
 
 
 @pytest.mark.parametrize(("scheme", "theme"), [("1", LIGHT), ("0", DARK)], ids=["light", "dark"])

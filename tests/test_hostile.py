@@ -135,7 +135,7 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError(f"still at work after {SECONDS} seconds")
 
     for name, drawn in (("draw", "grokking"), ("draw_sweep", "phase")):
-        monkeypatch.setattr(page, name, lambda _, drawn=drawn: [page.Drawing(drawn, "", b"png", b"png")])
+        monkeypatch.setattr(page, name, lambda _, drawn=drawn: [page.Drawing(drawn, "", *[b"png"] * 5)])
     before = signal.signal(signal.SIGALRM, late)
     yield
     signal.alarm(0)

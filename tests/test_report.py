@@ -7,11 +7,13 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic_run
+import torch
 from matplotlib.axes import Axes
 
 from grokcurv.report import figures, write_report
@@ -59,15 +61,67 @@ def page(run: Path) -> Page:
 def test_figures_are_written_and_embedded(run: Path, page: Page) -> None:
     written = {path.stem: path.read_bytes() for path in (run / "figures").iterdir()}
     assert set(written) == {"grokking", "pc1", "geometry", "fourier", "dynamics"}
-    images, dark = page.of("img"), page.of("source")
-    assert len(images) == len(dark) == 5
-    for image in images:
-        assert image["src"] is not None
-        assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) in written.values()
-        assert image["alt"]
-    for source in dark:
-        assert source["srcset"] is not None
-        assert base64.b64decode(source["srcset"].removeprefix("data:image/png;base64,")).startswith(PNG)
+    assert all(data.startswith(PNG) for data in written.values())
+    assert_pictures(page, 5)
+
+
+def assert_pictures(page: Page, count: int) -> None:
+    """Each is drawn in two themes and widths, as SVG that holds text as outlines, runs nothing and fetches nothing."""
+    images, sources = page.of("img"), page.of("source")
+    assert all(image["alt"] for image in images)
+    addresses = [image["src"] for image in images] + [source["srcset"] for source in sources]
+    assert len(addresses) == len(set(addresses)) == 4 * count
+    assert [source["media"] for source in sources[:3]] == [
+        "(max-width: 40rem) and (prefers-color-scheme: dark)",
+        "(max-width: 40rem)",
+        "(prefers-color-scheme: dark)",
+    ]
+    widths = []
+    for address in addresses:
+        assert address is not None
+        head, _, data = address.partition(",")
+        assert head == "data:image/svg+xml;base64"
+        root = ElementTree.fromstring(base64.b64decode(data))
+        widths.append(root.get("width"))
+        for element in root.iter():
+            assert element.tag.rpartition("}")[2] not in ("script", "text", "foreignObject", "a")
+            links = [value for name, value in element.attrib.items() if name.endswith("href")]
+            assert all(value.startswith(("#", "data:image/png")) for value in links)
+    assert widths == ["576pt"] * count + ["342pt", "342pt", "576pt"] * count  # of 8 and 4.75 inches
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["y", "both"])
+def test_logarithmic_axes_have_three_labelled_values(both: bool, generator: torch.Generator) -> None:
+    """However little or much they span, wherever they lie."""
+    for span in (1e-6, 1e-4, 0.01, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 11.0, 30.0):
+        for middle in (40 * torch.rand(8, generator=generator) - 20).tolist():
+            with figures.style(LIGHT):
+                axes = figures.axes_at(figures.blank(3), (1, 1, 3, 1))
+                figures.log_scale(axes, both)
+                low, high = 10.0 ** (middle - span / 2), 10.0 ** (middle + span / 2)
+                axes.set(xlim=(low, high), ylim=(low, high))
+                for axis in (axes.xaxis, axes.yaxis) if both else (axes.yaxis,):
+                    ticks = [float(value) for value in axis.get_majorticklocs()]
+                    assert 3 <= len(ticks) <= 11
+                    assert all(low * (1 - 1e-8) <= tick <= high * (1 + 1e-8) for tick in ticks)
+                    assert ticks == sorted(set(ticks))
+                    labels = axis.get_major_formatter().format_ticks(ticks)
+                    assert len(set(labels)) == len(labels)
+                    for label, tick in zip(labels, ticks, strict=True):
+                        said = label.strip("$").replace(r" \times 10^{", "e").replace("10^{", "1e").rstrip("}")
+                        assert abs(float(said) - tick) < 0.02 * np.diff(ticks).min()
+
+
+def test_what_nobody_could_zoom_into_is_a_picture(tmp_path: Path) -> None:
+    """The page of a run of 20 000 records is no larger than a few of one of 200."""
+    few = {"metrics": synthetic_run.metrics(), "curvature": synthetic_run.curvature()}
+    rows = few["curvature"]
+    many = pd.concat([rows.assign(step=1000 * rows["step"] + at) for at in range(500)]).sort_values("step")
+    dense = {**few, "curvature": many.assign(defect_median=many["defect_median"] * (1 + 0.1 * np.sin(many["step"])))}
+    assert len(dense["curvature"]) > 20_000
+    runs = (synthetic_run.write_run(tmp_path / str(len(tables["curvature"])), tables) for tables in (few, dense))
+    small, large = (write_report(run).stat().st_size for run in runs)
+    assert large < 3 * small
 
 
 def test_the_page_needs_nothing_else(page: Page) -> None:

@@ -19,7 +19,7 @@ import synthetic_sweep
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from synthetic_sweep import Sweep
-from test_report import PNG, Page
+from test_report import PNG, Page, assert_pictures
 
 from grokcurv.analysis import grok_step, lead_time, onset_step, settled_step, sweep_results, sweep_settings
 from grokcurv.report import figures, sweep_figures, write_report
@@ -216,13 +216,8 @@ def page(sweep: Sweep) -> Page:
 def test_figures_are_written_and_embedded(sweep: Sweep, page: Page) -> None:
     written = {path.stem: path.read_bytes() for path in (sweep.path / "figures").iterdir()}
     assert set(written) == {"phase", "trajectories"}
-    for image in page.of("img"):
-        assert image["src"] is not None
-        assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) in written.values()
-        assert image["alt"]
-    for source in page.of("source"):
-        assert source["srcset"] is not None
-        assert base64.b64decode(source["srcset"].removeprefix("data:image/png;base64,")).startswith(PNG)
+    assert all(data.startswith(PNG) for data in written.values())
+    assert_pictures(page, 2)
 
 
 def test_the_page_needs_nothing_else(page: Page) -> None:

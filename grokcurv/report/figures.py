@@ -377,26 +377,32 @@ class LogTicks(Locator):
         if last - first >= 2:
             apart = max(1, min(round((last - first) / (MOST_DECADES - 1)), (last - first) // 2))
             return [float(10.0**power) for power in np.arange(first, last + 1, apart)]
-        for digits in ((1, 3), (1, 2, 5), range(1, 10)):
-            ticks = [digit * 10.0**power for power in np.arange(first - 1, last + 1) for digit in digits]
-            ticks = [float(tick) for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
-            if len(ticks) >= 3:
-                return ticks
-        return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        powers = 10.0 ** np.arange(first - 1, last + 1)[:, None]
+        rows = [(powers * digits).ravel() for digits in ((1, 3), (1, 2, 5), np.arange(1, 10))]
+        rows += [np.asarray(MaxNLocator(most).tick_values(low, high)) for most in (4, 6, 8)]
+        for ticks in rows:
+            here = ticks[(ticks >= low * (1 - 1e-9)) & (ticks <= high * (1 + 1e-9))]
+            if len(here) >= 3:
+                break
+        return [float(tick) for tick in here]
 
 
 class LogLabels(Formatter):
     """Powers of ten as such where all ticks are, and numbers otherwise."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        powers = np.log10(self.locs)
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        powers = np.log10(values)
         if len(powers) > 2 and np.allclose(powers, np.round(powers), atol=1e-6):
-            return f"$10^{{{round(np.log10(x))}}}$"
-        digits = next((n for n in range(1, 8) if len({f"{loc:.{n}g}" for loc in self.locs}) == len(self.locs)), 8)
-        if np.min(self.locs) >= 1e-4 and np.max(self.locs) < 1e6:
-            return np.format_float_positional(float(f"{x:.{digits}g}"), trim="-")
-        mantissa, power = f"{x:.{digits - 1}e}".split("e")
-        return rf"${mantissa} \times 10^{{{int(power)}}}$"
+            return [f"$10^{{{round(power)}}}$" for power in powers]
+        near = 0.01 * np.diff(values).min(initial=max(values, default=1))
+        digits = next((n for n in range(1, 16) if all(abs(float(f"{x:.{n}g}") - x) <= near for x in values)), 16)
+        if min(values, default=1) >= 1e-4 and max(values, default=1) < 1e6:
+            return [np.format_float_positional(float(f"{value:.{digits}g}"), trim="-") for value in values]
+        parts = [f"{value:.{digits - 1}e}".split("e") for value in values]
+        return [rf"${mantissa} \times 10^{{{int(power)}}}$" for mantissa, power in parts]
 
 
 def show_decades(axes: Axes, least: float) -> None:
