@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def sweep_results(
 
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
-    accuracy, defect = _measured(metrics, "test_acc"), _measured(curvature, "defect_median")
+    accuracy, defect = _measured(metrics, "test_acc", runs), _measured(curvature, "defect_median", runs)
     early = defect.groupby("run").head(EARLY).groupby("run")["defect_median"].median()
     risen = has_risen(defect["defect_median"].to_numpy(float), early.reindex(defect["run"]).to_numpy(float))
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
@@ -46,10 +46,11 @@ def sweep_results(
         "onset_step": defect[risen].groupby("run")["step"].min(),
         "max_defect": peak["defect_median"],
         "max_defect_step": peak["step"],
-        "last_step": pd.concat([_last(metrics), _last(curvature)], axis=1).max(axis=1),
+        "last_step": pd.concat([_last(metrics, runs), _last(curvature, runs)], axis=1).max(axis=1),
         "test_acc": accuracy.groupby("run")["test_acc"].last(),
     }
-    results = runs.assign(**{name: column.reindex(runs.index).astype(float) for name, column in found.items()})
+    numbers = range(len(runs))
+    results = runs.assign(**{name: column.reindex(numbers).to_numpy(float) for name, column in found.items()})
     results.insert(len(runs.columns) + 3, "lead_time", results["grok_step"] - results["onset_step"])
     return results
 
@@ -102,18 +103,18 @@ def sweep_settings(results: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame
 def _settled(accuracy: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
     """By run the step at which so many evaluations in a row had reached what it asks for."""
     ordered = accuracy.sort_values(["run", "step"], kind="stable")
-    own = {"grok_threshold": 0.98, "grok_patience": 3}
-    of = {name: ordered["run"].map(runs[name]) if name in runs else default for name, default in own.items()}
+    own, owners = {"grok_threshold": 0.98, "grok_patience": 3}, ordered["run"].to_numpy(int)
+    of = {name: runs[name].to_numpy()[owners] if name in runs else default for name, default in own.items()}
     reached = (ordered["test_acc"] >= of["grok_threshold"]).to_numpy(dtype=bool)
-    number, owners = np.arange(len(ordered)), ordered["run"].to_numpy()
+    number = np.arange(len(ordered))
     begins = np.r_[True, owners[1:] != owners[:-1]][: len(ordered)]
     streak = number - np.maximum.accumulate(np.where(reached, np.where(begins, number - 1, -1), number), dtype=int)
     settled: pd.Series = ordered[streak == of["grok_patience"]].groupby("run")["step"].min()
     return settled
 
 
-def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows in which ``step`` and the column ``name`` are finite, in order of steps."""
+def _measured(table: pd.DataFrame, name: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows in which ``step`` and the column ``name`` are finite, in order of steps; ``run`` is a number."""
     import pandas as pd
 
     if table.empty:
@@ -121,12 +122,21 @@ def _measured(table: pd.DataFrame, name: str) -> pd.DataFrame:
     missing = {"run", "step", name} - set(table)
     if missing:
         raise ValueError(f"the rows of the runs have no column {', '.join(map(repr, sorted(missing)))}")
-    kept = table[np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1)]
-    ordered: pd.DataFrame = kept.assign(run=kept["run"].astype(str)).sort_values("step", kind="stable")
+    owners = _numbers(table, runs)
+    kept = np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1) & (owners >= 0)
+    columns = [column for column in ("step", name, "reliable") if column in table]
+    ordered: pd.DataFrame = table.loc[kept, columns].assign(run=owners[kept]).sort_values("step", kind="stable")
     return ordered
 
 
-def _last(table: pd.DataFrame) -> pd.Series:
+def _last(table: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
     import pandas as pd
 
-    return pd.Series(dtype=float) if table.empty else table.groupby(table["run"].astype(str))["step"].max()
+    return pd.Series(dtype=float) if table.empty else table["step"].groupby(_numbers(table, runs)).max()
+
+
+def _numbers(table: pd.DataFrame, runs: pd.DataFrame) -> Any:
+    """(n,) int: whose rows they are, by place in ``runs``; -1 for others. Words would take longer to compare."""
+    import pandas as pd
+
+    return runs.index.astype(str).get_indexer(pd.Index(table["run"].astype(str)))

@@ -296,9 +296,8 @@ def _dots(
             groups = finished.groupby(field)[quantity.column]
             low, high = (settings[field].map(ends) for ends in (groups.min(), groups.max()))
             axes.vlines(at, low, high, color=colour, alpha=0.35, linewidth=2.5)
-            axes.plot(
-                finished[field].map(places), finished[quantity.column], ".", color=colour, alpha=0.6, markersize=4
-            )
+            dots = {"color": colour, "alpha": 0.6, "markersize": 4, "rasterized": len(finished) > figures.DENSE}
+            axes.plot(finished[field].map(places), finished[quantity.column], ".", **dots)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             for _, row in settings[middle.isna() & (settings["finished"] > 0)].iterrows():
                 text, where = _says(quantity, row), axes.get_xaxis_transform()

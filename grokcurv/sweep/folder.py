@@ -31,9 +31,10 @@ from grokcurv.training.config import CHANGEABLE, TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
-READERS = 4
-"""Threads that read tables; most of their time is the file system's."""
+READERS, TOGETHER = 4, 64
+"""Threads that read tables, as most of their time is the file system's, and how many runs' one reads at a time."""
 
 
 class Sweep:
@@ -94,20 +95,32 @@ class Sweep:
 
         if name not in TABLES:
             raise ValueError(f"name must be one of {', '.join(map(repr, TABLES))}; got {name!r}")
-        with ThreadPoolExecutor(READERS) as pool:
-            read = list(pool.map(lambda run: read_parquet(self.folder(run) / f"{name}.parquet", columns), self.plan))
-        tables = {run: table for run, table in zip(self.plan, read, strict=True) if table}  # it is there, and has rows
-        if not tables:
-            return pd.DataFrame({"run": pd.Series(dtype=object)})
-        runs = pa.array(np.repeat(np.array(list(tables), dtype=object), [len(table) for table in tables.values()]))
+        runs = list(self.plan)
+        parts = [runs[start : start + TOGETHER] for start in range(0, len(runs), TOGETHER)]
         try:
-            rows = pa.concat_tables(tables.values(), promote_options="permissive").replace_schema_metadata(None)
-            if "run" in rows.column_names:
-                raise ValueError("one has a column run of its own")
-            frame: pd.DataFrame = rows.add_column(0, "run", runs).to_pandas()
+            with ThreadPoolExecutor(READERS) as pool:
+                read = list(pool.map(lambda part: self._read(part, f"{name}.parquet", columns), parts))
+            tables = [table for table in read if table.num_columns > 1]
+            if not tables:
+                return pd.DataFrame({"run": pd.Series(dtype=object)})
+            frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
         except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             raise RunError(f"{self.path}: the {name} of its runs are no one table: {error}") from error
         return frame
+
+    def _read(self, runs: list[str], file: str, columns: Collection[str] | None) -> pa.Table:
+        """The rows of some of the runs, each with its run; of none, that column alone."""
+        import pyarrow as pa
+
+        tables = {run: read_parquet(self.folder(run) / file, columns) for run in runs}
+        there = {run: table for run, table in tables.items() if table}  # has rows
+        owners = pa.array(
+            np.repeat(np.array(list(there), dtype=object), [len(table) for table in there.values()]), pa.string()
+        )
+        rows = pa.concat_tables(there.values(), promote_options="permissive") if there else pa.table({})
+        if "run" in rows.column_names:
+            raise ValueError("one has a column run of its own")
+        return rows.replace_schema_metadata(None).add_column(0, "run", owners).combine_chunks()
 
     def is_short(self, run: str) -> bool:
         """Whether a run that has finished was to end sooner than the plan says now."""
