@@ -363,7 +363,7 @@ def _digest(frame: pd.DataFrame) -> str:
         if values.dtype.kind == "f":
             values = np.where(np.isnan(values), np.nan, values)
         found.update(f"{name} {values.dtype if numbers else 'text'} {len(values)} ".encode())
-        found.update(values.tobytes() if numbers else json.dumps([str(value) for value in values]).encode())
+        found.update(values.tobytes() if numbers else "\0".join(map(str, values)).encode())
     return found.hexdigest()
 
 
