@@ -93,7 +93,7 @@ def compare(rows: Tensor, lengths: list[int]) -> pd.DataFrame:
 def draw(table: pd.DataFrame, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    from grokcurv.report.figures import LIGHT, png, style
+    from grokcurv.report.figures import LIGHT, saved, style
 
     with style(LIGHT):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -110,7 +110,7 @@ def draw(table: pd.DataFrame, file: Path) -> None:
         for axes in (errors, angles):
             axes.set(xscale="log", yscale="log", xlabel="memory, in vectors of the parameters")
         angles.legend(fontsize="small")
-        file.write_bytes(png(figure, LIGHT))
+        file.write_bytes(saved(figure, LIGHT, "png"))
 
 
 def main(
