@@ -21,7 +21,7 @@ import synthetic_run
 from grokcurv.runs import RunError, open_run
 from grokcurv.storage import hold, write_json
 from grokcurv.sweep import Random, SweepConfig, driver, folder, open_sweep, run_sweep
-from grokcurv.sweep.engine import Event, Task
+from grokcurv.sweep.engine import Event, Job
 from grokcurv.training import PRESETS, TrainConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "sweeps"
@@ -328,7 +328,7 @@ class Script:
         self.workers, self.sweep = workers, sweep
         self.ends = {run: deque(events) for run, events in ends.items()}
         self.started: list[str] = []
-        self.under_way: list[Task] = []
+        self.under_way: list[Job] = []
         self.interrupted = False
 
     def __enter__(self) -> Script:
@@ -337,18 +337,18 @@ class Script:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def start(self, task: Task) -> None:
+    def start(self, job: Job) -> None:
         assert not self.interrupted
-        self.under_way.append(task)
-        self.started.append(task.run)
+        self.under_way.append(job)
+        self.started.append(job.run)
         assert len(self.under_way) <= self.workers
 
     def wait(self, seconds: float) -> list[Event]:
-        task = self.under_way[0]
-        event = Event(task.run, "interrupted") if self.interrupted else self.ends[task.run].popleft()
+        job = self.under_way[0]
+        event = Event(job.run, "interrupted") if self.interrupted else self.ends[job.run].popleft()
         if event.latest and event.latest.get("checkpoint"):
-            Path(task.folder).mkdir(parents=True, exist_ok=True)
-            (Path(task.folder) / "checkpoint.safetensors").write_text(str(time.time_ns()))
+            Path(job.folder).mkdir(parents=True, exist_ok=True)
+            (Path(job.folder) / "checkpoint.safetensors").write_text(str(time.time_ns()))
             time.sleep(0.01)
         if event.kind != "progress":
             self.under_way.pop(0)

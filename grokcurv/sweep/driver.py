@@ -13,7 +13,7 @@ from typing import Any
 
 from grokcurv.storage import News, hold
 from grokcurv.sweep.config import SweepConfig
-from grokcurv.sweep.engine import LEAVE_SECONDS, Engine, Event, Task
+from grokcurv.sweep.engine import LEAVE_SECONDS, Engine, Event, Job
 from grokcurv.sweep.folder import Sweep, claim, write_failures
 from grokcurv.sweep.local import LocalEngine
 from grokcurv.training.process import StopRequest, describe_device
@@ -173,7 +173,7 @@ class _Driver:
         self.deaths_of.setdefault(run, (checkpoint, 0))
         if checkpoint is None:
             self.pace.begin(run)
-        self.engine.start(Task(run, self.sweep.plan[run], str(self.sweep.folder(run))))
+        self.engine.start(Job(run, self.sweep.plan[run], str(self.sweep.folder(run))))
 
     def _end(self, event: Event, stopping: bool) -> None:
         run = event.run

@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """A run to do."""
 
     run: str
@@ -41,7 +41,7 @@ class Event:
 
     run: str
     kind: Literal["progress", "finished", "failed", "interrupted", "died"]
-    """All but ``progress`` end the task; ``died`` is said by the engine: the process that had the run is no more."""
+    """All but ``progress`` end the job; ``died`` is said by the engine: the process that had the run is no more."""
     latest: dict[str, Any] | None = None
     """What ``train`` reported last."""
     reason: str = ""
@@ -51,33 +51,33 @@ class Event:
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
-    """Runs tasks elsewhere. Leaving it ends the workers: at once after Ctrl-C, else after they wrote checkpoints."""
+    """Runs jobs elsewhere. Leaving it ends the workers: at once after Ctrl-C, else after they wrote checkpoints."""
 
     workers: int
     """Tasks at a time; the driver starts no more."""
 
-    def start(self, task: Task) -> None: ...
+    def start(self, job: Job) -> None: ...
 
     def wait(self, seconds: float) -> list[Event]:
         """What happened since the last call; waits for something to happen, but not longer than ``seconds``."""
         ...
 
     def interrupt(self) -> None:
-        """Have every task write its checkpoint and end; :meth:`wait` tells when they have. Nothing starts after it."""
+        """Have every job write its checkpoint and end; :meth:`wait` tells when they have. Nothing starts after it."""
         ...
 
 
-def execute(tasks: Sequence[Task], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
+def execute(jobs: Sequence[Job], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:
     """Do runs of one architecture, or go on with them, as one program in the main thread of a worker.
 
     Args:
-        tasks: one or several.
+        jobs: one or several.
         report: is told of the progress, and how each run ended.
         stop: whether to write checkpoints and end, asked every few steps.
     """
-    latest: list[dict[str, Any] | None] = [None] * len(tasks)
-    reported = [0.0] * len(tasks)
-    running = dict(enumerate(tasks))
+    latest: list[dict[str, Any] | None] = [None] * len(jobs)
+    reported = [0.0] * len(jobs)
+    running = dict(enumerate(jobs))
     stopping = False
 
     def on_progress(place: int, news: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def execute(tasks: Sequence[Task], report: Callable[[Event], object], stop: Call
         latest[place] = news
         if time.monotonic() - reported[place] >= REPORT_SECONDS:
             reported[place] = time.monotonic()
-            report(Event(tasks[place].run, "progress", news))
+            report(Event(jobs[place].run, "progress", news))
         if not stopping and stop():
             stopping = True
             signal.raise_signal(signal.SIGINT)  # what trains takes it for Ctrl-C: a checkpoint, then KeyboardInterrupt
@@ -100,28 +100,28 @@ def execute(tasks: Sequence[Task], report: Callable[[Event], object], stop: Call
             report(Event(run, "failed", latest[place], status.removeprefix("failed: "), final))
 
     try:
-        _wait_for_folders(tasks, stop)
-        configs, folders = [task.config for task in tasks], [task.folder for task in tasks]
+        _wait_for_folders(jobs, stop)
+        configs, folders = [job.config for job in jobs], [job.folder for job in jobs]
         train_ensemble(configs, outs=folders, resume=True, on_progress=on_progress, on_end=on_end)
     except BaseException as error:
-        for place, task in running.items():
-            report(_stopped(task, latest[place], error))
+        for place, job in running.items():
+            report(_stopped(job, latest[place], error))
 
 
-def _wait_for_folders(tasks: Sequence[Task], stop: Callable[[], bool]) -> None:
+def _wait_for_folders(jobs: Sequence[Job], stop: Callable[[], bool]) -> None:
     """Wait, within reason, for writers that a driver left behind."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for task in tasks:
-        while holder(Path(task.folder)) is not None and time.monotonic() < deadline and not stop():
+    for job in jobs:
+        while holder(Path(job.folder)) is not None and time.monotonic() < deadline and not stop():
             time.sleep(0.1)  # nobody is told when a lock is let go
 
 
-def _stopped(task: Task, latest: dict[str, Any] | None, error: BaseException) -> Event:
+def _stopped(job: Job, latest: dict[str, Any] | None, error: BaseException) -> Event:
     """What an exception that ended a run means for it."""
     if isinstance(error, KeyboardInterrupt):
-        return Event(task.run, "interrupted", latest)
+        return Event(job.run, "interrupted", latest)
     if isinstance(error, RunError | OSError | ValueError):
-        return Event(task.run, "failed", latest, str(error))
+        return Event(job.run, "failed", latest, str(error))
     if isinstance(error, Exception):  # whatever it is, it is this run's alone
-        return Event(task.run, "failed", latest, f"{type(error).__name__}: {error}")
+        return Event(job.run, "failed", latest, f"{type(error).__name__}: {error}")
     raise error

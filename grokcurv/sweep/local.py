@@ -1,6 +1,6 @@
 """The engine of one machine: worker processes of one thread each, started when needed and used for many runs.
 
-The driver sends a worker groups of tasks over a connection, and the worker sends events back. None instead of a group,
+The driver sends a worker groups of jobs over a connection, and the worker sends events back. None instead of a group,
 or the end of the connection, which is what a driver leaves behind when it is killed, means: write a checkpoint and end.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from grokcurv.storage import RunError, open_file
-from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
+from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Job, execute
 from grokcurv.training.trainer import together
 
 READY = Event("", "progress")
@@ -45,8 +45,8 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
         self.together = together
         self.workers = self.processes * together
         self.log = log
-        self._tasks: deque[Task] = deque()
-        self._dropped: list[Event] = []  # of tasks that no worker had yet, when all were interrupted
+        self._jobs: deque[Job] = deque()
+        self._dropped: list[Event] = []  # of jobs that no worker had yet, when all were interrupted
         self._crew: list[_Worker] = []
         self._deaths_at_birth = 0
 
@@ -61,8 +61,8 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
                 worker.process.kill()
                 worker.process.wait()
 
-    def start(self, task: Task) -> None:
-        self._tasks.append(task)
+    def start(self, job: Job) -> None:
+        self._jobs.append(job)
         self._assign()
 
     def wait(self, seconds: float) -> list[Event]:
@@ -77,8 +77,8 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
     def interrupt(self) -> None:
         for worker in self._crew:
             worker.leave()
-        self._dropped += [Event(task.run, "interrupted") for task in self._tasks]
-        self._tasks.clear()
+        self._dropped += [Event(job.run, "interrupted") for job in self._jobs]
+        self._jobs.clear()
 
     def _hear(self, worker: _Worker) -> list[Event]:
         """What the driver is to know of what a worker says next."""
@@ -89,7 +89,7 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
         if event == READY:
             worker.ready, self._deaths_at_birth = True, 0
         elif event.kind != "progress":
-            worker.tasks = [task for task in worker.tasks if task.run != event.run]
+            worker.jobs = [job for job in worker.jobs if job.run != event.run]
         self._assign()
         return [] if event == READY else [event]
 
@@ -103,24 +103,24 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
                 raise RunError(f"worker processes do not start (exit status {code}): {self.log} says more")
         self._assign()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return [Event(task.run, "died", reason=f"its worker process {how}") for task in worker.tasks]
+        return [Event(job.run, "died", reason=f"its worker process {how}") for job in worker.jobs]
 
     def _assign(self) -> None:
-        """Give tasks to workers that are free; start workers while there are too few."""
+        """Give jobs to workers that are free; start workers while there are too few."""
         for worker in self._crew:
-            if self._tasks and worker.ready and not worker.tasks:
+            if self._jobs and worker.ready and not worker.jobs:
                 worker.give(self._group())
         unready = sum(not worker.ready for worker in self._crew)
-        wanted = -(-len(self._tasks) // self.together)
+        wanted = -(-len(self._jobs) // self.together)
         for _ in range(min(wanted - unready, self.processes - len(self._crew))):
             self._crew.append(_Worker(self.log))
 
-    def _group(self) -> list[Task]:
-        """The first task and those further ones that can be done together with it."""
-        first = self._tasks.popleft()
-        alike = [task for task in self._tasks if together(first.config, task.config)]
+    def _group(self) -> list[Job]:
+        """The first job and those further ones that can be done together with it."""
+        first = self._jobs.popleft()
+        alike = [job for job in self._jobs if together(first.config, job.config)]
         group = [first, *alike[: self.together - 1]]
-        self._tasks = deque(task for task in self._tasks if task not in group)
+        self._jobs = deque(job for job in self._jobs if job not in group)
         return group
 
 
@@ -129,7 +129,7 @@ class _Worker:
 
     def __init__(self, log: Path) -> None:
         self.ready, self.left = False, False
-        self.tasks: list[Task] = []
+        self.jobs: list[Job] = []
         self.connection, theirs = connection.Pipe()
         # It imports what this process imports, wherever that came from.
         imported = [path or os.getcwd() for path in sys.path]
@@ -144,15 +144,15 @@ class _Worker:
                 start_new_session=True,  # a terminal's Ctrl-C goes to the driver alone
             )
 
-    def give(self, tasks: list[Task]) -> None:
-        self.tasks = tasks
-        self._send(tasks)
+    def give(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self._send(jobs)
 
     def leave(self) -> None:
         self.left = True
         self._send(None)
 
-    def _send(self, message: list[Task] | None) -> None:
+    def _send(self, message: list[Job] | None) -> None:
         with contextlib.suppress(OSError):  # it is dead: who listens to it finds out too
             self.connection.send(message)
 
@@ -177,6 +177,6 @@ def serve(descriptor: int) -> None:
 
     report(READY)
     with contextlib.suppress(EOFError, OSError):
-        while tasks := driver.recv():
-            execute(tasks, report, driver.poll)  # while it is at work, whatever comes means that it is to end
+        while jobs := driver.recv():
+            execute(jobs, report, driver.poll)  # while it is at work, whatever comes means that it is to end
     os._exit(0)  # nothing is left to write

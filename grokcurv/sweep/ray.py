@@ -9,7 +9,7 @@ import os
 from typing import Any, Self
 
 from grokcurv.storage import RunError
-from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Task, execute
+from grokcurv.sweep.engine import LEAVE_SECONDS, Event, Job, execute
 from grokcurv.training.config import TrainConfig
 
 
@@ -41,7 +41,7 @@ class RayEngine:
         self.workers = workers or 1
         self._workers, self._address = workers, address
         self._needs = {"num_cpus": max(1, *(config.threads for config in configs)), "num_gpus": gpus_per_run}
-        self._tasks: dict[Any, Task] = {}
+        self._jobs: dict[Any, Job] = {}
 
     def __enter__(self) -> Self:
         cpus, gpus = self._needs["num_cpus"], self._needs["num_gpus"]
@@ -72,32 +72,32 @@ class RayEngine:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.interrupt(force=at_once)
-        if self._tasks and not at_once:
-            self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=LEAVE_SECONDS)
+        if self._jobs and not at_once:
+            self._ray.wait(list(self._jobs), num_returns=len(self._jobs), timeout=LEAVE_SECONDS)
         self._leave()
 
-    def start(self, task: Task) -> None:
-        self._tasks[self._execute.remote(task, self._mailbox)] = task
+    def start(self, job: Job) -> None:
+        self._jobs[self._execute.remote(job, self._mailbox)] = job
 
     def wait(self, seconds: float) -> list[Event]:
-        ended, _ = self._ray.wait(list(self._tasks), timeout=seconds) if self._tasks else ([], [])
-        running = {task.run for task in self._tasks.values()}
+        ended, _ = self._ray.wait(list(self._jobs), timeout=seconds) if self._jobs else ([], [])
+        running = {job.run for job in self._jobs.values()}
         events = [event for event in self._ray.get(self._mailbox.take.remote()) if event.run in running]
         for future in ended:
-            task = self._tasks.pop(future)
+            job = self._jobs.pop(future)
             try:
                 events.append(self._ray.get(future))
             except self._ray.exceptions.TaskCancelledError:
-                events.append(Event(task.run, "interrupted"))
+                events.append(Event(job.run, "interrupted"))
             except self._ray.exceptions.RayTaskError as error:  # it cannot even begin: grokcurv is not there, say
-                events.append(Event(task.run, "failed", reason=str(error.cause)))
+                events.append(Event(job.run, "failed", reason=str(error.cause)))
             except self._ray.exceptions.RayError as error:
                 said = str(error).strip().partition("\n")[0]
-                events.append(Event(task.run, "died", reason=f"its Ray worker ended ({type(error).__name__}: {said})"))
+                events.append(Event(job.run, "died", reason=f"its Ray worker ended ({type(error).__name__}: {said})"))
         return events
 
     def interrupt(self, force: bool = False) -> None:
-        for future in self._tasks:  # to a run under way this is Ctrl-C, which train knows what to do with
+        for future in self._jobs:  # to a run under way this is Ctrl-C, which train knows what to do with
             self._ray.cancel(future, force=force)
 
     def _leave(self) -> None:
@@ -120,11 +120,11 @@ class _Mailbox:
         return latest
 
 
-def _execute(task: Task, mailbox: Any) -> Event:
+def _execute(job: Job, mailbox: Any) -> Event:
     """A run in a worker of Ray's, which stops it by what looks like Ctrl-C; how it ended."""
     ended: list[Event] = []
     execute(
-        [task],
+        [job],
         lambda event: (mailbox.report.remote if event.kind == "progress" else ended.append)(event),
         lambda: False,
     )
