@@ -120,6 +120,4 @@ def no_records() -> pd.DataFrame:
     """:meth:`Trajectory.records` of no trajectory."""
     import pandas as pd
 
-    return pd.DataFrame(
-        {"step": pd.Series(dtype="int64"), "matrix": pd.Series(dtype="str"), "pc1_percent": [], "pc1_error": []}
-    )
+    return pd.DataFrame({"step": pd.Series(dtype="int64"), "matrix": pd.Series(dtype="str"), "pc1_percent": []})

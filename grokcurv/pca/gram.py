@@ -140,7 +140,7 @@ class Gram(Method):
     @property
     def narrow(self) -> bool:
         """Whether there are more rows than any segment has coordinates; not where those are on several processes."""
-        return len(self.rows) > max(self.layout.lengths) and self.layout.partition is WHOLE
+        return len(self.rows) > max(self.layout.lengths) and self.layout.partition == WHOLE
 
     @cached_property
     def solution(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,11 +36,9 @@ class Prefixes:
         self.gram = gram
         self.row_sums = gram.cumsum(2)
         self.totals = self.row_sums.cumsum(1).diagonal(dim1=1, dim2=2)
-        n = len(self.totals.T)
-        self._columns = (
-            gram.transpose(0, 1).reshape(n, -1).contiguous()
-        )  # as ops.rotate takes rows: segments side by side
-        squares = gram.square().cumsum(2).diagonal(dim1=1, dim2=2)  # of the row that each prefix adds, up to its own
+        # As ops.rotate takes rows: the segments side by side.
+        self._columns = gram.transpose(0, 1).reshape(gram.shape[1], -1).contiguous()
+        squares = gram.square().cumsum_(2).diagonal(dim1=1, dim2=2)  # of the row that each prefix adds, up to its own
         own = gram.diagonal(dim1=1, dim2=2).square()
         self._norms2 = (2 * squares - own).cumsum(1)
         self._base, self._start = 0, gram  # rows of the latest prefix that was solved whole, and its vectors (S, n)
@@ -52,8 +50,8 @@ class Prefixes:
 
     def leading_share(self, size: int) -> Tensor:
         """(S,): largest eigenvalue over trace; NaN where there is no variance."""
-        base = max(size // COLD * COLD, 1)
-        if size < COLD or size == base:
+        base = size // COLD * COLD
+        if base in (0, size):
             centred = self.centred(size)
             values, _ = ops.eigh(centred, 1)
             return values[:, 0] / trace(centred)
