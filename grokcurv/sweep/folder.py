@@ -16,7 +16,6 @@ import json
 import os
 import re
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from os.path import lexists
 from pathlib import Path
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-READERS, TOGETHER = 4, 64
-"""Threads that read tables, as most of their time is the file system's, and how many runs' one reads at a time."""
+TOGETHER = 64
+"""Runs whose tables are joined at a time."""
 
 
 class Sweep:
@@ -96,10 +95,11 @@ class Sweep:
         if name not in TABLES:
             raise ValueError(f"name must be one of {', '.join(map(repr, TABLES))}; got {name!r}")
         runs = list(self.plan)
-        parts = [runs[start : start + TOGETHER] for start in range(0, len(runs), TOGETHER)]
         try:
-            with ThreadPoolExecutor(READERS) as pool:
-                read = list(pool.map(lambda part: self._read(part, f"{name}.parquet", columns), parts))
+            # In parts, for thousands of small tables take more room than what is in them.
+            read = (
+                self._read(runs[at : at + TOGETHER], f"{name}.parquet", columns) for at in range(0, len(runs), TOGETHER)
+            )
             tables = [table for table in read if table.num_columns > 1]
             if not tables:
                 return pd.DataFrame({"run": pd.Series(dtype=object)})
@@ -112,7 +112,8 @@ class Sweep:
         """The rows of some of the runs, each with its run; of none, that column alone."""
         import pyarrow as pa
 
-        tables = {run: read_parquet(self.folder(run) / file, columns) for run in runs}
+        folder = check_folder(self.path / "runs")
+        tables = {run: read_parquet(check_folder(folder / run) / file, columns) for run in runs}
         there = {run: table for run, table in tables.items() if table}  # has rows
         owners = pa.array(
             np.repeat(np.array(list(there), dtype=object), [len(table) for table in there.values()]), pa.string()
