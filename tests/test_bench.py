@@ -365,6 +365,12 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["seconds"]["low"] <= ours["seconds"]["median"] <= ours["seconds"]["high"]
     assert ours["errors"]["defect, relative error"] < 1e-10
 
+    # A case's own error, and what it is of, are said once, however many stand beside it.
+    said = [row for row in bench.rows if row.accuracy[1]]
+    assert [row.speed[0] for row in said] == [result.case.title for result in bench.results if result.outcomes]
+    assert all(row.accuracy[0] for row in said)
+    assert sum(bool(row.accuracy[0]) for row in bench.rows) == len(said)
+
     table = (tmp_path / "bench/table.md").read_text()
     assert table == in_markdown(bench.rows)
     assert {row.count("|") for row in table.splitlines()} == {8}

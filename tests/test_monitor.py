@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +69,35 @@ def test_records(generator):
     last = monitor.last
     assert list(last) == ["step", "method", *FIELDS, "measure_seconds"]
     assert last["defect_median"] == records["defect_median"].iloc[-1]
+
+
+def test_a_state_writes_out_no_row(generator):
+    """Records are tensors, so that what is saved as text does not grow with their number."""
+    states = [attention_run(generator, every=1, pairs=1, steps=steps)[1].state_dict() for steps in (8, 12)]
+    few, many = (json.dumps(without_tensors(state)) for state in states)
+    assert len(states[1]["rows"]) == len(states[0]["rows"]) + 4
+    assert len(many) <= len(few) + 4  # numbers of steps have more digits
+
+
+def without_tensors(value):
+    if isinstance(value, dict):
+        return {name: without_tensors(part) for name, part in value.items()}
+    if isinstance(value, list | tuple) and not any(isinstance(part, torch.Tensor) for part in value):
+        return list(map(without_tensors, value))
+    return value if isinstance(value, str | float | int | bool) else None
+
+
+def test_rows_that_an_older_version_wrote_out_are_read(generator):
+    _, monitor, _ = attention_run(generator, every=1, pairs=1)
+    state, records = monitor.state_dict(), monitor.records()
+    names = [state["methods"][place] for place in state.pop("row_methods").tolist()]
+    del state["methods"]
+    for name in ("row_steps", "row_seconds", "row_gradients", "pca_steps"):
+        state[name] = state[name].tolist()
+    _, other, _ = attention_run(generator, every=1, pairs=1, steps=1)
+    other.load_state_dict({**state, "row_methods": names})
+    pd.testing.assert_frame_equal(other.records(), records, check_exact=True)
+    pd.testing.assert_frame_equal(other.pca_records(), monitor.pca_records(), check_exact=True)
 
 
 def test_a_row_is_the_probe_s_measurement(generator):
