@@ -112,16 +112,19 @@ def test_logarithmic_axes_have_three_labelled_values(both: bool, generator: torc
                         assert abs(float(said) - tick) <= 0.02 * np.diff(ticks).min() + 1e-9 * tick
 
 
-def test_what_nobody_could_zoom_into_is_a_picture() -> None:
-    """The figure of a run of 20 000 records is no larger than a few of one of fifty."""
+def test_what_nobody_could_zoom_into_is_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure of a run of 20 000 records is far smaller than its lines would be."""
     rows = synthetic_run.curvature()
     dense = pd.concat([rows.assign(step=500 * rows["step"] + at) for at in range(500)]).sort_values("step")
     dense = dense.assign(defect_median=dense["defect_median"] * (1 + 0.1 * np.sin(dense["step"])))
     assert len(dense) > 20_000
-    with figures.style(LIGHT):
-        drawn = (figures.grokking(pd.DataFrame(), table, LIGHT, onset=None, grok=None) for table in (rows, dense))
-        small, large = (len(figures.saved(figure, LIGHT, "svg")) for figure in drawn)
-    assert large < 4 * small
+    sizes = []
+    for limit in (figures.DENSE, len(dense)):
+        monkeypatch.setattr(figures, "DENSE", limit)
+        with figures.style(LIGHT):
+            figure = figures.grokking(pd.DataFrame(), dense, LIGHT, onset=None, grok=None)
+            sizes.append(len(figures.saved(figure, LIGHT, "svg")))
+    assert sizes[0] < sizes[1] / 4
 
 
 def test_the_page_needs_nothing_else(page: Page) -> None:
