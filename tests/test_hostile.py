@@ -96,6 +96,12 @@ KINDS: dict[str, Callable[[Path, Path, bytes], object]] = {
 }
 
 
+def without_drawing(patch: pytest.MonkeyPatch) -> None:
+    """Pages have a figure of which nothing was drawn."""
+    for name, drawn in (("draw", "grokking"), ("draw_sweep", "phase")):
+        patch.setattr(page, name, lambda _, drawn=drawn: [page.Drawing(drawn, "", *[b"png"] * 5)])
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run and a sweep that are whole, with pages."""
@@ -103,9 +109,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     train(CONFIG, out=folder / "run")
     (folder / "ours.toml").write_text(SWEEP)
     run_sweep(SweepConfig.from_toml(folder / "ours.toml"), folder / "sweep", workers=1)
-    for name in ("run", "sweep"):
-        assert cli.main(["report", str(folder / name)]) == 0
-        (folder / name / "figures").mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawing(patch)
+        for name in ("run", "sweep"):
+            assert cli.main(["report", str(folder / name)]) == 0
     (folder / "sweep" / "failures.json").write_text('{"schema": 1, "failures": {}}')
     return {"run": folder / "run", "sweep": folder / "sweep"}
 
@@ -134,8 +141,7 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def late(*_: object) -> None:
         raise AssertionError(f"still at work after {SECONDS} seconds")
 
-    for name, drawn in (("draw", "grokking"), ("draw_sweep", "phase")):
-        monkeypatch.setattr(page, name, lambda _, drawn=drawn: [page.Drawing(drawn, "", *[b"png"] * 5)])
+    without_drawing(monkeypatch)
     before = signal.signal(signal.SIGALRM, late)
     yield
     signal.alarm(0)

@@ -185,7 +185,7 @@ def test_runs_beside_each_other(run: Path, tmp_path: Path) -> None:
 
 def test_a_page_elsewhere(tmp_path: Path) -> None:
     """The run's folder is only read."""
-    folder = synthetic_run.write_run(tmp_path / "run")
+    folder = synthetic_run.write_run(tmp_path / "run", {"metrics": synthetic_run.metrics().iloc[:3]})
     before = sorted(folder.rglob("*"))
     assert write_report(folder, tmp_path / "deep" / "page") == tmp_path / "deep" / "page" / "report.html"
     assert sorted(folder.rglob("*")) == before
