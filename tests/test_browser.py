@@ -175,6 +175,12 @@ def test_the_probe_sees_what_is_fetched_and_what_fails(page: Path, site: str) ->
     assert found["overflow"] > 0
 
 
+def test_a_narrow_window(page: Path, site: str) -> None:
+    found = probe(page, site, 500)
+    assert found["width"] <= 500
+    assert found["overflow"] <= 0
+
+
 FRAME = """
 <iframe src="report.html" style="width: 420px; height: 900px"></iframe>
 <script>
