@@ -400,9 +400,10 @@ def test_threads_change_no_bit(name: str, generator: Generator) -> None:
     assert bits(fits[0]) == bits(fits[1])
 
 
+@pytest.mark.parametrize("length", [30, 5])
 @every_method
-def test_history_does_not_depend_on_when_it_is_read(options: dict[str, Any], generator: Generator) -> None:
-    x = trajectory(12, 30, generator)
+def test_history_does_not_depend_on_when_it_is_read(options: dict[str, Any], length: int, generator: Generator) -> None:
+    x = trajectory(12, length, generator)
     late, early = make(options).partial_fit(x), make(options)
     seen = [early.partial_fit(row).pc1_history_.clone() for row in x]
     torch.testing.assert_close(seen[-1], late.pc1_history_, rtol=0, atol=0, equal_nan=True)
@@ -702,13 +703,14 @@ def test_auto_keeps_five_hundred_rows(generator: Generator) -> None:
     assert pca.partial_fit(x[500]).method_ == "incremental"
 
 
+@pytest.mark.parametrize("length", [40, 5])
 @pytest.mark.parametrize("read", [0, 7, 12, 20])
 def test_the_history_of_kept_rows_outlives_them(
-    read: int, monkeypatch: pytest.MonkeyPatch, generator: Generator
+    read: int, length: int, monkeypatch: pytest.MonkeyPatch, generator: Generator
 ) -> None:
     """Whenever it is asked for, and through saved states; of several runs, for each."""
     monkeypatch.setattr("grokcurv.pca.streaming.MOST_ROWS", 12)
-    x = torch.stack([trajectory(30, 40, generator), trajectory(30, 40, generator)], 1)
+    x = torch.stack([trajectory(30, length, generator), trajectory(30, length, generator)], 1)
     pca, alone = make({}, runs=2), [make({}), make({})]
     for t, rows in enumerate(x):
         if t == read:
@@ -727,9 +729,12 @@ def test_the_history_of_kept_rows_outlives_them(
             torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
 
 
-def test_masked_rows_are_not_in_the_history_of_kept_ones(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+@pytest.mark.parametrize("length", [40, 5])
+def test_masked_rows_are_not_in_the_history_of_kept_ones(
+    length: int, monkeypatch: pytest.MonkeyPatch, generator: Generator
+) -> None:
     monkeypatch.setattr("grokcurv.pca.streaming.MOST_ROWS", 12)
-    x = trajectory(30, 40, generator)
+    x = trajectory(30, length, generator)
     broken = x.clone()
     broken[[3, 11, 20]] = torch.inf
     monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)

@@ -17,7 +17,9 @@ from torch import Generator, Tensor
 
 from grokcurv import ops
 from grokcurv.pca import StreamingPCA
-from grokcurv.pca.prefixes import Prefixes
+from grokcurv.pca.common import Layout
+from grokcurv.pca.prefixes import GramPrefixes, Prefixes, ScatterPrefixes
+from grokcurv.pca.rows import Rows
 
 
 def gram(k: int = 3, **options: Any) -> StreamingPCA:
@@ -157,10 +159,20 @@ def test_masked_rows_are_not_in_the_scatter(monkeypatch: pytest.MonkeyPatch, gen
 # Prefixes
 
 
-def prefix_shares(x: Tensor) -> Tensor:
-    """By the kernels' way, from Gram matrices about the first row that numpy has made; (n, S) of x (S, n, p)."""
-    rows = (x - x[:, :1]).numpy()
-    prefixes = Prefixes(torch.from_numpy(rows @ rows.transpose(0, 2, 1)))
+def prefixes_of(x: Tensor, side: str) -> Prefixes:
+    """Of x (S, n, p), about the first row; Gram matrices by numpy."""
+    rows = x - x[:, :1]
+    if side == "gram":
+        return GramPrefixes(torch.from_numpy(rows.numpy() @ rows.numpy().transpose(0, 2, 1)))
+    layout = Layout((x.shape[2],) * len(x), x.device)
+    packed = Rows(layout.size, x.dtype, x.device, None)
+    packed.append(x.transpose(0, 1).flatten(1))
+    return ScatterPrefixes(packed, packed[0], layout)
+
+
+def prefix_shares(x: Tensor, side: str) -> Tensor:
+    """(n, S) of x (S, n, p)."""
+    prefixes = prefixes_of(x, side)
     return torch.stack([prefixes.leading_share(size) for size in range(1, x.shape[1] + 1)])
 
 
@@ -184,35 +196,71 @@ KINDS: dict[str, Callable[[int, int, Generator], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefixes_of_every_kind_of_trajectory(kind: str, generator: Generator) -> None:
-    for n in (31, 32, 33, 64, 101):
-        x = torch.stack([KINDS[kind](n, 40, generator) for _ in range(2)])
-        found = prefix_shares(x)
-        for want, got in zip([shares(one) for one in x], found[1:].T, strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-11)
+@pytest.mark.parametrize(("side", "p"), [("gram", 40), ("scatter", 40), ("scatter", 7)])
+def test_prefixes_of_every_kind_of_trajectory(side: str, p: int, kind: str, generator: Generator) -> None:
+    x = torch.stack([KINDS[kind](101, p, generator) for _ in range(2)])
+    found = prefix_shares(x, side)
+    for want, got in zip([shares(one) for one in x], found[1:].T, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-11)
 
 
-def test_a_prefix_is_that_of_its_own_rows_to_the_bit(generator: Generator) -> None:
+@pytest.mark.parametrize("side", ["gram", "scatter"])
+def test_a_prefix_is_that_of_its_own_rows_to_the_bit(side: str, generator: Generator) -> None:
     """Whatever rows follow, whatever prefixes were asked for before, and whoever is solved beside it."""
     x = torch.stack([KINDS[kind](101, 40, generator) for kind in KINDS])
-    whole = prefix_shares(x)
+    whole = prefix_shares(x, side)
     for n in (33, 47, 70, 96, 100):
-        all_rows = (x - x[:, :1]).numpy()
-        products = torch.from_numpy(all_rows @ all_rows.transpose(0, 2, 1))[:, :n, :n]
-        assert Prefixes(products).leading_share(n).nan_to_num(7).equal(whole[n - 1].nan_to_num(7))
+        assert prefixes_of(x[:, :n], side).leading_share(n).nan_to_num(7).equal(whole[n - 1].nan_to_num(7))
         for run in range(len(x)):
-            alone = Prefixes(products[run : run + 1]).leading_share(n)
+            alone = prefixes_of(x[run : run + 1, :n], side).leading_share(n)
             assert alone.nan_to_num(7).equal(whole[n - 1, run : run + 1].nan_to_num(7))
 
 
-def test_prefixes_of_a_trajectory_are_not_solved_from_nothing(
-    monkeypatch: pytest.MonkeyPatch, generator: Generator
-) -> None:
-    solved = []
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the eigenproblems that are solved from nothing, but those of Lanczos."""
+    sizes: list[int] = []
     eigh = ops.eigh
-    monkeypatch.setattr(ops, "eigh", lambda a, k: solved.append(a.shape[-1]) or eigh(a, k))
-    prefix_shares(trajectory(128, 40, generator, torch.float64)[None])
-    assert [size for size in solved if size >= 32] == [32, 32, 64, 64, 96, 96, 128]
+    monkeypatch.setattr(ops, "eigh", lambda a, k: sizes.append(a.shape[-1]) or eigh(a, k))
+    return sizes
+
+
+@pytest.mark.parametrize(("side", "sizes"), [("gram", [32, 64, 96, 128]), ("scatter", [40] * 4)])
+def test_prefixes_of_a_trajectory_are_not_solved_from_nothing(
+    side: str, sizes: list[int], solved: list[int], generator: Generator
+) -> None:
+    prefixes = prefixes_of(trajectory(128, 40, generator, torch.float64)[None], side)
+    for size in range(32, 129):
+        prefixes.leading_share(size)
+    assert [size for size in solved if size >= 32] == sizes
+
+
+def test_the_history_of_short_rows_never_takes_the_larger_side(solved: list[int], generator: Generator) -> None:
+    x = trajectory(130, 40, generator, torch.float64)
+    pca = gram()
+    for rows in x.split([20, 25, 1, 54, 30]):
+        history = pca.partial_fit(rows).pc1_history_
+    assert max(solved) == 40
+    np.testing.assert_allclose(history[1:], shares(x), rtol=1e-11)
+    assert history.nan_to_num(7).equal(gram().partial_fit(x).pc1_history_.nan_to_num(7))
+    later = gram()
+    later.load_state_dict(gram().partial_fit(x[:70]).state_dict())
+    assert later.partial_fit(x[70:]).pc1_history_.nan_to_num(7).equal(history.nan_to_num(7))
+
+
+def test_the_history_of_short_rows_some_of_them_masked(monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
+    """Read before and after; a row that is left out leaves no trace."""
+    x = trajectory(90, 5, generator)
+    broken = x.clone()
+    broken[[50, 71]] = torch.nan
+    want = gram().partial_fit(x[[i for i in range(90) if i not in (50, 71)]]).pc1_history_
+    monkeypatch.setattr("grokcurv.pca.streaming.is_asynchronous", lambda device: True)
+    pca = gram().partial_fit(broken[:48])
+    pca.pc1_history_  # noqa: B018
+    pca.partial_fit(broken[48:])
+    with pytest.raises(ValueError, match=r"row 50 held .* and 1 more after it"):
+        pca.pc1_history_  # noqa: B018
+    torch.testing.assert_close(pca.pc1_history_, want, rtol=1e-12, atol=0, equal_nan=True)
 
 
 def test_small_motion_far_from_the_origin_is_not_lost(generator: Generator) -> None:

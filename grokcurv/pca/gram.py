@@ -11,6 +11,7 @@ blocks of G hold the whole history: the PCA of every prefix.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ from grokcurv.pca.common import (
     padded,
     trace,
 )
-from grokcurv.pca.prefixes import Prefixes
+from grokcurv.pca.prefixes import GramPrefixes, ScatterPrefixes
 from grokcurv.pca.rows import Rows
 from grokcurv.reference import compute_type
 
@@ -125,6 +126,7 @@ class Gram(Method):
             self.rows.keep(index.tolist())
             self.gram = self.gram[:, index][:, :, index]
             self.shares = self.shares[:0]
+            self.__dict__.pop("_scatters", None)
 
     def forget(self) -> None:
         self.__dict__.pop("solution", None)
@@ -140,7 +142,7 @@ class Gram(Method):
     @property
     def narrow(self) -> bool:
         """Whether there are more rows than any segment has coordinates; not where those are on several processes."""
-        return len(self.rows) > max(self.layout.lengths) and self.layout.partition == WHOLE
+        return len(self.rows) > self._most_wide
 
     @cached_property
     def solution(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,21 +194,32 @@ class Gram(Method):
         """(n, S); the first is NaN, since one row has no variance. Every prefix is solved once, when first read."""
         done, n = len(self.shares), len(self.rows)
         if done < n:
-            prefixes = Prefixes(self.raw)
-            new = [prefixes.leading_share(size) for size in range(done + 1, n + 1)]
+            wide = range(done + 1, min(n, self._most_wide) + 1)
+            narrow = range(max(done, self._most_wide) + 1, n + 1)
+            new = []
+            if wide:
+                prefixes = GramPrefixes(self.raw[:, : wide[-1], : wide[-1]])
+                new += [prefixes.leading_share(size) for size in wide]
+            new += [self._scatters.leading_share(size) for size in narrow]
             self.shares = torch.cat([self.shares, torch.stack(new)])
         return self.shares
+
+    @cached_property
+    def _scatters(self) -> ScatterPrefixes:
+        """Of the prefixes read so far; rows that come later are added when theirs are."""
+        return ScatterPrefixes(self.rows, None if self._differences else self.origin, self.layout)
 
     @property
     def history_bound(self) -> Tensor:
         """(n, S): zeros, as prefixes are exact but for rounding."""
         return torch.zeros_like(self.history)
 
-    def without_rows(self) -> Gram:
-        """What can still tell the history."""
+    def past(self) -> Gram:
+        """What can still tell the history: only where rows are short and many it takes the rows themselves."""
         other = copy.copy(self)
         other.rows, other.gram = copy.copy(self.rows), self.raw.clone()
-        other.rows.release()
+        if not self.narrow:
+            other.rows.release()
         return other
 
     def step_norms(self) -> Tensor:
@@ -247,6 +260,12 @@ class Gram(Method):
     # Helpers
 
     @property
+    def _most_wide(self) -> int:
+        """So many rows have a Gram matrix no larger than the scatter matrix of a segment's coordinates."""
+        longest = max(self.layout.lengths)
+        return longest if longest and self.layout.partition == WHOLE else sys.maxsize
+
+    @property
     def _differences(self) -> bool:
         return self.rows.dtype != self.dtype
 
@@ -268,7 +287,7 @@ class Gram(Method):
     def _centred(self) -> Tensor:
         """(S, n, n): the Gram matrices about the mean of the rows, zero where a row is masked."""
         if self.flags is None:
-            return Prefixes(self.raw).centred(len(self.rows))
+            return GramPrefixes(self.raw).centred(len(self.rows))
         share, both = self._shares_of_rows(), self.flags[:, None] & self.flags
         mean = self.raw @ share
         grand = (mean @ share)[:, None, None]

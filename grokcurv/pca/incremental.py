@@ -139,7 +139,7 @@ class Incremental(Method):
         self.rounding += gram.rounding()
         self.forget()
         if self.appended == len(gram.rows):
-            self.earlier = gram.without_rows()
+            self.earlier = gram.past()
 
     def drop_masked(self) -> None:
         """None are held: they are zeros of no weight."""

@@ -43,6 +43,10 @@ class Rows:
     def __len__(self) -> int:
         return self._count
 
+    def __getitem__(self, number: int) -> Tensor:
+        page, row = divmod(number, self.page_rows)
+        return self._pages[page][row]
+
     def pages(self) -> Iterator[tuple[int, Tensor]]:
         """The number of the first row of each page, and the page (n_i, size), in order."""
         for start, page in zip(range(0, self._count, self.page_rows), self._pages, strict=False):
@@ -65,16 +69,12 @@ class Rows:
     def keep(self, numbers: list[int]) -> None:
         """Drop all rows but these, which ascend."""
         for to, number in enumerate(numbers if self._pages else ()):
-            self._row(to).copy_(self._row(number))
+            self[to].copy_(self[number])
         self._count = len(numbers)
 
     def release(self) -> None:
         """Give their memory back; how many there are is still known."""
         self._pages, self._file = [], None
-
-    def _row(self, number: int) -> Tensor:
-        page, row = divmod(number, self.page_rows)
-        return self._pages[page][row]
 
     def _new_page(self) -> Tensor:
         shape = (self.page_rows, self.size)
