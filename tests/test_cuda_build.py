@@ -113,6 +113,11 @@ def test_every_block_algorithm_is_compiled_for_every_architecture(kernels: list[
         assert {name for name in stated if not any(f"5block{name}" in mangled for mangled in names)} == set()
 
 
+def test_every_kernel_of_every_source_is_preloaded(kernels: list[Kernel], extension: ModuleType) -> None:
+    """One that several sources have is there once for each, and is loaded for each."""
+    assert extension.KERNELS == Counter(kernel.architecture for kernel in kernels)[kernels[0].architecture]
+
+
 def test_registers_do_without_the_stack(kernels: list[Kernel]) -> None:
     """Nothing is spilled, and no array is indexed in memory."""
     assert [kernel for kernel in kernels if kernel.stack or kernel.spilled] == []

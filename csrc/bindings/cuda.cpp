@@ -11,6 +11,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("COMPILER") = GROKCURV_COMPILER;
   m.attr("ARCHITECTURES") = GROKCURV_ARCHITECTURES;
   m.attr("RUNTIME") = cuda::runtime_version();
+  m.attr("KERNELS") = cuda::kernel_count();
   m.def("driver", &cuda::driver_version);
   m.def("preload", &cuda::preload);
   define_kernels(m);

@@ -48,8 +48,10 @@ inline void check(cudaError_t error, const char* what) {
 // Every kernel that is launched anywhere, to be loaded before the first: loading is not allowed during a capture.
 std::vector<const void*>& kernels();
 
+// One for each source: nvcc gives every source a stub of its own for a kernel that several have, and each is loaded by
+// itself.
 template <class Body>
-inline const bool registered = (kernels().push_back(reinterpret_cast<const void*>(&kernel<Body>)), true);
+static const bool registered = (kernels().push_back(reinterpret_cast<const void*>(&kernel<Body>)), true);
 
 // Counts the workspace of a task, or carries it out on a stream.
 class Device {

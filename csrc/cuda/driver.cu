@@ -18,6 +18,10 @@ int driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+int kernel_count() {
+  return static_cast<int>(kernels().size());
+}
+
 void preload() {
   for (const void* kernel : kernels()) {
     cudaFuncAttributes attributes;

@@ -7,6 +7,9 @@ namespace grokcurv::cuda {
 int runtime_version();
 int driver_version();
 
+// How many kernels there are, one that several sources have once for each.
+int kernel_count();
+
 // Loads every kernel on the current device. A capture must not be the first to need one.
 void preload();
 
