@@ -115,7 +115,7 @@ def test_every_block_algorithm_is_compiled_for_every_architecture(kernels: list[
 
 def test_every_kernel_of_every_source_is_preloaded(kernels: list[Kernel], extension: ModuleType) -> None:
     """One that several sources have is there once for each, and is loaded for each."""
-    assert extension.KERNELS == Counter(kernel.architecture for kernel in kernels)[kernels[0].architecture]
+    assert Counter(kernel.architecture for kernel in kernels)[kernels[0].architecture] == extension.KERNELS
 
 
 def test_registers_do_without_the_stack(kernels: list[Kernel]) -> None:
