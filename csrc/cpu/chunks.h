@@ -18,8 +18,8 @@ void for_each_chunk(Index size, Index vectors, int threads, const Body& body) {
 }
 
 // sums[j] = basis[j] . x over the coordinates of the chunk of a vector, which x[0], x[1], ... hold.
-template <class C>
-GROKCURV_INLINE void dot_rows(const Basis& basis, Index vector, Span here, const double* x, double* sums) {
+template <class C, class X>
+GROKCURV_INLINE void dot_rows(const Basis& basis, Index vector, Span here, const X* x, double* sums) {
   const C* values = basis.values.of<C>(vector);
   for (Index j = 0; j < basis.count; ++j) {
     const Span both = basis[j] & here;

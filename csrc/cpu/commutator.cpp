@@ -11,47 +11,46 @@ template <class T, bool bracket, bool with_theta>
 struct Accumulator {
   static constexpr Index columns = commutator_sums(with_theta);
 
-  Lanes eta;    // the step, or its square in a bracket
-  Lanes eta_c;  // the step in the compute type
+  // What the vectors' own operations are done on.
+  using Own = std::conditional_t<std::is_same_v<T, float>, Floats, Lanes>;
+
+  Lanes eta;         // the step, or its square in a bracket
+  Compute<T> eta_c;  // the step in the compute type
   Lanes sum[columns] = {};
 
   GROKCURV_INLINE explicit Accumulator(double step)
-      : eta(Lanes::filled(bracket ? step * step : step)), eta_c(Lanes::filled(step).template rounded<Compute<T>>()) {}
+      : eta(Lanes::filled(bracket ? step * step : step)), eta_c(static_cast<Compute<T>>(step)) {}
 
   // Takes the next coordinates and returns their delta.
-  GROKCURV_INLINE Lanes add(Lanes g_a, Lanes g_b, Lanes a2, Lanes b2, Lanes theta) {
+  GROKCURV_INLINE Lanes add(Lanes g_a, Lanes g_b, Lanes a2, Lanes b2) {
     const Lanes change_a = bracket ? a2 : a2 - g_a;
     const Lanes change_b = bracket ? b2 : b2 - g_b;
     const Lanes delta = eta * (bracket ? change_b - change_a : change_a - change_b);
-    sum[0] += g_a * g_a;
-    sum[1] += g_b * g_b;
-    sum[2] += g_a * g_b;
+    sum[0] = add_product<T, T>(sum[0], g_a, g_a);
+    sum[1] = add_product<T, T>(sum[1], g_b, g_b);
+    sum[2] = add_product<T, T>(sum[2], g_a, g_b);
     sum[3] += delta * delta;
     sum[4] += change_a * change_a;
     sum[5] += change_b * change_b;
-    if constexpr (with_theta) {
-      const Lanes r = (direct(theta, g_a, b2) - direct(theta, g_b, a2)).template rounded<T>();
-      const Lanes q_a = stored(theta, g_a) - (theta - eta * g_a);
-      const Lanes q_b = stored(theta, g_b) - (theta - eta * g_b);
-      sum[6] += r * r;
-      sum[7] += (r - delta) * (r - delta);
-      sum[8] += q_a * q_a;
-      sum[9] += q_b * q_b;
-    }
     return delta;
   }
 
+  // Takes what rounding does to the same coordinates.
+  GROKCURV_INLINE void add_rounding(Lanes delta, Own g_a, Own g_b, Own a2, Own b2, Own theta) {
+    const Lanes r = widened(rounded<T>(direct(theta, g_a, b2) - direct(theta, g_b, a2)));
+    const Lanes q_a = widened(stored(theta, g_a)) - (widened(theta) - eta * widened(g_a));
+    const Lanes q_b = widened(stored(theta, g_b)) - (widened(theta) - eta * widened(g_b));
+    sum[6] = add_product<T, T>(sum[6], r, r);
+    sum[7] += (r - delta) * (r - delta);
+    sum[8] += q_a * q_a;
+    sum[9] += q_b * q_b;
+  }
+
  private:
-  // One operation on floats, done in double and rounded to float, is rounded as the float operation is (53 >= 2 * 24 +
-  // 2 bits); so these are the operations of the vectors' own type.
-  GROKCURV_INLINE Lanes product(Lanes g) const { return (eta_c * g).template rounded<Compute<T>>(); }
-  GROKCURV_INLINE Lanes stored(Lanes theta, Lanes g) const { return (theta - product(g)).template rounded<T>(); }
-  GROKCURV_INLINE Lanes step(Lanes theta, Lanes g) const {
-    return (theta - product(g).template rounded<T>()).template rounded<T>();
-  }
-  GROKCURV_INLINE Lanes direct(Lanes theta, Lanes first, Lanes second) const {
-    return step(step(theta, first), second);
-  }
+  GROKCURV_INLINE Own product(Own g) const { return rounded<Compute<T>>(filled<Own>(eta_c) * g); }
+  GROKCURV_INLINE Own stored(Own theta, Own g) const { return rounded<T>(theta - product(g)); }
+  GROKCURV_INLINE Own step(Own theta, Own g) const { return rounded<T>(theta - rounded<T>(product(g))); }
+  GROKCURV_INLINE Own direct(Own theta, Own first, Own second) const { return step(step(theta, first), second); }
 };
 
 // One chunk of one vector: its partial sums in the order of the columns, and its delta.
@@ -68,19 +67,17 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
   const bool stores_delta = task.basis.count > 0 || task.segments.count > 0 || task.delta != nullptr;
   double delta[chunk];
   Index i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    const Lanes point = with_theta ? Lanes::load(theta + i) : Lanes{};
-    const Lanes next =
-        accumulator.add(Lanes::load(g_a + i), Lanes::load(g_b + i), Lanes::load(a2 + i), Lanes::load(b2 + i), point);
-    if (stores_delta) next.store(delta + i);
-  }
-  if (const Index rest = n - i; rest > 0) {
-    const auto tail = [&](const T* x) { return Lanes::load(x + i, rest); };
-    const Lanes point = with_theta ? tail(theta) : Lanes{};
-    double last[lanes];
-    accumulator.add(tail(g_a), tail(g_b), tail(a2), tail(b2), point).store(last);
-    std::memcpy(delta + i, last, static_cast<std::size_t>(rest) * sizeof(double));
-  }
+  const auto add = [&](Index rest) __attribute__((always_inline)) {  // or the sums would leave the registers
+    const auto at_i = [&](const T* x) { return load<Lanes>(x + i, rest); };
+    const Lanes next = accumulator.add(at_i(g_a), at_i(g_b), at_i(a2), at_i(b2));
+    if constexpr (with_theta) {
+      const auto own = [&](const T* x) { return load<typename Accumulator<T, bracket, with_theta>::Own>(x + i, rest); };
+      accumulator.add_rounding(next, own(g_a), own(g_b), own(a2), own(b2), own(theta));
+    }
+    if (stores_delta) next.store(delta + i, rest);
+  };
+  for (; i + lanes <= n; i += lanes) add(lanes);
+  if (i < n) add(n - i);
 
 #pragma GCC unroll 10  // constant subscripts keep the sums in registers
   for (Index j = 0; j < accumulator.columns; ++j) partials[j] = accumulator.sum[j].fold();

@@ -13,6 +13,9 @@ constexpr Index steps = gram_block / lanes;
 // Rows of a register tile: its tile x tile sums stay in registers, one part of the lanes after the other.
 constexpr Index tile = Lanes::registers == 1 ? 4 : 3;
 
+// Tiles that stay in the first cache while all others come by, one after the other.
+constexpr Index beside = 3;
+
 template <class T>
 struct Rows {
   const T* values;
@@ -27,6 +30,10 @@ template <class T>
 GROKCURV_INLINE void prefetch(const T* x) {
   __builtin_prefetch(x, 0, 2);
 }
+
+// Whether products of coordinates are those of floats; the difference from an origin is none.
+template <class T, bool shift>
+constexpr bool exact = !shift && !std::is_same_v<T, double>;
 
 // What all steps of a task share. `shift` says whether there is an origin.
 template <class T, bool shift>
@@ -70,6 +77,7 @@ void pack_tiles(const Source<T, shift>& source, const Rows<T>& rows, Span here, 
 }
 
 // sums[i * stride + j] += x_i . y_j for the rows of two tiles over `count` steps of a block.
+template <bool exact>
 GROKCURV_INLINE void add_tile(const double* x, const double* y, Index count, double* sums, Index stride) {
   Lanes sum[tile][tile];
   for (int k = 0; k < Lanes::registers; ++k) {
@@ -84,7 +92,7 @@ GROKCURV_INLINE void add_tile(const double* x, const double* y, Index count, dou
         Register x_i;
         std::memcpy(&x_i, x_k + i * lanes, sizeof x_i);
 #pragma GCC unroll 4
-        for (Index j = 0; j < tile; ++j) part[i][j] += x_i * y_j[j];
+        for (Index j = 0; j < tile; ++j) part[i][j] = multiply_add<exact>(x_i, y_j[j], part[i][j]);
       }
     }
 #pragma GCC unroll 4
@@ -110,10 +118,13 @@ void add_range_by_tiles(const Source<T, shift>& source, const Rows<T>& x, const 
     pack_tiles(source, x, block, packed_x);
     if (!symmetric) pack_tiles(source, y, block, packed_y);
     const Index count = (block.length() + lanes - 1) / lanes;
-    for (Index i = 0; i < x.tiles(); ++i) {
-      for (Index j = symmetric ? i : 0; j < y.tiles(); ++j) {
-        double* to = sums + i * tile * stride + j * tile;
-        add_tile(packed_x + i * tile_size, packed_y + j * tile_size, count, to, stride);
+    for (Index first = 0; first < x.tiles(); first += beside) {
+      const Index last = first + beside < x.tiles() ? first + beside : x.tiles();
+      for (Index j = symmetric ? first : 0; j < y.tiles(); ++j) {
+        for (Index i = first; i < (symmetric && j < last ? j + 1 : last); ++i) {
+          double* to = sums + i * tile * stride + j * tile;
+          add_tile<exact<T, shift>>(packed_x + i * tile_size, packed_y + j * tile_size, count, to, stride);
+        }
       }
     }
   }
@@ -161,7 +172,7 @@ void sum_range_of_kept(const Source<T, shift>& source, const Rows<T>& few, const
 #pragma GCC unroll 4
           for (Index i = 0; i < kept; ++i) {
             const Lanes x_i = Lanes::load(x + i * gram_slab + (p - slab.start));
-            for (Index r = 0; r < together; ++r) sum[i][r] += x_i * y[r];
+            for (Index r = 0; r < together; ++r) sum[i][r] = multiply_add<exact<T, shift>>(x_i, y[r], sum[i][r]);
           }
         };
         Index p = block.start;

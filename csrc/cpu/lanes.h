@@ -54,6 +54,21 @@ GROKCURV_INLINE void store_floats(float* x, Register y) {
 }
 #endif
 
+// sum + x y, rounded once. An `exact` product, as that of two numbers that were floats is, may be rounded before it is
+// added: nothing is lost, and what comes out is the same.
+template <bool exact>
+GROKCURV_INLINE Register multiply_add(Register x, Register y, Register sum) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(x, y, sum);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(x, y, sum);
+#else
+  if constexpr (exact) return sum + x * y;
+  for (unsigned i = 0; i < sizeof(Register) / sizeof(double); ++i) sum[i] = __builtin_fma(x[i], y[i], sum[i]);
+  return sum;
+#endif
+}
+
 struct Lanes {
   static constexpr int width = sizeof(Register) / sizeof(double);
   static constexpr int registers = lanes / width;
@@ -116,45 +131,125 @@ struct Lanes {
     std::memcpy(x, values, static_cast<std::size_t>(n) * sizeof(T));
   }
 
-  // Every lane rounded to T.
-  template <class T>
-  GROKCURV_INLINE Lanes rounded() const {
-    if constexpr (std::is_same_v<T, double>) return *this;
-    T values[lanes];
-    store(values);
-    return load(values);
-  }
-
-  // The sum of the lanes, as a tree of fixed shape.
+  // The sum of the lanes, as a tree of fixed shape: ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)).
   GROKCURV_INLINE double fold() const {
-    double x[lanes];
-    store(x);
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+    const auto all = part[0];
+    const auto four = __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
+#else
+    const auto four = part[0] + part[1];
+#endif
+    const auto two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+#else
+    const auto two = (part[0] + part[2]) + (part[1] + part[3]);
+#endif
+    return two[0] + two[1];
   }
 };
 
-#define GROKCURV_LANEWISE(op)                                                      \
-  GROKCURV_INLINE Lanes operator op(Lanes x, Lanes y) {                            \
-    for (int k = 0; k < Lanes::registers; ++k) x.part[k] = x.part[k] op y.part[k]; \
+// Eight floats, for arithmetic that is rounded as theirs.
+struct Floats {
+  typedef float Part __attribute__((vector_size(sizeof(Register) < 32 ? 16 : 32)));
+  static constexpr int registers = lanes * sizeof(float) / sizeof(Part);
+
+  Part part[registers];
+};
+
+#define GROKCURV_LANEWISE(Eight, op)                                               \
+  GROKCURV_INLINE Eight operator op(Eight x, Eight y) {                            \
+    for (int k = 0; k < Eight::registers; ++k) x.part[k] = x.part[k] op y.part[k]; \
     return x;                                                                      \
   }
-GROKCURV_LANEWISE(+)
-GROKCURV_LANEWISE(-)
-GROKCURV_LANEWISE(*)
+GROKCURV_LANEWISE(Lanes, +)
+GROKCURV_LANEWISE(Lanes, -)
+GROKCURV_LANEWISE(Lanes, *)
+GROKCURV_LANEWISE(Floats, -)
+GROKCURV_LANEWISE(Floats, *)
 #undef GROKCURV_LANEWISE
 
 GROKCURV_INLINE Lanes& operator+=(Lanes& x, Lanes y) {
   return x = x + y;
 }
 
-// sum_i x_i y_i over n coordinates.
+template <bool exact>
+GROKCURV_INLINE Lanes multiply_add(Lanes x, Lanes y, Lanes sum) {
+  for (int k = 0; k < Lanes::registers; ++k) sum.part[k] = multiply_add<exact>(x.part[k], y.part[k], sum.part[k]);
+  return sum;
+}
+
+// Eight numbers from memory, or the first n of them and zeros behind.
+template <class Eight, class T>
+GROKCURV_INLINE Eight load(const T* x, Index n) {
+  if constexpr (std::is_same_v<Eight, Lanes>) {
+    return Lanes::load(x, n);
+  } else {
+    Floats y{};
+    std::memcpy(&y, x, n >= lanes ? sizeof y : static_cast<std::size_t>(n) * sizeof(T));
+    return y;
+  }
+}
+
+// The same number eight times.
+template <class Eight>
+GROKCURV_INLINE Eight filled(double x) {
+  if constexpr (std::is_same_v<Eight, Lanes>) {
+    return Lanes::filled(x);
+  } else {
+    Floats y;
+    for (int k = 0; k < Floats::registers; ++k) y.part[k] = static_cast<float>(x) - Floats::Part{};
+    return y;
+  }
+}
+
+GROKCURV_INLINE Lanes widened(Lanes x) {
+  return x;
+}
+
+GROKCURV_INLINE Lanes widened(Floats x) {
+  float values[lanes];
+  std::memcpy(values, &x, sizeof x);
+  return Lanes::load(values);
+}
+
+// Every lane rounded to T. What is done in float64 with floats and rounded to float is rounded as if it had been done
+// with floats (53 >= 2 * 24 + 2 bits), so these are T's own operations.
+template <class T>
+GROKCURV_INLINE Lanes rounded(Lanes x) {
+  if constexpr (std::is_same_v<T, double>) return x;
+  T values[lanes];
+  x.store(values);
+  return Lanes::load(values);
+}
+
+template <class T>
+GROKCURV_INLINE Floats rounded(Floats x) {
+  return x;
+}
+
+// sum + x y, in one rounding where that changes nothing: x and y were an X and a Y.
+template <class X, class Y>
+GROKCURV_INLINE Lanes add_product(Lanes sum, Lanes x, Lanes y) {
+  constexpr bool exact = !std::is_same_v<X, double> && !std::is_same_v<Y, double>;
+  if constexpr (exact) return multiply_add<true>(x, y, sum);
+  return sum + x * y;
+}
+
+// sum_i x_i y_i over n coordinates: eights of them in two sums by turns, since a sum waits for its term before.
 template <class X, class Y>
 GROKCURV_INLINE double dot(const X* x, const Y* y, Index n) {
-  Lanes sum{};
+  Lanes even{}, odd{};
+  const auto add = [&](Lanes& sum, Index i) __attribute__((always_inline)) {
+    if (i < n) sum = add_product<X, Y>(sum, Lanes::load(x + i, n - i), Lanes::load(y + i, n - i));
+  };
   Index i = 0;
-  for (; i + lanes <= n; i += lanes) sum += Lanes::load(x + i) * Lanes::load(y + i);
-  if (i < n) sum += Lanes::load(x + i, n - i) * Lanes::load(y + i, n - i);
-  return sum.fold();
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    even = add_product<X, Y>(even, Lanes::load(x + i), Lanes::load(y + i));
+    odd = add_product<X, Y>(odd, Lanes::load(x + i + lanes), Lanes::load(y + i + lanes));
+  }
+  add(even, i);
+  add(odd, i + lanes);
+  return (even + odd).fold();
 }
 
 }  // namespace grokcurv::cpu::GROKCURV_ISA

@@ -8,9 +8,10 @@ namespace grokcurv::cpu::GROKCURV_ISA {
 
 namespace {
 
-// A tile is this many outputs on eight coordinates: its sums fill half of the registers of an instruction set that has
-// 16 of them. A sum takes its terms in the order of the rows, whatever the tile is.
-constexpr int tile = 8 / Lanes::registers;
+// A tile is this many outputs on eight coordinates: its sums fill twelve registers, which leaves four of the sixteen
+// that most instruction sets have; the plainest needs four for the coordinates and one more. A sum takes its terms in
+// the order of the rows, whatever the tile is.
+constexpr int tile = Lanes::registers == 4 ? 2 : 12 / Lanes::registers;
 
 // The processor follows fewer streams by itself than there are rows, so each is asked for this far ahead.
 constexpr Index ahead = 128;
@@ -32,14 +33,17 @@ void widen_block(const Rotate& task, Span here, Index stop, double* panels) {
   }
 }
 
-// sums[r] = sum_i coefficients[r][i] x[i] for R rows of coefficients and one panel.
-template <int R>
-GROKCURV_INLINE void combine(const double* coefficients, const double* x, Index inputs, Lanes (&sums)[R]) {
-  for (int r = 0; r < R; ++r) sums[r] = Lanes{};
+// Gives out(r, sum_i coefficients[r][i] x[i]) for R rows of coefficients and one panel.
+template <int R, class Out>
+GROKCURV_INLINE void combine(const double* coefficients, const double* x, Index inputs, const Out& out) {
+  Lanes sums[R] = {};
   for (Index i = 0; i < inputs; ++i) {
     const Lanes row = Lanes::load(x + i * lanes);
+#pragma GCC unroll 12  // constant subscripts keep the sums in registers
     for (int r = 0; r < R; ++r) sums[r] += Lanes::filled(coefficients[r * inputs + i]) * row;
   }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) out(r, sums[r]);
 }
 
 // The outputs from `first` on, on one panel: tiles of R rows, and what is left in smaller ones.
@@ -47,18 +51,16 @@ template <int R, class Out>
 GROKCURV_INLINE void combine_rows(const Rotate& task, const double* coefficients, const double* x, Span here, Out* out,
                                   Index first) {
   for (; first + R <= task.outputs; first += R) {
-    Lanes sums[R];
-    combine(coefficients + first * task.inputs, x, task.inputs, sums);
-    for (int r = 0; r < R; ++r) sums[r].store(out + (first + r) * task.size + here.start, here.length());
+    combine<R>(coefficients + first * task.inputs, x, task.inputs,
+               [&](int r, Lanes sum) { sum.store(out + (first + r) * task.size + here.start, here.length()); });
   }
   if constexpr (R > 1) combine_rows<R / 2>(task, coefficients, x, here, out, first);
 }
 
 void add_mean(const Rotate& task, const double* x, Span here) {
-  Lanes sum[1];
-  combine(task.weights, x, task.inputs, sum);
   double* mean = task.mean + here.start;
-  (Lanes::load(mean, here.length()) + sum[0]).store(mean, here.length());
+  combine<1>(task.weights, x, task.inputs,
+             [&](int, Lanes sum) { (Lanes::load(mean, here.length()) + sum).store(mean, here.length()); });
 }
 
 template <class T, class Out>

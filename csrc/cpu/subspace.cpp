@@ -13,11 +13,9 @@ void split(const SubspaceSplit& task, int threads) {
 
   for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
     const T* v = static_cast<const T*>(task.v) + vector * task.size + here.start;
-    double x[chunk];
-    for (Index i = 0; i < here.length(); ++i) x[i] = widen(v[i]);
     double* partials = task.workspace + (vector * count + here.start / chunk) * columns;
-    partials[0] = dot(x, x, here.length());
-    dot_rows<Compute<T>>(task.basis, vector, here, x, partials + 1);
+    partials[0] = dot(v, v, here.length());
+    dot_rows<Compute<T>>(task.basis, vector, here, v, partials + 1);
   });
   fold(task.workspace, task.vectors, count, {{task.norm2, 1}, {task.coefficients, task.basis.count}});
 }

@@ -21,7 +21,7 @@ struct Rotate {
 
 namespace cpu {
 // A thread works on this many coordinates of all rows at a time: as doubles they stay in the first cache.
-constexpr Index rotate_block = 16;
+constexpr Index rotate_block = 64;
 
 GROKCURV_INLINE constexpr Index rotate_workspace_per_thread(Index inputs) {
   return inputs * rotate_block;
