@@ -1,0 +1,568 @@
+"""What the machine code of the kernels promises on a Hopper GPU: loads in flight, instructions, share of the floor.
+
+``python benches/machine_code.py`` compiles the CUDA sources for sm_90, reads what ``cuobjdump`` and ``nvdisasm`` say of
+them and prints the table of docs/cuda.md; no GPU is needed. It wants nvcc, and the two tools, which are on PyPI
+(``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or ``grokcurv[dev]``).
+
+How it reads. A function is cut into basic blocks; an edge to a block that dominates its start closes a loop. The loop
+that :data:`CASES` asks for is the smallest that holds the opcodes named there, so the innermost that streams what they
+stream. Of the ways through it the hot one loads most bytes by 128-bit loads, then stores most bytes if the loop is
+there to store, then is the shortest: whole quads, not cut ones, and nothing that a task may do without. A predicated
+instruction counts as executed.
+
+How it counts what is in flight. The hot path is issued in order, again and again; a streamed load arrives one latency
+after its issue, whoever reads a register that has not arrived waits, and nothing else takes time. Bytes in flight on a
+multiprocessor are the bytes that an iteration streams, by the latencies that it waits, times the threads that take
+part.
+
+How it predicts. For a coordinate a multiprocessor needs at least
+
+* for its bytes: all of them at 3.0 TB/s by 132, those that it loads at (bytes in flight) by 0.6 us,
+* for what crosses between L1 and L2: 64 bytes a clock, where stores go in whole sectors (:func:`sent`),
+* for its float64 operations: 64 a clock; for its conversions: 16; for its instructions: 128, of four warps.
+
+A loop takes the root of the sum of their squares. Their maximum would say that they overlap perfectly, which is too
+kind to loops that come near two bounds at once; their sum, that nothing overlaps. Loops of a kernel take turns, as do
+launches: their times are added. The floor is that of docs/cuda.md, at the same rates. Not modelled: that warps may be
+dealt unevenly to the four schedulers, latencies of anything but streamed loads, tensor cores, copies by TMA.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.util import find_spec
+from math import hypot
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+
+CORE = Path(__file__).parents[1] / "csrc"
+FLAGS = ("-std=c++20", "-O3", "-fmad=false")
+"""Those of CMakeLists.txt that machine code depends on."""
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+PROCESSORS, CLOCK = 132, 1.755e9
+"""Multiprocessors of an H100 SXM, and Hz under load. All that follows is of one multiprocessor and in its clocks."""
+BANDWIDTH, LATENCY = 3.0e12 / PROCESSORS / CLOCK, 0.6e-6 * CLOCK
+"""Of a copy, read and written, and of a load from memory that is busy."""
+PORT, FLOAT64, CONVERSIONS, ISSUED = 64, 64, 16, 128
+"""Bytes between L1 and L2, operations, conversions, and instructions of single threads."""
+REGISTERS, THREADS, SHARED, RESERVED = 65536, 2048, 228 * 1024, 1024
+"""What blocks share; the last is what the system takes of the shared memory of each."""
+BLOCK, SECTOR = 256, 32
+"""Threads of every block (``threads`` in csrc/block); bytes in which L2 is written."""
+
+# ---------------------------------------------------------------------------------------------------- what is looked at
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of a kernel, and what its machine code cannot tell.
+
+    Attributes:
+        name: what it does.
+        kernel: the end of the template's name and arguments, mangled, that no other kernel of the source has.
+        holds: opcodes that it holds, as often as they are named here.
+        times: how often the first of them is executed for a coordinate, by all threads together: this tells how many
+            coordinates an iteration handles, however it is unrolled.
+        shared: dynamic shared memory of a block, in bytes.
+        threads: of a block that take part.
+        streams: whether its loads of that opcode come from memory: false of tables, which the L1 cache holds.
+    """
+
+    name: str
+    kernel: str
+    holds: tuple[str, ...]
+    times: float
+    shared: int = 0
+    threads: int = BLOCK
+    streams: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at work: its loops, one after the other, and the floor of a coordinate as docs/cuda.md has it."""
+
+    name: str
+    source: str
+    bytes: float
+    flops: float
+    loops: tuple[Loop, ...]
+
+
+QUAD, CHUNK = "LDG.E.128", 4096 * 8
+"""A load of four coordinates; bytes of a chunk in shared memory."""
+PLAIN, WITH_THETA = "CommutatorRangeIfLb0ELb0ELb1E", "CommutatorRangeIfLb0ELb1ELb1E"
+
+
+def vectors(kernel: str, count: int, shared: int) -> Loop:
+    """Of the commutator: a quad takes a load of each of so many vectors, a coordinate a quarter of it."""
+    return Loop("vectors", kernel, (QUAD,) * count, count / 4, shared)
+
+
+def project(kernel: str, rows: float, threads: int, shared: int) -> Loop:
+    """So many rows of a basis meet a coordinate. A warp takes a row as a whole, so that only so many threads have work.
+
+    A value is loaded, its coordinate is in shared memory.
+    """
+    return Loop("project", kernel, ("LDG.E", "LDS.64"), rows, shared, threads)
+
+
+def rotated(outputs: int) -> Case:
+    """32 rows. A coordinate is a column of all of them; a panel in shared memory has 256, beside the coefficients.
+
+    Eight outputs on four columns are a thread's, so that 64 threads have work for each eight outputs.
+    """
+    kernel, shared, threads = "RotateColumnsIffE", 8 * 32 * (256 + outputs), outputs // 8 * 64
+    panel = Loop("panel", kernel, ("LDG.E", "ST.E.64"), 32, shared)
+    products = Loop("products", kernel, ("DFMA", "LDS.128"), 32 * outputs, shared, threads)
+    written = Loop("outputs", kernel, ("STG.E", "F2F.F32.F64"), outputs, shared, threads)
+    name, moved = f"rotate_, 32 rows to {outputs}", 4 * (32 + outputs)
+    return Case(name, "rotate", moved, 64 * outputs, (panel, products, written))
+
+
+# Eight warps have room for a sum each before the chunk.
+SPLIT = Loop("stage", "SplitRangeIfE", ("LDG.E", "STS.64"), 1, 64 + CHUNK)
+# With a theta for each direction a thread loads a quad of both for four coordinates; else theta's is in registers.
+PERTURB = Loop("vectors", "PerturbChunkIfLb1ELb0E", (QUAD, QUAD, "STG.E"), 2 / 4)
+PERTURB_SHARED = Loop("vectors", "PerturbChunkIfLb1ELb1E", (QUAD, QUAD, "STG.E"), 1 / 4)
+# 16 rows that hardly any quad meets, as in the bench. Each quad asks all of them, by one load if it does not meet; all
+# threads ask the same, so that the table stays in the L1 cache.
+FILTER = Loop("filter", "FilterChunkIfLb1E", (QUAD, "STG.E.128"), 1 / 4)
+FILTER_ROWS = Loop("rows missed", "FilterChunkIfLb1E", ("LDG.E.64",), 16 / 4, streams=False)
+# A coordinate is a column of 32 rows, loaded in eight pieces with an origin each. Of the square of tiles of 8 by 4, the
+# 20 on and right of the diagonal are multiplied, each on every eighth column: 160 threads have work.
+GRAM_STAGE = Loop("stage", "GramRangeIfE", ("LDG.E", "STS.128"), 32 + 8, 8 * 2 * 64 * 34)
+GRAM_PRODUCTS = Loop("products", "GramRangeIfE", ("DFMA", "LDS.128"), 20 * 32, 8 * 2 * 64 * 34, 160)
+# The signs of 1024 coordinates of a block come from nine counters.
+SKETCH = Loop("coordinates", "SketchRangeIfE", ("LDG.E",), 1, 8 * 32 + 16 * 32 * 9)
+SKETCH_SIGNS = Loop("signs", "SketchRangeIfE", ("STS.128",), 9 / 1024, 8 * 32 + 16 * 32 * 9)
+
+CASES = (
+    Case("commutator", "commutator", 16, 16, (vectors(PLAIN, 4, 384),)),
+    Case("commutator with theta", "commutator", 20, 31, (vectors(WITH_THETA, 5, 640),)),
+    # Pairs of directions that live on one matrix each: two rows meet every chunk, the other 14 cost next to nothing.
+    # The nine vectors of a measurement share their values, which memory has to give once.
+    Case(
+        "commutator on a basis of 16",
+        "commutator",
+        16 + 8 / 9,
+        20,
+        (vectors(PLAIN, 4, 384 + CHUNK), project(PLAIN, 2, 64, 384 + CHUNK)),
+    ),
+    Case("perturb", "perturb", 12, 0, (PERTURB,)),
+    Case("perturb, many from one theta", "perturb", 8, 0, (PERTURB_SHARED,)),
+    # Four rows of an eighth of the coordinates each, as in the bench: one warp of a block has work, half of the time.
+    Case("subspace_split", "subspace", 6, 3, (SPLIT, project("SplitRangeIfE", 1 / 2, 32, 64 + CHUNK))),
+    Case("subspace_filter_", "subspace", 12, 3, (SPLIT, FILTER, FILTER_ROWS)),
+    Case("gram, 32 rows", "gram", 4 * 32, 32 * 33, (GRAM_STAGE, GRAM_PRODUCTS)),
+    rotated(32),
+    rotated(16),
+    Case("sketch", "sketch", 4, 1, (SKETCH, SKETCH_SIGNS)),
+)
+
+# ----------------------------------------------------------------------------------------------- the code and its loops
+
+INSTRUCTION = re.compile(r"\s+/\*\w+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+LABEL = re.compile(r"([.$\w]+):")
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code."""
+
+    predicate: str
+    opcode: str
+    operands: str
+
+    @cached_property
+    def base(self) -> str:
+        """The opcode without its modifiers."""
+        return self.opcode.split(".")[0]
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes that a load or store moves for a thread."""
+        return next((WIDTHS[part] for part in self.opcode.split(".") if part in WIDTHS), 4)
+
+    @cached_property
+    def is_load(self) -> bool:
+        """From global memory, to registers or, asynchronously, to shared memory."""
+        return self.base in ("LDG", "LDGSTS")
+
+    @cached_property
+    def reads(self) -> list[int]:
+        """Registers, of a wide operand the first. An operand that begins with a register is written."""
+        named = [int(number) for number in re.findall(r"\bR(\d+)\b", self.operands)]
+        return named[1:] if re.match(r"R\d", self.operands) else named
+
+    @cached_property
+    def fills(self) -> range:
+        """The registers that a load fills."""
+        first = re.match(r"R(\d+)", self.operands)
+        return range(int(first[1]), int(first[1]) + -(-self.width // 4)) if first else range(0)
+
+
+Graph = Sequence[Sequence[int]]
+
+
+def reached(graph: Graph, start: int, without: int | None = None) -> set[int]:
+    """Blocks that can be come to from one, on ways that avoid another."""
+    found, waiting = {start}, [start]
+    while waiting:
+        fresh = {after for after in graph[waiting.pop()] if after != without} - found
+        found |= fresh
+        waiting += fresh
+    return found
+
+
+class Way(NamedTuple):
+    """From a block to the end of an iteration; of two the better one is the larger."""
+
+    wide: int
+    stored: int
+    shortness: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """Of one kernel: its blocks of instructions, in order, and for each the blocks that may follow."""
+
+    blocks: Sequence[Sequence[Instruction]]
+    following: Graph
+
+    @cached_property
+    def loops(self) -> dict[int, set[int]]:
+        """The blocks of each natural loop, by its first."""
+        preceding: list[list[int]] = [[] for _ in self.blocks]
+        for block in reached(self.following, 0):
+            for after in self.following[block]:
+                preceding[after].append(block)
+        loops: dict[int, set[int]] = {}
+        for head, before in enumerate(preceding):
+            elsewhere = reached(self.following, 0, without=head) if head else set()
+            for last in set(before) - elsewhere:
+                loops.setdefault(head, {head}).update(reached(preceding, last, without=head) if last != head else ())
+        return loops
+
+    def loop(self, holds: Sequence[str]) -> int:
+        """The first block of the smallest loop that holds these opcodes, each as often as it is named."""
+        sizes = {}
+        for head, body in self.loops.items():
+            opcodes = Counter(one.opcode for block in body for one in self.blocks[block])
+            if Counter(holds) <= opcodes:
+                sizes[head] = opcodes.total()
+        if not sizes:
+            raise ValueError(f"no loop holds {', '.join(holds)}: CASES describes another kernel than this")
+        return min(sizes, key=lambda head: sizes[head])
+
+    def hot_path(self, head: int, stores: bool) -> list[Instruction]:
+        """The way through a loop that the module's docstring describes; loops inside are gone through once, or not."""
+
+        @cache
+        def onward(block: int) -> Way | None:
+            ways = [Way(0, 0, 0, ())] if head in self.following[block] else []
+            for after in self.following[block]:
+                back = block in self.loops.get(after, ())
+                if after in self.loops[head] and not back and (way := onward(after)):
+                    ways.append(way)
+            if not ways:
+                return None
+            best, code = max(ways), self.blocks[block]
+            wide = sum(one.width for one in code if one.is_load and one.width == 16)
+            stored = sum(one.width for one in code if one.base == "STG" and stores)
+            return Way(best.wide + wide, best.stored + stored, best.shortness - len(code), (block, *best.blocks))
+
+        way = onward(head)
+        assert way is not None
+        return [one for block in way.blocks for one in self.blocks[block]]
+
+
+def parse(listing: str) -> Iterator[tuple[str, Function]]:
+    """The kernels, by mangled name, in what ``nvdisasm -c`` prints."""
+    for section in re.split(r"^\t\.section\t\.text\.", listing, flags=re.MULTILINE)[1:]:
+        yield section.split(",")[0], function(section)
+
+
+def function(section: str) -> Function:
+    """The control flow of one kernel. What it calls lies behind it and, reached by calls alone, is no part of it."""
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in section.splitlines():
+        if label := LABEL.fullmatch(line):
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.match(line):
+            code.append(Instruction(found[1] or "", found[2], found[3]))
+    ends = {n + 1 for n, one in enumerate(code) if one.base in ("BRA", "BRX", "EXIT", "RET")}
+    starts = sorted(start for start in {0, *labels.values(), *ends} if start < len(code))
+    blocks = [code[start:stop] for start, stop in zip(starts, [*starts[1:], len(code)], strict=True)]
+    following = []
+    for n, block in enumerate(blocks):
+        last, next_block = block[-1], [n + 1] if n + 1 < len(blocks) else []
+        target = re.search(r"`\((\S+)\)", last.operands)
+        # BRA.DIV is for warps that have come apart: they go another way to the same end.
+        leaves = last.base in ("BRA", "BRX", "EXIT", "RET") and last.opcode != "BRA.DIV"
+        always = leaves and not last.predicate and not re.match(r"!?U?P", last.operands)
+        jump = [starts.index(labels[target[1]])] if leaves and last.base == "BRA" and target else []
+        following.append(jump if always else [*next_block, *jump])
+    return Function(blocks, following)
+
+
+# ---------------------------------------------------------------------------------------------------- what is in flight
+
+
+def loads_ahead(path: Iterable[Instruction]) -> int:
+    """How many loads are issued before the first is waited for."""
+    pending: set[int] = set()
+    count = 0
+    for one in path:
+        if one.base == "DEPBAR" or pending.intersection(one.reads):
+            break
+        if one.is_load:
+            count += 1
+            pending.update(one.fills if one.base == "LDG" else ())
+    return count
+
+
+def latencies(path: Sequence[Instruction], streamed: str, turns: int = 16) -> float:
+    """How many latencies of memory an iteration waits for, one after the other, once the loop is under way."""
+    now = 0
+    arrival: dict[int, int] = {}  # of registers
+    groups = [0]  # of asynchronous copies, when they arrive; the last one is open
+    ends = []
+    for _ in range(turns):
+        for one in path:
+            if one.base == "LDGDEPBAR":
+                groups.append(0)
+            elif one.base == "DEPBAR":
+                most = re.search(r", (0x\w+)", one.operands)
+                closed = len(groups) - 1 - (int(most[1], 16) if most else 0)
+                now = max(now, 0, *groups[: max(0, closed)])
+            now = max(now, 0, *(arrival.pop(register, 0) for register in one.reads))
+            if one.opcode == streamed and one.base == "LDGSTS":
+                groups[-1] = now + 1
+            elif one.opcode == streamed:
+                arrival.update(dict.fromkeys(one.fills, now + 1))
+        ends.append(now)
+    return (ends[-1] - ends[turns // 2 - 1]) / (turns - turns // 2)
+
+
+def sent(path: Iterable[Instruction]) -> int:
+    """Bytes that the stores of a path send to L2.
+
+    Threads beside each other store beside each other. Where a thread stores a run of numbers one by one, each store of
+    a warp touches all sectors that the runs of its threads lie in.
+    """
+
+    def of_runs(widths: dict[int, int]) -> int:
+        total, run = 0, list[int]()
+        for offset in sorted(widths):
+            run.append(widths[offset])
+            if offset + widths[offset] not in widths:
+                total += sum(max(width, min(sum(run), SECTOR)) for width in run)
+                run = []
+        return total
+
+    total = 0
+    places: dict[str, dict[int, int]] = {}
+    for one in path:
+        if one.base == "STG" and (place := re.search(r"\[(R\d+)[^+\]]*\+?(-?0x\w+)?", one.operands)):
+            register, offset = place[1], int(place[2] or "0", 16)
+            # The same offset again: the register holds another address by now.
+            if offset in places.get(register, {}):
+                total += of_runs(places.pop(register))
+            places.setdefault(register, {})[offset] = one.width
+    return total + sum(map(of_runs, places.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------- predictions
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read off a loop, and off its kernel: registers, spills, warps resident, generic accesses.
+
+    Attributes:
+        wide, other: loads of 16 bytes from global memory in an iteration, and of fewer.
+        ahead: loads issued before the first is waited for.
+        width: bytes of a streamed load; 0 of a loop that streams nothing.
+        in_flight: bytes on a multiprocessor.
+        instructions, float64, conversions, clocks: for a coordinate.
+    """
+
+    loop: Loop
+    registers: int
+    spills: int
+    warps: int
+    generic: int
+    wide: int
+    other: int
+    ahead: int
+    width: int
+    in_flight: float
+    instructions: float
+    float64: float
+    conversions: float
+    clocks: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a case, with its floor in clocks for a coordinate."""
+
+    case: Case
+    readings: list[Reading]
+    floor: float
+
+    @property
+    def clocks(self) -> float:
+        """For a coordinate."""
+        return sum(reading.clocks for reading in self.readings)
+
+    @property
+    def share(self) -> float:
+        """Of the floor in the time: one where nothing is lost."""
+        return self.floor / self.clocks
+
+
+def resident(registers: int, shared: int) -> int:
+    """Blocks on a multiprocessor. A warp takes registers in units of 256."""
+    of_block = BLOCK // 32 * (-(-32 * registers // 256) * 256)
+    return min(REGISTERS // of_block, THREADS // BLOCK, SHARED // (shared + RESERVED))
+
+
+def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
+    """A loop, in the code of its kernel."""
+    first = loop.holds[0]
+    path = code.hot_path(code.loop(loop.holds), stores=any(opcode.startswith("STG") for opcode in loop.holds))
+    everything = Counter(one.base for block in code.blocks for one in block)
+    opcodes, bases = Counter(one.opcode for one in path), Counter(one.base for one in path)
+    coordinates = opcodes[first] / loop.times
+    operations = sum(bases[base] for base in ("DADD", "DMUL", "DFMA", "DSETP"))
+    loads = [one for one in path if one.is_load]
+    blocks = resident(registers, loop.shared)
+
+    width = next((one.width for one in loads if one.opcode == first and loop.streams), 0)
+    loaded, stored = opcodes[first] * width, sum(one.width for one in path if one.base == "STG")
+    waits = latencies(path, first) if width else 0
+    in_flight = loaded / waits * loop.threads * blocks if waits else 0.0
+    bounds = (
+        max((loaded + stored) / BANDWIDTH, loaded * LATENCY / in_flight if in_flight else 0.0),
+        (loaded + sent(path)) / PORT,
+        operations / FLOAT64,
+        bases["F2F"] / CONVERSIONS,
+        len(path) / ISSUED,
+    )
+    return Reading(
+        loop=loop,
+        registers=registers,
+        spills=stack + everything["LDL"] + everything["STL"],
+        warps=blocks * BLOCK // 32,
+        generic=everything["LD"] + everything["ST"] + everything["ATOM"],
+        wide=sum(one.width == 16 for one in loads),
+        other=sum(one.width != 16 for one in loads),
+        ahead=loads_ahead(path),
+        width=width,
+        in_flight=in_flight,
+        instructions=len(path) / coordinates,
+        float64=operations / coordinates,
+        conversions=bases["F2F"] / coordinates,
+        clocks=hypot(*bounds) / coordinates,
+    )
+
+
+def tool(name: str) -> str | None:
+    """Where a tool of NVIDIA's is: on the path, or in its wheel; a compiler must be installed as a whole."""
+    if name == "nvcc":
+        return os.environ.get("CUDACXX") or shutil.which(name)
+    package = find_spec("nvidia")
+    places = (package.submodule_search_locations or ()) if package else ()
+    in_wheel = (str(path) for place in places for path in Path(place).glob(f"*/bin/{name}"))
+    return shutil.which(name) or next(in_wheel, None)
+
+
+def missing() -> str | None:
+    """What is not there of the tools, if anything."""
+    if tool("nvcc") is None:
+        return "no nvcc on the path"
+    absent = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
+    return f"no {absent[0]} here: pip install nvidia-cuda-{absent[0]}" if absent else None
+
+
+def compiled(source: str) -> dict[str, tuple[Function, int, int]]:
+    """For each kernel of a source, by mangled name: its code, registers, and bytes of stack."""
+
+    def output(name: str, *arguments: str) -> str:
+        return subprocess.run([tool(name) or name, *arguments], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, place = f"{folder}/kernels.cubin", str(CORE / "cuda" / f"{source}.cu")
+        output("nvcc", *FLAGS, f"-I{CORE}", f"-I{CORE / 'include'}", "-arch=sm_90", "-cubin", "-o", cubin, place)
+        usage, listing = output("cuobjdump", "-res-usage", cubin), output("nvdisasm", "-c", cubin)
+    resources = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
+    sizes = {name: (int(registers), int(stack)) for name, registers, stack in resources}
+    return {name: (code, *sizes[name]) for name, code in parse(listing) if name in sizes}
+
+
+def predict(cases: Sequence[Case] = CASES) -> list[Prediction]:
+    """Each source is compiled once."""
+    sources = {source: compiled(source) for source in dict.fromkeys(case.source for case in cases)}
+    predictions = []
+    for case in cases:
+        readings = []
+        for loop in case.loops:
+            (found,) = (kernel for name, kernel in sources[case.source].items() if loop.kernel in name)
+            readings.append(read(loop, *found))
+        predictions.append(Prediction(case, readings, max(case.bytes / BANDWIDTH, case.flops / 2 / FLOAT64)))
+    return predictions
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+COLUMNS = (
+    *("case", "loop", "registers", "spills", "shared KB", "warps", "generic", "128-bit loads", "other loads"),
+    *("loads ahead", "KB in flight", "instructions", "float64", "conversions", "of its time", "of the floor"),
+)
+
+
+def rows(prediction: Prediction) -> Iterator[list[str]]:
+    """A row for each loop; what the case comes to stands in its first."""
+    for n, one in enumerate(prediction.readings):
+        counts = (one.warps, one.generic, one.wide, one.other, one.ahead)
+        yield [
+            *("" if n else prediction.case.name, one.loop.name),
+            *(str(one.registers), str(one.spills), f"{one.loop.shared / 1024:.1f}", *map(str, counts)),
+            f"{one.in_flight / 1024:.1f}" if one.in_flight else "",
+            *(f"{number:.1f}" for number in (one.instructions, one.float64, one.conversions)),
+            *(f"{one.clocks / prediction.clocks:.0%}", "" if n else f"{prediction.share:.0%}"),
+        ]
+
+
+def main(out: Annotated[Path | None, tyro.conf.arg(help="a .csv that is to have the table too")] = None) -> None:
+    """Print the table, as Markdown."""
+    if problem := missing():
+        sys.exit(problem)
+    table = [row for prediction in predict() for row in rows(prediction)]
+    for row in (COLUMNS, ("---",) * 2 + ("---:",) * (len(COLUMNS) - 2), *table):
+        print(f"| {' | '.join(row)} |")
+    if out is not None:
+        with out.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *table])
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
