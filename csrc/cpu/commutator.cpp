@@ -6,13 +6,14 @@ namespace grokcurv::cpu::GROKCURV_ISA {
 
 namespace {
 
+// What operations of a vector's own type are done on.
+template <class T>
+using Own = std::conditional_t<std::is_same_v<T, float>, Floats, Lanes>;
+
 // The sums of one chunk, eight coordinates at a time; T is the type of the vectors.
 template <class T, bool bracket, bool with_theta>
 struct Accumulator {
   static constexpr Index columns = commutator_sums(with_theta);
-
-  // What the vectors' own operations are done on.
-  using Own = std::conditional_t<std::is_same_v<T, float>, Floats, Lanes>;
 
   Lanes eta;         // the step, or its square in a bracket
   Compute<T> eta_c;  // the step in the compute type
@@ -36,7 +37,7 @@ struct Accumulator {
   }
 
   // Takes what rounding does to the same coordinates.
-  GROKCURV_INLINE void add_rounding(Lanes delta, Own g_a, Own g_b, Own a2, Own b2, Own theta) {
+  GROKCURV_INLINE void add_rounding(Lanes delta, Own<T> g_a, Own<T> g_b, Own<T> a2, Own<T> b2, Own<T> theta) {
     const Lanes r = widened(rounded<T>(direct(theta, g_a, b2) - direct(theta, g_b, a2)));
     const Lanes q_a = widened(stored(theta, g_a)) - (widened(theta) - eta * widened(g_a));
     const Lanes q_b = widened(stored(theta, g_b)) - (widened(theta) - eta * widened(g_b));
@@ -47,10 +48,12 @@ struct Accumulator {
   }
 
  private:
-  GROKCURV_INLINE Own product(Own g) const { return rounded<Compute<T>>(filled<Own>(eta_c) * g); }
-  GROKCURV_INLINE Own stored(Own theta, Own g) const { return rounded<T>(theta - product(g)); }
-  GROKCURV_INLINE Own step(Own theta, Own g) const { return rounded<T>(theta - rounded<T>(product(g))); }
-  GROKCURV_INLINE Own direct(Own theta, Own first, Own second) const { return step(step(theta, first), second); }
+  GROKCURV_INLINE Own<T> product(Own<T> g) const { return rounded<Compute<T>>(Own<T>::filled(eta_c) * g); }
+  GROKCURV_INLINE Own<T> stored(Own<T> theta, Own<T> g) const { return rounded<T>(theta - product(g)); }
+  GROKCURV_INLINE Own<T> step(Own<T> theta, Own<T> g) const { return rounded<T>(theta - rounded<T>(product(g))); }
+  GROKCURV_INLINE Own<T> direct(Own<T> theta, Own<T> first, Own<T> second) const {
+    return step(step(theta, first), second);
+  }
 };
 
 // One chunk of one vector: its partial sums in the order of the columns, and its delta.
@@ -68,12 +71,10 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
   double delta[chunk];
   Index i = 0;
   const auto add = [&](Index rest) __attribute__((always_inline)) {  // or the sums would leave the registers
-    const auto at_i = [&](const T* x) { return load<Lanes>(x + i, rest); };
-    const Lanes next = accumulator.add(at_i(g_a), at_i(g_b), at_i(a2), at_i(b2));
-    if constexpr (with_theta) {
-      const auto own = [&](const T* x) { return load<typename Accumulator<T, bracket, with_theta>::Own>(x + i, rest); };
-      accumulator.add_rounding(next, own(g_a), own(g_b), own(a2), own(b2), own(theta));
-    }
+    const auto wide = [&](const T* x) { return Lanes::load(x + i, rest); };
+    const auto own = [&](const T* x) { return Own<T>::load(x + i, rest); };
+    const Lanes next = accumulator.add(wide(g_a), wide(g_b), wide(a2), wide(b2));
+    if constexpr (with_theta) accumulator.add_rounding(next, own(g_a), own(g_b), own(a2), own(b2), own(theta));
     if (stores_delta) next.store(delta + i, rest);
   };
   for (; i + lanes <= n; i += lanes) add(lanes);

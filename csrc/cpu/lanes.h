@@ -154,6 +154,19 @@ struct Floats {
   static constexpr int registers = lanes * sizeof(float) / sizeof(Part);
 
   Part part[registers];
+
+  // As those of Lanes.
+  static GROKCURV_INLINE Floats load(const float* x, Index n) {
+    Floats y{};
+    std::memcpy(&y, x, n >= lanes ? sizeof y : static_cast<std::size_t>(n) * sizeof(float));
+    return y;
+  }
+
+  static GROKCURV_INLINE Floats filled(float x) {
+    Floats y;
+    for (int k = 0; k < registers; ++k) y.part[k] = x - Part{};
+    return y;
+  }
 };
 
 #define GROKCURV_LANEWISE(Eight, op)                                               \
@@ -176,30 +189,6 @@ template <bool exact>
 GROKCURV_INLINE Lanes multiply_add(Lanes x, Lanes y, Lanes sum) {
   for (int k = 0; k < Lanes::registers; ++k) sum.part[k] = multiply_add<exact>(x.part[k], y.part[k], sum.part[k]);
   return sum;
-}
-
-// Eight numbers from memory, or the first n of them and zeros behind.
-template <class Eight, class T>
-GROKCURV_INLINE Eight load(const T* x, Index n) {
-  if constexpr (std::is_same_v<Eight, Lanes>) {
-    return Lanes::load(x, n);
-  } else {
-    Floats y{};
-    std::memcpy(&y, x, n >= lanes ? sizeof y : static_cast<std::size_t>(n) * sizeof(T));
-    return y;
-  }
-}
-
-// The same number eight times.
-template <class Eight>
-GROKCURV_INLINE Eight filled(double x) {
-  if constexpr (std::is_same_v<Eight, Lanes>) {
-    return Lanes::filled(x);
-  } else {
-    Floats y;
-    for (int k = 0; k < Floats::registers; ++k) y.part[k] = static_cast<float>(x) - Floats::Part{};
-    return y;
-  }
 }
 
 GROKCURV_INLINE Lanes widened(Lanes x) {
