@@ -52,7 +52,7 @@ class Prefixes(ABC):
         """(S,): a bound on its squared Frobenius norm, rounding included."""
 
     @abstractmethod
-    def _times(self, vectors: Tensor) -> Tensor:
+    def _times(self, size: int, vectors: Tensor) -> Tensor:
         """Its products (S, m) with vectors (S, m)."""
 
     def _first(self, size: int) -> Tensor:
@@ -85,7 +85,7 @@ class Prefixes(ABC):
         tridiagonal = vector.new_zeros(len(vector), STEPS[1], STEPS[1])
         values = vector.new_full((len(vector),), torch.nan)
         for step in range(STEPS[1]):
-            vector = self._times(basis[:, -1])
+            vector = self._times(size, basis[:, -1])
             along = (basis * vector[:, None]).sum(2)
             vector = vector - (along[:, :, None] * basis).sum(1)
             length = _length(vector)
@@ -139,8 +139,7 @@ class GramPrefixes(Prefixes):
     def _first(self, size: int) -> Tensor:
         return _about_mean(torch.nn.functional.pad(self._start, (0, size - self._base)))
 
-    def _times(self, vectors: Tensor) -> Tensor:
-        size = vectors.shape[1]
+    def _times(self, size: int, vectors: Tensor) -> Tensor:
         return _about_mean((self.gram[:, :size, :size] * vectors[:, None]).sum(2))
 
 
@@ -185,8 +184,8 @@ class ScatterPrefixes(Prefixes):
         rows = self.centred(size).square().sum(2)
         return rows.sum(1) * (1 + 4 * rows.shape[1] * EPSILON)
 
-    def _times(self, vectors: Tensor) -> Tensor:
-        return (self._scatter * vectors[:, None]).sum(2)
+    def _times(self, size: int, vectors: Tensor) -> Tensor:
+        return (self.centred(size) * vectors[:, None]).sum(2)
 
 
 def _about_mean(vectors: Tensor) -> Tensor:
