@@ -148,9 +148,9 @@ addEventListener("load", () => {
 """
 
 
-def test_a_sweep_s_table_is_sorted_and_filtered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["lr"], indirect=True)
+def test_a_sweep_s_table_is_sorted_and_filtered(page: Path) -> None:
     """By the page's own script, which its policy permits; numbers before words, what is empty last."""
-    page = write_report(synthetic_sweep.published(tmp_path))
     assert "script-src 'sha256-" in page.read_text()
     found = probe(page, page.parent.as_uri(), 1200, USE)
     assert len(found["before"]) == 54
