@@ -31,7 +31,7 @@ from grokcurv.checks import GIVEN, Checks
 from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import LOCK, Check, LossFn
 from grokcurv.flat import Segment
-from grokcurv.gradients import Distributed, GradientEngine, Model, Strategy, repeated
+from grokcurv.gradients import PIECE, Distributed, GradientEngine, Model, Strategy, repeated
 from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums
 from grokcurv.pairs import Pair as Pair
 from grokcurv.pairs import Sampler as Sampler
@@ -132,10 +132,10 @@ class CommutatorStats:
         """Some of the pairs."""
         return self.each(lambda x: x[rows])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> CommutatorStats:
-        """With each of its tensors changed."""
-        own = (item for item in vars(self).items() if item[0] != "reliable")
-        changed: dict[str, Any] = {name: change(x) for name, x in own if isinstance(x, Tensor)}
+    def each(self, change: Callable[..., Tensor], *others: CommutatorStats) -> CommutatorStats:
+        """With each of its tensors changed; ``change`` gets that of the others beside it."""
+        names = (f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor))
+        changed: dict[str, Any] = {x: change(*(getattr(stats, x) for stats in (self, *others))) for x in names}
         return replace(self, **changed)
 
 
@@ -211,7 +211,8 @@ class CommutatorProbe:
             self.gradients = GradientEngine(model, loss_fn, strategy=strategy)
         self.eta = eta
         self.method = current_method(method)
-        self.checks = Checks(self.gradients, noise_floor and self.gradients.checked)
+        self.noise_floor = noise_floor and self.gradients.checked
+        self.checks = Checks(self.gradients)
         self._refresh: Callable[[], object] | None = None
         self.basis = basis
         self.segments = segments or ()
@@ -228,15 +229,6 @@ class CommutatorProbe:
             if segment.stop > size:
                 raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {size}")
         self._segments = tuple(map(self.gradients.partition.local_part, segments))
-
-    @property
-    def noise_floor(self) -> bool:
-        """Whether rows have one."""
-        return self.checks.noise_floor
-
-    @noise_floor.setter
-    def noise_floor(self, noise_floor: bool) -> None:
-        self.checks.noise_floor = noise_floor
 
     def state_dict(self) -> dict[str, Any]:
         """What the latest checks have found, and where; of several runs, for the first."""
@@ -382,9 +374,11 @@ class CommutatorProbe:
         kind = engine.device.type
         outside = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         numbered = enumerate(_linked(source) if chained else source)
+        # So many pairs of each run are evaluated together: one where vectors are long, which are streamed.
+        together = max(1, TOGETHER // (7 * engine.size * engine.dtype.itemsize))
         with outside, LOCK, torch.inference_mode(False):
             # A pair that is checked comes first and alone: the others are judged by what it shows.
-            while taken := list(islice(numbered, 1 if check and not rows else self._at_once)):
+            while taken := list(islice(numbered, 1 if check and not rows else together)):
                 with engine.evaluator.session():  # nobody else changes the model until the pairs are done
                     for traits, those in self._admitted(form, taken, chained, seed):
                         engine.traits = traits
@@ -405,12 +399,7 @@ class CommutatorProbe:
                         rows += found
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
-        return _concatenate(rows)
-
-    @property
-    def _at_once(self) -> int:
-        """How many pairs of each run are evaluated together: one where vectors are long, which are streamed."""
-        return max(1, TOGETHER // (7 * self.gradients.size * self.gradients.dtype.itemsize))
+        return rows[0] if len(rows) == 1 else rows[0].each(lambda *parts: torch.cat(parts), *rows[1:])
 
     def _admitted(
         self, form: Form, taken: Sequence[tuple[int, PairOfRuns]], chained: bool, seed: int
@@ -482,7 +471,11 @@ class CommutatorProbe:
         published = sums.published
         done: dict[int, CommutatorStats] = {}
         if not due:
-            stats = self._stats(pairs, sums, self.checks.expected(pairs, floored), method)
+            if floored:
+                errors = self.checks.expected(pairs)
+            else:
+                errors = pairs.unknown(math.inf if self.noise_floor else math.nan)
+            stats = self._stats(pairs, sums, errors, method)
             doubtful = self._doubtful(pairs, stats, sums) if floored else [False]
             if not any(doubtful):
                 return [stats]
@@ -606,8 +599,10 @@ class CommutatorProbe:
     def _point(self, pairs: Pairs, direction: int, eta: Tensor, exact: Check | None) -> Tensor:
         """(P,) the same of one pair alone, in the scratch."""
         theta, along = self._thetas(pairs, exact), pairs.work[direction]
-        if exact is not None:  # part by part
-            return self.gradients.step_(theta, along, eta)[0]
+        if exact is not None:
+            for piece, step in zip(theta.split(PIECE, 1), along.split(PIECE, 1), strict=True):
+                piece.sub_(eta * step)
+            return theta[0]
         return ops.perturb(theta[0], along, eta, out=pairs.past)[0]
 
     @staticmethod
@@ -674,9 +669,6 @@ class CommutatorProbe:
     def _sums(self, pairs: Pairs, eta: Tensor, keep_delta: bool) -> Sums:
         """What the kernel makes of the four vectors."""
         g_a, g_b, a2, b2 = pairs.work
-        thetas = None if pairs.form == "bracket" else self._thetas(pairs)
-        if thetas is not None:
-            thetas = self._spread(thetas, len(pairs))
         out = ops.commutator(
             g_a,
             g_b,
@@ -684,7 +676,7 @@ class CommutatorProbe:
             b2,
             eta,
             form=pairs.form,
-            theta=thetas,
+            theta=None if pairs.form == "bracket" else self._spread(self._thetas(pairs), len(pairs)),
             values=self._basis_values(pairs),
             rows=self._basis.rows if self._basis else None,
             segments=pairs.segments,
@@ -793,14 +785,3 @@ def _linked(source: Iterable[PairOfRuns]) -> Iterator[PairOfRuns]:
             raise ValueError(f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}")
         end = pair[1]
         yield pair
-
-
-def _concatenate(rows: Sequence[CommutatorStats]) -> CommutatorStats:
-    if len(rows) == 1:
-        return rows[0]
-
-    def joined(name: str) -> Any:
-        values = [getattr(row, name) for row in rows]
-        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-
-    return CommutatorStats(**{column.name: joined(column.name) for column in fields(CommutatorStats)})
