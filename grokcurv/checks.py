@@ -103,14 +103,14 @@ class Checks:
         found: Tensor,
         check: bool,
         exactly: bool,
-        published: bool,
+        keep: bool,
         sample_noise: SampleNoise,
     ) -> Tensor:
         """(4, N) the sizes of the errors of pairs that were evaluated in float64; for later pairs, those of their own.
 
         An evaluation in float64 errs less than one in the model's precision by the ratio of the roundoffs, unless both
         have lost all digits of something: where float32 has lost most of them, and where there is nothing to compare
-        with, float64's own error is sampled.
+        with, float64's own error is sampled. ``keep``: the vectors stay what they are in the model's precision.
         """
         engine = self.engine
         distance, length, lost = found.unbind(-1)
@@ -138,9 +138,7 @@ class Checks:
         for v, times in enumerate(often):
             if times:
                 own[:, v] = sample_noise(pairs.part(v, v + 1), lost[:, v], times)
-        # The published formula is reported in the model's own precision, and so is what only a twin can check.
-        kept = (published or not engine.certifies) and not exactly
-        errors = distance if kept else torch.maximum(lost, own)
+        errors = distance if keep else torch.maximum(lost, own)
         if exactly or (wide and all(often)):
             distance = torch.maximum(distance, errors) if wide else errors
             length = engine.partition.norms(pairs.work)

@@ -499,6 +499,9 @@ class CommutatorProbe:
         ``published`` are their defects by the published formula; None for losses with kinks, of which nothing is there.
         """
         engine, traits, exactly = self.gradients, self.gradients.traits, published is None
+        # keep: true for what is reported in the model's own precision, as the published formula is, and so is what only
+        # a twin can check.
+        keep = (method == "published" or not engine.certifies) and not exactly
         found = pairs.unknown(0.0, 3)
         along = check and not exactly and engine.strategy == "vmap" and pairs.form == "difference"
         # wide: true for float64 models, whose own evaluation is the exact one. They have nothing better to be held
@@ -511,18 +514,17 @@ class CommutatorProbe:
                 self.checks.compare_given(pairs, found)
             eta = self._step(pairs)
         else:
-            keep = (method == "published" or not engine.certifies) and not exactly
             eta = self._evaluated(pairs, Check(found, keep), along)
             if pairs.given and pairs.form == "difference" and not exactly:
                 self.checks.compare_given(pairs, found)
         sums = self._sums(pairs, eta, keep_delta)
         # What was found becomes the errors of these pairs, and the expectation for those that are not checked.
-        errors = self.checks.learn(pairs, found, check, exactly, method == "published", self._sampled)
+        errors = self.checks.learn(pairs, found, check, exactly, keep, self._sampled)
         # Steps along gradients of the model's own precision have gone astray by as much as those were off.
         steps = torch.maximum(errors[:2], found[:2, :, 0]) if along else None
         stats = self._stats(pairs, sums, errors, method, steps, exact=True)
         if exactly and not check and any(self._doubtful(pairs, stats, sums)):
-            errors = self.checks.learn(pairs, found, True, exactly, method == "published", self._sampled)
+            errors = self.checks.learn(pairs, found, True, exactly, keep, self._sampled)
             stats = self._stats(pairs, sums, errors, method, exact=True)
         # The published formula is one of the model's own precision throughout.
         return stats if published is None or method == "published" else replace(stats, reference=published)
