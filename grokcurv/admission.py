@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ class Engine(Protocol):
     def observe(
         self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = ...
     ) -> frozenset[str]: ...
-    def own_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> None: ...
+    def whole_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> Tensor: ...
     def gradient(
         self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = ..., check: Check | None = ...
     ) -> Tensor: ...
@@ -146,7 +147,7 @@ class Admission:
                 raise
             traits.plain = True
             operators = engine.observe(theta, batch, first, seed, plain=True)
-        traits.nonsmooth = any(map(KINKS.fullmatch, operators))
+        traits.nonsmooth = has_kinks(operators)
         self._gradient(engine, theta, batch, first, again, seed)
         if traits.exact:
             wide = theta.to(torch.float64)
@@ -160,12 +161,12 @@ class Admission:
     def _gradient(self, engine: Engine, theta: Tensor, batch: Any, first: Tensor, again: Tensor, seed: int) -> None:
         """The gradient as it was asked for, beside that of a plain backward pass, and beside itself."""
         traits = engine.traits
-        engine.own_gradient(theta, batch, again, seed, plain=True)
+        engine.whole_gradient(theta, batch, again, seed, plain=True)
         # Two gradients that differ have one of two reasons: a part of the graph that only a plain pass reaches, or an
         # evaluation that does not repeat itself. A second plain pass tells them apart.
         distance = relative_distance(first, again)
         if distance > GRADIENT_TOLERANCE and not traits.plain:
-            engine.own_gradient(theta, batch, first, seed, plain=True)
+            engine.whole_gradient(theta, batch, first, seed, plain=True)
             repeats = relative_distance(first, again)
             if repeats <= GRADIENT_TOLERANCE:
                 traits.plain = True
@@ -290,6 +291,11 @@ class Admission:
         # and the floors of the brackets are to be trusted, which sample the rounding of the products.
         noise = engine.sample_rounding(theta, batch, expected, seed)
         return apart <= CURVATURE_TOLERANCE * size + DROWNED * noise / step, size, apart
+
+
+def has_kinks(operators: Iterable[str]) -> bool:
+    """Whether a derivative may jump at one of these."""
+    return any(map(KINKS.fullmatch, operators))
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:

@@ -77,8 +77,8 @@ class Checks:
         origins: where they were found, by the run.
     """
 
-    def __init__(self, engine: GradientEngine, noise_floor: bool) -> None:
-        self.engine, self.noise_floor = engine, noise_floor
+    def __init__(self, engine: GradientEngine) -> None:
+        self.engine = engine
         self.errors: dict[str, Tensor] = {}
         self.origins: dict[str, dict[int, Origin]] = {}
 
@@ -103,19 +103,19 @@ class Checks:
         found: Tensor,
         check: bool,
         exactly: bool,
-        published: bool,
+        keep: bool,
         sample_noise: SampleNoise,
     ) -> Tensor:
         """(4, N) the sizes of the errors of pairs that were evaluated in float64; for later pairs, those of their own.
 
         An evaluation in float64 errs less than one in the model's precision by the ratio of the roundoffs, unless both
         have lost all digits of something: where float32 has lost most of them, and where there is nothing to compare
-        with, float64's own error is sampled.
+        with, float64's own error is sampled. ``keep``: the vectors stay what they are in the model's precision.
         """
         engine = self.engine
         distance, length, lost = found.unbind(-1)
         if exactly and not check:
-            return torch.hypot(lost, self.expected(pairs, True))
+            return torch.hypot(lost, self.expected(pairs))
         wide = engine.dtype == torch.float64
         # float64 errs less than float32 by the ratio of the roundoffs, provided that both lose digits alike. Where
         # float32 has lost most of them (saturated logits), or gradients are so small that both may have underflowed
@@ -126,36 +126,29 @@ class Checks:
         else:
             faint |= distance > SATURATED * length
         own = distance * (torch.finfo(torch.float64).eps / torch.finfo(engine.dtype).eps)
-        sampled = (exactly and check) or wide or pairs.form == "bracket"
-        sample, often = [sampled] * len(pairs), [1] * len(pairs)
         # On an accelerator nobody looks at the numbers to decide: where a sample would be needed the error counts as
         # large as the vector, and the row is NaN.
         if is_asynchronous(engine.device):
             own = torch.where(faint, length, own)
-            sample = [exactly and check] * len(pairs)
+            sampled = exactly and check and not capturing(engine.device) and engine.device.type != "meta"
+            often = [int(sampled)] * len(pairs)
         else:
-            often = [SAMPLES if one else 1 for one in faint.any(0).tolist()]
-            sample = [sampled or times > 1 for times in often]
-        if capturing(engine.device) or engine.device.type == "meta":
-            sample = [False] * len(pairs)
-        for v in range(len(pairs)):
-            if sample[v]:
-                own[:, v] = sample_noise(pairs.part(v, v + 1), lost[:, v], often[v])
-        # The published formula is reported in the model's own precision, and so is what only a twin can check.
-        kept = (published or not engine.certifies) and not exactly
-        errors = distance if kept else torch.maximum(lost, own)
-        if exactly or (wide and all(sample)):
+            sampled = (exactly and check) or wide or pairs.form == "bracket"
+            often = [SAMPLES if one else int(sampled) for one in faint.any(0).tolist()]
+        for v, times in enumerate(often):
+            if times:
+                own[:, v] = sample_noise(pairs.part(v, v + 1), lost[:, v], times)
+        errors = distance if keep else torch.maximum(lost, own)
+        if exactly or (wide and all(often)):
             distance = torch.maximum(distance, errors) if wide else errors
             length = engine.partition.norms(pairs.work)
         relative = (distance / length).nan_to_num(nan=math.inf)
         self._remember(pairs, torch.stack([distance, relative], -1).view(2, 2, -1, 2).amax(1))
         return errors
 
-    def expected(self, pairs: Pairs, floored: bool) -> Tensor:
+    def expected(self, pairs: Pairs) -> Tensor:
         """(4, N) errors as large as any that the latest check has found, absolute or relative, and then some."""
-        if not self.noise_floor:
-            return pairs.unknown(math.nan)
-        if not floored or pairs.form not in self.errors:
+        if pairs.form not in self.errors:
             return pairs.unknown(math.inf)
         # Late in training gradients shrink and absolute errors with them; early they grow, and errors in proportion.
         # The larger of the two predictions covers both ways, and the margin what lies between two checks.

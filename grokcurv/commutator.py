@@ -31,7 +31,7 @@ from grokcurv.checks import GIVEN, Checks
 from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import LOCK, Check, LossFn
 from grokcurv.flat import Segment
-from grokcurv.gradients import Distributed, GradientEngine, Model, Strategy, repeated
+from grokcurv.gradients import PIECE, Distributed, GradientEngine, Model, Strategy, repeated
 from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums
 from grokcurv.pairs import Pair as Pair
 from grokcurv.pairs import Sampler as Sampler
@@ -132,10 +132,10 @@ class CommutatorStats:
         """Some of the pairs."""
         return self.each(lambda x: x[rows])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> CommutatorStats:
-        """With each of its tensors changed."""
-        own = (item for item in vars(self).items() if item[0] != "reliable")
-        changed: dict[str, Any] = {name: change(x) for name, x in own if isinstance(x, Tensor)}
+    def each(self, change: Callable[..., Tensor], *others: CommutatorStats) -> CommutatorStats:
+        """With each of its tensors changed; ``change`` gets that of the others beside it."""
+        names = (f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor))
+        changed: dict[str, Any] = {x: change(*(getattr(stats, x) for stats in (self, *others))) for x in names}
         return replace(self, **changed)
 
 
@@ -211,7 +211,8 @@ class CommutatorProbe:
             self.gradients = GradientEngine(model, loss_fn, strategy=strategy)
         self.eta = eta
         self.method = current_method(method)
-        self.checks = Checks(self.gradients, noise_floor and self.gradients.checked)
+        self.noise_floor = noise_floor and self.gradients.checked
+        self.checks = Checks(self.gradients)
         self._refresh: Callable[[], object] | None = None
         self.basis = basis
         self.segments = segments or ()
@@ -228,15 +229,6 @@ class CommutatorProbe:
             if segment.stop > size:
                 raise ValueError(f"segments: {segment.name!r} ends at {segment.stop}, past P = {size}")
         self._segments = tuple(map(self.gradients.partition.local_part, segments))
-
-    @property
-    def noise_floor(self) -> bool:
-        """Whether rows have one."""
-        return self.checks.noise_floor
-
-    @noise_floor.setter
-    def noise_floor(self, noise_floor: bool) -> None:
-        self.checks.noise_floor = noise_floor
 
     def state_dict(self) -> dict[str, Any]:
         """What the latest checks have found, and where; of several runs, for the first."""
@@ -382,9 +374,11 @@ class CommutatorProbe:
         kind = engine.device.type
         outside = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         numbered = enumerate(_linked(source) if chained else source)
+        # So many pairs of each run are evaluated together: one where vectors are long, which are streamed.
+        together = max(1, TOGETHER // (7 * engine.size * engine.dtype.itemsize))
         with outside, LOCK, torch.inference_mode(False):
             # A pair that is checked comes first and alone: the others are judged by what it shows.
-            while taken := list(islice(numbered, 1 if check and not rows else self._at_once)):
+            while taken := list(islice(numbered, 1 if check and not rows else together)):
                 with engine.evaluator.session():  # nobody else changes the model until the pairs are done
                     for traits, those in self._admitted(form, taken, chained, seed):
                         engine.traits = traits
@@ -405,12 +399,7 @@ class CommutatorProbe:
                         rows += found
         if not rows:
             raise ValueError("source gave no pair of batches to measure")
-        return _concatenate(rows)
-
-    @property
-    def _at_once(self) -> int:
-        """How many pairs of each run are evaluated together: one where vectors are long, which are streamed."""
-        return max(1, TOGETHER // (7 * self.gradients.size * self.gradients.dtype.itemsize))
+        return rows[0] if len(rows) == 1 else rows[0].each(lambda *parts: torch.cat(parts), *rows[1:])
 
     def _admitted(
         self, form: Form, taken: Sequence[tuple[int, PairOfRuns]], chained: bool, seed: int
@@ -482,7 +471,11 @@ class CommutatorProbe:
         published = sums.published
         done: dict[int, CommutatorStats] = {}
         if not due:
-            stats = self._stats(pairs, sums, self.checks.expected(pairs, floored), method)
+            if floored:
+                errors = self.checks.expected(pairs)
+            else:
+                errors = pairs.unknown(math.inf if self.noise_floor else math.nan)
+            stats = self._stats(pairs, sums, errors, method)
             doubtful = self._doubtful(pairs, stats, sums) if floored else [False]
             if not any(doubtful):
                 return [stats]
@@ -506,6 +499,9 @@ class CommutatorProbe:
         ``published`` are their defects by the published formula; None for losses with kinks, of which nothing is there.
         """
         engine, traits, exactly = self.gradients, self.gradients.traits, published is None
+        # keep: true for what is reported in the model's own precision, as the published formula is, and so is what only
+        # a twin can check.
+        keep = (method == "published" or not engine.certifies) and not exactly
         found = pairs.unknown(0.0, 3)
         along = check and not exactly and engine.strategy == "vmap" and pairs.form == "difference"
         # wide: true for float64 models, whose own evaluation is the exact one. They have nothing better to be held
@@ -518,18 +514,17 @@ class CommutatorProbe:
                 self.checks.compare_given(pairs, found)
             eta = self._step(pairs)
         else:
-            keep = (method == "published" or not engine.certifies) and not exactly
             eta = self._evaluated(pairs, Check(found, keep), along)
             if pairs.given and pairs.form == "difference" and not exactly:
                 self.checks.compare_given(pairs, found)
         sums = self._sums(pairs, eta, keep_delta)
         # What was found becomes the errors of these pairs, and the expectation for those that are not checked.
-        errors = self.checks.learn(pairs, found, check, exactly, method == "published", self._sampled)
+        errors = self.checks.learn(pairs, found, check, exactly, keep, self._sampled)
         # Steps along gradients of the model's own precision have gone astray by as much as those were off.
         steps = torch.maximum(errors[:2], found[:2, :, 0]) if along else None
         stats = self._stats(pairs, sums, errors, method, steps, exact=True)
         if exactly and not check and any(self._doubtful(pairs, stats, sums)):
-            errors = self.checks.learn(pairs, found, True, exactly, method == "published", self._sampled)
+            errors = self.checks.learn(pairs, found, True, exactly, keep, self._sampled)
             stats = self._stats(pairs, sums, errors, method, exact=True)
         # The published formula is one of the model's own precision throughout.
         return stats if published is None or method == "published" else replace(stats, reference=published)
@@ -606,8 +601,10 @@ class CommutatorProbe:
     def _point(self, pairs: Pairs, direction: int, eta: Tensor, exact: Check | None) -> Tensor:
         """(P,) the same of one pair alone, in the scratch."""
         theta, along = self._thetas(pairs, exact), pairs.work[direction]
-        if exact is not None:  # part by part
-            return self.gradients.step_(theta, along, eta)[0]
+        if exact is not None:
+            for piece, step in zip(theta.split(PIECE, 1), along.split(PIECE, 1), strict=True):
+                piece.sub_(eta * step)
+            return theta[0]
         return ops.perturb(theta[0], along, eta, out=pairs.past)[0]
 
     @staticmethod
@@ -674,9 +671,6 @@ class CommutatorProbe:
     def _sums(self, pairs: Pairs, eta: Tensor, keep_delta: bool) -> Sums:
         """What the kernel makes of the four vectors."""
         g_a, g_b, a2, b2 = pairs.work
-        thetas = None if pairs.form == "bracket" else self._thetas(pairs)
-        if thetas is not None:
-            thetas = self._spread(thetas, len(pairs))
         out = ops.commutator(
             g_a,
             g_b,
@@ -684,7 +678,7 @@ class CommutatorProbe:
             b2,
             eta,
             form=pairs.form,
-            theta=thetas,
+            theta=None if pairs.form == "bracket" else self._spread(self._thetas(pairs), len(pairs)),
             values=self._basis_values(pairs),
             rows=self._basis.rows if self._basis else None,
             segments=pairs.segments,
@@ -793,14 +787,3 @@ def _linked(source: Iterable[PairOfRuns]) -> Iterator[PairOfRuns]:
             raise ValueError(f"source: pair {index} of a chain must begin with the batch that ended pair {index - 1}")
         end = pair[1]
         yield pair
-
-
-def _concatenate(rows: Sequence[CommutatorStats]) -> CommutatorStats:
-    if len(rows) == 1:
-        return rows[0]
-
-    def joined(name: str) -> Any:
-        values = [getattr(row, name) for row in rows]
-        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-
-    return CommutatorStats(**{column.name: joined(column.name) for column in fields(CommutatorStats)})

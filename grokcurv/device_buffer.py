@@ -78,11 +78,6 @@ class DeviceBuffer:
         if self._drains % DRAIN == 0 and is_asynchronous(self.device):
             self._send()
 
-    def extend(self, rows: Tensor) -> None:
-        """Add rows (n, width) of the host."""
-        self._receive()
-        self._read.append(rows)
-
     def read(self) -> Tensor:
         """All rows so far, (n, width) float64 on the host; waits for the device.
 

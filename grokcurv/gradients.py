@@ -25,15 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from grokcurv.admission import (
-    GRADIENT_TOLERANCE,
-    KINKS,
-    Admission,
-    Finding,
-    Traits,
-    first_line,
-    relative_distance,
-)
+from grokcurv.admission import GRADIENT_TOLERANCE, Admission, Finding, Traits, first_line, has_kinks, relative_distance
 from grokcurv.device_buffer import capturing
 from grokcurv.evaluation import LOCK, Check, Evaluator, LossFn, Mode, unwrapped
 from grokcurv.flat import Segment, flatten
@@ -102,17 +94,13 @@ class GradientEngine:
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, *, strategy: Strategy = "auto", compile: bool = False
     ) -> None:
-        self.compile = compile
+        self.model, self.compile = unwrapped(model), compile
         with LOCK:  # another thread may be evaluating it
-            self._set(unwrapped(model), loss_fn, strategy)
-
-    def _set(self, model: nn.Module, loss_fn: LossFn, strategy: Strategy) -> None:
-        self.model = model
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and parameter.dtype not in (*NARROW, torch.float64):
-                raise ValueError(f"model: parameter {name!r} must be of a real floating dtype, got {parameter.dtype}")
-        self._check_model()
-        self.evaluator = self._evaluator(loss_fn)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and (dtype := parameter.dtype) not in (*NARROW, torch.float64):
+                    raise ValueError(f"model: parameter {name!r} must be of a real floating dtype, got {dtype}")
+            self._check_model()
+            self.evaluator = self._evaluator(loss_fn)
         self.segments: tuple[Segment, ...] = self.evaluator.segments
         self.device, self.dtype = self.evaluator.device, self.evaluator.dtype
         self.size = self.evaluator.size
@@ -121,7 +109,7 @@ class GradientEngine:
         self.use(strategy)
         # What of capturing is remembered, by what a capture depends on: the graphs there are, what was met once and is
         # captured when it comes again, and what a capture has refused for good.
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, Callable[[Tensor, Any, Tensor], Tensor]] = {}
         self._met: set[Any] = set()
         self._uncapturable: set[Any] = set()
         self._pool: Any = None  # of memory, that all graphs share
@@ -190,12 +178,6 @@ class GradientEngine:
         """(R,) float64: lengths of the parameters of these runs."""
         return self.partition.norm(*self.evaluator.values())[None]
 
-    def step_(self, theta: Tensor, direction: Tensor, eta: Tensor) -> Tensor:
-        """``theta - eta direction`` over a float64 vector (1, P), piece by piece."""
-        for piece, along in zip(theta.split(PIECE, 1), direction.split(PIECE, 1), strict=True):
-            piece.sub_(eta * along)
-        return theta
-
     def flatten_grad(self, out: Tensor | None = None) -> Tensor:
         """(P,) what training has left in their ``.grad``, zero where one has none; in the same order."""
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.evaluator.parameters())
@@ -245,17 +227,16 @@ class GradientEngine:
         return traits
 
     def _has_kinks(self, batch: Any, seed: int) -> bool:
-        return any(map(KINKS.fullmatch, self.observe(self.flatten(), batch, None, seed)))
+        return has_kinks(self.observe(self.flatten(), batch, None, seed))
 
     def _compare_vmap(self, batch: Any) -> None:
         """Hold a batched gradient against the loop's, once; where they differ the loop is what is used."""
         theta = self.flatten()
-        loop = self._one(theta, batch, torch.empty_like(theta))
+        loop = self.whole_gradient(theta, batch, torch.empty_like(theta))
         distance = max(relative_distance(row, loop) for row in self._batched(theta[None], [batch, batch]))
         passed = distance <= GRADIENT_TOLERANCE
-        self._admission.find(
-            "vmap", passed, f"the batched gradient is {distance:.1e} from that of the loop", "strategy 'loop' is used"
-        )
+        detail = f"the batched gradient is {distance:.1e} from that of the loop"
+        self.note("vmap", passed, detail, "strategy 'loop' is used")
         if not passed:
             self.strategy = "loop"
 
@@ -330,12 +311,10 @@ class GradientEngine:
             for part, block, check in zip(found.split(list(map(len, blocks))), blocks, checks, strict=True):
                 deliver(part, block, check)
             return
-        i = 0
-        for block, check in zip(blocks, checks, strict=True):
-            for j, row in enumerate(block):
-                own = check and check.of(j)
-                self.gradient(thetas[i % len(thetas)], batches[i], row, seed=seeds[i], check=own)
-                i += 1
+        pairs = zip(blocks, checks, strict=True)
+        places = ((row, check and check.of(j)) for block, check in pairs for j, row in enumerate(block))
+        for i, (row, check) in enumerate(places):
+            self.gradient(thetas[i % len(thetas)], batches[i], row, seed=seeds[i], check=check)
 
     def gradient(self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = 0, check: Check | None = None) -> Tensor:
         """Write the gradient at ``theta`` on ``batch`` into ``out``.
@@ -358,19 +337,19 @@ class GradientEngine:
         # itself without keeping all of its memory.
         if self.strategy == "graph" and not streamed and not self.stochastic and not capturing(self.device):
             return self._graphed(theta, batch, out, seed)
-        if streamed:
+        if not streamed:
+            return self.whole_gradient(theta, batch, out, seed)
+        if not self._survives(functools.partial(self._streamed, theta, batch, out, seed, check), theta):
+            out.fill_(math.nan)
+        return out
 
-            def stream() -> None:
-                self._streamed(theta, batch, out, seed, check, self._mode(theta.dtype, check))
-
-            if not self._survives(stream, theta):
-                out.fill_(math.nan)
-            return out
-        return self._one(theta, batch, out, seed)
-
-    def _one(
+    def whole_gradient(
         self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0, *, plain: bool | None = None, mode: Mode = None
     ) -> Tensor:
+        """The gradient, all of it at once, into ``out`` of the dtype of ``theta``.
+
+        ``plain`` and ``mode``: by which kind of backward pass and under what, if not as :attr:`traits` say.
+        """
         use = functools.partial(self._differentiate, out=out, plain=self.traits.plain if plain is None else plain)
         leaves, mode = self.evaluator.leaves(theta), mode or self._mode(theta.dtype)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
@@ -417,8 +396,10 @@ class GradientEngine:
             return False
         return True
 
-    def _streamed(self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None, mode: Mode) -> None:
-        delivery = Delivery(self.evaluator.views(out), check)
+    def _streamed(
+        self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None, mode: Mode = None
+    ) -> None:
+        delivery, mode = Delivery(self.evaluator.views(out), check), mode or self._mode(theta.dtype, check)
         leaves, plain = self.evaluator.leaves(theta), self.traits.plain
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
@@ -441,10 +422,6 @@ class GradientEngine:
         lifts = self.traits.widened or self.stochastic or shake is not None
         return Widened(self.dtype, shake) if dtype == torch.float64 and lifts else None
 
-    def own_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> None:
-        """The gradient in the model's own precision, by one or the other kind of backward pass."""
-        self._one(theta, batch, out, seed, plain=plain)
-
     def exact_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None = None) -> Widened:
         """The gradient in float64 with all casts lifted, into ``out`` of any dtype, and what was lifted."""
         mode = Widened(self.dtype)
@@ -455,8 +432,8 @@ class GradientEngine:
         """How far the gradient at ``theta``, in float64, is moved by rounding; it goes to ``out``, (P,) float64."""
         self.exact_gradient(theta, batch, out, seed)
         shake = torch.Generator(theta.device).manual_seed(seed)
-        check = Check(theta.new_zeros(3, dtype=torch.float64), keep=True)
-        self._streamed(self.shake_(theta.clone(), shake), batch, out, seed, check, Widened(self.dtype, shake))
+        check = Check(theta.new_zeros(3, dtype=torch.float64), keep=True, shake=shake)
+        self._streamed(self.shake_(theta.clone(), shake), batch, out, seed, check)
         return check.distance
 
     def _graphed(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> Tensor:
@@ -466,7 +443,7 @@ class GradientEngine:
         # snapshot's signature). When one of them changes, so does the key, and a new graph is captured.
         signature = _signature(batch)
         if signature is None:
-            return self._one(theta, batch, out, seed)
+            return self.whole_gradient(theta, batch, out, seed)
         with self.evaluator.session() as snapshot:
             modes = tuple(module.training for module in self.model.modules())
             key = (theta.dtype, signature, modes, self.traits.plain, snapshot.signature())
@@ -474,33 +451,40 @@ class GradientEngine:
             if key not in self._met:
                 # The first time launches what a capture cannot: lazy loading, workspaces.
                 self._met.add(key)
-                return self._one(theta, batch, out, seed)
+                return self.whole_gradient(theta, batch, out, seed)
             if graph is None and key not in self._uncapturable:
                 graph = self._capture(key, theta, batch)
             if graph is None:
-                return self._one(theta, batch, out, seed)
+                return self.whole_gradient(theta, batch, out, seed)
             self._graphs[key] = graph  # at the end: the others were not used for longer
             while len(self._graphs) > GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            return graph.replay(theta, batch, out)
+            return graph(theta, batch, out)
 
-    def _capture(self, key: Any, theta: Tensor, batch: Any) -> _Graph | None:
+    def _capture(self, key: Any, theta: Tensor, batch: Any) -> Callable[[Tensor, Any, Tensor], Tensor] | None:
+        """What launches it again at other parameters, on another batch of the same shapes; None if it is impossible."""
         try:
-            graph = _Graph(self._one, theta, batch, self._pool)
+            own_theta, own_batch = theta.clone(), tree_map_only(Tensor, Tensor.clone, batch)
+            found = torch.empty_like(theta)
+            replay, pool = capture(lambda: self.whole_gradient(own_theta, own_batch, found), self._pool)
         except RuntimeError as error:
             # Some models synchronise or allocate outside torch's pool; what has failed once would fail at every call,
             # and each failure costs a capture.
             self._uncapturable.add(key)
-            self._admission.find(
-                "graph",
-                False,
-                f"the gradient cannot be captured in a CUDA graph: {str(error).partition(chr(10))[0]}",
-                "it is launched operator by operator",
-            )
+            detail = f"the gradient cannot be captured in a CUDA graph: {str(error).partition(chr(10))[0]}"
+            self.note("graph", False, detail, "it is launched operator by operator")
             return None
         # One pool for all graphs: they are replayed one after another, and their memories may overlap.
-        self._pool = self._pool or graph.pool
-        return graph
+        self._pool = self._pool or pool
+
+        def launch(theta: Tensor, batch: Any, out: Tensor) -> Tensor:
+            own_theta.copy_(theta)
+            for own, given in zip(tree_leaves(own_batch), tree_leaves(batch), strict=True):
+                own.copy_(given)
+            replay()
+            return out.copy_(found)
+
+        return launch
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None = None) -> Tensor:
         """All gradients as one program, or as several where memory asks for it."""
@@ -529,7 +513,7 @@ class GradientEngine:
 
             theta = self.flatten()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-                self._one(theta, batch, torch.empty_like(theta))
+                self.whole_gradient(theta, batch, torch.empty_like(theta))
             self._kept[shapes] = sum(kept.values()) + VECTORS * theta.nbytes
         if self._room is None:  # half of what is free on a GPU, or of what there is for a CPU
             on_gpu = thetas.device.type == "cuda"
@@ -605,20 +589,36 @@ class GradientEngine:
         first = Delivery([] if gradient is None else self.evaluator.views(gradient), check and check.of(0))
         second = Delivery(self.evaluator.views(product), check and check.of(-1))
         # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
-        inner = _InnerProduct(self.evaluator.views(direction.data), first)
+        along = self.evaluator.views(direction.data)
+        terms: list[Tensor] | None = None  # of the inner product, while the gradient arrives
+
+        def meet(index: int, grad: Tensor) -> Tensor | None:
+            if terms is None:
+                return None  # this is the product's part
+            first.take(index, _dense(grad))
+            if grad.requires_grad:
+                terms.append((_dense(grad) * along[index]).sum())
+            return grad.detach().new_zeros(()).expand(grad.shape)  # nobody needs it any more
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
+            nonlocal terms
             first.begin()
             second.begin()
-            total = inner.of_gradient(loss, placed)
-            if total is not None:
+            # The first pass builds the gradient's graph, and each part meets the direction as it arrives; its own value
+            # is not wanted, and what is returned in its place is a zero that takes no memory.
+            terms = []
+            torch.autograd.grad(loss, placed, create_graph=True, allow_unused=True)
+            # Kept, they would hold the graph, whose leaves hold this: all of it until the garbage collector comes by.
+            total, terms = torch.stack(terms).sum() if terms else None, None
+            if total is not None:  # else the gradient is constant
                 torch.autograd.backward(total, inputs=placed)
             first.end()
             second.end()
 
         def differentiate() -> None:
             leaves = self.evaluator.leaves(theta)
-            inner.attach(leaves)
+            for index, leaf in enumerate(leaves):
+                leaf.register_hook(functools.partial(meet, index))
             second.attach(leaves)
             with sdpa_kernel(SDPBackend.MATH):
                 self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=self._mode(theta.dtype, check))
@@ -698,9 +698,8 @@ class Delivery:
         if not (self._check and self._check.keep):
             view.copy_(part)
         if self._check:
-            self._norms.append(
-                _distance(view, part) if view.dtype != part.dtype else part.new_zeros((), dtype=torch.float64)
-            )
+            rounded = view.dtype != part.dtype
+            self._norms.append(_distance(view, part) if rounded else part.new_zeros((), dtype=torch.float64))
 
     def end(self) -> None:
         """What has not arrived is zero."""
@@ -747,24 +746,6 @@ def repeated(rows: Tensor, count: int) -> Tensor:
     return rows if len(rows) == count else rows.repeat(count // len(rows), 1)
 
 
-class _Graph:
-    """A gradient's launches, captured once and replayed with other parameters and another batch of the same shapes."""
-
-    def __init__(
-        self, gradient: Callable[[Tensor, Any, Tensor], Tensor], theta: Tensor, batch: Any, pool: Any = None
-    ) -> None:
-        self._theta, self._batch = theta.clone(), tree_map_only(Tensor, Tensor.clone, batch)
-        self._out = torch.empty_like(theta)
-        self._replay, self.pool = capture(lambda: gradient(self._theta, self._batch, self._out), pool)
-
-    def replay(self, theta: Tensor, batch: Any, out: Tensor) -> Tensor:
-        self._theta.copy_(theta)
-        for own, given in zip(tree_leaves(self._batch), tree_leaves(batch), strict=True):
-            own.copy_(given)
-        self._replay()
-        return out.copy_(self._out)
-
-
 def capture(run: Callable[[], object], pool: Any = None) -> tuple[Callable[[], None], Any]:
     """What launches again all that ``run`` launches, on the same memory, and the pool that this memory is from.
 
@@ -796,36 +777,3 @@ def _stack(batches: Sequence[Any]) -> Any:
 
 def _dense(grad: Tensor) -> Tensor:
     return grad.to_dense() if grad.layout != torch.strided else grad
-
-
-class _InnerProduct:
-    """The inner product of a gradient with a direction, taken part by part as the gradient arrives."""
-
-    def __init__(self, along: list[Tensor], delivery: Delivery) -> None:
-        self._along, self._delivery = along, delivery
-        self._terms: list[Tensor] = []
-        self._open = False
-
-    def attach(self, leaves: list[Tensor]) -> None:
-        """See each leaf's gradient before it arrives."""
-        for index, leaf in enumerate(leaves):
-            leaf.register_hook(functools.partial(self._meet, index))
-
-    def of_gradient(self, loss: Tensor, placed: list[Tensor]) -> Tensor | None:
-        """Of the loss's gradient, differentiable; None where that is constant."""
-        # The first pass builds the gradient's graph, and each part meets the direction as it arrives; its own value is
-        # not wanted, and what is returned in its place is a zero that takes no memory.
-        self._terms, self._open = [], True
-        torch.autograd.grad(loss, placed, create_graph=True, allow_unused=True)
-        self._open = False
-        # Kept, they would hold the graph, whose leaves hold this: all of it until the garbage collector comes by.
-        terms, self._terms = self._terms, []
-        return torch.stack(terms).sum() if terms else None
-
-    def _meet(self, index: int, grad: Tensor) -> Tensor | None:
-        if not self._open:
-            return None  # this is the product's part
-        self._delivery.take(index, _dense(grad))
-        if grad.requires_grad:
-            self._terms.append((_dense(grad) * self._along[index]).sum())
-        return grad.detach().new_zeros(()).expand(grad.shape)  # nobody needs it any more

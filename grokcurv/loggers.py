@@ -29,6 +29,8 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from grokcurv.storage import RunError, write_parquet
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -138,8 +140,6 @@ class ParquetLogger(_Closing):
         """Write what has not been written yet."""
         if self._kinds is None or not self._rows:
             return
-        from grokcurv.storage import write_parquet
-
         began = time.monotonic()
         with _locked(self.path.parent):
             if _stamp(self.path) not in (None, self._stamp):  # by another logger, or somebody else
@@ -253,8 +253,6 @@ class CSVLogger(_Closing):
         self._columns = found.columns
 
     def _append(self, text: str) -> None:
-        from grokcurv.storage import RunError
-
         data, size = text.encode(), os.fstat(self._file.fileno()).st_size
         try:
             while data:
@@ -369,17 +367,12 @@ def _kinds(schema: pa.Schema) -> dict[str, type]:
     """What the columns of a file hold; ValueError for one that no record could continue."""
     import pyarrow.types as t
 
+    numbers = (bool, t.is_boolean), (int, t.is_integer), (float, t.is_floating)
+    tests = (NoneType, t.is_null), *numbers, (str, t.is_string), (str, t.is_large_string)
     kinds: dict[str, type] = {}
     for field in schema:
         type_ = field.type.value_type if t.is_dictionary(field.type) else field.type
-        tests = {
-            NoneType: t.is_null(type_),
-            bool: t.is_boolean(type_),
-            int: t.is_integer(type_),
-            float: t.is_floating(type_),
-            str: t.is_string(type_) or t.is_large_string(type_),
-        }
-        kind = next((kind for kind, holds in tests.items() if holds), None)
+        kind = next((kind for kind, holds in tests if holds(type_)), None)
         if kind is None or field.name in kinds:
             reason = "there twice" if field.name in kinds else f"of {field.type}"
             raise ValueError(f"its column {field.name} is {reason}")
@@ -398,8 +391,6 @@ def _read_table(path: Path) -> pa.Table:
     """The rows of a file that is to be continued, in the types that records have."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from grokcurv.storage import RunError
 
     try:
         with path.open("rb") as file:  # given the path, Arrow would make columns of folders named like lr=0.1

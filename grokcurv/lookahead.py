@@ -123,6 +123,7 @@ class Source:
         streams: the generators that everybody sees.
         draws: whether a fetch has moved one of them.
         withheld: whether no batch may be fetched before the loop goes on.
+        error: what the loader has raised.
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
@@ -130,7 +131,7 @@ class Source:
         self.in_memory = type(loader) in (list, tuple)  # there is nothing that a fetch could do
         self._shuffles = _draws_a_seed(loader)
         self.streams = streams(device)
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self._iterator = iter(loader)
 
     def move_on(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -154,18 +155,13 @@ class Source:
         try:
             batch = next(self._iterator, END)
         except Exception as error:
-            self._error, batch = error, END
+            self.error, batch = error, END
         moved = self.streams.moved(before)
         if moved and self._shuffles:
             moved = self.streams.moved(before | {"torch": _after_a_seed(before["torch"])})
         self._shuffles = False
         self.draws = self.draws or bool(moved)
         return batch
-
-    def finish(self) -> None:
-        """Raise what the loader has raised."""
-        if self._error is not None:
-            raise self._error
 
     def withhold(self, why: str) -> None:
         """Fetch nothing early from now on."""
@@ -261,7 +257,8 @@ def _with_next(source: Source, memory: Memory) -> Iterator[tuple[Any, Any]]:
             batch = memory.keep(kept.copy).batch
         yield batch, None if following is END else following
         batch = following
-    source.finish()
+    if source.error is not None:
+        raise source.error
 
 
 def copied(batch: Any, tensors: Sequence[Tensor] | None = None) -> Any:

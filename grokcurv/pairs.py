@@ -108,10 +108,9 @@ class Pairs:
         work = self.work[:, start:stop]
         return replace(self, runs=self.runs[here], those=those, work=work, begun=begun, given=given)
 
-    def unknown(self, value: float, columns: int | None = None) -> Tensor:
+    def unknown(self, value: float, *columns: int) -> Tensor:
         """(4, N) or (4, N, columns) float64: an entry for each of all vectors."""
-        shape = (4, len(self)) if columns is None else (4, len(self), columns)
-        return torch.full(shape, value, dtype=torch.float64, device=self.work.device)
+        return torch.full((4, len(self), *columns), value, dtype=torch.float64, device=self.work.device)
 
 
 @dataclass

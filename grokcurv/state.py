@@ -82,8 +82,7 @@ class Snapshot:
         self._walk(list(held))
         self.held = len(self.tensors)
         self._walk(list(reached))
-        self._streams = list(map(stream_of, self.generators))
-        self._positions = [stream.read() for stream in self._streams]
+        self._streams = [(stream, stream.read()) for stream in map(stream_of, self.generators)]
 
     def _walk(self, stack: list[Any]) -> None:
         """Note everything on the stack and what hangs on it; an object that was met is not entered again."""
@@ -209,12 +208,12 @@ class Snapshot:
 
     def restore_generators(self) -> None:
         """Put back every generator that was found."""
-        for stream, position in zip(self._streams, self._positions, strict=True):
+        for stream, position in self._streams:
             stream.write(position)
 
     def seed_generators(self, seed: int) -> None:
         """Start every generator that was found anew."""
-        for stream in self._streams:
+        for stream, _ in self._streams:
             stream.seed(seed)
 
 
@@ -284,12 +283,6 @@ def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> li
 class ReferencedError(RuntimeError):
     """A tensor cannot be exchanged for another, since somebody has a weak reference to what is inside it."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "weak references to the model's tensors forbid that others take their place; torch.profiler has some while "
-            "it records shapes, memory or stacks"
-        )
-
 
 @contextmanager
 def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
@@ -305,7 +298,10 @@ def standing_in(originals: Sequence[Tensor], others: Sequence[Tensor]) -> Iterat
             try:
                 torch._C._swap_tensor_impl(original, other)
             except RuntimeError as error:
-                raise ReferencedError from error
+                raise ReferencedError(
+                    "weak references to the model's tensors forbid that others take their place; torch.profiler has "
+                    "some while it records shapes, memory or stacks"
+                ) from error
             swapped += 1
         yield
     finally:

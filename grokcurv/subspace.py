@@ -232,9 +232,8 @@ class Subspace:
                 _check_orthonormal(rows)
             count, length = rows.shape[-2:]
             stop = start + length
-            for _ in range(count):
-                table.append((start, length, offset))
-                offset += length
+            table += [(start, length, offset + index * length) for index in range(count)]
+            offset += count * length
         self.values = torch.cat([rows.flatten(-2) for _, rows in blocks], -1) if len(blocks) > 1 else first.flatten(-2)
         self.rows = torch.tensor(table, dtype=torch.int64).reshape(-1, 3)
         self.size = size

@@ -287,9 +287,8 @@ def test_records_are_sent_to_the_host_in_parts(monkeypatch: pytest.MonkeyPatch, 
         if number % 5 == 0:
             assert torch.equal(kept.last(), row)
     assert torch.equal(kept.read(), rows)
-    kept.extend(rows[:2])
-    kept.append(rows[2])
-    assert torch.equal(kept.read(), torch.cat([rows, rows[:3]]))
+    kept.append(rows[0])
+    assert torch.equal(kept.read(), torch.cat([rows, rows[:1]]))
 
 
 @pytest.mark.usefixtures("accelerator")

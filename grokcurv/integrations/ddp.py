@@ -43,7 +43,7 @@ class ReplicatedEngine(GradientEngine):
         whole = torch.empty_like(theta)
         with self._together():
             mode = self._mode(theta.dtype, check)
-            self._one(theta, batch, whole, seed_of_rank(seed), mode=mode)
+            self.whole_gradient(theta, batch, whole, seed_of_rank(seed), mode=mode)
         # After the all-reduce each rank holds the same bits, so what follows needs no exchange: every rank computes the
         # same norms from them, and so decides alike.
         deliver(self._average_(whole), out, check)

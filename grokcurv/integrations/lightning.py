@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from grokcurv.evaluation import LossFn, streams
+from grokcurv.evaluation import LossFn, streams, switched
 from grokcurv.loggers import CallableLogger, scalars
 from grokcurv.lookahead import Later, copied
 from grokcurv.monitor import CurvatureMonitor
@@ -129,12 +129,9 @@ class CurvatureCallback(Callback):
         if following is not None:
             ready = partial(_transferred, trainer, pl_module)
             following = following.then(ready) if isinstance(following, Later) else Later(partial(ready, following))
-        gradient = self.monitor.gradient
-        self.monitor.gradient = gradient if self._has_gradient else "own"
-        try:
+        gradient = self.monitor.gradient if self._has_gradient else "own"
+        with switched([self.monitor], "gradient", gradient):
             self.monitor.step(batch, following)
-        finally:
-            self.monitor.gradient = gradient
 
     def _expect_step(self, *_: Any) -> None:
         self._stepped = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +13,13 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.base import VERDICT_LAG, quantiles, unclear
-from grokcurv.measures.training_gradient import TrainingGradient
+from grokcurv.measures.training_gradient import VERDICT_LAG, TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
 from grokcurv.pairs import PairOfRuns
 from grokcurv.subspace import RandomBaseline, alignment
+
+CLEAR = (0.01, 0.1)
+"""A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
 
 CHECK_EVERY = 25
 """Steps after which the float64 evaluations behind the noise floor are made anew; ``docs/numerics.md`` says why 25."""
@@ -244,7 +245,7 @@ class Commutator:
         for name, low, high in zip(("defect", "reference"), lower, upper, strict=False):
             row |= {f"{name}_p25": low, f"{name}_p75": high}
         if of.delta is not None and self._before is not None:
-            row |= self._aligned(of.delta, runs, row["share_error"])
+            row |= self._aligned(of.delta, self._before, runs, row["share_error"])
         row["reliable"] = reliable
         (row["grad_norm"],) = quantiles(torch.cat([of.grad_norm_a, of.grad_norm_b]), 0.5)
 
@@ -262,11 +263,10 @@ class Commutator:
         method = self._method[METHODS.index(stats.method)].expand(len(runs))
         return torch.stack([method, gradient, *values], 1)
 
-    def _aligned(self, delta: Tensor, runs: list[int], share_error: Tensor) -> dict[str, Tensor]:
+    def _aligned(self, delta: Tensor, before: Tensor, runs: list[int], share_error: Tensor) -> dict[str, Tensor]:
         """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each."""
         engine = self.probe.gradients
-        assert self._before is not None
-        before = self._before if len(runs) == len(self._before) else self._before[runs]
+        before = before if len(runs) == len(before) else before[runs]
         steps = engine.thetas(runs).to(delta.dtype) - before
         cosines, shares, correlations = alignment(steps, delta, engine.partition)
         count, size = len(delta), engine.segments[-1].stop
@@ -312,22 +312,40 @@ class Commutator:
             latest.append(torch.ones(self.probe.gradients.runs, dtype=torch.float64))
         for verdicts, well in zip(latest, reliable[max(settled, 0) :], strict=False):
             verdicts[run] = float(well)
-        self._verdicts = deque(partial(_given, verdicts) for verdicts in latest)
+        self._verdicts = deque(verdicts.clone for verdicts in latest)
 
     def keep(self, runs: list[int]) -> None:
         self._gave_up = [self._gave_up[run] for run in runs]
         self._checked = [self._checked[run] for run in runs]
-        self._verdicts = deque(partial(_given, verdict()[runs]) for verdict in self._verdicts)
+        self._verdicts = deque(verdict()[runs].clone for verdict in self._verdicts)
         if self._before is not None:
             self._before = self._before[runs]
         self.probe.keep(runs)
-
-
-def _given(verdict: Tensor) -> Tensor:
-    return verdict
 
 
 def _of_runs(pair: PairOfRuns, places: Sequence[int]) -> PairOfRuns:
     """The batches of some of the runs."""
     a, b = pair
     return [a[place] for place in places], [b[place] for place in places]
+
+
+def unclear(value: Tensor, bound: Tensor) -> Tensor:
+    """Whether an error may be too large for the value to say anything."""
+    absolute, relative = CLEAR
+    return bound > (relative * value.abs()).clamp(min=absolute)
+
+
+def quantiles(values: Tensor, *levels: float, dim: int = 0) -> list[Tensor]:
+    """Quantiles over a dimension, linearly interpolated; NaN if any value is."""
+    if values.shape[dim] == 1:  # the same at every level; interpolated, infinity is NaN, as it is between others
+        only = values.select(dim, 0)
+        return [only.lerp(only, 0.0)] * len(levels)
+    ordered = values.sort(dim).values
+    missing = ordered.select(dim, -1).isnan()  # NaN goes to the end
+    found = []
+    for level in levels:
+        place = level * (values.shape[dim] - 1)
+        below = int(place)
+        above = min(below + 1, values.shape[dim] - 1)
+        found.append(torch.lerp(ordered.select(dim, below), ordered.select(dim, above), place - below))
+    return [x.masked_fill(missing, torch.nan) for x in found]

@@ -68,6 +68,32 @@ class Layout:
         (gram,) = self.partition.all_reduce_sum(ops.gram(x, y, origin=origin, segments=self.spans))
         return gram
 
+    def orthonormal_(self, rows: Tensor) -> Tensor:
+        """Make rows (k, L), orthonormal by segment but for rounding, or zero, so in place, with their peaks positive.
+
+        Gram-Schmidt in two passes over the rows: the coefficients follow from their Gram matrix. The entry of largest
+        magnitude of each row becomes positive, as in scikit-learn.
+        """
+        gram = self.gram(rows)
+        rotation = torch.zeros_like(gram)
+        for j in range(len(rows)):
+            row = torch.zeros_like(rotation[:, j])
+            row[:, j] = 1.0
+            for i in range(j):
+                row -= (rotation[:, i] * gram[:, j]).sum(1, keepdim=True) * rotation[:, i]
+            norm2 = (row[:, :, None] * gram * row[:, None, :]).sum((1, 2))
+            rotation[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
+        ops.rotate_(rows, rotation, segments=self.spans)
+        parts = self.split(rows)
+        ends = [
+            torch.stack([-part.amin(-1), part.amax(-1)]) if part.shape[-1] else part.new_zeros(2, *part.shape[:-1])
+            for part in parts
+        ]
+        down, up = self.partition.all_reduce_max(torch.stack(ends, -1))
+        for part, sign in zip(parts, torch.where(down > up, -1.0, 1.0).unbind(-1), strict=True):
+            part *= sign[..., None]
+        return rows
+
     def finite(self, rows: Tensor) -> Tensor:
         """(n,) bool: which rows hold neither NaN nor infinity nor a number beyond :data:`LARGEST`."""
         if not rows.shape[1]:
@@ -129,7 +155,8 @@ class Method(Protocol):
 
     def scores(self, rows: Tensor) -> Tensor:
         """(S, n, k) float64: coordinates of packed rows along the components, about the mean."""
-        return along(rows, self.mean(), self.components(), self.layout)
+        mean = self.mean()
+        return self.layout.gram(rows.to(mean.dtype) - mean, self.components())
 
     def state_dict(self) -> dict[str, Any]:
         """Of all runs; its tensors are those at work."""
@@ -196,35 +223,3 @@ def trace(matrices: Tensor) -> Tensor:
 def padded(values: Tensor, size: int) -> Tensor:
     """``values`` with zeros behind in the last dimension, up to ``size``."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
-
-
-def orthonormal_(rows: Tensor, layout: Layout) -> Tensor:
-    """Make rows (k, L), orthonormal by segment but for rounding, or zero, so in place, with their peaks positive.
-
-    Gram-Schmidt in two passes over the rows: the coefficients follow from their Gram matrix. The entry of largest
-    magnitude of each row becomes positive, as in scikit-learn.
-    """
-    gram = layout.gram(rows)
-    rotation = torch.zeros_like(gram)
-    for j in range(len(rows)):
-        row = torch.zeros_like(rotation[:, j])
-        row[:, j] = 1.0
-        for i in range(j):
-            row -= (rotation[:, i] * gram[:, j]).sum(1, keepdim=True) * rotation[:, i]
-        norm2 = (row[:, :, None] * gram * row[:, None, :]).sum((1, 2))
-        rotation[:, j] = row * torch.where(norm2 > 0, norm2.rsqrt(), 0.0)[:, None]
-    ops.rotate_(rows, rotation, segments=layout.spans)
-    parts = layout.split(rows)
-    ends = [
-        torch.stack([-part.amin(-1), part.amax(-1)]) if part.shape[-1] else part.new_zeros(2, *part.shape[:-1])
-        for part in parts
-    ]
-    down, up = layout.partition.all_reduce_max(torch.stack(ends, -1))
-    for part, sign in zip(parts, torch.where(down > up, -1.0, 1.0).unbind(-1), strict=True):
-        part *= sign[..., None]
-    return rows
-
-
-def along(rows: Tensor, mean: Tensor, components: Tensor, layout: Layout) -> Tensor:
-    """(S, n, k) float64: ``(x - mean) . components`` by segment."""
-    return layout.gram(rows.to(mean.dtype) - mean, components)

@@ -22,17 +22,7 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.device_buffer import is_asynchronous
 from grokcurv.partition import WHOLE
-from grokcurv.pca.common import (
-    EIGH_TOLERANCE,
-    EPSILON,
-    Layout,
-    Method,
-    Spectrum,
-    check_state,
-    orthonormal_,
-    padded,
-    trace,
-)
+from grokcurv.pca.common import EIGH_TOLERANCE, EPSILON, Layout, Method, Spectrum, check_state, padded, trace
 from grokcurv.pca.prefixes import GramPrefixes, ScatterPrefixes
 from grokcurv.pca.rows import Rows
 from grokcurv.reference import compute_type
@@ -172,7 +162,7 @@ class Gram(Method):
         if self.narrow:
             axes = torch.where(values[:, None] > 0, vectors, 0.0).transpose(1, 2)
             parts = [axis[:, :length] for axis, length in zip(axes, self.layout.lengths, strict=True)]
-            return orthonormal_(torch.cat(parts, 1).to(compute_type(self.dtype)), self.layout)
+            return self.layout.orthonormal_(torch.cat(parts, 1).to(compute_type(self.dtype)))
         scale = torch.where(values == 0, 0.0, values.rsqrt())
         if self.flags is None:
             weights = (vectors - vectors.mean(1, keepdim=True)) * scale[:, None, :]
@@ -180,7 +170,7 @@ class Gram(Method):
             share = self._shares_of_rows()[:, None]
             weights = (vectors - (share * vectors).sum(1, keepdim=True)) * (share > 0) * scale[:, None, :]
         rows = self._combination(weights.transpose(1, 2).contiguous()).to(compute_type(self.dtype))
-        return orthonormal_(rows, self.layout)
+        return self.layout.orthonormal_(rows)
 
     def mean(self) -> Tensor:
         n, count = len(self.rows), len(self.layout.lengths)

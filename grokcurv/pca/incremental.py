@@ -25,17 +25,7 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.pca.common import (
-    EIGH_TOLERANCE,
-    EPSILON,
-    Layout,
-    Method,
-    Spectrum,
-    check_state,
-    orthonormal_,
-    padded,
-    trace,
-)
+from grokcurv.pca.common import EIGH_TOLERANCE, EPSILON, Layout, Method, Spectrum, check_state, trace
 from grokcurv.pca.gram import Gram
 from grokcurv.reference import compute_type
 
@@ -161,15 +151,15 @@ class Incremental(Method):
 
     def spectrum(self) -> Spectrum:
         fold = self.fold
-        values = padded(fold.values[:, : self.n_components], self.n_components)
+        values = fold.values[:, : self.n_components]
         values = torch.where(values <= fold.floor[:, None], 0.0, values)
         return Spectrum(values, fold.total, self.lost.amin(0).clamp_min(0) + fold.rounding)
 
     def components(self) -> Tensor:
         values = self.spectrum().values
         scale = torch.where(values == 0, 0.0, values.rsqrt())
-        rotation = fold_rows(self.fold.rotation, self.n_components) * scale[:, :, None]
-        return orthonormal_(ops.rotate(self._used, rotation, segments=self.layout.spans), self.layout)
+        rotation = (self.fold.rotation[:, : self.n_components] * scale[:, :, None]).contiguous()
+        return self.layout.orthonormal_(ops.rotate(self._used, rotation, segments=self.layout.spans))
 
     def mean(self) -> Tensor:
         total = self.sum.clone()
@@ -316,7 +306,7 @@ class Incremental(Method):
         gram[:, basis].zero_()
         gram[:, :, basis].zero_()
 
-        values, vectors = ops.eigh(gram, min(basis + 1, len(rows)))
+        values, vectors = ops.eigh(gram, basis + 1)
         rotation = vectors.transpose(1, 2)
         share = (rotation * among).sum(2, keepdim=True)
         rotation = rotation - alpha * share * among
@@ -327,7 +317,7 @@ class Incremental(Method):
         given = (raw - energy).clamp_min(0)
         # Rows rounded on arrival, the mean rounded twice, rows of the basis rounded at the end; then sums and solver.
         error = 2 * unit * (given * grown).sqrt() + (4 * unit + count * EPSILON) * (energy * added * grown).sqrt()
-        error = error + 2 * unit * padded(values, basis + 1)[:, :basis].clamp_min(0).sum(1)
+        error = error + 2 * unit * values[:, :basis].clamp_min(0).sum(1)
         sizes = self.layout.sizes
         error = error + 2 * (sizes + 4) * EPSILON * raw + EIGH_TOLERANCE * raw
         # Of directions that hold nothing: sums err like random walks, rows of the basis by a unit each.
@@ -337,9 +327,8 @@ class Incremental(Method):
     def _replace_basis(self, fold: Fold, valid: Tensor) -> Tensor:
         """Write the leading part of a fold over the basis, and add the rows of the buffer to the sum; its values."""
         used = self._used_of(len(valid))
-        values = padded(fold.values, self.rank + 1)
-        rotation = fold_rows(fold.rotation, self.rank)
-        kept, cut = values[:, : self.rank], values[:, self.rank].clamp_min(0)
+        rotation = fold.rotation[:, : self.rank]
+        kept, cut = fold.values[:, : self.rank], fold.values[:, self.rank].clamp_min(0)
         if self.shrinkage:
             lowered = (kept - cut[:, None]).clamp_min(0)
             rotation = rotation * torch.where(lowered > 0, lowered / kept, 0.0).sqrt()[:, :, None]
@@ -387,8 +376,3 @@ class Incremental(Method):
         self.appended += other.appended - other.pending
         self.forget()
         self._mark(self.fold.values)
-
-
-def fold_rows(rotation: Tensor, count: int) -> Tensor:
-    """The first ``count`` rows of (S, q, m), with zeros where there are fewer."""
-    return torch.nn.functional.pad(rotation[:, :count], (0, 0, 0, max(0, count - rotation.shape[1]))).contiguous()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from grokcurv import ops
-from grokcurv.pca.common import Layout, Spectrum, along
+from grokcurv.pca.common import Layout, Spectrum
 from grokcurv.pca.incremental import Incremental
 
 FAILURE = 0.01
@@ -81,7 +81,7 @@ class Sketch(Incremental):
     mean = components
 
     def scores(self, rows: Tensor) -> Tensor:
-        return along(self._sketch_rows(rows), super().mean(), super().components(), self.layout)
+        return self.layout.gram(self._sketch_rows(rows) - super().mean(), super().components())
 
     def _sketch_rows(self, rows: Tensor) -> Tensor:
         """(n, S M) of packed rows (n, L)."""
