@@ -51,18 +51,6 @@ class PhiloxDraws:
         """(R, rows) int64 below n: what is measured with at these steps; fewer rows are the beginning of more."""
         return ops.draw(self._seeds, Purpose.MEASUREMENT, steps, n, rows)
 
-    def of(self, places: Tensor) -> PhiloxDraws:
-        """Of some of the runs."""
-        some = PhiloxDraws((), self._seeds.device)
-        some._seeds = self._seeds[places]
-        return some
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
-
 
 class PaperDraws:
     """The draws of the paper's code, of one run: after the split, weights and batches from streams seeded alike.
@@ -89,10 +77,6 @@ class PaperDraws:
         """The next of the stream."""
         return torch.from_numpy(self._stream.randint(0, int(n), rows)).to(self._device)[None]
 
-    def of(self, places: Tensor) -> PaperDraws:
-        """The same: there is one run."""
-        return self
-
     def state_dict(self) -> dict[str, Any]:
         state = self._stream.get_state(legacy=False)["state"]
         return {"key": torch.from_numpy(state["key"].astype(np.int64)), "pos": int(state["pos"])}
@@ -100,6 +84,3 @@ class PaperDraws:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         twister = {"key": state["key"].numpy().astype(np.uint32), "pos": state["pos"]}
         self._stream.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": 0, "gauss": 0.0})
-
-
-Draws = PhiloxDraws | PaperDraws
