@@ -60,7 +60,7 @@ class Measured:
         if self._at != step:
             self._at, self._drawn, self._waiting = step, 0, []
         if not self._waiting:
-            count = config.pairs if self.batches.ahead else 1
+            count = 1 if config.rng == "paper" else config.pairs  # a stream gives what is asked for, and no more
             drawn = iter(self.batches.measuring(2 * count, 2 * self._drawn))
             self._waiting = list(zip(drawn, drawn, strict=True))
             self._drawn += count

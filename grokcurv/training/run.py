@@ -290,8 +290,7 @@ class Training:
     def _kick_pair(self) -> tuple[Batch, Batch]:
         n, rows, generator = len(self.data.train_answers), self.config.measure_rows, self._stream
         if self.config.faithful and self.draws is not None:
-            size = torch.tensor(n)
-            index = torch.cat([self.draws.measuring(size, size, rows) for _ in range(2)])
+            index = torch.cat([self.draws.next(n, rows) for _ in range(2)])
         else:
             index = torch.randint(n, (2, rows), generator=generator, device=generator.device)
         first, second = zip(self.data.train_pairs[index], self.data.train_answers[index], strict=True)
