@@ -11,7 +11,7 @@ import pandas as pd
 from grokcurv.analysis import grok_step, onset_step, settled_step
 from grokcurv.report.figures import matrix_label
 from grokcurv.report.format import duration, number
-from grokcurv.runs import Run
+from grokcurv.runs import TABLES, Run
 from grokcurv.storage import RunError
 from grokcurv.training.run import GROKKED
 
@@ -82,8 +82,8 @@ class Summary:
         self.config = run.config
         self.environment = dict(flat(run.environment))
         self.status = run.status
-        tables = {"metrics": run.metrics, "curvature": run.curvature, "pca": run.pca_history}
-        self.metrics, self.curvature, self.pca = (check_table(tables[name], name, run.path or "run") for name in tables)
+        tables = (check_table(run.table(name), name, run.path or "run") for name in TABLES)
+        self.metrics, self.curvature, self.pca = tables
         self.grok, self.onset = grok_step(self.metrics, GROKKED), onset_step(self.curvature)
         self.threshold, self.patience = criterion(run.config)
         self.settled = settled_step(self.metrics, self.threshold, self.patience)
