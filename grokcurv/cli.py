@@ -107,10 +107,9 @@ def _train(arguments: list[str]) -> int:
 
     arguments = _renamed(arguments)
     defaults, described = _defaults(arguments)
-    # The sections come first in the options, and in the same order.
     sections = (kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)}) for kind in settings.SECTIONS)
-    given = Options(*sections, preset=defaults.preset)
-    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=given)
+    given = *sections, defaults.preset  # as the options begin
+    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(*given))
     said = {name: value for part in vars(options).values() if is_dataclass(part) for name, value in vars(part).items()}
     with _asked_for():
         config = TrainConfig(preset=options.preset, **said)

@@ -237,7 +237,7 @@ runs/rates: 4 runs, 0 finished, 2 failed
 to see it: grokcurv report runs/rates
 """
     )
-    assert isinstance(swept.pop("on_progress"), progress.SweepProgress)
+    assert swept.pop("on_progress").describe is progress.of_sweep
     assert swept.pop("config") == SweepConfig(grid={"lr": [0.1, 0.2, 0.3, 0.4]})
     assert swept == {
         "out": Path("runs/rates"),
