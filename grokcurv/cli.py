@@ -16,12 +16,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from os.path import lexists
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from grokcurv import sweep, training
 from grokcurv.commutator import RENAMED
@@ -29,17 +29,7 @@ from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
 from grokcurv.runs import TABLES, Run, open_run
 from grokcurv.storage import News, RunError, holder, make_folder, write_atomically
 from grokcurv.training import PRESETS, TrainConfig
-from grokcurv.training.config import (
-    SECTIONS,
-    InterventionSettings,
-    LengthSettings,
-    MeasurementSettings,
-    NetworkSettings,
-    OptimizerSettings,
-    Preset,
-    StorageSettings,
-    TaskSettings,
-)
+from grokcurv.training import config as settings
 from grokcurv.training.process import Stopped
 
 WATCH_SECONDS = 1.0
@@ -100,14 +90,14 @@ def _train(arguments: list[str]) -> int:
         --preset sets the defaults of the other settings. Ctrl-C stops the run after writing a checkpoint.
         """
 
-        task: tyro.conf.OmitArgPrefixes[TaskSettings]
-        network: tyro.conf.OmitArgPrefixes[NetworkSettings]
-        optimizer: tyro.conf.OmitArgPrefixes[OptimizerSettings]
-        length: tyro.conf.OmitArgPrefixes[LengthSettings]
-        measurement: tyro.conf.OmitArgPrefixes[MeasurementSettings]
-        intervention: tyro.conf.OmitArgPrefixes[InterventionSettings]
-        storage: tyro.conf.OmitArgPrefixes[StorageSettings]
-        preset: Preset = "paper"
+        task: tyro.conf.OmitArgPrefixes[settings.TaskSettings]
+        network: tyro.conf.OmitArgPrefixes[settings.NetworkSettings]
+        optimizer: tyro.conf.OmitArgPrefixes[settings.OptimizerSettings]
+        length: tyro.conf.OmitArgPrefixes[settings.LengthSettings]
+        measurement: tyro.conf.OmitArgPrefixes[settings.MeasurementSettings]
+        intervention: tyro.conf.OmitArgPrefixes[settings.InterventionSettings]
+        storage: tyro.conf.OmitArgPrefixes[settings.StorageSettings]
+        preset: settings.Preset = "paper"
         """Settings to start from."""
         out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
         """Folder of the run; runs/OP-seedSEED if not given."""
@@ -117,16 +107,12 @@ def _train(arguments: list[str]) -> int:
 
     arguments = _renamed(arguments)
     defaults, described = _defaults(arguments)
-    parts: dict[str, Any] = {}
-    for section, kind in zip(fields(Options), SECTIONS, strict=False):  # they come first there, in the same order
-        parts[section.name] = kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)})
-    given = Options(**parts, preset=defaults.preset)
-    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=given)
+    sections = (kind(**{one.name: getattr(defaults, one.name) for one in fields(kind)}) for kind in settings.SECTIONS)
+    given = *sections, defaults.preset  # as the options begin
+    options = tyro.cli(Options, prog="grokcurv train", args=arguments, default=Options(*given))
     said = {name: value for part in vars(options).values() if is_dataclass(part) for name, value in vars(part).items()}
-    try:
+    with _asked_for():
         config = TrainConfig(preset=options.preset, **said)
-    except ValueError as error:
-        return _complain(str(error))
     out = options.out or Path("runs") / f"{config.op}-seed{config.seed}"
     if options.resume and not described and not lexists(out / "config.json"):
         return _complain(f"{out} holds no run to go on with, and no settings say which to begin")
@@ -209,18 +195,14 @@ def _sweep(arguments: list[str]) -> int:
         """Say which runs these are, and how long they may take, and do none."""
 
     options = tyro.cli(Options, prog="grokcurv sweep", args=arguments)
-    settings = asdict(options)
-    file, out, dry = (
-        settings.pop("file"),
-        settings.pop("out") or Path("runs") / options.file.stem,
-        settings.pop("dry_run"),
-    )
+    how = {name: value for name, value in vars(options).items() if name not in ("file", "out", "dry_run")}
+    out = options.out or Path("runs") / options.file.stem
     with _asked_for("the same command"):
-        config = sweep.SweepConfig.from_toml(file)
-        if dry:
+        config = sweep.SweepConfig.from_toml(options.file)
+        if options.dry_run:
             return _foresee(config, options.workers or len(os.sched_getaffinity(0)))
-        with SweepProgress(file.stem) as progress:
-            runs = sweep.run_sweep(config, out, **settings, grow=True, on_progress=progress).runs
+        with SweepProgress(options.file.stem) as progress:
+            runs = sweep.run_sweep(config, out, **how, grow=True, on_progress=progress).runs
     failed = runs[runs["status"] == "failed"]
     print(f"{out}: {len(runs):,} runs, {(runs['status'] == 'finished').sum():,} finished, {len(failed):,} failed")
     for run, reason in failed["reason"].items():
@@ -274,9 +256,9 @@ def _reproduce(arguments: list[str]) -> int:
 
     from grokcurv.reproduce import reproduce
 
-    settings = {name: value for name, value in vars(options).items() if value != ()}  # those that were given
+    given = {name: value for name, value in vars(options).items() if value != ()}
     with _asked_for("the same command"), SweepProgress(f"reproduce {options.profile}") as progress:
-        reproduction = reproduce(**settings, on_progress=progress)
+        reproduction = reproduce(**given, on_progress=progress)
     Console().print(reproduction.verdicts())
     for run, reason in reproduction.failed.items():
         print(f"{run} failed: {reason}")
@@ -304,10 +286,8 @@ def _report(arguments: list[str]) -> int:
 
         if not folders:
             return _complain("report needs the folder of a run or a sweep")
-        try:
+        with _asked_for():
             print(write_report(folders[0] if len(folders) == 1 else folders, out))
-        except ValueError as error:
-            return _complain(str(error))
         return 0
 
     return tyro.cli(report, prog="grokcurv report", args=arguments)
@@ -398,12 +378,9 @@ def _bench(arguments: list[str]) -> int:
 
     from grokcurv.bench import run_bench
 
-    settings = vars(options) | {"cases": options.cases or None}
-    try:
-        with BenchProgress("bench") as progress:
-            bench = run_bench(**settings, on_progress=progress)
-    except ValueError as error:
-        return _complain(str(error))
+    given = vars(options) | {"cases": options.cases or None}
+    with _asked_for(), BenchProgress("bench") as progress:
+        bench = run_bench(**given, on_progress=progress)
     Console(width=None if sys.stdout.isatty() else 180).print(bench.table())  # a file has room for whole lines
     print(bench.load)
     for said in bench.left_out:
@@ -448,12 +425,13 @@ grokcurv COMMAND --help lists the options of a command.
 
 
 @contextlib.contextmanager
-def _asked_for(again: str) -> Iterator[None]:
-    """Around what can go on another time by a command; what is wrong with what was asked for is no error of ours."""
+def _asked_for(again: str = "") -> Iterator[None]:
+    """What is wrong with what was asked for is no error of ours; what is stopped may go on by a command, ``again``."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; to go on: {again}", file=sys.stderr)
+        if again:
+            print(f"stopped; to go on: {again}", file=sys.stderr)
         raise
     except (ValueError, ModuleNotFoundError) as error:
         raise RunError(str(error)) from error

@@ -237,7 +237,7 @@ runs/rates: 4 runs, 0 finished, 2 failed
 to see it: grokcurv report runs/rates
 """
     )
-    assert isinstance(swept.pop("on_progress"), progress.SweepProgress)
+    assert swept.pop("on_progress").describe is progress.of_sweep
     assert swept.pop("config") == SweepConfig(grid={"lr": [0.1, 0.2, 0.3, 0.4]})
     assert swept == {
         "out": Path("runs/rates"),
@@ -280,7 +280,7 @@ def test_a_sweep_is_foreseen(
     assert ids == list(config.plan)
     assert re.fullmatch(r"4 runs, at most \d.* on 2 workers by 30 steps taken now;", time_said)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(estimate, "_seconds_of", lambda run: (0.01 if run.architecture == "mlp" else 0.02, 0.5))
+    monkeypatch.setattr(estimate, "seconds_of", lambda run: (0.01 if run.architecture == "mlp" else 0.02, 0.5))
     steps = 2 * 5000 * (0.01 + 0.02)  # with a measurement of 20 gradients, and a check of eight, every 100
     wanted = steps * (1 + 28 / 100) + 4 * 50 * 0.5
     assert estimate.expected_seconds(config, 1) == pytest.approx(wanted)

@@ -567,7 +567,6 @@ TINY = Profile(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
-    driver.TIMED_STEPS = 30
     return reproduce(profile=TINY, out=tmp_path_factory.mktemp("whole") / "out", workers=1)
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,8 +255,7 @@ def small(path: Path, *, tables: dict[str, pd.DataFrame] | None = None, **varied
 def test_a_folder_of_a_sweep_and_one_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = small(tmp_path / "sweep", tables={}, op=("add", "mul"))
     synthetic_sweep.write(sweep)
-    module = SimpleNamespace(open_sweep=lambda path: replace(sweep, path=path))
-    monkeypatch.setitem(sys.modules, "grokcurv.sweep", module)
+    monkeypatch.setattr("grokcurv.report.page.open_sweep", lambda path: replace(sweep, path=path))
     assert write_report(str(sweep.path)) == sweep.path / "report.html"
     with pytest.raises(RunError, match="holds neither a run nor a sweep"):
         write_report(tmp_path)

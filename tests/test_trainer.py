@@ -61,7 +61,7 @@ class Recorder:
 
     def __init__(self, model: torch.nn.Module, sampler: Any) -> None:
         self.model, self.sampler, self.seen, self.last = model, sampler, [], None
-        self.probe = type("Probe", (), {"basis": None, "gradients": None})()
+        self.probe = type("Probe", (), {"bases": (), "gradients": None})()
 
     def stepping(self, *batches: Any) -> Iterator[None]:
         yield from ()
@@ -71,15 +71,18 @@ class Recorder:
         gradient = None if batch is None else torch.cat([p.grad.flatten() for p in self.model.parameters()])
         self.seen.append((batch, next_batch, gradient))
 
-    def records(self) -> pd.DataFrame:
+    def latest(self, run: int = 0) -> None:
+        return self.last
+
+    def records(self, run: int = 0) -> pd.DataFrame:
         return pd.DataFrame()
 
     pca_records = records
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
         return {"seen": len(self.seen)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], run: int = 0) -> None:
         self.seen = [None] * state["seen"]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grokcurv.analysis.statistics import wilson
-from grokcurv.analysis.timing import EARLY, has_risen
+from grokcurv.analysis.timing import EARLY, check_threshold, has_risen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +34,7 @@ def sweep_results(
     """
     import pandas as pd
 
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
+    check_threshold(threshold)
     accuracy, defect = _measured(metrics, "test_acc", runs), _measured(curvature, "defect_median", runs)
     early = defect.groupby("run").head(EARLY).groupby("run")["defect_median"].median()
     risen = has_risen(defect["defect_median"].to_numpy(float), early.reindex(defect["run"]).to_numpy(float))
@@ -93,11 +92,8 @@ def sweep_settings(results: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame
     settings = columns.groupby(keys, sort=False, dropna=False).agg(how).reset_index(drop=not fields)
     fraction, low, high = wilson(settings["grokked"], settings["finished"])
     settings = settings.assign(grok_fraction=fraction, grok_low=low, grok_high=high)
-    shares, numbers = (
-        ["grok_fraction", "grok_low", "grok_high"],
-        ["grok_step", "grok_step_min", "grok_step_max", "settled_step"],
-    )
-    return settings[[*fields, *counts, *shares, *numbers, "censored_step", "max_defect", "lead_time"]]
+    steps = ["grok_step", "grok_step_min", "grok_step_max", "settled_step", "censored_step"]
+    return settings[[*fields, *counts, "grok_fraction", "grok_low", "grok_high", *steps, "max_defect", "lead_time"]]
 
 
 def _settled(accuracy: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
@@ -105,10 +101,8 @@ def _settled(accuracy: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
     ordered = accuracy.sort_values(["run", "step"], kind="stable")
     own, owners = {"grok_threshold": 0.98, "grok_patience": 3}, ordered["run"].to_numpy(int)
     of = {name: runs[name].to_numpy()[owners] if name in runs else default for name, default in own.items()}
-    reached = (ordered["test_acc"] >= of["grok_threshold"]).to_numpy(dtype=bool)
-    number = np.arange(len(ordered))
-    begins = np.r_[True, owners[1:] != owners[:-1]][: len(ordered)]
-    streak = number - np.maximum.accumulate(np.where(reached, np.where(begins, number - 1, -1), number), dtype=int)
+    reached = ordered["test_acc"] >= of["grok_threshold"]
+    streak = reached.groupby([ordered["run"], (~reached).cumsum()]).cumsum()
     settled: pd.Series = ordered[streak == of["grok_patience"]].groupby("run")["step"].min()
     return settled
 

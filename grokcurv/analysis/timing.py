@@ -59,7 +59,7 @@ def settled_step(records: Records, threshold: float = 0.98, patience: int = 3) -
     if patience < 1:
         raise ValueError(f"patience must be at least 1; got {patience}")
     steps, accuracy = measured(records, "test_acc")
-    reached = accuracy >= _checked(threshold)
+    reached = accuracy >= check_threshold(threshold)
     seen = np.arange(1, len(reached) + 1)
     streak = seen - np.maximum.accumulate(np.where(reached, 0, seen))
     return _first(steps, streak == patience)
@@ -72,10 +72,11 @@ def grok_step(records: Records, threshold: float = 0.9) -> int | None:
     differ in length, or when ``threshold`` is outside (0, 1].
     """
     steps, accuracy = measured(records, "test_acc")
-    return _first(steps, accuracy >= _checked(threshold))
+    return _first(steps, accuracy >= check_threshold(threshold))
 
 
-def _checked(threshold: float) -> float:
+def check_threshold(threshold: float) -> float:
+    """The test accuracy that counts as grokked; ValueError where it is no fraction above 0."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is a fraction of the test set, 0 < threshold <= 1; got {threshold}")
     return threshold

@@ -13,9 +13,11 @@ import torch
 
 from grokcurv.bench.check import GIB, Result, available_memory, check, peers
 from grokcurv.bench.comparison import PEERS
+from grokcurv.bench.figures import drawings
 from grokcurv.bench.plan import Plan, make_plan
 from grokcurv.bench.result import Bench, in_markdown
 from grokcurv.bench.timing import threads as limited
+from grokcurv.report.page import write_page
 from grokcurv.runs import describe_environment
 from grokcurv.storage import make_folder, write_atomically
 
@@ -62,10 +64,9 @@ def run_bench(
     make_folder(path, parents=True)
 
     began, problems, (load, *_) = time.monotonic(), peers(), os.getloadavg()
-    free = round(available_memory() / GIB, 1)
     settings = {
         "threads": threads,
-        "memory_free_gib": free,
+        "memory_free_gib": round(available_memory() / GIB, 1),
         "quick": quick,
         "seed": seed,
         "load before": round(load, 2),
@@ -82,10 +83,6 @@ def run_bench(
             found[title] = check(case, torch.Generator().manual_seed(seed), budget, problems)
 
     settings["load after"] = round(os.getloadavg()[0], 2)
-
-    from grokcurv.bench.figures import drawings  # and matplotlib with it
-    from grokcurv.report.page import write_page
-
     taking_part = {package: problems[name] or metadata.version(package) for name, package in PEERS.items()}
     bench = Bench(path, describe_environment() | settings, plan, found, taking_part, round(time.monotonic() - began, 1))
     write_atomically(path / "bench.json", bench.as_json().encode())

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from grokcurv.report.sweep_summary import SweepSummary
+import pandas as pd
+
 from grokcurv.runs import open_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class Beside:
@@ -40,16 +37,12 @@ class Beside:
     @property
     def runs(self) -> pd.DataFrame:
         """One row a run: every setting, ``status`` and ``reason``."""
-        import pandas as pd
-
         frame = pd.DataFrame([run.config for run in self._runs.values()], index=pd.Index(self._runs, name="run"))
         said = [run.status.partition(": ") for run in self._runs.values()]
         return frame.assign(status=[state for state, _, _ in said], reason=[reason for _, _, reason in said])
 
     def table(self, name: str, columns: Collection[str]) -> pd.DataFrame:
         """The rows of all runs: ``run``, ``step`` and these columns."""
-        import pandas as pd
-
         wanted = ["step", *columns]
         tables = {run: opened.table(name).reindex(columns=wanted) for run, opened in self._runs.items()}
         parts = [table.assign(run=run) for run, table in tables.items() if not table.empty]
@@ -59,22 +52,6 @@ class Beside:
         path = self._runs[run].path
         assert path is not None
         return path
-
-
-class BesideSummary(SweepSummary):
-    """The words and numbers of such a page: a line a run, and no settings with several."""
-
-    def __init__(self, runs: Beside) -> None:
-        super().__init__(runs, runs.path)
-        self.fields, self.lines = {}, {"run": list(self.results.index)}
-
-    @property
-    def title(self) -> str:
-        return " beside ".join(self.results.index)
-
-    @property
-    def subtitle(self) -> list[str]:
-        return [f"they differ in {', '.join(self.varied)}" if self.varied else "all of one setting"]
 
 
 def _names(places: Sequence[Path]) -> list[str]:

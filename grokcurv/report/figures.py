@@ -16,19 +16,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, Locator, MaxNLocator, NullLocator, PercentFormatter
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 WIDE, NARROW = 8.0, 4.75  # inches of a figure in a window and on a telephone, its type being as large
 LEFT, RIGHT = 0.76, 1.24  # inches beside the panels; end labels stand to the right

@@ -53,10 +53,6 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def are(number: int) -> str:
-    return "is" if number == 1 else "are"
-
-
 def compact(value: float) -> str:
     """1e5 and beyond by their exponent."""
     return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e")

@@ -9,24 +9,21 @@ from dataclasses import dataclass
 from hashlib import sha256
 from os.path import lexists
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from grokcurv.report import figures, sweep_figures
-from grokcurv.report.beside import Beside, BesideSummary
+from grokcurv.report.beside import Beside
 from grokcurv.report.format import number
 from grokcurv.report.summary import Summary
-from grokcurv.report.sweep_summary import SweepSummary
+from grokcurv.report.sweep_summary import BesideSummary, SweepSummary
 from grokcurv.runs import Run, open_run
 from grokcurv.storage import RunError, make_folder, write_atomically
+from grokcurv.sweep import Sweep, open_sweep
 from grokcurv.training.run import GROKKED
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from grokcurv.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,6 @@ def write_report(
         beside = BesideSummary(Beside(source, Path(out)))
         return write_page(Path(out), "sweep.html", beside, list(draw_sweep(beside)))
     if isinstance(source, str | os.PathLike):
-        from grokcurv.sweep import open_sweep
-
         folder = Path(source)
         if not any(lexists(folder / name) for name in ("config.json", "sweep.json")):
             raise RunError(f"{folder} holds neither a run nor a sweep: there is no config.json or sweep.json in it")

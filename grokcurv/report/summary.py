@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from grokcurv.analysis import grok_step, onset_step, settled_step
 from grokcurv.report.figures import matrix_label
 from grokcurv.report.format import duration, number
+from grokcurv.runs import TABLES, Run
 from grokcurv.storage import RunError
 from grokcurv.training.run import GROKKED
-
-if TYPE_CHECKING:
-    from grokcurv.runs import Run
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "metrics": ("train_loss", "train_acc", "test_loss", "test_acc", "seconds"),
@@ -30,7 +28,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
 DRAWN: dict[str, tuple[str, ...]] = {
     "metrics": ("fourier_embedding", "fourier_logits"),
     "curvature": ("noise_floor", "reference_median", "grad_norm", "bracket_norm"),
-    "pca": (),
 }
 """Columns that are drawn where they are."""
 
@@ -50,7 +47,7 @@ def check_table(table: pd.DataFrame, name: str, source: object, needed: tuple[st
     needed = NEEDED[name] if needed is None else needed
     if table.empty:
         return pd.DataFrame(columns=["step", *needed], dtype=float)
-    for column in (*needed, *DRAWN[name]):
+    for column in (*needed, *DRAWN.get(name, ())):
         if column not in table:
             if column in needed:
                 raise RunError(f"{source}: {name}.parquet has no column {column}; it has {', '.join(map(str, table))}")
@@ -85,8 +82,8 @@ class Summary:
         self.config = run.config
         self.environment = dict(flat(run.environment))
         self.status = run.status
-        tables = {"metrics": run.metrics, "curvature": run.curvature, "pca": run.pca_history}
-        self.metrics, self.curvature, self.pca = (check_table(tables[name], name, run.path or "run") for name in tables)
+        tables = (check_table(run.table(name), name, run.path or "run") for name in TABLES)
+        self.metrics, self.curvature, self.pca = tables
         self.grok, self.onset = grok_step(self.metrics, GROKKED), onset_step(self.curvature)
         self.threshold, self.patience = criterion(run.config)
         self.settled = settled_step(self.metrics, self.threshold, self.patience)

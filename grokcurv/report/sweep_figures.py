@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,11 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import NDArray
 
 from grokcurv.report import figures
 from grokcurv.report.figures import LIGHT, NARROW, Theme, axes_at, blank, page_width
 from grokcurv.report.format import plain, short
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Scale = tuple[Colormap, Normalize]
 """Shades, and what they span."""

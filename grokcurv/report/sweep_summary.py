@@ -6,20 +6,19 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 from urllib.parse import quote
+
+import pandas as pd
 
 from grokcurv.analysis import sweep_results, sweep_settings
 from grokcurv.analysis.sweeps import UNFINISHED
-from grokcurv.report.format import are, count, number, plain
+from grokcurv.report.beside import Beside
+from grokcurv.report.format import count, number, plain
 from grokcurv.report.summary import check_table
 from grokcurv.report.sweep_figures import arrange
+from grokcurv.sweep import Sweep
 from grokcurv.training.run import GROKKED
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    import pandas as pd
 
 MANY = 24
 """More values of a number than this are put into classes."""
@@ -27,20 +26,6 @@ MANY = 24
 CLASSES = 8
 
 Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "", its cells
-
-
-class Runs(Protocol):
-    """What is reported: a sweep, or runs from folders of their own."""
-
-    path: Path
-    varied: tuple[str, ...]
-
-    @property
-    def runs(self) -> pd.DataFrame: ...
-
-    def table(self, name: str, columns: Collection[str]) -> pd.DataFrame: ...
-
-    def folder(self, run: str) -> Path: ...
 
 
 class SweepSummary:
@@ -61,7 +46,7 @@ class SweepSummary:
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
     """
 
-    def __init__(self, sweep: Runs, folder: Path | None = None) -> None:
+    def __init__(self, sweep: Sweep | Beside, folder: Path | None = None) -> None:
         self.path, self.folder, self.varied = sweep.path, folder or sweep.path, list(sweep.varied)
         self._folder_of = sweep.folder
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
@@ -93,11 +78,12 @@ class SweepSummary:
     def missing(self) -> list[str]:
         """What keeps these numbers from being the whole sweep's, a sentence each."""
         said, total = [], self.total
-        if total["unfinished"]:
+        if unfinished := total["unfinished"]:
+            are, counts = ("is", "counts") if unfinished == 1 else ("are", "count")
             said.append(
-                f"{count(total['unfinished'], 'run')} of {total['runs']:,} {are(total['unfinished'])} not finished "
-                f"({self._statuses(*UNFINISHED)}) and count{'s' * (total['unfinished'] == 1)} neither for grokking nor "
-                "against it. Until then the fractions may be too high, as runs that grok end sooner."
+                f"{count(unfinished, 'run')} of {total['runs']:,} {are} not finished ({self._statuses(*UNFINISHED)}) "
+                f"and {counts} neither for grokking nor against it. Until then the fractions may be too high, as runs "
+                "that grok end sooner."
             )
         if total["failed"]:
             said.append(f"{count(total['failed'], 'run')} failed and count{'s' * (total['failed'] == 1)} neither way.")
@@ -198,6 +184,22 @@ class SweepSummary:
         """Runs by status, those that occur: 51 finished, 1 failed, 2 pending."""
         counts: pd.Series = self.results["status"].value_counts()
         return ", ".join(f"{counts[status]:,} {status}" for status in statuses if status in counts)
+
+
+class BesideSummary(SweepSummary):
+    """The words and numbers of runs beside each other: a line a run, and no settings with several."""
+
+    def __init__(self, runs: Beside) -> None:
+        super().__init__(runs, runs.path)
+        self.fields, self.lines = {}, {"run": list(self.results.index)}
+
+    @property
+    def title(self) -> str:
+        return " beside ".join(self.results.index)
+
+    @property
+    def subtitle(self) -> list[str]:
+        return [f"they differ in {', '.join(self.varied)}" if self.varied else "all of one setting"]
 
 
 def _classes(values: pd.Series) -> pd.Series:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,8 @@ from grokcurv.reproduce.figures import ARITHMETICS, Line, Panel
 from grokcurv.reproduce.findings import Answer, Finding, Here, Judgement
 from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.published import Number
+from grokcurv.subspace import Subspace
 from grokcurv.training import TrainConfig
-
-if TYPE_CHECKING:
-    from grokcurv.subspace import Subspace
 
 Rise = Callable[[pd.DataFrame], int | None]
 """The step from which the defect has risen."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from os.path import lexists
@@ -19,12 +18,10 @@ from grokcurv.reproduce.rules import NOT_RUN
 from grokcurv.runs import describe_environment
 from grokcurv.storage import make_folder, write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
-from grokcurv.training import PRESETS, train
+from grokcurv.sweep.estimate import seconds_of
+from grokcurv.training import PRESETS
 
 Progress = Callable[[dict[str, Any]], object]
-
-TIMED_STEPS = 50
-"""Of the run that says how long an update takes."""
 
 
 def reproduce(
@@ -137,8 +134,5 @@ def _trials(name: str, sweep: Sweep) -> dict[str, Trial]:
 
 def _slow_regime_seconds() -> float:
     """What the slow regime would take on one thread of this machine, to where it was published to grok."""
-    seen: list[tuple[int, float]] = []
-    slow = replace(PRESETS["paper-slow"], steps=TIMED_STEPS, measure_every=0, threads=1)
-    train(slow, on_progress=lambda news: seen.append((news["step"], time.perf_counter())))
-    (first, began), *_, (last, ended), _ = seen  # there are evaluations before the first report and before the last
-    return SLOW_GROK_STEP.value * (ended - began) / (last - first)
+    update, _ = seconds_of(replace(PRESETS["paper-slow"], threads=1))
+    return SLOW_GROK_STEP.value * update

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from grokcurv.analysis import RandomBaseline, alignment_p_value, grok_step, phases, random_walk_pc1
+from grokcurv.analysis import RandomBaseline, alignment_p_value, grok_step, phases, random_walk_pc1, settled_step
 from grokcurv.bench import naive
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
@@ -28,9 +29,6 @@ from grokcurv.training import TrainConfig, build_model, load_model
 from grokcurv.training.draws import order_of
 from grokcurv.training.network import task_of
 from grokcurv.training.process import threads_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Arithmetic = Literal["published", "trustworthy"]
 Support = Literal["full", "matched"]
@@ -114,13 +112,9 @@ class Trial:
     @cached_property
     def end(self) -> int | None:
         """The step at which it had grokked by its own settings, where the published runs end; None if it never did."""
-        records = self.records
-        if "test_acc" not in records:
-            return None
-        rows = records[records["test_acc"].notna()]
-        streak = rows["test_acc"].ge(self.config.grok_threshold).rolling(self.config.grok_patience).sum()
-        grokked = rows["step"][streak == self.config.grok_patience]
-        return int(grokked.iloc[0]) if len(grokked) else None
+        threshold, patience = self.config.grok_threshold, self.config.grok_patience
+        can = "test_acc" in self.records and threshold <= 1
+        return settled_step(self.records, threshold, patience) if can else None
 
     @cached_property
     def snapshot(self) -> Snapshot | None:

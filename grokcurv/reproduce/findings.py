@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
+from grokcurv.report.figures import Theme
 from grokcurv.report.format import number as short
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import RULES, SENTENCES, WORDS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from grokcurv.report.figures import Theme
 
 
 class Here(NamedTuple):

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from rich.table import Table
 
 from grokcurv.report.format import duration
 from grokcurv.report.page import draw_all, write_page
 from grokcurv.report.summary import flat
 from grokcurv.reproduce.findings import Answer, say
 from grokcurv.reproduce.published import SOURCE
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 NUMBERS = (
     *("published", "published_low", "published_high"),
@@ -91,8 +89,6 @@ class Reproduction:
 
     def verdicts(self) -> Table:
         """The table in print, for a terminal."""
-        from rich.table import Table
-
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("claim", "published", "published arithmetic", "trustworthy", "verdict"):
             table.add_column(name)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grokcurv.analysis import wilson
+
 SOURCE = "Xu, arXiv 2602.16746 (2026)"
 
 
@@ -43,8 +45,6 @@ class Number:
     @classmethod
     def share(cls, successes: int, trials: int) -> Number:
         """A fraction with its 95 % Wilson interval."""
-        from grokcurv.analysis import wilson
-
         if not trials:
             return cls()
         fraction, low, high = wilson(successes, trials)

@@ -60,11 +60,9 @@ class Engine(AbstractContextManager["Engine"], Protocol):
 
     def wait(self, seconds: float) -> list[Event]:
         """What happened since the last call; waits for something to happen, but not longer than ``seconds``."""
-        ...
 
     def interrupt(self) -> None:
         """Have every job write its checkpoint and end; :meth:`wait` tells when they have. Nothing starts after it."""
-        ...
 
 
 def execute(jobs: Sequence[Job], report: Callable[[Event], object], stop: Callable[[], bool]) -> None:

@@ -26,7 +26,7 @@ def expected_seconds(config: SweepConfig, workers: int) -> float:
     for run in config.plan.values():
         kind = tuple(getattr(run, name) for name in SHARED)
         if kind not in known:
-            known[kind] = _seconds_of(run)
+            known[kind] = seconds_of(run)
         update, evaluation = known[kind]
         seconds += run.steps * (update + evaluation / run.eval_every)
         if run.measure_every:
@@ -35,8 +35,8 @@ def expected_seconds(config: SweepConfig, workers: int) -> float:
     return seconds / max(min(workers, len(config.plan)), 1)
 
 
-def _seconds_of(run: TrainConfig) -> tuple[float, float]:
-    """Of an update, and of an evaluation."""
+def seconds_of(run: TrainConfig) -> tuple[float, float]:
+    """Of an update, and of an evaluation, from :data:`STEPS` steps that are taken now."""
     bare: dict[str, Any] = {
         "intervention": "none",
         "faithful": False,

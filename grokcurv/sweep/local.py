@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
 from typing import BinaryIO
@@ -133,7 +132,10 @@ class _Worker:
         self.connection, theirs = connection.Pipe()
         # It imports what this process imports, wherever that came from.
         imported = [path or os.getcwd() for path in sys.path]
-        with theirs, _open_log(log) as printed:
+        with theirs, contextlib.ExitStack() as stack:
+            printed: BinaryIO | int = subprocess.DEVNULL
+            with contextlib.suppress(OSError):  # a full disk is the runs' to report
+                printed = stack.enter_context(open_file(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", f"from grokcurv.sweep.local import serve; serve({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
@@ -155,16 +157,6 @@ class _Worker:
     def _send(self, message: list[Job] | None) -> None:
         with contextlib.suppress(OSError):  # it is dead: who listens to it finds out too
             self.connection.send(message)
-
-
-@contextlib.contextmanager
-def _open_log(path: Path) -> Iterator[BinaryIO]:
-    with contextlib.ExitStack() as stack:
-        try:
-            log = stack.enter_context(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
-        except OSError:  # a full disk is the runs' to report
-            log = stack.enter_context(open(os.devnull, "ab"))
-        yield log
 
 
 def serve(descriptor: int) -> None:

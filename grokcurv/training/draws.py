@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,38 +32,6 @@ def intervention_seed(config: TrainConfig, step: int, which: int = 0) -> int:
     return int(ops.draw(seed, Purpose.INTERVENTION, at, bits, which + 1)[0, which])
 
 
-class PhiloxDraws:
-    """Batches of R runs, each a function of the run's seed and of the step (:func:`grokcurv.ops.draw`).
-
-    Whether a run is measured, and with which others it is trained, changes nothing, and there is no state to keep.
-    """
-
-    stateless = True
-
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-
-    def training(self, steps: Tensor, n: Tensor, rows: int, *, following: bool = False) -> Tensor:
-        """(R, rows) int64 below n (R,): the rows of the batches of these steps (R,), or of the ``following`` ones."""
-        return ops.draw(self._seeds, Purpose.TRAINING, steps + 1 if following else steps, n, rows)
-
-    def measuring(self, steps: Tensor, n: Tensor, rows: int) -> Tensor:
-        """(R, rows) int64 below n: what is measured with at these steps; fewer rows are the beginning of more."""
-        return ops.draw(self._seeds, Purpose.MEASUREMENT, steps, n, rows)
-
-    def of(self, places: Tensor) -> PhiloxDraws:
-        """Of some of the runs."""
-        some = PhiloxDraws((), self._seeds.device)
-        some._seeds = self._seeds[places]
-        return some
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is none."""
-
-
 class PaperDraws:
     """The draws of the paper's code, of one run: after the split, weights and batches from streams seeded alike.
 
@@ -71,27 +39,20 @@ class PaperDraws:
     and faithful kicks.
     """
 
-    stateless = False
-
     def __init__(self, seed: int, device: torch.device) -> None:
         self._stream = np.random.RandomState(seed)
         self._device = device
 
-    def training(self, steps: Tensor, n: Tensor, rows: int, *, following: bool = False) -> Tensor:
-        """As :class:`PhiloxDraws`, whatever the step is; what follows is left to be drawn again."""
+    def next(self, n: int, rows: int) -> Tensor:
+        """(1, rows) int64 below n: the next of the stream."""
+        return torch.from_numpy(self._stream.randint(0, n, rows)).to(self._device)[None]
+
+    def following(self, n: int, rows: int) -> Tensor:
+        """The same, left to be drawn again."""
         state = self._stream.get_state()
-        drawn = self.measuring(steps, n, rows)
-        if following:
-            self._stream.set_state(state)
+        drawn = self.next(n, rows)
+        self._stream.set_state(state)
         return drawn
-
-    def measuring(self, steps: Tensor, n: Tensor, rows: int) -> Tensor:
-        """The next of the stream."""
-        return torch.from_numpy(self._stream.randint(0, int(n), rows)).to(self._device)[None]
-
-    def of(self, places: Tensor) -> PaperDraws:
-        """The same: there is one run."""
-        return self
 
     def state_dict(self) -> dict[str, Any]:
         state = self._stream.get_state(legacy=False)["state"]
@@ -100,6 +61,3 @@ class PaperDraws:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         twister = {"key": state["key"].numpy().astype(np.uint32), "pos": state["pos"]}
         self._stream.set_state({"bit_generator": "MT19937", "state": twister, "has_gauss": 0, "gauss": 0.0})
-
-
-Draws = PhiloxDraws | PaperDraws

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class Measured:
         if self._at != step:
             self._at, self._drawn, self._waiting = step, 0, []
         if not self._waiting:
-            count = config.pairs if self.batches.ahead else 1
+            count = 1 if config.rng == "paper" else config.pairs  # a stream gives what is asked for, and no more
             drawn = iter(self.batches.measuring(2 * count, 2 * self._drawn))
             self._waiting = list(zip(drawn, drawn, strict=True))
             self._drawn += count
@@ -114,13 +113,28 @@ class Group(Measured):
 
     def __init__(self, runs: Sequence[Training], strategy: Strategy) -> None:
         super().__init__(runs)
+        first, config, task = runs[0], runs[0].config, runs[0].task
+        pca = StreamingPCA(segments=task.followed(first.model), runs=len(runs)) if config.pca_every else None
 
         def engine(loss: LossFn, strategy: Strategy) -> RunsEngine:
-            self.engine = RunsEngine(runs[0].model, loss, strategy, config.compile, len(runs))
+            self.engine = RunsEngine(first.model, loss, strategy, config.compile, len(runs))
             return self.engine
 
-        config = runs[0].config
-        self.monitor = monitor_of(runs[0], self.draw, Distributed(engine), len(runs), strategy)
+        self.monitor = CurvatureMonitor(
+            Distributed(engine),
+            task.loss if config.successive else task.measured_loss,
+            every=config.measure_every,
+            pairs=config.pairs,
+            pca=pca,
+            pca_every=config.pca_every or 1,
+            sampler=None if config.successive else self.draw,
+            design=config.design,
+            alignment=config.alignment,
+            method=config.method,
+            eta=config.eta,
+            strategy=strategy,
+            gradient="trusted",  # it is that of this very loss, before clipping
+        )
         self.capturable = not config.alignment
         for place, run in enumerate(runs):
             run.attach(self.monitor, place)
@@ -156,15 +170,14 @@ class Group(Measured):
     def leave(self, run: Training) -> None:
         place = self.runs.index(run)
         super().leave(run)
-        left = [other for other in range(len(self.runs) + 1) if other != place]
-        self.places = [self.places[other] for other in left]
-        if not left:
+        self.places.pop(place)
+        if not self.runs:
             return
         self.batches = Batches(self.runs)
-        self.monitor.keep(left)
-        self.engine.keep(left)
+        self.monitor.keep([other for other in range(len(self.runs) + 1) if other != place])
+        self.engine.keep(self.places)
         for number, other in enumerate(self.runs):
-            other.place = (number,)
+            other.place = number
 
 
 class RunsEngine(GradientEngine):
@@ -181,16 +194,14 @@ class RunsEngine(GradientEngine):
 
         ``ahead`` has those on the next batches, whenever such a pair is measured.
         """
-        together = list(rows) == list(range(rows[0], rows[-1] + 1))
-        self._here = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=theta.device)
         self._theta, self._gradient, self._ahead = theta, gradient, ahead
+        self.keep(rows)
 
-    def keep(self, runs: list[int]) -> None:
-        """Go on with some of the runs; until :meth:`adopt` says otherwise their rows are where they were."""
-        here = self._here
-        rows = range(here.start, here.stop) if isinstance(here, slice) else here.tolist()
-        self.runs = len(runs)
-        self.adopt([rows[run] for run in runs], self._theta, self._gradient, self._ahead)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with the runs in these rows alone."""
+        self.runs = len(rows)
+        together = list(rows) == list(range(rows[0], rows[-1] + 1))
+        self._here = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=self._theta.device)
 
     def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
         theta = self._of(self._theta, runs)
@@ -211,29 +222,3 @@ class RunsEngine(GradientEngine):
         """Rows of some runs; where they stand together, without a copy."""
         rows = buffer[self._here]
         return rows if len(runs) == self.runs else rows[list(runs)]
-
-
-def monitor_of(
-    first: Training,
-    sampler: Callable[[], Any],
-    model: Distributed,
-    runs: int,
-    strategy: Strategy,
-) -> CurvatureMonitor:
-    """The monitor that the first run's settings describe; ``model`` says where the parameters of all runs are."""
-    config, task = first.config, first.task
-    return CurvatureMonitor(
-        model,
-        task.loss if config.successive else task.measured_loss,
-        every=config.measure_every,
-        pairs=config.pairs,
-        pca=StreamingPCA(segments=task.followed(first.model), runs=runs) if config.pca_every else None,
-        pca_every=config.pca_every or 1,
-        sampler=None if config.successive else sampler,
-        design=config.design,
-        alignment=config.alignment,
-        method=config.method,
-        eta=config.eta,
-        strategy=strategy,
-        gradient="trusted",  # it is that of this very loss, before clipping
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -48,9 +47,9 @@ class Program:
     def __init__(
         self, runs: Sequence[Training], strategy: Strategy = "auto", monitor: MonitorFactory | None = None
     ) -> None:
-        first = runs[0]
+        first, on_gpu = runs[0], torch.device(runs[0].config.device).type == "cuda"
         if strategy == "auto" and len(runs) > 1:
-            strategy = "vmap" if torch.device(first.config.device).type == "cuda" else "loop"
+            strategy = "vmap" if on_gpu else "loop"
         if strategy == "vmap" and len({run.config.batch_size or run.config.train_rows for run in runs}) > 1:
             raise ValueError("strategy 'vmap' needs batches of one size: full batches of these runs differ in theirs")
         self.all = list(runs)
@@ -67,8 +66,7 @@ class Program:
         self.groups: list[Measured] = (
             [Guest(first, monitor)] if monitor is not None else [Group(group, strategy) for group in measured]
         )
-        on_gpu = self.batched is not None and torch.device(first.config.device).type == "cuda"
-        self.launcher = Launcher(on_gpu and not any(run.intervention for run in runs))
+        self.launcher = Launcher(self.batched is not None and on_gpu and not any(run.intervention for run in runs))
         self.theta, self.gradient, *self.ahead = self._buffers()
         blocks = groupby(range(len(self.runs)), lambda row: self.runs[row].config.optimizer)
         self.optimizers = [self._optimizer(list(rows)) for _, rows in blocks]
@@ -149,18 +147,19 @@ class Program:
         self._leave(bad)
         for group in self.groups:
             if not group.looks_ahead and group.runs and group.runs[0] in runs:
-                bad |= self._measured([group], group, partial(_drawn, group))
+                bad |= self._measured([group], group)
         for run in runs:
             run.note_defect()
         return bad
 
     def _measured(
-        self, groups: Sequence[Measured], what: Hashable, launch: Callable[[], list[Tensor | None]]
+        self, groups: Sequence[Measured], what: Hashable, launch: Callable[[], list[Tensor | None]] | None = None
     ) -> set[Training]:
-        """Have groups measured by what is launched; the runs that this finds not to be finite.
+        """Have groups measured by what is launched, or with batches that they draw; runs found not to be finite.
 
         It is launched by a graph, where there is one that has measured them as they are to be measured now.
         """
+        launch = launch or (lambda: [group.launch() for group in groups])
         for group in groups:
             group.prepare()
         self._leave({run for group in groups for run in group.bad})
@@ -182,19 +181,15 @@ class Program:
         """Go on with these runs alone, in the order that they have."""
         self._leave(set(self.runs) - set(runs))
         self.groups = [group for group in self.groups if group.runs]
-        left, self.runs = self.runs, list(runs)
+        self.runs = list(runs)
         self.theta, self.gradient, *self.ahead = self._buffers()
-        start, row, optimizers = 0, 0, []
+        self.optimizers = [one for one in self.optimizers if any(run.optimizer is one for run in runs)]
+        start = 0
         for optimizer in self.optimizers:
-            block = left[start : start + len(optimizer.theta)]
-            start += len(block)
-            places = [place for place, run in enumerate(block) if run in runs]
-            here = slice(row, row + len(places))
-            row = here.stop
-            if places:
-                optimizer.keep(places, self.theta[here], self.gradient[here])
-                optimizers.append(optimizer)
-        self.optimizers = optimizers
+            rows = [run.optimizer_row for run in runs if run.optimizer is optimizer]
+            here = slice(start, start + len(rows))
+            start = here.stop
+            optimizer.keep(rows, self.theta[here], self.gradient[here])
         self._seat()
 
     def _seat(self) -> None:
@@ -203,11 +198,9 @@ class Program:
             return
         self.launcher.forget()
         self.batches = Batches(self.runs)
-        row = 0
-        for optimizer in self.optimizers:
-            for place in range(len(optimizer.theta)):
-                self.runs[row].seat(self.theta[row], self.gradient[row], optimizer, place)
-                row += 1
+        places = [(optimizer, place) for optimizer in self.optimizers for place in range(len(optimizer.theta))]
+        for row, (run, place) in enumerate(zip(self.runs, places, strict=True)):
+            run.seat(self.theta[row], self.gradient[row], *place)
         for group in self.groups:
             group.adopt(self.runs, self.batches, self.theta, self.gradient, *self.ahead)
 
@@ -223,26 +216,20 @@ class Program:
 
     def _optimizer(self, rows: list[int]) -> Optimizer:
         """That of some rows, which stand together."""
-        configs = [self.runs[row].config for row in rows]
+        first, configs = self.runs[rows[0]], [self.runs[row].config for row in rows]
         here = slice(rows[0], rows[-1] + 1)
-        names = {"lr": "lr", "weight_decay": "weight_decay", "warmup": "warmup"}
-        momentum = {"momentum": "momentum", "nesterov": "nesterov"}
-        kind = configs[0].optimizer
-        if kind != "adamw":
-            names |= momentum
-        if kind == "muon":
-            names |= {"adamw_lr": "adamw_lr"}
-        settings: dict[str, Any] = {name: [getattr(c, of) for c in configs] for name, of in names.items()}
+        theta, gradient = self.theta[here], self.gradient[here]
+
+        def each(*names: str) -> dict[str, Any]:
+            return {name: [getattr(config, name) for config in configs] for name in names}
+
+        settings = each("lr", "weight_decay", "warmup")
         if any(config.clip for config in configs):
             settings["max_norm"] = [config.clip or torch.inf for config in configs]
-        if kind != "sgd":
-            settings["betas"] = [(config.beta1, config.beta2) for config in configs]
-        theta, gradient = self.theta[here], self.gradient[here]
-        if kind == "muon":
-            return Muon(theta, gradient, self.runs[rows[0]].task.matrices(self.runs[rows[0]].model), **settings)
-        return (SGD if kind == "sgd" else AdamW)(theta, gradient, **settings)
-
-
-def _drawn(group: Measured) -> list[Tensor | None]:
-    """What a group finds with batches that it draws."""
-    return [group.launch()]
+        if first.config.optimizer == "sgd":
+            return SGD(theta, gradient, **settings, **each("momentum", "nesterov"))
+        settings["betas"] = [(config.beta1, config.beta2) for config in configs]
+        if first.config.optimizer == "adamw":
+            return AdamW(theta, gradient, **settings)
+        matrices = first.task.matrices(first.model)
+        return Muon(theta, gradient, matrices, **settings, **each("momentum", "nesterov", "adamw_lr"))

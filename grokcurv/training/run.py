@@ -61,10 +61,11 @@ class Training:
         self.data = self.task.split(order_of(config, self.task.size)).to(device)
         self.model = self.task.model(config.seed).to(device)
         self.monitor: CurvatureMonitor | None = None
-        self.place: tuple[int, ...] = ()  # among the runs of a monitor that has several
+        self.place = 0  # among the runs of the monitor
         self._saved_monitor: Mapping[str, Any] | None = None  # its state in a checkpoint, until there is a monitor
         self._tables: dict[str, pd.DataFrame] | None = None  # of a run that has left its monitor
-        self._optimizer: tuple[Optimizer, int] | None = None  # of the program, and this run's row of it
+        self.optimizer: Optimizer | None = None  # of the program
+        self.optimizer_row = 0  # which of its rows is this run
         self._saved_optimizer: Mapping[str, Tensor] | None = None
         self.intervention = None if config.intervention == "none" else self._make_intervention()
         self.step = 0
@@ -85,18 +86,18 @@ class Training:
                 start = here.stop
                 p.data = theta[here].view(p.shape).copy_(p)
                 p.grad = gradient[here].view(p.shape)
-        self._optimizer = optimizer, row
+        self.optimizer, self.optimizer_row = optimizer, row
         if self._saved_optimizer is not None:
             with self._fitting():
                 optimizer.load_state_dict(row, self._saved_optimizer)
             self._saved_optimizer = None
 
-    def attach(self, monitor: CurvatureMonitor | None, *place: int) -> None:
+    def attach(self, monitor: CurvatureMonitor, place: int = 0) -> None:
         """Be measured by a monitor, as the run of this number; where a checkpoint was loaded, go on as it says."""
         self.monitor, self.place = monitor, place
-        if monitor is not None and self._saved_monitor is not None:
+        if self._saved_monitor is not None:
             with self._fitting():
-                monitor.load_state_dict(self._saved_monitor, *place)
+                monitor.load_state_dict(self._saved_monitor, place)
             self._saved_monitor = None
             if self.writer is not None and self.writer.lacks_tables:
                 self._write_tables(self.writer)
@@ -189,21 +190,20 @@ class Training:
             return self._tables
         tables = {"metrics": pd.DataFrame(self.rows), "curvature": pd.DataFrame(), "pca": pd.DataFrame()}
         if self.monitor is not None:
-            tables |= {"curvature": self.monitor.records(*self.place), "pca": self.monitor.pca_records(*self.place)}
+            tables |= {"curvature": self.monitor.records(self.place), "pca": self.monitor.pca_records(self.place)}
         return tables
 
     def state_dict(self) -> dict[str, Any]:
-        assert self._optimizer is not None
-        optimizer, row = self._optimizer
+        assert self.optimizer is not None
         acted = None if self.intervention is None else self.intervention.state_dict()
         return {
             "step": self.step,
             "streak": self.streak,
             "settled_step": self.settled_step,
             "model": self.model.state_dict(),
-            "optimizer": optimizer.state_dict(row),
+            "optimizer": self.optimizer.state_dict(self.optimizer_row),
             "draws": {} if self.draws is None else self.draws.state_dict(),
-            "monitor": self.monitor.state_dict(*self.place) if self.monitor is not None else None,
+            "monitor": self.monitor.state_dict(self.place) if self.monitor is not None else None,
             "intervention": acted and {**acted, "generator": None},  # which is seeded anew at every step
         }
 
@@ -250,7 +250,7 @@ class Training:
     def note_defect(self) -> None:
         """What progress says of the defect; read where an evaluation has waited for the device anyway."""
         if self.monitor is not None and self._evaluation_due(self.step):
-            latest = self.monitor.latest(*self.place) if self.place else self.monitor.last
+            latest = self.monitor.latest(self.place)
             self.defect = self.defect if latest is None else latest["defect_median"]
 
     def evaluate_bad(self) -> None:
@@ -290,8 +290,7 @@ class Training:
     def _kick_pair(self) -> tuple[Batch, Batch]:
         n, rows, generator = len(self.data.train_answers), self.config.measure_rows, self._stream
         if self.config.faithful and self.draws is not None:
-            size = torch.tensor(n)
-            index = torch.cat([self.draws.measuring(size, size, rows) for _ in range(2)])
+            index = torch.cat([self.draws.next(n, rows) for _ in range(2)])
         else:
             index = torch.randint(n, (2, rows), generator=generator, device=generator.device)
         first, second = zip(self.data.train_pairs[index], self.data.train_answers[index], strict=True)
@@ -321,10 +320,8 @@ class Training:
         return Projection(self.model, space, config.strength, of=of, **schedule)
 
     def _basis_so_far(self) -> Subspace | None:
-        if self.monitor is None or not self.place:
-            return None if self.monitor is None else self.monitor.probe.basis
-        bases = self.monitor.probe.bases
-        return bases[self.place[0]] if bases else None
+        bases = () if self.monitor is None else self.monitor.probe.bases
+        return bases[self.place] if bases else None
 
     def _save(self, writer: RunWriter) -> None:
         """Tables first, then the checkpoint; no checkpoint of weights that are not finite."""
@@ -347,13 +344,10 @@ class Training:
         return self.step % PROGRESS_EVERY == 0 or self._evaluation_due(self.step)
 
     def progress(self, steps_per_second: float) -> dict[str, Any]:
-        row = self.rows[-1]
         return {
             "step": self.step,
             "steps": self.last_step,
-            "train_loss": row["train_loss"],
-            "train_acc": row["train_acc"],
-            "test_acc": row["test_acc"],
+            **{name: self.rows[-1][name] for name in ("train_loss", "train_acc", "test_acc")},
             "defect": self.defect,
             "steps_per_second": steps_per_second,
             "grok_step": self.grok_step,
