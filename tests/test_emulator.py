@@ -193,14 +193,14 @@ def test_rotate_samples(op: str, generator: Generator) -> None:
 @pytest.mark.parametrize(
     ("m", "q", "size"),
     [
-        (3, 3, 1500),  # six blocks of 256 columns for three that take turns
-        (40, 40, 130),  # two passes
-        (200, 30, 100),  # two slabs
-        (256, 250, 65),  # the last that fit into shared memory; both
-        (300, 290, 129),  # rows in the workspace
+        (3, 3, 3500),  # eight blocks of 512 columns for three that take turns
+        (40, 30, 130),  # two groups of threads
+        (40, 40, 1100),  # two passes, the second on rows in the workspace, turn after turn
+        (200, 30, 100),  # parts take turns in shared memory
+        (300, 290, 129),  # ten passes
     ],
 )
-def test_rotate_passes_and_slabs(dtype: torch.dtype, m: int, q: int, size: int, generator: Generator) -> None:
+def test_rotate_passes_and_turns(dtype: torch.dtype, m: int, q: int, size: int, generator: Generator) -> None:
     inputs = {
         "rows": numbers((m, size), dtype, generator),
         "coefficients": numbers((2, q, m), FLOAT64, generator),
@@ -274,7 +274,7 @@ def test_eigh_with_nothing_in_shared_memory(generator: Generator) -> None:
 
 # ---------------------------------------------------------------------------------------- what results do not depend on
 
-WIDE_OPS = ("perturb", "commutator", "subspace_split", "subspace_filter_")
+WIDE_OPS = ("perturb", "commutator", "subspace_split", "subspace_filter_", "gram", "rotate", "rotate_")
 
 
 @pytest.mark.parametrize("op", WIDE_OPS)

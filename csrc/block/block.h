@@ -11,8 +11,11 @@
 //   sync()                a barrier: every thread of the block comes to it
 //   warp_sum(x)           the sum over the 32 threads of a warp, each of which comes to it; all get the same bits
 //   warp_max(x)           likewise the largest
+//   copy(to, from)        begins to copy a T from global to shared memory
+//   commit(), wait<n>()   closes a group of copies; until all groups are there, but for the n that were closed last
 //
-// The last two exchange registers and order no memory: what one thread writes and another reads has a sync() between.
+// warp_sum and warp_max exchange registers and order no memory: what one thread writes and another reads has a sync()
+// between. So has what one thread copies: its wait is for itself.
 // csrc/cuda/device.cuh runs blocks on a GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic
 // that is written down: products and sums are fused only where it says fma.
 

@@ -2,6 +2,7 @@
 
 // Runs block algorithms on the GPU: the block as they see it, the kernel around them, the launch.
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -32,6 +33,24 @@ struct Block {
     GROKCURV_UNROLL
     for (int distance = block::warp / 2; distance > 0; distance /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, distance));
     return x;
+  }
+  // Asynchronously, past the registers, in pieces of 4, 8 or 16 bytes; what is smaller goes the ordinary way.
+  template <class T>
+  __device__ __forceinline__ void copy(T* to, const T* from) const {
+    if constexpr (sizeof(T) < 4) {
+      *to = *from;
+    } else {
+      constexpr int piece = sizeof(T) < 16 ? sizeof(T) : 16;
+      GROKCURV_UNROLL
+      for (int at = 0; at < static_cast<int>(sizeof(T)); at += piece) {
+        __pipeline_memcpy_async(reinterpret_cast<char*>(to) + at, reinterpret_cast<const char*>(from) + at, piece);
+      }
+    }
+  }
+  __device__ __forceinline__ void commit() const { __pipeline_commit(); }
+  template <int n>
+  __device__ __forceinline__ void wait() const {
+    __pipeline_wait_prior(n);
   }
 };
 
