@@ -297,6 +297,41 @@ def test_bits_do_not_depend_on_alignment(op: str, dtype: torch.dtype, generator:
             assert shifted(by) == aligned
 
 
+@pytest.mark.parametrize("op", ["commutator", "subspace_split", "subspace_filter_"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_where_the_values_of_a_row_lie(
+    op: str, dtype: torch.dtype, generator: Generator
+) -> None:
+    """By whole quads if they are aligned, else one by one."""
+    size = 2 * 4096 + 5
+    inputs = gradients(2, size, dtype, generator)
+    if op != "commutator":
+        inputs = {"v" if op == "subspace_split" else "g": inputs["g_a"]}
+    options = {"strength": 0.75} if op == "subspace_filter_" else {}
+    values = numbers((size,), reference.compute_type(dtype), generator)
+
+    def placed(offset: int) -> list[bytes]:
+        around = numbers((size + 4,), values.dtype, generator)
+        around[offset : offset + size] = values
+        rows = torch.tensor([[0, size, offset], [0, 0, 0], [7, size - 9, offset + 7]])
+        return bits(cases.run(op, {**inputs, "values": around, "rows": rows, **options}))
+
+    aligned = placed(0)
+    for offset in range(1, 4):
+        assert placed(offset) == aligned
+
+
+def test_bits_do_not_depend_on_the_vector_beside(generator: Generator) -> None:
+    """Of many blocks each has two vectors, which share the values of a basis; here the third has none beside it."""
+    size = 171 * 4096 - 5
+    inputs = {**gradients(3, size, torch.bfloat16, generator), **basis(2, size, torch.bfloat16, generator)}
+    inputs["segments"] = torch.tensor([[5, size - 9], [4096, 1]])
+    together = cases.run("commutator", inputs)
+    for i in range(3):
+        alone = cases.run("commutator", cases.of_one(inputs, i))
+        assert [x.tolist() for x in alone[:3]] == [x[i : i + 1].tolist() for x in together[:3]]
+
+
 @pytest.mark.parametrize("threads", [64, 96])
 def test_fewer_threads(threads: int, generator: Generator) -> None:
     _emulator.set_order(seed=5, threads=threads)

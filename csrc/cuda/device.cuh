@@ -14,9 +14,11 @@
 
 namespace grokcurv::cuda {
 
+// The number of threads is known when a kernel is compiled, so that a loop over steps of a block can be unrolled.
+template <int count_of_threads>
 struct Block {
   __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
-  __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x); }
+  static constexpr __device__ __forceinline__ int threads() { return count_of_threads; }
   __device__ __forceinline__ Index index() const { return blockIdx.x; }
   __device__ __forceinline__ Index count() const { return gridDim.x; }
   __device__ __forceinline__ double* shared() const {
@@ -52,11 +54,15 @@ struct Block {
   __device__ __forceinline__ void wait() const {
     __pipeline_wait_prior(n);
   }
+  __device__ __forceinline__ int warp_first(bool x) const {
+    const int first = __ffs(static_cast<int>(__ballot_sync(~0u, x)));
+    return first == 0 ? block::warp : first - 1;
+  }
 };
 
 template <class Body>
 __global__ void __launch_bounds__(Body::threads, Body::resident) kernel(const __grid_constant__ Body body) {
-  Block block;
+  Block<Body::threads> block;
   body(block);
 }
 

@@ -60,6 +60,7 @@ class Block {
   void sync(const std::source_location& place = std::source_location::current()) const { fibers_.sync(place); }
   double warp_sum(double x) const { return fibers_.warp_sum(x); }
   double warp_max(double x) const { return fibers_.warp_max(x); }
+  int warp_first(bool x) const { return fibers_.warp_first(x); }
   template <class T>
   void copy(T* to, const T* from) const {
     copies_.add(to, from, sizeof(T));
