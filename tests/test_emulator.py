@@ -299,9 +299,7 @@ def test_bits_do_not_depend_on_alignment(op: str, dtype: torch.dtype, generator:
 
 @pytest.mark.parametrize("op", ["commutator", "subspace_split", "subspace_filter_"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_where_the_values_of_a_row_lie(
-    op: str, dtype: torch.dtype, generator: Generator
-) -> None:
+def test_bits_do_not_depend_on_where_the_values_of_a_row_lie(op: str, dtype: torch.dtype, generator: Generator) -> None:
     """By whole quads if they are aligned, else one by one."""
     size = 2 * 4096 + 5
     inputs = gradients(2, size, dtype, generator)
