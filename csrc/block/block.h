@@ -15,10 +15,10 @@
 //   copy(to, from)        begins to copy a T from global to shared memory
 //   commit(), wait<n>()   closes a group of copies; until all groups are there, but for the n that were closed last
 //
-// warp_sum, warp_max and warp_first exchange registers and order no memory: what one thread writes and another reads has
-// a sync() between. So has what one thread copies: its wait is for itself.
-// csrc/cuda/device.cuh runs blocks on a GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic
-// that is written down: products and sums are fused only where it says fma.
+// warp_sum, warp_max and warp_first exchange registers and order no memory: what one thread writes and another reads
+// has a sync() between. So has what one thread copies: its wait is for itself. csrc/cuda/device.cuh runs blocks on a
+// GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic that is written down: products and
+// sums are fused only where it says fma.
 
 #include <cmath>
 #include <vector>

@@ -241,8 +241,7 @@ void rotate_columns(Device& device, const Rotate& task, Out* out) {
     T* panels = nullptr;
     if (task.outputs > Plain::outputs) {
       const Index saved = blocks * Plain::panel_rows(task.inputs) * Plain::columns;
-      panels = reinterpret_cast<T*>(
-          device.workspace.take(divided_up(saved * static_cast<Index>(sizeof(T)), 8)));
+      panels = reinterpret_cast<T*>(device.workspace.take(divided_up(saved * static_cast<Index>(sizeof(T)), 8)));
     }
     with_flag(panels == nullptr && task.mean == nullptr, [&](auto plain) { launch(plain, panels); });
   }
