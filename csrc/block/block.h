@@ -16,9 +16,10 @@
 //   commit(), wait<n>()   closes a group of copies; until all groups are there, but for the n that were closed last
 //
 // warp_sum, warp_max and warp_first exchange registers and order no memory: what one thread writes and another reads
-// has a sync() between. So has what one thread copies: its wait is for itself. csrc/cuda/device.cuh runs blocks on a
-// GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic that is written down: products and
-// sums are fused only where it says fma.
+// has a sync() between. So has what one thread copies: its wait is for itself.
+//
+// csrc/cuda/device.cuh runs blocks on a GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic
+// that is written down: products and sums are fused only where it says fma.
 
 #include <cmath>
 #include <vector>
@@ -254,8 +255,9 @@ GROKCURV_BLOCK void sum_of_own(Block& block, const C* values, const double* cons
         }
       }
     } else {
-      GROKCURV_ROLLED  // it is rare, and its registers should be few
-          for (int k = 0; k < ahead; ++k) {
+      // It is rare, and its registers should be few.
+      GROKCURV_ROLLED
+      for (int k = 0; k < ahead; ++k) {
         GROKCURV_UNROLL
         for (int e = 0; e < quad; ++e) {
           const int i = first + k * apart + e;
