@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_SOURCES := $(filter csrc/%,$(SOURCES))
+CXX_SOURCES := $(filter csrc/%,$(SOURCES)) benches/tensor_cores.cu
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py draw.py emulator.py ops.py build.py doctor.py)
 
 .PHONY: demo test check docs bench gpu gpu-check numerics trajectory sanitize clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +102,11 @@ def test_rows_that_were_measured_are_kept(
     monkeypatch.setattr(script, "execute", lambda *arguments: script.Done(output, code))
     outcome = script.bench("kernels", 1.0)
     assert (outcome.state, outcome.text.splitlines()[0]) == (state, "| a row |")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the path")
+def test_the_probe_of_tensor_cores_gets_as_far_as_a_device(script: ModuleType) -> None:
+    assert script.tensor_cores(120.0).state in ("DID NOT RUN", "passed")
 
 
 PROFILE = """
