@@ -1,13 +1,14 @@
-# demo and test are for everyone; the rest is for development. All but gpu work in .venv, which the first one sets up.
+# demo and test are for everyone; the rest is for development. All but gpu and gpu-check work in .venv, which is set up by
+# the first that needs it.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_SOURCES := $(filter csrc/%,$(SOURCES))
+CXX_SOURCES := $(filter csrc/%,$(SOURCES)) benches/tensor_cores.cu
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py draw.py emulator.py ops.py build.py doctor.py)
 
-.PHONY: demo test check docs bench gpu numerics trajectory sanitize clean
+.PHONY: demo test check docs bench gpu gpu-check numerics trajectory sanitize clean
 
 demo: .venv/ready
 	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo $(if $(wildcard runs/demo),--resume)
@@ -30,10 +31,14 @@ docs: .venv/ready
 bench: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benches/all_cases.py
 
-# On a machine with an NVIDIA GPU, with its own PyTorch and no network: builds, tests, sanitizes, measures, in eight
-# minutes at most, and writes a record to docs/measurements or to the folder GROKCURV_RECORD.
+# On a machine with an NVIDIA GPU, with its own PyTorch and no network: builds, measures and tests, in five minutes at
+# most; then, with that build, sanitizers and a profiler, in four. Records go to docs/measurements, or to the folder
+# GROKCURV_RECORD.
 gpu:
 	$(PYTHON) benches/record_gpu.py
+
+gpu-check:
+	$(PYTHON) benches/record_gpu.py check
 
 # The tables of docs/numerics.md, about an hour on one core.
 numerics: .venv/ready

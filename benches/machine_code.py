@@ -62,7 +62,7 @@ PORT, FLOAT64, CONVERSIONS, ISSUED = 64, 64, 16, 128
 REGISTERS, THREADS, SHARED, RESERVED = 65536, 2048, 228 * 1024, 1024
 """What blocks share; the last is what the system takes of the shared memory of each."""
 BLOCK, SECTOR = 256, 32
-"""Threads of every block (``threads`` in csrc/block); bytes in which L2 is written."""
+"""Threads of most blocks; bytes in which L2 is written."""
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
 
@@ -79,6 +79,7 @@ class Loop:
             coordinates an iteration handles, however it is unrolled.
         shared: dynamic shared memory of a block, in bytes.
         threads: of a block that take part.
+        block: all threads of a block (``threads`` in csrc/block).
         streams: whether its loads of that opcode come from memory: false of tables, which the L1 cache holds.
     """
 
@@ -88,6 +89,7 @@ class Loop:
     times: float
     shared: int = 0
     threads: int = BLOCK
+    block: int = BLOCK
     streams: bool = True
 
 
@@ -102,72 +104,74 @@ class Case:
     loops: tuple[Loop, ...]
 
 
-QUAD, CHUNK = "LDG.E.128", 4096 * 8
-"""A load of four coordinates; bytes of a chunk in shared memory."""
-PLAIN, WITH_THETA = "CommutatorRangeIfLb0ELb0ELb1E", "CommutatorRangeIfLb0ELb1ELb1E"
+QUAD, CHUNK, ROOM = "LDG.E.128", 4096 * 8, BLOCK * 8
+"""A load of four coordinates; bytes of a chunk in shared memory, and of the sums of 32 rows in each warp."""
+COPY = "LDGSTS.E.BYPASS.128"
+"""A load of four coordinates to shared memory, asynchronously."""
+PLAIN, WITH_THETA, ON_BASIS = (f"CommutatorRangeIfLb0E{flags}Lb1E" for flags in ("Lb0ELb0E", "Lb1ELb0E", "Lb0ELb1E"))
 
 
 def vectors(kernel: str, count: int, shared: int) -> Loop:
     """Of the commutator: a quad takes a load of each of so many vectors, a coordinate a quarter of it."""
-    return Loop("vectors", kernel, (QUAD,) * count, count / 4, shared)
+    return Loop("vectors", kernel, (*(QUAD,) * count, "DMUL"), count / 4, shared)
 
 
-def project(kernel: str, rows: float, threads: int, shared: int) -> Loop:
-    """So many rows of a basis meet a coordinate. A warp takes a row as a whole, so that only so many threads have work.
+def project(kernel: str, rows: float, shared: int) -> Loop:
+    """So many rows of a basis meet a coordinate. A quad takes a load of the values of each.
 
-    A value is loaded, its coordinate is in shared memory.
+    All threads take part, each with coordinates that it has put into shared memory itself. That a row is found and
+    summed over the warp is on the way too; of rows that miss a chunk 32 are seen at once, for next to nothing.
     """
-    return Loop("project", kernel, ("LDG.E", "LDS.64"), rows, shared, threads)
+    return Loop("project", kernel, (QUAD, "LDS.64"), rows / 4, shared)
 
 
 def rotated(outputs: int) -> Case:
-    """32 rows. A coordinate is a column of all of them; a panel in shared memory has 256, beside the coefficients.
+    """32 rows. A coordinate is a column of all of them, of each a quarter of a quad: they come in four parts.
 
-    Eight outputs on four columns are a thread's, so that 64 threads have work for each eight outputs.
+    Each iteration copies a part to come and multiplies another; after every fourth, the outputs are written. A thread
+    has 16 of them on four columns, so that 128 threads have 512 columns, or 256 where there are 32 outputs. Shared
+    memory has four parts, of eight rows and the coefficients for them.
     """
-    kernel, shared, threads = "RotateColumnsIffE", 8 * 32 * (256 + outputs), outputs // 8 * 64
-    panel = Loop("panel", kernel, ("LDG.E", "ST.E.64"), 32, shared)
-    products = Loop("products", kernel, ("DFMA", "LDS.128"), 32 * outputs, shared, threads)
-    written = Loop("outputs", kernel, ("STG.E", "F2F.F32.F64"), outputs, shared, threads)
-    name, moved = f"rotate_, 32 rows to {outputs}", 4 * (32 + outputs)
-    return Case(name, "rotate", moved, 64 * outputs, (panel, products, written))
+    groups = outputs // 16
+    kernel, shared = f"RotateColumnsIffLi{groups}ELb1E", 4 * 8 * (4 * 512 // groups + 8 * outputs)
+    parts = Loop("three parts", kernel, (COPY, "DFMA"), 3 / 4 * 32 / 4, shared, 128, 128)
+    last = Loop("last part, outputs", kernel, (COPY, "DFMA", "STG.E.128"), 1 / 4 * 32 / 4, shared, 128, 128)
+    return Case(f"rotate_, 32 rows to {outputs}", "rotate", 4 * (32 + outputs), 64 * outputs, (parts, last))
 
 
-# Eight warps have room for a sum each before the chunk.
-SPLIT = Loop("stage", "SplitRangeIfE", ("LDG.E", "STS.64"), 1, 64 + CHUNK)
+SPLIT = Loop("stage", "SplitRangeIfLb1E", (QUAD, *("STS.64",) * 4), 1 / 4, ROOM + CHUNK)
 # With a theta for each direction a thread loads a quad of both for four coordinates; else theta's is in registers.
-PERTURB = Loop("vectors", "PerturbChunkIfLb1ELb0E", (QUAD, QUAD, "STG.E"), 2 / 4)
-PERTURB_SHARED = Loop("vectors", "PerturbChunkIfLb1ELb1E", (QUAD, QUAD, "STG.E"), 1 / 4)
-# 16 rows that hardly any quad meets, as in the bench. Each quad asks all of them, by one load if it does not meet; all
-# threads ask the same, so that the table stays in the L1 cache.
-FILTER = Loop("filter", "FilterChunkIfLb1E", (QUAD, "STG.E.128"), 1 / 4)
-FILTER_ROWS = Loop("rows missed", "FilterChunkIfLb1E", ("LDG.E.64",), 16 / 4, streams=False)
-# A coordinate is a column of 32 rows, loaded in eight pieces with an origin each. Of the square of tiles of 8 by 4, the
-# 20 on and right of the diagonal are multiplied, each on every eighth column: 160 threads have work.
-GRAM_STAGE = Loop("stage", "GramRangeIfE", ("LDG.E", "STS.128"), 32 + 8, 8 * 2 * 64 * 34)
-GRAM_PRODUCTS = Loop("products", "GramRangeIfE", ("DFMA", "LDS.128"), 20 * 32, 8 * 2 * 64 * 34, 160)
+PERTURB = Loop("vectors", "PerturbChunkIfLb1ELb0E", (QUAD, QUAD, "STG.E.128"), 2 / 4)
+PERTURB_SHARED = Loop("vectors", "PerturbChunkIfLb1ELb1E", (QUAD, QUAD, "STG.E.128"), 1 / 4)
+# 16 rows that hardly any chunk meets, as in the bench. Every thread looks for them, once in a chunk, 32 at once.
+FILTER = Loop("scale", "FilterChunkIfLb1E", (QUAD, QUAD, "STG.E.128"), 1 / 4)
+FILTER_ROWS = Loop("rows looked for", "FilterChunkIfLb1E", ("VOTE.ANY",), BLOCK * 8 / CHUNK)
+# A coordinate is a column of 32 rows: of each row a quarter of a quad. An iteration loads the chunk of 128 columns to
+# come, and converts, stores and multiplies the one before.
+GRAM = Loop("chunk", "GramRangeIfLb1E", (QUAD, "DFMA", "STS.64"), 32 / 4, 8 * 128 * 34, 128, 128)
 # The signs of 1024 coordinates of a block come from nine counters.
-SKETCH = Loop("coordinates", "SketchRangeIfE", ("LDG.E",), 1, 8 * 32 + 16 * 32 * 9)
-SKETCH_SIGNS = Loop("signs", "SketchRangeIfE", ("STS.128",), 9 / 1024, 8 * 32 + 16 * 32 * 9)
+SKETCH = Loop("coordinates", "SketchRangeIfE", ("LDG.E",) * 8, 1, 4 * 32 + 16 * 32 * 9)
+SKETCH_SIGNS = Loop("signs", "SketchRangeIfE", ("STS.128",), 9 / 1024, 4 * 32 + 16 * 32 * 9)
 
 CASES = (
     Case("commutator", "commutator", 16, 16, (vectors(PLAIN, 4, 384),)),
     Case("commutator with theta", "commutator", 20, 31, (vectors(WITH_THETA, 5, 640),)),
     # Pairs of directions that live on one matrix each: two rows meet every chunk, the other 14 cost next to nothing.
-    # The nine vectors of a measurement share their values, which memory has to give once.
+    # The nine vectors of a measurement share their values, which memory has to give once. A block has two vectors and
+    # loads them once, so that five blocks load what nine vectors need.
     Case(
         "commutator on a basis of 16",
         "commutator",
         16 + 8 / 9,
         20,
-        (vectors(PLAIN, 4, 384 + CHUNK), project(PLAIN, 2, 64, 384 + CHUNK)),
+        (vectors(ON_BASIS, 4, 2 * (ROOM + CHUNK)), project(ON_BASIS, 2 * 5 / 9, 2 * (ROOM + CHUNK))),
     ),
     Case("perturb", "perturb", 12, 0, (PERTURB,)),
     Case("perturb, many from one theta", "perturb", 8, 0, (PERTURB_SHARED,)),
-    # Four rows of an eighth of the coordinates each, as in the bench: one warp of a block has work, half of the time.
-    Case("subspace_split", "subspace", 6, 3, (SPLIT, project("SplitRangeIfE", 1 / 2, 32, 64 + CHUNK))),
+    # Four rows of an eighth of the coordinates each, as in the bench.
+    Case("subspace_split", "subspace", 6, 3, (SPLIT, project("SplitRangeIfLb1E", 1 / 2, ROOM + CHUNK))),
     Case("subspace_filter_", "subspace", 12, 3, (SPLIT, FILTER, FILTER_ROWS)),
-    Case("gram, 32 rows", "gram", 4 * 32, 32 * 33, (GRAM_STAGE, GRAM_PRODUCTS)),
+    Case("gram, 32 rows", "gram", 4 * 32, 32 * 33, (GRAM,)),
     rotated(32),
     rotated(16),
     Case("sketch", "sketch", 4, 1, (SKETCH, SKETCH_SIGNS)),
@@ -439,10 +443,10 @@ class Prediction:
         return self.floor / self.clocks
 
 
-def resident(registers: int, shared: int) -> int:
+def resident(registers: int, shared: int, threads: int = BLOCK) -> int:
     """Blocks on a multiprocessor. A warp takes registers in units of 256."""
-    of_block = BLOCK // 32 * (-(-32 * registers // 256) * 256)
-    return min(REGISTERS // of_block, THREADS // BLOCK, SHARED // (shared + RESERVED))
+    of_block = threads // 32 * (-(-32 * registers // 256) * 256)
+    return min(REGISTERS // of_block, THREADS // threads, SHARED // (shared + RESERVED))
 
 
 def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
@@ -454,7 +458,7 @@ def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
     coordinates = opcodes[first] / loop.times
     operations = sum(bases[base] for base in ("DADD", "DMUL", "DFMA", "DSETP"))
     loads = [one for one in path if one.is_load]
-    blocks = resident(registers, loop.shared)
+    blocks = resident(registers, loop.shared, loop.block)
 
     width = next((one.width for one in loads if one.opcode == first and loop.streams), 0)
     loaded, stored = opcodes[first] * width, sum(one.width for one in path if one.base == "STG")
@@ -471,7 +475,7 @@ def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
         loop=loop,
         registers=registers,
         spills=stack + everything["LDL"] + everything["STL"],
-        warps=blocks * BLOCK // 32,
+        warps=blocks * loop.block // 32,
         generic=everything["LD"] + everything["ST"] + everything["ATOM"],
         wide=sum(one.width == 16 for one in loads),
         other=sum(one.width != 16 for one in loads),

@@ -58,12 +58,15 @@ class DeviceBuffer:
             self._rows = torch.zeros(CAPACITY, width, dtype=torch.float64, device=device)
             self._filled = torch.zeros(1, dtype=torch.int64, device=device)
             self._sent: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = []
+            self._stream: torch.cuda.Stream | None = None  # on which a row was written last, but for replays
 
     def append(self, row: Tensor) -> None:
         """Add a row (width,), float64 on the device."""
         if not is_asynchronous(self.device):
             self._read.append(row[None])
             return
+        if self.device.type == "cuda" and not capturing(self.device):
+            self._stream = torch.cuda.current_stream(self.device)
         # The place is counted on the device: a captured append is replayed without the host, and a count of the host's
         # would write every replay to the same row.
         self._rows.index_copy_(0, self._filled % CAPACITY, row[None])
@@ -113,5 +116,11 @@ class DeviceBuffer:
             )
 
     def _send(self) -> None:
+        # Whoever reads may do so on another stream than that which writes: after what was written, and before what will
+        # be. Replays are ordered where they and the reading are on one stream.
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self._sent.append((copy_to_host_async(self._rows), copy_to_host_async(self._filled)))
         self._filled.zero_()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -193,14 +193,14 @@ def test_rotate_samples(op: str, generator: Generator) -> None:
 @pytest.mark.parametrize(
     ("m", "q", "size"),
     [
-        (3, 3, 1500),  # six blocks of 256 columns for three that take turns
-        (40, 40, 130),  # two passes
-        (200, 30, 100),  # two slabs
-        (256, 250, 65),  # the last that fit into shared memory; both
-        (300, 290, 129),  # rows in the workspace
+        (3, 3, 3500),  # eight blocks of 512 columns for three that take turns
+        (40, 30, 130),  # two groups of threads
+        (40, 40, 1100),  # two passes, the second on rows in the workspace, turn after turn
+        (200, 30, 100),  # parts take turns in shared memory
+        (300, 290, 129),  # ten passes
     ],
 )
-def test_rotate_passes_and_slabs(dtype: torch.dtype, m: int, q: int, size: int, generator: Generator) -> None:
+def test_rotate_passes_and_turns(dtype: torch.dtype, m: int, q: int, size: int, generator: Generator) -> None:
     inputs = {
         "rows": numbers((m, size), dtype, generator),
         "coefficients": numbers((2, q, m), FLOAT64, generator),
@@ -274,7 +274,7 @@ def test_eigh_with_nothing_in_shared_memory(generator: Generator) -> None:
 
 # ---------------------------------------------------------------------------------------- what results do not depend on
 
-WIDE_OPS = ("perturb", "commutator", "subspace_split", "subspace_filter_")
+WIDE_OPS = ("perturb", "commutator", "subspace_split", "subspace_filter_", "gram", "rotate", "rotate_")
 
 
 @pytest.mark.parametrize("op", WIDE_OPS)
@@ -295,6 +295,39 @@ def test_bits_do_not_depend_on_alignment(op: str, dtype: torch.dtype, generator:
         aligned = shifted({})
         for by in (dict.fromkeys(vectors, 1), dict.fromkeys(vectors, 3), *({name: 1} for name in vectors)):
             assert shifted(by) == aligned
+
+
+@pytest.mark.parametrize("op", ["commutator", "subspace_split", "subspace_filter_"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_where_the_values_of_a_row_lie(op: str, dtype: torch.dtype, generator: Generator) -> None:
+    """By whole quads if they are aligned, else one by one."""
+    size = 2 * 4096 + 5
+    inputs = gradients(2, size, dtype, generator)
+    if op != "commutator":
+        inputs = {"v" if op == "subspace_split" else "g": inputs["g_a"]}
+    options = {"strength": 0.75} if op == "subspace_filter_" else {}
+    values = numbers((size,), reference.compute_type(dtype), generator)
+
+    def placed(offset: int) -> list[bytes]:
+        around = numbers((size + 4,), values.dtype, generator)
+        around[offset : offset + size] = values
+        rows = torch.tensor([[0, size, offset], [0, 0, 0], [7, size - 9, offset + 7]])
+        return bits(cases.run(op, {**inputs, "values": around, "rows": rows, **options}))
+
+    aligned = placed(0)
+    for offset in range(1, 4):
+        assert placed(offset) == aligned
+
+
+def test_bits_do_not_depend_on_the_vector_beside(generator: Generator) -> None:
+    """Of many blocks each has two vectors, which share the values of a basis; here the third has none beside it."""
+    size = 171 * 4096 - 5
+    inputs = {**gradients(3, size, torch.bfloat16, generator), **basis(2, size, torch.bfloat16, generator)}
+    inputs["segments"] = torch.tensor([[5, size - 9], [4096, 1]])
+    together = cases.run("commutator", inputs)
+    for i in range(3):
+        alone = cases.run("commutator", cases.of_one(inputs, i))
+        assert [x.tolist() for x in alone[:3]] == [x[i : i + 1].tolist() for x in together[:3]]
 
 
 @pytest.mark.parametrize("threads", [64, 96])

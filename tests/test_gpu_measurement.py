@@ -14,6 +14,7 @@ from test_optim import test_captured_steps_of_rows
 from torch import Generator
 
 import grokcurv as gc
+from grokcurv.device_buffer import DeviceBuffer
 from grokcurv.flat import attention_segments
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +32,20 @@ STEPS = 40
 @pytest.fixture
 def place() -> Place:
     return Place(str(gpu.DEVICE), partial(gpu.capture, warm_up=False), gpu.CAPTURES_RUN, rtol=1e-2)
+
+
+def test_records_may_be_read_on_another_stream() -> None:
+    """Than that which writes them, and is far behind."""
+    kept, row = DeviceBuffer(2, gpu.DEVICE), torch.ones(2, dtype=torch.float64, device=gpu.DEVICE)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for count in (3, 5):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)
+            for _ in range(count):
+                kept.append(row)
+        read = kept.read()
+    assert read.tolist() == [[1.0, 1.0]] * 8
 
 
 @pytest.mark.parametrize("method", ["difference", "bracket"])

@@ -11,8 +11,13 @@
 //   sync()                a barrier: every thread of the block comes to it
 //   warp_sum(x)           the sum over the 32 threads of a warp, each of which comes to it; all get the same bits
 //   warp_max(x)           likewise the largest
+//   warp_first(x)         the first thread of the warp, counted within it, whose x is true; 32 if there is none
+//   copy(to, from)        begins to copy a T from global to shared memory
+//   commit(), wait<n>()   closes a group of copies; until all groups are there, but for the n that were closed last
 //
-// The last two exchange registers and order no memory: what one thread writes and another reads has a sync() between.
+// warp_sum, warp_max and warp_first exchange registers and order no memory: what one thread writes and another reads
+// has a sync() between. So has what one thread copies: its wait is for itself.
+//
 // csrc/cuda/device.cuh runs blocks on a GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic
 // that is written down: products and sums are fused only where it says fma.
 
@@ -90,6 +95,22 @@ GROKCURV_BLOCK void store(const Quad<T>& values, T* x, Index left) {
   }
 }
 
+// A thread may have several quads on their way at once, `apart` coordinates from each other, of which `left`
+// coordinates are there. Where all are (`whole`), nothing is asked between one load and the next.
+template <bool wide, bool whole, int n, class T>
+GROKCURV_BLOCK void load(Quad<T> (&quads)[n], const T* x, int apart, int left) {
+  constexpr bool at_once = wide && whole;
+  GROKCURV_UNROLL
+  for (int k = 0; k < n; ++k) quads[k] = load<at_once>(x + k * apart, whole ? quad : left - k * apart);
+}
+
+template <bool wide, bool whole, int n, class T>
+GROKCURV_BLOCK void store(const Quad<T> (&quads)[n], T* x, int apart, int left) {
+  constexpr bool at_once = wide && whole;
+  GROKCURV_UNROLL
+  for (int k = 0; k < n; ++k) store<at_once>(quads[k], x + k * apart, whole ? quad : left - k * apart);
+}
+
 // Whether vectors in a row, `size` coordinates from each other, are all aligned to whole quads: the first of them, and
 // the distance unless there is but one. Memory that is not there (null) does no harm.
 template <class T>
@@ -138,7 +159,8 @@ GROKCURV_BLOCK void sum_over_block(Block& block, const double (&sum)[n], double*
     if (block.thread() % warp == 0) room[j * warps + block.thread() / warp] = total;
   }
   block.sync();
-  for (int j = block.thread(); j < n; j += block.threads()) {
+  static_assert(n <= 2 * warp);
+  if (const int j = block.thread(); j < n) {
     double total = 0.0;
     for (int w = 0; w < warps; ++w) total += room[j * warps + w];
     out[j * stride] = total;
@@ -196,32 +218,118 @@ void fold(Device& device, const Fold& task) {
 
 // --------------------------------------------------------------------------------------------- a basis, and segments
 
-// totals[j * stride] = sums over the coordinates of `here` of a vector, which x[0], x[1], ... hold: of basis[j] . x,
-// then of x^2 by segment; added to what is there unless `first`. A warp takes one at a time.
-//
-// `first` is true for the first chunk of a range, when totals are memory that nobody has written: then even a row that
-// does not meet the chunk must write its zero. The same warp comes back to the same j in every chunk, and its thread 0
-// reads what it wrote itself, so totals need no barrier. x does, before and after: the caller has them.
-template <class C, class Block>
-GROKCURV_BLOCK void project(Block& block, const Basis& basis, const Segments& segments, Index vector, Span here,
-                            const double* x, double* totals, Index stride, bool first) {
-  const int lane = block.thread() % warp, warps = block.threads() / warp;
-  for (Index j = block.thread() / warp; j < basis.count + segments.count; j += warps) {
-    const bool is_row = j < basis.count;
-    const Index* entry = is_row ? basis.rows + 3 * j : segments.spans + 2 * (j - basis.count);
-    const Span both = Span{entry[0], entry[0] + entry[1]} & here;
-    // What misses the chunk adds nothing. All threads of the warp agree on that, so none waits alone in warp_sum.
-    if (both.length() == 0 && !first) continue;
-    const C* values = basis.values.of<C>(vector);
-    const Index shift = is_row ? entry[2] - entry[0] : 0;
-    // Coordinate i is lane (i - both.start) % 32's, so an order that the row and the chunk determine.
-    double sum = 0.0;
-    for (Index i = both.start + lane; i < both.stop; i += warp) {
-      const double x_i = x[i - here.start];
-      sum = fma(x_i, is_row ? static_cast<double>(values[i + shift]) : x_i, sum);
+// What a row or a segment meets of a chunk is summed by the whole block, each thread over coordinates of its own, by
+// quads: thread t takes quads t, t + threads, ... It reads back what it wrote itself, so that no barrier is needed
+// between writing and reading. The numbers lie in planes, the first of each quad, the second, ..., so that threads
+// beside each other meet no bank of shared memory twice.
+constexpr int plane = chunk / quad;
+
+// Writes the numbers of a quad to its place in the planes.
+GROKCURV_BLOCK void keep(const Quad<double>& values, double* place) {
+  GROKCURV_UNROLL
+  for (int e = 0; e < quad; ++e) place[e * plane] = values.value[e];
+}
+
+// sum[v] = the sum of values[i] x_i, or without values of x_i^2, over this thread's coordinates from `begin` to `end`,
+// which count from the start of the chunk, as i does; x[v] has the planes of vector v. Values begin anywhere, and are
+// read one by one where they are not aligned to whole quads or where a quad is cut: the order of the sum is the same,
+// and so are its bits.
+template <class C, int vectors, class Block>
+GROKCURV_BLOCK void sum_of_own(Block& block, const C* values, const double* const (&x)[vectors], int begin, int end,
+                               double (&sum)[vectors]) {
+  constexpr int ahead = 4;  // on their way at once: with 256 threads, all of a chunk
+  const int apart = quad * block.threads();
+  const bool wide = values != nullptr && reinterpret_cast<std::uintptr_t>(values) % alignof(Quad<C>) == 0;
+  for (int from = 0; from < chunk; from += ahead * apart) {
+    const int first = from + quad * block.thread(), place = from / quad + block.thread();
+    if (wide && begin <= first && first + (ahead - 1) * apart + quad <= end) {
+      Quad<C> q[ahead];
+      load<true, true>(q, values + first, apart, end - first);
+      GROKCURV_UNROLL
+      for (int k = 0; k < ahead; ++k) {
+        GROKCURV_UNROLL
+        for (int e = 0; e < quad; ++e) {
+          const double value = q[k].value[e];
+          GROKCURV_UNROLL
+          for (int v = 0; v < vectors; ++v) sum[v] = fma(x[v][place + k * block.threads() + e * plane], value, sum[v]);
+        }
+      }
+    } else {
+      // It is rare, and its registers should be few.
+      GROKCURV_ROLLED
+      for (int k = 0; k < ahead; ++k) {
+        GROKCURV_UNROLL
+        for (int e = 0; e < quad; ++e) {
+          const int i = first + k * apart + e;
+          if (i < begin || i >= end) continue;
+          const double value = values == nullptr ? 0.0 : values[i];
+          GROKCURV_UNROLL
+          for (int v = 0; v < vectors; ++v) {
+            const double x_i = x[v][place + k * block.threads() + e * plane];
+            sum[v] = fma(x_i, values == nullptr ? x_i : value, sum[v]);
+          }
+        }
+      }
     }
-    sum = block.warp_sum(sum);
-    if (lane == 0) totals[j * stride] = first ? sum : totals[j * stride] + sum;
+  }
+}
+
+// What coordinates are multiplied with and summed over: a row of a basis, whose value at i is values[i], or a segment,
+// which has none.
+template <class C>
+struct Projection {
+  Span span;
+  const C* values;
+};
+
+// Where sums over a range go: that of entry j and vector v to first[j * of_entry + v * of_vector].
+struct Totals {
+  double* first;
+  Index of_entry, of_vector;
+};
+
+// The sums over the coordinates of `here` of what projection_of(j) says, for every j below `count` and each of
+// `present` vectors, whose numbers `keep` has put into x[0], x[1], ...; added to the totals, or written there if these
+// are `fresh`. A vector that is not present has any numbers. Room for 32 doubles a warp and vector.
+//
+// Totals are fresh in the first chunk of a range: memory that nobody has written. Then even a row that does not meet
+// the chunk must write its zero. The same thread comes back to the same total in every chunk, and reads what it wrote
+// itself, so totals need no barrier.
+template <int vectors, class Block, class ProjectionOf>
+GROKCURV_BLOCK void project(Block& block, int present, int count, const ProjectionOf& projection_of, Span here,
+                            const double* const (&x)[vectors], double* room, Totals totals, bool fresh) {
+  const int lane = block.thread() % warp, own_warp = block.thread() / warp, warps = block.threads() / warp;
+  // Every warp looks through the whole table, 32 entries at once, for those that meet the chunk: mostly few.
+  for (int begin = 0; begin < count; begin += warp) {
+    const bool exists = begin + lane < count;
+    const bool meets = exists && (projection_of(begin + lane).span & here).length() > 0;
+    bool waits = meets;
+    int next = block.warp_first(waits);
+    // What misses the chunk adds nothing. All warps agree on that, so that none waits alone.
+    if (next == warp && !fresh) continue;
+    for (; next < warp; next = block.warp_first(waits)) {
+      waits = waits && lane != next;
+      const auto [span, values] = projection_of(begin + next);
+      const Span both = span & here;
+      double sum[vectors] = {};
+      sum_of_own(block, values == nullptr ? nullptr : values + here.start, x, static_cast<int>(both.start - here.start),
+                 static_cast<int>(both.stop - here.start), sum);
+      GROKCURV_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        const double of_warp = block.warp_sum(sum[v]);
+        if (lane == 0) room[(next * vectors + v) * warps + own_warp] = of_warp;
+      }
+    }
+    // Warp v adds up vector v, a thread an entry, in the order of the warps, when all have written.
+    block.sync();
+    if (own_warp < present && exists && (meets || fresh)) {
+      double sum = 0.0;
+      for (int w = 0; w < warps && meets; ++w) sum += room[(lane * vectors + own_warp) * warps + w];
+      double* total = totals.first + (begin + lane) * totals.of_entry + own_warp * totals.of_vector;
+      *total = fresh ? sum : *total + sum;
+    }
+    // Without this, a fast warp would write the next sums over those that are being added up.
+    block.sync();
   }
 }
 

@@ -5,71 +5,101 @@
 
 namespace grokcurv::block {
 
-// A range of one vector, chunk by chunk: sums stay in the registers of the threads, a chunk of deltas in shared memory
-// for those who read them.
+// A range of one vector, or of two, chunk by chunk: sums stay in the registers of the threads, a chunk of deltas in
+// shared memory for rows and segments. Two vectors share the values of the rows, which are loaded once for both.
 //
 // `bracket` is true where a2 and b2 are products with Hessians, false where they are gradients after a step.
 // `with_theta` is true where theta is there: four more sums, and registers for fewer blocks.
+// `projects` is true where there are rows or segments. Without any, a block has one vector, and no barrier but that of
+// its last sums.
 // `wide` is true if all vectors that are read or written are aligned to whole quads.
 //
-// A thread takes the same coordinates in the same order whichever they are, so `wide` has no say in the bits.
-template <class T, bool bracket, bool with_theta, bool wide>
+// A thread takes the same coordinates of a vector in the same order whichever they are, and whichever vector is beside
+// it, so that neither has a say in the bits.
+template <class T, bool bracket, bool with_theta, bool projects, bool wide>
 struct CommutatorRange {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256;
-  static constexpr int resident = sizeof(T) < 8 ? (with_theta ? 2 : 4) : (with_theta ? 1 : 2);
+  static constexpr int resident = (with_theta || projects ? 2 : 4) / (sizeof(T) < 8 ? 1 : 2);
   static constexpr int sums = commutator_sums(with_theta);
+  static constexpr int most = projects ? 2 : 1;  // vectors of a block
+  // In front of the deltas: room for the sums of 32 rows, or of all vectors, in each warp.
+  static constexpr Index room = most * (projects ? threads : sums * (threads / warp));
   using C = Compute<T>;
 
   Commutator task;  // its tables on the device
   Ranges ranges;
   double* partials;  // (vectors, columns, ranges)
+  int beside;        // vectors of a block
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
     // Blocks that run at the same time have a range in common: what vectors share, such as theta and the basis, is in
     // the cache.
-    const Index vector = block.index() % task.vectors, range = block.index() / task.vectors;
+    const int together = projects ? beside : 1;
+    const Index groups = divided_up(task.vectors, together), range = block.index() / groups;
+    const Index vector = block.index() % groups * together;
+    const int present = vector + together <= task.vectors ? together : 1;
+    const Index of_vector = commutator_columns(task) * ranges.count;
     const Span all = ranges[range];
-    const double eta = task.eta[vector];
-    double* column = partials + vector * commutator_columns(task) * ranges.count + range;
-    double* room = block.shared();
-    double* deltas = room + sums * (block.threads() / warp);
-    // True if there are rows or segments, which read deltas of other threads: the same for the whole block. Otherwise
-    // the block has no shared memory for deltas, and no barrier but that of its last sums.
-    const bool projects = task.basis.count + task.segments.count > 0;
+    double* column = partials + vector * of_vector + range;
+    double* deltas = block.shared() + room;
 
-    double sum[sums] = {};
+    double sum[most][sums] = {};
     for (Index start = all.start; start < all.stop; start += chunk) {
       const Span here = Span{start, start + chunk} & all;
-      for (Index i = here.start + quad * block.thread(); i < here.stop; i += quad * block.threads()) {
-        const Index at = vector * task.size + i, left = here.stop - i;
-        const Quad<T> g_a = load<wide>(static_cast<const T*>(task.g_a) + at, left);
-        const Quad<T> g_b = load<wide>(static_cast<const T*>(task.g_b) + at, left);
-        const Quad<T> a2 = load<wide>(static_cast<const T*>(task.a2) + at, left);
-        const Quad<T> b2 = load<wide>(static_cast<const T*>(task.b2) + at, left);
-        Quad<T> theta{};
-        if constexpr (with_theta) theta = load<wide>(task.theta.of<T>(vector) + i, left);
-        Quad<C> kept;
-        GROKCURV_UNROLL
-        for (Index e = 0; e < quad; ++e) {
-          const double delta = add(g_a.value[e], g_b.value[e], a2.value[e], b2.value[e], theta.value[e], eta, sum);
-          kept.value[e] = static_cast<C>(delta);
-          if (projects && e < left) deltas[i - start + e] = delta;
-        }
-        if (task.delta != nullptr) store<wide>(kept, static_cast<C*>(task.delta) + at, left);
+      GROKCURV_UNROLL
+      for (int v = 0; v < most; ++v) {
+        if (v < present) take(block, vector + v, here, deltas + v * chunk, sum[v]);
       }
-      if (projects) {
-        // Every thread has written its deltas before any reads those of others.
-        block.sync();
-        project<C>(block, task.basis, task.segments, vector, here, deltas, column + sums * ranges.count, ranges.count,
-                   start == all.start);
-        // Every warp has read them before the next chunk is written over them.
-        block.sync();
+      if constexpr (projects) {
+        const auto entry = [&](int j) {
+          if (j >= task.basis.count) return Projection<C>{task.segments[j - task.basis.count], nullptr};
+          return Projection<C>{task.basis[j], task.basis.values.of<C>(vector) + task.basis.shift(j)};
+        };
+        // In the place of a second vector that is not there stands the first.
+        const double* x[most];
+        GROKCURV_UNROLL
+        for (int v = 0; v < most; ++v) x[v] = deltas + (v < present ? v : 0) * chunk;
+        project(block, present, static_cast<int>(task.basis.count + task.segments.count), entry, here, x,
+                block.shared(), Totals{column + sums * ranges.count, ranges.count, of_vector}, start == all.start);
       }
     }
-    // `room` lies in front of the deltas and nobody has used it, so that this needs no barrier of its own before.
-    sum_over_block(block, sum, room, column, ranges.count);
+    // Nobody reads the room any more: `project` ends with a barrier.
+    const int warps = block.threads() / warp;
+    GROKCURV_UNROLL
+    for (int v = 0; v < most; ++v) {
+      if (v < present) {
+        sum_over_block(block, sum[v], block.shared() + v * sums * warps, column + v * of_vector, ranges.count);
+      }
+    }
+  }
+
+  // The coordinates of a chunk of one vector.
+  template <class Block>
+  GROKCURV_BLOCK void take(Block& block, Index vector, Span here, double* deltas, double (&sum)[sums]) const {
+    const double eta = task.eta[vector];
+    for (Index i = here.start + quad * block.thread(); i < here.stop; i += quad * block.threads()) {
+      const Index at = vector * task.size + i, left = here.stop - i;
+      const Quad<T> g_a = load<wide>(static_cast<const T*>(task.g_a) + at, left);
+      const Quad<T> g_b = load<wide>(static_cast<const T*>(task.g_b) + at, left);
+      const Quad<T> a2 = load<wide>(static_cast<const T*>(task.a2) + at, left);
+      const Quad<T> b2 = load<wide>(static_cast<const T*>(task.b2) + at, left);
+      Quad<T> theta{};
+      if constexpr (with_theta) theta = load<wide>(task.theta.of<T>(vector) + i, left);
+      Quad<double> delta;
+      GROKCURV_UNROLL
+      for (Index e = 0; e < quad; ++e) {
+        delta.value[e] = add(g_a.value[e], g_b.value[e], a2.value[e], b2.value[e], theta.value[e], eta, sum);
+      }
+      if constexpr (projects) keep(delta, deltas + (i - here.start) / quad);
+      if (task.delta != nullptr) {
+        Quad<C> rounded;
+        GROKCURV_UNROLL
+        for (Index e = 0; e < quad; ++e) rounded.value[e] = static_cast<C>(delta.value[e]);
+        store<wide>(rounded, static_cast<C*>(task.delta) + at, left);
+      }
+    }
   }
 
   // Adds the terms of one coordinate to the sums and returns its delta. A coordinate of zeros adds zeros.
@@ -124,18 +154,25 @@ void commutator(Device& device, const Commutator& given) {
     const bool wide = fits(task.g_a) && fits(task.g_b) && fits(task.a2) && fits(task.b2) &&
                       aligned<T>(task.theta.data, task.vectors, task.theta.stride) &&
                       (task.delta == nullptr || aligned<Compute<T>>(task.delta, task.vectors, task.size));
-    with_flag(wide, [&](auto flag) {
-      const auto launch = [&](auto body) {
-        const Index shared = body.sums * (body.threads / warp) + (projections > 0 ? chunk : 0);
-        device.launch(task.vectors * ranges.count, shared, body);
-      };
-      if (task.bracket) {
-        launch(CommutatorRange<T, true, false, flag>{task, ranges, partials});
-      } else if (task.theta.data == nullptr) {
-        launch(CommutatorRange<T, false, false, flag>{task, ranges, partials});
-      } else {
-        launch(CommutatorRange<T, false, true, flag>{task, ranges, partials});
-      }
+    with_flag(wide, [&](auto is_wide) {
+      with_flag(projections > 0, [&](auto projects) {
+        const auto launch = [&](auto bracket, auto with_theta) {
+          using Body = CommutatorRange<T, bracket, with_theta, projects, is_wide>;
+          // Vectors with values of their own have none to share. And where blocks are few, more of them are worth more:
+          // even of two vectors each there should be two for every multiprocessor of a large GPU.
+          const bool share = projects && task.basis.values.stride == 0 && task.vectors * ranges.count >= 512;
+          const int beside = share ? Body::most : 1;
+          device.launch(divided_up(task.vectors, beside) * ranges.count, Body::room + (projects ? beside * chunk : 0),
+                        Body{task, ranges, partials, beside});
+        };
+        if (task.bracket) {
+          launch(std::true_type{}, std::false_type{});
+        } else if (task.theta.data == nullptr) {
+          launch(std::false_type{}, std::false_type{});
+        } else {
+          launch(std::false_type{}, std::true_type{});
+        }
+      });
     });
   });
   fold(device, {partials,

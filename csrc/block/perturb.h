@@ -13,32 +13,55 @@ template <class T, bool wide, bool shared>
 struct PerturbChunk {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256, resident = 4;
+  static constexpr int ahead = 2;  // quads of a thread that are on their way at once, of each vector
+  using C = Compute<T>;
 
   Perturb task;
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
-    using C = Compute<T>;
     const Index thetas = shared ? 1 : task.vectors;
-    const Index first = block.index() % thetas, start = block.index() / thetas * chunk, left = task.size - start;
-    for (Index i = quad * block.thread(); i < chunk && i < left; i += quad * block.threads()) {
-      const Quad<T> theta = load<wide>(task.theta.of<T>(first) + start + i, left - i);
-      // A thread keeps its four coordinates of theta in registers while the directions go by. No thread reads what
-      // another writes, so there is no barrier.
-      for (Index vector = first; vector < task.vectors; vector += thetas) {
-        const Index at = vector * task.size + start + i;
-        const Quad<T> direction = load<wide>(static_cast<const T*>(task.directions) + at, left - i);
-        const C eta = static_cast<C>(task.eta[vector]);
-        Quad<T> out;
-        GROKCURV_UNROLL
-        for (Index e = 0; e < quad; ++e) {
-          // Two roundings in the compute type, as in PyTorch and on the CPU: an fma would have one.
-          const C step = eta * static_cast<C>(widen(direction.value[e]));
-          out.value[e] = narrow<T>(static_cast<C>(widen(theta.value[e])) - step);
-        }
-        store<wide>(out, static_cast<T*>(task.out) + at, left - i);
+    const Index first = block.index() % thetas, start = block.index() / thetas * chunk;
+    const int length = static_cast<int>((Span{start, start + chunk} & Span{0, task.size}).length());
+    const int apart = quad * block.threads();
+    GROKCURV_ROLLED
+    for (int i = quad * block.thread(); i < length; i += ahead * apart) {
+      if (length - i >= (ahead - 1) * apart + quad) {
+        move_all<true>(first, start + i, apart, length - i);
+      } else {
+        move_all<false>(first, start + i, apart, length - i);
       }
     }
+  }
+
+  // A thread keeps its quads of theta in registers while the directions go by. No thread reads what another writes, so
+  // there is no barrier.
+  template <bool whole>
+  GROKCURV_BLOCK void move_all(Index first, Index at, int apart, int left) const {
+    Quad<T> theta[ahead];
+    load<wide, whole>(theta, task.theta.of<T>(first) + at, apart, left);
+    if constexpr (shared) {
+      for (Index vector = 0; vector < task.vectors; ++vector) move<whole>(theta, vector, at, apart, left);
+    } else {
+      move<whole>(theta, first, at, apart, left);
+    }
+  }
+
+  template <bool whole>
+  GROKCURV_BLOCK void move(const Quad<T> (&theta)[ahead], Index vector, Index at, int apart, int left) const {
+    Quad<T> quads[ahead];
+    load<wide, whole>(quads, static_cast<const T*>(task.directions) + vector * task.size + at, apart, left);
+    const C eta = static_cast<C>(task.eta[vector]);
+    GROKCURV_UNROLL
+    for (int k = 0; k < ahead; ++k) {
+      GROKCURV_UNROLL
+      for (int e = 0; e < quad; ++e) {
+        // Two roundings in the compute type, as in PyTorch and on the CPU: an fma would have one.
+        const C step = eta * static_cast<C>(widen(quads[k].value[e]));
+        quads[k].value[e] = narrow<T>(static_cast<C>(widen(theta[k].value[e])) - step);
+      }
+    }
+    store<wide, whole>(quads, static_cast<T*>(task.out) + vector * task.size + at, apart, left);
   }
 };
 

@@ -6,11 +6,14 @@
 namespace grokcurv::block {
 
 // A range of one vector, chunk by chunk in shared memory: there it is read once from memory for however many rows of
-// the basis, each of which a warp takes as a whole.
-template <class T>
+// the basis. `wide` is true if all vectors are aligned to whole quads.
+template <class T, bool wide>
 struct SplitRange {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256, resident = 4;
+  static constexpr int ahead = 2;  // quads of a thread that are on their way at once
+
+  using C = Compute<T>;
 
   SubspaceSplit task;  // its table on the device
   Ranges ranges;
@@ -24,25 +27,47 @@ struct SplitRange {
     const T* v = static_cast<const T*>(task.v) + vector * task.size;
     double* column = partials + vector * (1 + task.basis.count) * ranges.count + range;
     double* room = block.shared();
-    double* x = room + block.threads() / warp;
+    double* kept = room + block.threads();
 
     double norm2[1] = {};
     for (Index start = all.start; start < all.stop; start += chunk) {
       const Span here = Span{start, start + chunk} & all;
-      const int length = static_cast<int>(here.length());
-      for (int i = block.thread(); i < length; i += block.threads()) {
-        const double x_i = widen(v[start + i]);
-        norm2[0] = fma(x_i, x_i, norm2[0]);
-        x[i] = x_i;
+      const int length = static_cast<int>(here.length()), apart = quad * block.threads();
+      GROKCURV_ROLLED
+      for (int i = quad * block.thread(); i < length; i += ahead * apart) {
+        if (length - i >= (ahead - 1) * apart + quad) {
+          take<true>(v + start + i, apart, length - i, kept + i / quad, norm2[0]);
+        } else {
+          take<false>(v + start + i, apart, length - i, kept + i / quad, norm2[0]);
+        }
       }
-      // A row reads coordinates that all threads have put there.
-      block.sync();
-      project<Compute<T>>(block, task.basis, Segments{}, vector, here, x, column + ranges.count, ranges.count,
-                          start == all.start);
-      // Without this, the next chunk would be written over what a slower warp still reads.
-      block.sync();
+      const auto row = [&](int j) {
+        return Projection<C>{task.basis[j], task.basis.values.of<C>(vector) + task.basis.shift(j)};
+      };
+      const double* const x[1] = {kept};
+      project(block, 1, static_cast<int>(task.basis.count), row, here, x, room,
+              Totals{column + ranges.count, ranges.count, 0}, start == all.start);
     }
+    // Nobody reads `room` any more: `project` ends with a barrier.
     sum_over_block(block, norm2, room, column, ranges.count);
+  }
+
+  // Some quads of a thread, `apart` from each other, of which `left` coordinates are there.
+  template <bool whole>
+  static GROKCURV_BLOCK void take(const T* v, int apart, int left, double* place, double& norm2) {
+    Quad<T> q[ahead];
+    load<wide, whole>(q, v, apart, left);
+    GROKCURV_UNROLL
+    for (int k = 0; k < ahead; ++k) {
+      if (!whole && left <= k * apart) break;
+      Quad<double> x;
+      GROKCURV_UNROLL
+      for (int e = 0; e < quad; ++e) {
+        x.value[e] = widen(q[k].value[e]);
+        norm2 = fma(x.value[e], x.value[e], norm2);
+      }
+      keep(x, place + k * apart / quad);
+    }
   }
 };
 
@@ -54,8 +79,10 @@ void subspace_split(Device& device, const SubspaceSplit& given) {
   const Index columns = 1 + task.basis.count;
   double* partials = device.workspace.take(task.vectors * columns * ranges.count);
   with_type(task.type, [&]<class T>() {
-    using Body = SplitRange<T>;
-    device.launch(task.vectors * ranges.count, Body::threads / warp + chunk, Body{task, ranges, partials});
+    with_flag(aligned<T>(task.v, task.vectors, task.size), [&](auto flag) {
+      using Body = SplitRange<T, flag>;
+      device.launch(task.vectors * ranges.count, Body::threads + chunk, Body{task, ranges, partials});
+    });
   });
   fold(device, {partials,
                 task.vectors,
@@ -67,11 +94,13 @@ void subspace_split(Device& device, const SubspaceSplit& given) {
 // A chunk of one vector. A coordinate takes its terms in the order of the basis. It is the business of one thread, from
 // reading to writing back, so that no barrier is needed and g is filtered in place. Products and sums are rounded one
 // by one, without fma, so that the bits are the CPU's. `wide` is true if all vectors are aligned to whole quads. Rows
-// of the basis are read one by one: they begin anywhere.
+// of the basis begin anywhere: they are read one by one where they are not aligned.
 template <class T, bool wide>
 struct FilterChunk {
   static constexpr bool any_threads = true;
   static constexpr int threads = 256, resident = 4;
+  static constexpr int ahead = 2;  // quads of a thread that are on their way at once
+  using C = Compute<T>;
 
   SubspaceFilter task;  // its table on the device
 
@@ -79,28 +108,94 @@ struct FilterChunk {
   GROKCURV_BLOCK void operator()(Block& block) const {
     const Index vector = block.index() % task.vectors, start = block.index() / task.vectors * chunk;
     const Span here = Span{start, start + chunk} & Span{0, task.size};
-    const double* coefficients = task.coefficients + vector * task.basis.count;
-    const auto* values = task.basis.values.of<Compute<T>>(vector);
-    T* g = static_cast<T*>(task.g) + vector * task.size;
-    for (Index i = here.start + quad * block.thread(); i < here.stop; i += quad * block.threads()) {
-      Quad<T> q = load<wide>(g + i, here.stop - i);
-      double x[quad];
+    const int length = static_cast<int>(here.length()), apart = quad * block.threads();
+    const int count = static_cast<int>(task.basis.count);
+    T* g = static_cast<T*>(task.g) + vector * task.size + start;
+    // Most chunks meet no row, as a warp sees by looking at 32 of them at once.
+    bool any = false;
+    for (int begin = 0; begin < count && !any; begin += warp) {
+      any = block.warp_first(meets(begin + block.thread() % warp, here)) < warp;
+    }
+    if (any) {
+      for (int from = 0; from < length; from += ahead * apart) add_rows(block, vector, here, from, g);
+      return;
+    }
+    GROKCURV_ROLLED
+    for (int i = quad * block.thread(); i < length; i += ahead * apart) {
+      if (length - i >= (ahead - 1) * apart + quad) {
+        scale<true>(g + i, apart, length - i);
+      } else {
+        scale<false>(g + i, apart, length - i);
+      }
+    }
+  }
+
+  GROKCURV_BLOCK bool meets(int j, Span here) const {
+    return j < task.basis.count && (task.basis[j] & here).length() > 0;
+  }
+
+  // Quads of a thread that meet no row.
+  template <bool whole>
+  GROKCURV_BLOCK void scale(T* g, int apart, int left) const {
+    Quad<T> q[ahead];
+    load<wide, whole>(q, g, apart, left);
+    GROKCURV_UNROLL
+    for (int k = 0; k < ahead; ++k) {
       GROKCURV_UNROLL
-      for (Index e = 0; e < quad; ++e) x[e] = (1.0 - task.strength) * widen(q.value[e]);
-      for (Index j = 0; j < task.basis.count; ++j) {
-        const Index* row = task.basis.rows + 3 * j;
-        const Index place = i - row[0];  // of the quad in the row
-        // A row that misses all four is skipped; of one that meets some, the others take nothing, not even a zero.
-        if (place <= -quad || place >= row[1]) continue;
-        const double weight = task.strength * coefficients[j];
+      for (int e = 0; e < quad; ++e) q[k].value[e] = narrow<T>((1.0 - task.strength) * widen(q[k].value[e]));
+    }
+    store<wide, whole>(q, g, apart, left);
+  }
+
+  // The quads of all threads from `from` on, counted from the start of the chunk, where g is. All threads of a warp
+  // look for the rows that meet these, even one that has no coordinates left.
+  template <class Block>
+  GROKCURV_BLOCK void add_rows(Block& block, Index vector, Span here, int from, T* g) const {
+    const int lane = block.thread() % warp, apart = quad * block.threads(), first = from + quad * block.thread();
+    const int left = static_cast<int>(here.length()) - first;
+    Quad<T> q[ahead];
+    load<wide, false>(q, g + first, apart, left);
+    double x[ahead][quad];
+    GROKCURV_UNROLL
+    for (int k = 0; k < ahead; ++k) {
+      GROKCURV_UNROLL
+      for (int e = 0; e < quad; ++e) x[k][e] = (1.0 - task.strength) * widen(q[k].value[e]);
+    }
+    const Span pass = Span{here.start + from, here.start + from + ahead * apart} & here;
+    for (int begin = 0; begin < task.basis.count; begin += warp) {
+      bool waits = meets(begin + lane, pass);
+      for (int next = block.warp_first(waits); next < warp; next = block.warp_first(waits)) {
+        waits = waits && lane != next;
+        const int j = begin + next;
+        const Span both = task.basis[j] & pass;
+        const C* values = task.basis.values.of<C>(vector) + task.basis.shift(j) + here.start;
+        const double weight = task.strength * task.coefficients[vector * task.basis.count + j];
         GROKCURV_UNROLL
-        for (Index e = 0; e < quad; ++e) {
-          if (place + e >= 0 && place + e < row[1]) x[e] += weight * static_cast<double>(values[row[2] + place + e]);
+        for (int k = 0; k < ahead; ++k) {
+          add_row(values, first + k * apart, static_cast<int>(both.start - here.start),
+                  static_cast<int>(both.stop - here.start), weight, x[k]);
         }
       }
+    }
+    GROKCURV_UNROLL
+    for (int k = 0; k < ahead; ++k) {
       GROKCURV_UNROLL
-      for (Index e = 0; e < quad; ++e) q.value[e] = narrow<T>(x[e]);
-      store<wide>(q, g + i, here.stop - i);
+      for (int e = 0; e < quad; ++e) q[k].value[e] = narrow<T>(x[k][e]);
+    }
+    store<wide, false>(q, g + first, apart, left);
+  }
+
+  // Of the quad at i, what lies outside of the row takes nothing, not even a zero.
+  static GROKCURV_BLOCK void add_row(const C* values, int i, int begin, int end, double weight, double (&x)[quad]) {
+    if (begin <= i && i + quad <= end && reinterpret_cast<std::uintptr_t>(values + i) % alignof(Quad<C>) == 0) {
+      const Quad<C> row = load<true>(values + i, quad);
+      GROKCURV_UNROLL
+      for (int e = 0; e < quad; ++e) x[e] += weight * static_cast<double>(row.value[e]);
+    } else {
+      GROKCURV_UNROLL
+      for (int e = 0; e < quad; ++e) {
+        if (begin <= i + e && i + e < end) x[e] += weight * static_cast<double>(values[i + e]);
+      }
     }
   }
 };

@@ -2,6 +2,7 @@
 
 // Runs block algorithms on the GPU: the block as they see it, the kernel around them, the launch.
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -13,9 +14,11 @@
 
 namespace grokcurv::cuda {
 
+// The number of threads is known when a kernel is compiled, so that a loop over steps of a block can be unrolled.
+template <int count_of_threads>
 struct Block {
   __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
-  __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x); }
+  static constexpr __device__ __forceinline__ int threads() { return count_of_threads; }
   __device__ __forceinline__ Index index() const { return blockIdx.x; }
   __device__ __forceinline__ Index count() const { return gridDim.x; }
   __device__ __forceinline__ double* shared() const {
@@ -33,11 +36,33 @@ struct Block {
     for (int distance = block::warp / 2; distance > 0; distance /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, distance));
     return x;
   }
+  // Asynchronously, past the registers, in pieces of 4, 8 or 16 bytes; what is smaller goes the ordinary way.
+  template <class T>
+  __device__ __forceinline__ void copy(T* to, const T* from) const {
+    if constexpr (sizeof(T) < 4) {
+      *to = *from;
+    } else {
+      constexpr int piece = sizeof(T) < 16 ? sizeof(T) : 16;
+      GROKCURV_UNROLL
+      for (int at = 0; at < static_cast<int>(sizeof(T)); at += piece) {
+        __pipeline_memcpy_async(reinterpret_cast<char*>(to) + at, reinterpret_cast<const char*>(from) + at, piece);
+      }
+    }
+  }
+  __device__ __forceinline__ void commit() const { __pipeline_commit(); }
+  template <int n>
+  __device__ __forceinline__ void wait() const {
+    __pipeline_wait_prior(n);
+  }
+  __device__ __forceinline__ int warp_first(bool x) const {
+    const int first = __ffs(static_cast<int>(__ballot_sync(~0u, x)));
+    return first == 0 ? block::warp : first - 1;
+  }
 };
 
 template <class Body>
 __global__ void __launch_bounds__(Body::threads, Body::resident) kernel(const __grid_constant__ Body body) {
-  Block block;
+  Block<Body::threads> block;
   body(block);
 }
 

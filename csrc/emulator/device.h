@@ -4,6 +4,8 @@
 // order that changes with a seed. A missing barrier then shows as a wrong result.
 
 #include <algorithm>
+#include <cstring>
+#include <deque>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -15,10 +17,40 @@
 
 namespace grokcurv::emulator {
 
+// The copies of a thread that are on their way. They are made when they are waited for and no sooner, so that a wait
+// that is missing, or for too few, shows.
+class Copies {
+ public:
+  void add(void* to, const void* from, std::size_t bytes) { pending_.push_back({to, from, bytes, group_}); }
+  void commit() { ++group_; }
+  void wait(int n) {
+    while (!pending_.empty() && pending_.front().group + n < group_) {
+      std::memcpy(pending_.front().to, pending_.front().from, pending_.front().bytes);
+      pending_.pop_front();
+    }
+  }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    std::size_t bytes;
+    Index group;
+  };
+  std::deque<Copy> pending_;
+  Index group_ = 0;  // that is open
+};
+
 class Block {
  public:
-  Block(Fibers& fibers, int thread, int threads, Index index, Index count, double* shared)
-      : fibers_(fibers), thread_(thread), threads_(threads), index_(index), count_(count), shared_(shared) {}
+  Block(Fibers& fibers, Copies& copies, int thread, int threads, Index index, Index count, double* shared)
+      : fibers_(fibers),
+        copies_(copies),
+        thread_(thread),
+        threads_(threads),
+        index_(index),
+        count_(count),
+        shared_(shared) {}
 
   int thread() const { return thread_; }
   int threads() const { return threads_; }
@@ -28,9 +60,20 @@ class Block {
   void sync(const std::source_location& place = std::source_location::current()) const { fibers_.sync(place); }
   double warp_sum(double x) const { return fibers_.warp_sum(x); }
   double warp_max(double x) const { return fibers_.warp_max(x); }
+  int warp_first(bool x) const { return fibers_.warp_first(x); }
+  template <class T>
+  void copy(T* to, const T* from) const {
+    copies_.add(to, from, sizeof(T));
+  }
+  void commit() const { copies_.commit(); }
+  template <int n>
+  void wait() const {
+    copies_.wait(n);
+  }
 
  private:
   Fibers& fibers_;
+  Copies& copies_;
   int thread_, threads_;
   Index index_, count_;
   double* shared_;
@@ -60,8 +103,9 @@ class Device {
     for (const Index index : numbers) {
       // Of exactly this size, so that a sanitizer sees what lies beyond; never zeros that somebody counts on.
       std::vector<double> memory(static_cast<std::size_t>(shared), std::numeric_limits<double>::quiet_NaN());
+      std::vector<Copies> copies(static_cast<std::size_t>(threads));
       fibers_.run(threads, order.seed == 0 ? 0 : random() | 1, [&](int thread) {
-        Block block(fibers_, thread, threads, index, blocks, memory.data());
+        Block block(fibers_, copies[static_cast<std::size_t>(thread)], thread, threads, index, blocks, memory.data());
         body(block);
       });
     }

@@ -186,4 +186,9 @@ double Fibers::warp_max(double x) {
   return x;
 }
 
+int Fibers::warp_first(bool x) {
+  const double* all = exchange(x ? 1.0 : 0.0);
+  return static_cast<int>(std::find(all, all + warp, 1.0) - all);
+}
+
 }  // namespace grokcurv::emulator

@@ -43,6 +43,7 @@ class Fibers {
   void sync(const std::source_location& place);
   double warp_sum(double x);
   double warp_max(double x);
+  int warp_first(bool x);
 
  private:
   struct Fiber;

@@ -136,6 +136,8 @@ def check(case: Case, generator: torch.Generator, budget: float, problems: Mappi
             said = f"{quantity} of grokcurv is {error:.2g}, beyond {comparison.tolerance:.2g}: not timed"
             return Result(case, outcomes, problem=said, wrong=True)
         return Result(case, outcomes, _time(comparison, outcomes, budget, generator.device))
+    except (torch.OutOfMemoryError, MemoryError) as error:  # a guess of what it takes was too low: the next may fit
+        return Result(case, problem=f"failed: out of memory: {str(error).partition(chr(10))[0]}", wrong=True)
     finally:
         gc.collect()
         torch.cuda.empty_cache()  # nothing, where there is no GPU
@@ -155,22 +157,22 @@ def _answer(one: Implementation, comparison: Comparison, problems: Mapping[str, 
 def _time(comparison: Comparison, outcomes: list[Outcome], budget: float, device: torch.device) -> Floor | None:
     """Fill in times and ratios; the floor, if one is known."""
     fit = [pair for pair in zip(comparison.implementations, outcomes, strict=True) if not pair[1].problem]
-    yardsticks = list(_yardsticks(comparison.work, device))
-    timed = [*(one for one, _ in fit), *yardsticks]
+    floors = list(yardsticks(comparison.work, device))
+    timed = [*(one for one, _ in fit), *floors]
     calls = interleaved([one.run for one in timed], budget, device)
     ours, *_ = times = [call.scaled(one.times) for one, call in zip(timed, calls, strict=True)]
     for (_, outcome), seconds in zip(fit, times, strict=False):
         outcome.times, outcome.ratio = seconds, seconds.over(ours)
-    if not yardsticks:
+    if not floors:
         return None
     # The seconds of what must be done, by kind and round.
     parts = times[len(fit) :]
     floor = Times(tuple(map(max, zip(*(part.samples for part in parts), strict=True))), 1)
-    rates = {one.name: comparison.work[one.name] / part.median for one, part in zip(yardsticks, parts, strict=True)}
+    rates = {one.name: comparison.work[one.name] / part.median for one, part in zip(floors, parts, strict=True)}
     return Floor(comparison.work, rates, floor.median, ours.over(floor))
 
 
-def _yardsticks(work: Mapping[str, int], device: torch.device) -> Iterator[Implementation]:
+def yardsticks(work: Mapping[str, int], device: torch.device) -> Iterator[Implementation]:
     """For each kind of work there is, what does some of it."""
     gpu, side = device.type == "cuda", SQUARE[device.type]
     if work["bytes"]:
