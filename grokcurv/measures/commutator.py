@@ -13,13 +13,11 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.training_gradient import VERDICT_LAG, TrainingGradient
+from grokcurv.measures.base import VERDICT_LAG, quantiles, unclear
+from grokcurv.measures.training_gradient import TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
 from grokcurv.pairs import PairOfRuns
 from grokcurv.subspace import RandomBaseline, alignment
-
-CLEAR = (0.01, 0.1)
-"""A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
 
 CHECK_EVERY = 25
 """Steps after which the float64 evaluations behind the noise floor are made anew; ``docs/numerics.md`` says why 25."""
@@ -327,25 +325,3 @@ def _of_runs(pair: PairOfRuns, places: Sequence[int]) -> PairOfRuns:
     """The batches of some of the runs."""
     a, b = pair
     return [a[place] for place in places], [b[place] for place in places]
-
-
-def unclear(value: Tensor, bound: Tensor) -> Tensor:
-    """Whether an error may be too large for the value to say anything."""
-    absolute, relative = CLEAR
-    return bound > (relative * value.abs()).clamp(min=absolute)
-
-
-def quantiles(values: Tensor, *levels: float, dim: int = 0) -> list[Tensor]:
-    """Quantiles over a dimension, linearly interpolated; NaN if any value is."""
-    if values.shape[dim] == 1:  # the same at every level; interpolated, infinity is NaN, as it is between others
-        only = values.select(dim, 0)
-        return [only.lerp(only, 0.0)] * len(levels)
-    ordered = values.sort(dim).values
-    missing = ordered.select(dim, -1).isnan()  # NaN goes to the end
-    found = []
-    for level in levels:
-        place = level * (values.shape[dim] - 1)
-        below = int(place)
-        above = min(below + 1, values.shape[dim] - 1)
-        found.append(torch.lerp(ordered.select(dim, below), ordered.select(dim, above), place - below))
-    return [x.masked_fill(missing, torch.nan) for x in found]

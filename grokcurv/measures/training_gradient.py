@@ -13,9 +13,7 @@ from torch import Tensor
 from grokcurv.checks import GIVEN
 from grokcurv.commutator import CommutatorProbe, CommutatorStats
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-
-VERDICT_LAG = 2
-"""On an accelerator, after how many more measurements the host learns of a verdict on one."""
+from grokcurv.measures.base import VERDICT_LAG
 
 GRADIENT_TOLERANCE = 0.05
 """Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""

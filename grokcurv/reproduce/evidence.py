@@ -113,7 +113,7 @@ class Trial:
     def end(self) -> int | None:
         """The step at which it had grokked by its own settings, where the published runs end; None if it never did."""
         threshold, patience = self.config.grok_threshold, self.config.grok_patience
-        can = "test_acc" in self.records and threshold <= 1
+        can = "test_acc" in self.records and 0 < threshold <= 1
         return settled_step(self.records, threshold, patience) if can else None
 
     @cached_property
