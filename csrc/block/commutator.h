@@ -6,7 +6,8 @@
 namespace grokcurv::block {
 
 // A range of one vector, or of two, chunk by chunk: sums stay in the registers of the threads, a chunk of deltas in
-// shared memory for rows and segments. Two vectors share the values of the rows, which are loaded once for both.
+// shared memory for rows and segments. Two vectors share the values of the rows, which are loaded once for both; with
+// theta the sums of two would not fit into registers, and the cache has to do.
 //
 // `bracket` is true where a2 and b2 are products with Hessians, false where they are gradients after a step.
 // `with_theta` is true where theta is there: four more sums, and registers for fewer blocks.
@@ -22,7 +23,7 @@ struct CommutatorRange {
   static constexpr int threads = 256;
   static constexpr int resident = (with_theta || projects ? 2 : 4) / (sizeof(T) < 8 ? 1 : 2);
   static constexpr int sums = commutator_sums(with_theta);
-  static constexpr int most = projects ? 2 : 1;  // vectors of a block
+  static constexpr int most = projects && !with_theta ? 2 : 1;  // vectors of a block
   // In front of the deltas: room for the sums of 32 rows, or of all vectors, in each warp.
   static constexpr Index room = most * (projects ? threads : sums * (threads / warp));
   using C = Compute<T>;

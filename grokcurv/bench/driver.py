@@ -64,7 +64,7 @@ def run_bench(
     make_folder(path, parents=True)
 
     began, problems, (load, *_) = time.monotonic(), peers(), os.getloadavg()
-    settings = {
+    settings = describe_environment() | {
         "threads": threads,
         "memory_free_gib": round(available_memory() / GIB, 1),
         "quick": quick,
@@ -84,7 +84,7 @@ def run_bench(
 
     settings["load after"] = round(os.getloadavg()[0], 2)
     taking_part = {package: problems[name] or metadata.version(package) for name, package in PEERS.items()}
-    bench = Bench(path, describe_environment() | settings, plan, found, taking_part, round(time.monotonic() - began, 1))
+    bench = Bench(path, settings, plan, found, taking_part, round(time.monotonic() - began, 1))
     write_atomically(path / "bench.json", bench.as_json().encode())
     write_atomically(path / "table.md", in_markdown(bench.rows).encode())
     write_page(path, "bench.html", bench, list(drawings(bench.curves, found)))
