@@ -173,7 +173,7 @@ def prefixes_of(x: Tensor, side: str) -> Prefixes:
 def prefix_shares(x: Tensor, side: str) -> Tensor:
     """(n, S) of x (S, n, p)."""
     prefixes = prefixes_of(x, side)
-    return torch.stack([prefixes.leading_share(size) for size in range(1, x.shape[1] + 1)])
+    return torch.stack(prefixes.leading_shares(range(1, x.shape[1] + 1)))
 
 
 def crossing(n: int, p: int, generator: Generator) -> Tensor:
@@ -211,9 +211,10 @@ def test_a_prefix_is_that_of_its_own_rows_to_the_bit(side: str, generator: Gener
     x = torch.stack([KINDS[kind](101, 40, generator) for kind in KINDS])
     whole = prefix_shares(x, side)
     for n in (33, 47, 70, 96, 100):
-        assert prefixes_of(x[:, :n], side).leading_share(n).nan_to_num(7).equal(whole[n - 1].nan_to_num(7))
+        (last,) = prefixes_of(x[:, :n], side).leading_shares(range(n, n + 1))
+        assert last.nan_to_num(7).equal(whole[n - 1].nan_to_num(7))
         for run in range(len(x)):
-            alone = prefixes_of(x[run : run + 1, :n], side).leading_share(n)
+            *_, alone = prefixes_of(x[run : run + 1, :n], side).leading_shares(range(n - n % 5, n + 1))
             assert alone.nan_to_num(7).equal(whole[n - 1, run : run + 1].nan_to_num(7))
 
 
@@ -231,8 +232,7 @@ def test_prefixes_of_a_trajectory_are_not_solved_from_nothing(
     side: str, sizes: list[int], solved: list[int], generator: Generator
 ) -> None:
     prefixes = prefixes_of(trajectory(128, 40, generator, torch.float64)[None], side)
-    for size in range(32, 129):
-        prefixes.leading_share(size)
+    prefixes.leading_shares(range(32, 129))
     assert [size for size in solved if size >= 32] == sizes
 
 

@@ -189,8 +189,9 @@ class Gram(Method):
             new = []
             if wide:
                 prefixes = GramPrefixes(self.raw[:, : wide[-1], : wide[-1]])
-                new += [prefixes.leading_share(size) for size in wide]
-            new += [self._scatters.leading_share(size) for size in narrow]
+                new += prefixes.leading_shares(wide)
+            if narrow:
+                new += self._scatters.leading_shares(narrow)
             self.shares = torch.cat([self.shares, torch.stack(new)])
         return self.shares
 
