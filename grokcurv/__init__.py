@@ -13,11 +13,13 @@
 from importlib.metadata import version
 
 from grokcurv.admission import AdmissionWarning, Finding
+from grokcurv.attachment import attach
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
-from grokcurv.flat import FlatParameters, Segment
+from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.losses import cross_entropy64
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
+from grokcurv.replays import replay
 from grokcurv.samplers import from_loader, halves, subsample
 from grokcurv.subspace import Subspace
 
@@ -33,9 +35,13 @@ __all__ = [
     "Segment",
     "StreamingPCA",
     "Subspace",
+    "attach",
+    "attention_segments",
     "commutator_defect",
     "cross_entropy64",
     "from_loader",
     "halves",
+    "replay",
+    "select_segments",
     "subsample",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report``, ``bench`` and ``doctor``.
+"""The command line: ``grokcurv train``, ``sweep``, ``reproduce``, ``report``, ``replay``, ``bench`` and ``doctor``.
 
 Exit status: 0 done; 1 the training or a run of a sweep failed, or a bench found a wrong answer; 2 input or a folder
 that cannot be used, with the reason on standard error; 129, 130 and 143 stopped by a closed terminal, Ctrl-C
@@ -17,15 +17,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from os.path import lexists
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from grokcurv import sweep, training
 from grokcurv.commutator import RENAMED
 from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
+from grokcurv.replays import replay
 from grokcurv.runs import TABLES, Run, open_run
 from grokcurv.storage import News, RunError, holder, make_folder, write_atomically
 from grokcurv.training import PRESETS, TrainConfig
@@ -350,6 +352,60 @@ def _export(arguments: list[str]) -> int:
     return tyro.cli(export, prog="grokcurv export", args=arguments)
 
 
+def _replay(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Measure a training run that is over, at each of its checkpoints, and write the rows into a Parquet file.
+
+        The same command goes on after anything that stopped it: steps that are in the file are not measured again.
+        Checkpoints that are damaged, or not of the model, are named and left out.
+        """
+
+        folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+        """Of checkpoints, files (.safetensors, .pt, .pth, .ckpt, .bin) or Hugging Face's folders; or of a run."""
+        model: Annotated[str | None, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
+        """A function of no arguments that returns (model, loss_fn, sampler); a run of grokcurv train needs none."""
+        out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+        """The file; DIR/replay.parquet if not given."""
+        pairs: int | None = None
+        """Pairs of batches a row; the run's, or 1, if not given."""
+
+    options = tyro.cli(Options, prog="grokcurv replay", args=arguments)
+    out = options.out or options.folder / "replay.parquet"
+    given = {"out": out} if options.pairs is None else {"out": out, "pairs": options.pairs}
+    with _asked_for("the same command"):
+        if options.model is None:
+            if not lexists(options.folder / "config.json"):
+                raise ValueError(
+                    f"{options.folder} is no run of grokcurv train: --model MODULE:FUNCTION says what it is of"
+                )
+            frame = training.replay_run(open_run(options.folder), **given)
+        else:
+            frame = replay(*_made_by(options.model, options.folder), **given)
+    print(f"{out}: {len(frame):,} rows, {len(frame.attrs['skipped']):,} checkpoints left out")
+    for reason in frame.attrs["skipped"].values():
+        print(f"  {reason}")
+    return 0
+
+
+def _made_by(name: str, folder: Path) -> tuple[Any, Any, Any, Any]:
+    """What :func:`grokcurv.replay` takes first, from a function that is named ``module:function``."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # as python -m has it
+    try:
+        made = getattr(import_module(module), function)()
+        model, loss_fn, sampler = made
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--model {name}: {error}; it must name a function that returns (model, loss_fn, sampler)"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return model, folder, loss_fn, sampler
+
+
 def _bench(arguments: list[str]) -> int:
     import tyro
 
@@ -404,6 +460,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "sweep": (_sweep, "do the many runs that a file describes"),
     "reproduce": (_reproduce, "judge the paper's claims by runs of your own"),
     "report": (_report, "write the page and the figures of a run or a sweep"),
+    "replay": (_replay, "measure a training run that is over, from its checkpoints"),
     "watch": (_watch, "follow a run or a sweep that another process is doing"),
     "export": (_export, "write the tables of a run or a sweep as CSV"),
     "bench": (_bench, "time it beside what there is today, accuracy first"),

@@ -663,9 +663,9 @@ class CommutatorProbe:
         return scale * theta / (n_a * n_b).sqrt()
 
     def _segment_table(self) -> Tensor | None:
-        """(S, 2) int64 on the CPU: the probe's segments, then the basis's support."""
-        basis = self.basis
-        table = [(s.start, s.length) for s in self.segments] + (list(basis.support) if basis else [])
+        """(S, 2) int64 on the CPU: the probe's segments, then the basis's support, but for what is in pieces."""
+        support = self.basis.support if self.basis and not self.basis.scattered else ()
+        table = [*((s.start, s.length) for s in self.segments if not s.pieces), *support]
         return torch.tensor(table, dtype=torch.int64) if table else None
 
     def _sums(self, pairs: Pairs, eta: Tensor, keep_delta: bool) -> Sums:
@@ -684,9 +684,33 @@ class CommutatorProbe:
             segments=pairs.segments,
             keep_delta=keep_delta,
         )
-        own = out.sums, out.coefficients, out.energies
+        own = out.sums, out.coefficients, self._with_pieces(out.energies, pairs, eta)
         sums, coefficients, energies = self.gradients.partition.all_reduce_sum(*own)
         return Sums(eta, sums, coefficients, energies, out.delta if keep_delta else None)
+
+    def _with_pieces(self, energies: Tensor, pairs: Pairs, eta: Tensor) -> Tensor:
+        """(N, S) the energies that the kernel found, and those on segments in pieces, each in its place."""
+        # A matrix has as many pieces of its columns as rows, and the kernel keeps a sum of each chunk for each segment.
+        basis, columns = self.basis, iter(energies.unbind(1))
+        if not any(s.pieces for s in self.segments) and not (basis and basis.scattered):
+            return energies
+        own = [self._energy(pairs, eta, s.intervals) if s.pieces else next(columns) for s in self.segments]
+        if basis and basis.scattered:
+            return torch.stack([*own, self._energy(pairs, eta, basis.support)], 1)
+        return torch.stack([*own, *columns], 1)
+
+    def _energy(self, pairs: Pairs, eta: Tensor, intervals: Sequence[tuple[int, int]]) -> Tensor:
+        """(N,) float64 squared length of delta on some intervals."""
+
+        def packed(rows: Tensor) -> Tensor:
+            return torch.cat([rows[:, start : start + length] for start, length in intervals], 1).double()
+
+        g_a, g_b, a2, b2 = map(packed, pairs.work)
+        eta = eta[:, None].to(g_a)
+        delta = eta.square() * (b2 - a2) if pairs.form == "bracket" else eta * ((a2 - g_a) - (b2 - g_b))
+        count, length = delta.shape
+        rows = torch.tensor([(row * length, length) for row in range(count)])
+        return ops.gram(delta.view(1, -1), segments=rows)[:, 0, 0]
 
     def _basis_values(self, pairs: Pairs) -> Tensor | None:
         """(n,) the values of the basis that all pairs share, or (N, n)."""

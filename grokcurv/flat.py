@@ -7,11 +7,13 @@ not at all.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -20,17 +22,66 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Segment:
-    """A named interval of the flat vector: ``length`` coordinates from ``start`` on, of a tensor of ``shape``."""
+    """Named coordinates of the flat vector, of a tensor of ``shape``: ``length`` of them from ``start`` on.
+
+    They are consecutive, but for a slice that takes some columns of a matrix: that is in ``pieces``, disjoint intervals
+    ``(start, length)`` in order.
+    """
 
     name: str
     start: int
     length: int
     shape: tuple[int, ...]
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @property
     def stop(self) -> int:
         """One past the last coordinate."""
-        return self.start + self.length
+        return sum(self.pieces[-1]) if self.pieces else self.start + self.length
+
+    @property
+    def intervals(self) -> tuple[tuple[int, int], ...]:
+        """The intervals ``(start, length)`` of which it consists."""
+        return self.pieces or ((self.start, self.length),)
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """(..., length) these coordinates of vectors (..., P): a view where they are consecutive, a copy otherwise."""
+        parts = [vectors[..., start : start + length] for start, length in self.intervals]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def sliced(self, which: str) -> Segment:
+        """A part of it, written as an index of its tensor: ``"2"``, ``"-1"``, ``":, :768"``, ``"0:4, ::2"``.
+
+        Raises:
+            ValueError: no such index, or nothing in it.
+        """
+        try:
+            index = tuple(_slice(part) for part in which.split(","))
+            places = torch.arange(self.length).view(self.shape)[index]
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"patterns: {self.name} of shape {self.shape} has no [{which}]: {error}") from error
+        if not places.numel():
+            raise ValueError(f"patterns: {self.name}[{which}] of shape {self.shape} is empty")
+        flat = places.flatten()
+        if self.pieces:
+            flat = torch.cat([torch.arange(start, start + length) for start, length in self.pieces])[flat]
+        else:
+            flat += self.start
+        begins = torch.cat([torch.tensor([0]), (flat.diff() != 1).nonzero()[:, 0] + 1])
+        lengths = torch.cat([begins, torch.tensor([len(flat)])]).diff()
+        pieces = tuple(zip(flat[begins].tolist(), lengths.tolist(), strict=True))
+        name, shape = f"{self.name}[{which}]", tuple(places.shape)
+        return Segment(name, pieces[0][0], len(flat), shape, pieces if len(pieces) > 1 else ())
+
+
+def _slice(part: str) -> int | slice:
+    """``"2"``, ``":3"``, ``"1:"``, ``"::2"``: as Python writes it."""
+    bounds = [int(bound) if bound.strip() else None for bound in part.split(":")]
+    if len(bounds) > 1:
+        return slice(*bounds)
+    if bounds[0] is None:
+        raise ValueError("an index is missing")
+    return bounds[0]
 
 
 def segments_of(model: nn.Module) -> tuple[Segment, ...]:
@@ -46,46 +97,147 @@ def segments_of(model: nn.Module) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
+INDEXED = re.compile(r"(.+)\[([-\d:, ]+)\]")
+"""A pattern that ends with an index."""
+
+
 def select_segments(model: nn.Module, *patterns: str) -> tuple[Segment, ...]:
     """The segments whose name matches any shell-style pattern (``*``, ``?``, ``[...]``; case counts), in order.
 
+    A pattern may end with an index of the tensors that it names: ``"blocks.*.attn.W_Q[2]"`` is the third head,
+    ``"*.c_attn.weight[:, :768]"`` the queries of a fused matrix. (One that matches a name as it stands is taken so.)
+
     A tied parameter answers to each of its names. The fused ``in_proj_weight`` and ``in_proj_bias`` of an
     ``nn.MultiheadAttention`` also answer, a third each, to the names torch gives them when they are not fused:
-    ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``, and ``q_proj_bias`` and so on. A third of a parameter that
+    ``q_proj_weight``, ``k_proj_weight``, ``v_proj_weight``, and ``q_proj_bias`` and so on. A part of a parameter that
     is selected whole is not returned beside it: no coordinate is selected twice.
 
     Raises:
-        ValueError: a pattern that matches nothing; the message lists the names. Or no pattern.
+        ValueError: a pattern that matches nothing; the message lists the names. An index that a tensor does not have,
+            or two that overlap. Or no pattern.
     """
     if not patterns:
         raise ValueError("patterns: give at least one, such as '*'")
     whole, thirds = _named_segments(model)
+    chosen, parts = set[Segment](), set[Segment]()
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in (*whole, *thirds)):
-            raise ValueError(f"patterns: {pattern!r} matches none of {', '.join((*whole, *thirds))}")
+        names, index = _matching(pattern, (*whole, *thirds))
+        for name in names:
+            segment = whole.get(name) or thirds[name]
+            (chosen if name in whole and index is None else parts).add(segment.sliced(index) if index else segment)
+    parts = {part for part in parts if not any(s.start <= part.start < s.stop for s in chosen)}
+    found = tuple(sorted((*chosen, *parts), key=lambda s: (s.start, s.stop, s.name)))
+    _refuse_overlaps(found)
+    return found
 
-    def matching(names: Mapping[str, Segment]) -> set[Segment]:
-        return {s for name, s in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
-    chosen = matching(whole)
-    chosen |= {t for t in matching(thirds) if not any(s.start <= t.start < s.stop for s in chosen)}
-    return tuple(sorted(chosen, key=lambda s: (s.start, s.stop)))
+def _matching(pattern: str, names: Collection[str]) -> tuple[list[str], str | None]:
+    """The names that a pattern matches, and the index that it ends with, unless it matches as it stands."""
+    tried: list[tuple[str, str | None]] = [(pattern, None)]
+    if indexed := INDEXED.fullmatch(pattern):
+        tried.append((indexed[1], indexed[2]))
+    for wanted, index in tried:
+        if matched := [name for name in names if fnmatchcase(name, wanted)]:
+            return matched, index
+    raise ValueError(f"patterns: {pattern!r} matches none of {', '.join(names)}")
+
+
+def _refuse_overlaps(segments: tuple[Segment, ...]) -> None:
+    every = sorted((*interval, s.name) for s in segments for interval in s.intervals)
+    for (start, length, name), (following, _, other) in pairwise(every):
+        if following < start + length:
+            raise ValueError(f"patterns: {name} and {other} overlap, and no coordinate can be in two segments")
+
+
+SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("W_Q", "W_K", "W_V"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+)
+"""Names that attention modules give their projections to queries, keys and values."""
+
+FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "query_key_value")
+"""Names that they give to all three in one; of the last the rows go head by head."""
+
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "W_O", "out_lin", "to_out.0", "dense", "proj", "o")
+"""Names that they give to the projection that follows."""
 
 
 def attention_segments(model: nn.Module) -> tuple[Segment, ...]:
-    """W_Q, W_K, W_V and W_O of each ``nn.MultiheadAttention`` in turn, fused or not; biases and frozen ones left out.
+    """W_Q, W_K, W_V and W_O of each attention module in turn, fused or not; biases and frozen ones left out.
+
+    Known are ``nn.MultiheadAttention``, and models of transformers, timm and TransformerLens by the names they give to
+    projections (:data:`SEPARATE`, :data:`FUSED`, :data:`OUTPUTS`). Others, and single heads, are for
+    :func:`select_segments`.
 
     Raises:
-        ValueError: the model has none that is trainable.
+        ValueError: the model has none that is known and trainable.
     """
-    whole, thirds = _named_segments(model)
-    known = thirds | whole
-    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
-    prefixes = [_prefix(name) for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    segments = tuple(known[p + name] for p in prefixes for name in names if p + name in known)
+    segments = tuple(part for _, parts in _attention_modules(model) for part in parts)
     if not segments:
-        raise ValueError("model has no nn.MultiheadAttention with trainable projections")
+        raise ValueError(
+            "model has no nn.MultiheadAttention with trainable projections, nor any that are named as in transformers, "
+            "timm or TransformerLens: select_segments takes any names"
+        )
     return segments
+
+
+def attention_parameters(model: nn.Module) -> tuple[Segment, ...]:
+    """All trainable parameters, weights and biases, of the modules that :func:`attention_segments` knows."""
+    owners = tuple(prefix for prefixes, _ in _attention_modules(model) for prefix in prefixes)
+    return tuple(segment for segment in segments_of(model) if segment.name.startswith(owners)) if owners else ()
+
+
+def _attention_modules(model: nn.Module) -> list[tuple[tuple[str, ...], list[Segment]]]:
+    """Of each attention module what its parameters' names begin with, and the projections that are trainable."""
+    whole, thirds = _named_segments(model)
+    found: list[tuple[tuple[str, ...], list[Segment]]] = []
+    for name, module in model.named_modules():
+        prefix = _prefix(name)
+        prefixes: tuple[str, ...] = (prefix,)
+        if isinstance(module, nn.MultiheadAttention):
+            known = thirds | whole
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+            parts = [known[prefix + each] for each in names if prefix + each in known]
+        else:
+            weights = {each.removesuffix(".weight"): prefix + each for each, _ in module.named_parameters()}
+            separate = next((names for names in SEPARATE if weights.keys() >= {*names}), ())
+            fused = next((weights[each] for each in FUSED if each in weights), "")
+            if not separate and not fused:
+                continue
+            parts = [whole[weights[each]] for each in separate if weights[each] in whole]
+            if not separate and fused in whole:
+                parts = _thirds(whole[fused], module)
+            # In BERT and its like the last projection belongs to a module beside this one.
+            beside = prefix.removesuffix("self.") + "output."
+            output = next((weights[each] for each in OUTPUTS if each in weights), f"{beside}dense.weight")
+            parts += [whole[output]] if output in whole else []
+            prefixes = (prefix, beside) if prefix.endswith(".self.") else (prefix,)
+        found.append((prefixes, parts))
+    return found
+
+
+def _thirds(fused: Segment, attention: nn.Module) -> list[Segment]:
+    """Queries, keys and values of a fused matrix; none where they are not of one size."""
+    rows, columns = fused.shape if len(fused.shape) == 2 else (0, 0)
+    if columns == 3 * rows:  # Conv1D of transformers has its outputs along the second dimension
+        return [fused.sliced(f":, {i * rows}:{(i + 1) * rows}") for i in range(3)]
+    if rows != 3 * columns:
+        return []
+    if not fused.name.endswith("query_key_value.weight"):
+        return [fused.sliced(f"{i * columns}:{(i + 1) * columns}") for i in range(3)]
+    settings = (attention, getattr(attention, "config", None))
+    heads = next(
+        (n for x in settings for n in (getattr(x, "num_heads", 0), getattr(x, "num_attention_heads", 0)) if n), 0
+    )
+    if not heads or columns % heads:
+        return []
+    by_head = replace(fused, shape=(heads, 3, columns // heads, columns))
+    parts = [by_head.sliced(f":, {i}") for i in range(3)]
+    return [replace(part, name=f"{fused.name}[{kind}]") for part, kind in zip(parts, "qkv", strict=True)]
 
 
 def flatten(model: nn.Module, out: Tensor | None = None) -> Tensor:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from grokcurv.budget import FIELDS as BUDGET_FIELDS
+from grokcurv.budget import Budget
 from grokcurv.commutator import DESIGNS, METHODS, RENAMED, CommutatorProbe, Design, Method
 from grokcurv.device_buffer import DeviceBuffer, capturing
 from grokcurv.evaluation import LossFn, isolated
-from grokcurv.flat import Segment, select_segments
+from grokcurv.flat import attention_parameters
 from grokcurv.gradients import Model, Strategy
 from grokcurv.lookahead import Kept, Later, Memory, version, with_next
+from grokcurv.measures.base import Measure
 from grokcurv.measures.commutator import ALIGNMENT_FIELDS, CHECK_EVERY, FIELDS, REFERENCE_FIELDS, Commutator, Plan
 from grokcurv.measures.training_gradient import CONFIRMED, REFUTED, USED, Gradient, TrainingGradient
 from grokcurv.measures.trajectory import Trajectory, no_records
@@ -80,11 +84,17 @@ class CurvatureMonitor:
             checks have found it right; a row that rests on it is ``reliable`` when the next check has found so again,
             and NaN if not, and then the monitor computes its own. What is wrong between two checks, and right at both,
             may stay unseen. For models that draw at random it is never used.
+        measures: what is recorded besides, each a :class:`grokcurv.measures.base.Measure` of its own.
+        budget: measure at those of the steps ``every`` names that take no more than this share of the time of training:
+            see :class:`grokcurv.budget.Budget`. Rows then have :data:`grokcurv.budget.FIELDS` too. The first
+            measurement is followed by some that are timed and forgotten: of about the time of three, and one bracket.
+            Such a step cannot be captured.
         loggers: each gets every record, through ``log(record, step)``, those that rest on ``.grad`` when the next check
             has settled them; passing any makes each measurement read back.
 
     Attributes:
-        fields: names of the numbers that a measurement records: :data:`FIELDS`, and those of ``alignment``.
+        fields: names of the numbers that a measurement records: :data:`FIELDS`, those of ``alignment``, of ``measures``
+            and of ``budget``.
         memory: copies of the batches that training was given last, for losses that write to them.
 
     Raises:
@@ -111,6 +121,8 @@ class CurvatureMonitor:
         eta: float | Literal["auto"] = 1e-3,
         noise_floor: bool = True,
         gradient: Gradient = "own",
+        measures: Sequence[Measure] = (),
+        budget: float | None = None,
         loggers: Sequence[Logger] = (),
     ) -> None:
         for name, value in {"every": every, "pairs": pairs, "pca_every": pca_every, "check_every": check_every}.items():
@@ -123,7 +135,7 @@ class CurvatureMonitor:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
         self.probe = CommutatorProbe(model, loss_fn, eta=eta, method=method, noise_floor=noise_floor, strategy=strategy)
         engine = self.probe.gradients
-        self.probe.segments = _attention(engine.model)
+        self.probe.segments = attention_parameters(engine.model)
         if noise_floor and not engine.checked:
             raise ValueError(
                 "model cannot be evaluated in float64, so that every row would be NaN: give distributed(model, exact), "
@@ -151,7 +163,15 @@ class CurvatureMonitor:
         )
         self.every, self.pca_every, self.pairs = every, pca_every, pairs
         self.sampler, self.design = sampler, design
-        self.fields = self.commutator.columns
+        self.measures = tuple(measures)
+        for measure in self.measures:
+            measure.bind(self.probe)
+        self._has_pairless = any(not measure.needs_pairs for measure in self.measures)
+        self.budget = None if budget is None else Budget(budget, self.commutator)
+        more = [name for measure in self.measures for name in measure.columns]
+        self.fields = (*self.commutator.columns, *more, *(BUDGET_FIELDS if self.budget else ()))
+        if len(set(self.fields)) < len(self.fields):
+            raise ValueError(f"measures: two of them record a column of one name, among {', '.join(self.fields)}")
         self._width = len(HEAD) + len(self.fields)
         self.loggers = tuple(loggers)
         self._steps = 0  # without those of replays
@@ -161,6 +181,9 @@ class CurvatureMonitor:
         self.memory = Memory()
         self._writes: bool | None = None  # whether the loss writes to its batch, once that was of interest
         self._unlogged: list[Tensor] = []  # rows from the first on that waits for a confirmation
+        self._left = math.nan  # when the latest call of step() ended
+        self._costs: defaultdict[str, float] = defaultdict(float)  # seconds
+        self._admitted = False  # a model was, in this process
 
     @property
     def gradient(self) -> Gradient:
@@ -200,47 +223,66 @@ class CurvatureMonitor:
         # A captured step is recorded once and replayed many times: it measures whatever the counters of the host say,
         # leaves the PCA alone (which folds rows at times that depend on their number) and counts on the device.
         captured = capturing(self.probe.gradients.device)
-        if captured and self.commutator.alignment:
-            raise RuntimeError(
-                "alignment=True looks back on the call before, which a CUDA graph does not know: "
-                "capture a monitor with alignment=False"
-            )
+        if captured and (self.commutator.alignment or self.budget is not None):
+            option = "alignment=True looks back on the call before" if self.commutator.alignment else "a budget counts"
+            raise RuntimeError(f"{option}, which a CUDA graph does not: capture a monitor without")
+        start = time.perf_counter() if captured else self._enter()
         if self.feeds and not captured:
             self.feed()
-        start, pairs = time.perf_counter(), []
-        if self.due or captured:
-            if self.sampler is None and batch is None:
+            start = time.perf_counter()
+        due, pairs = self.due or captured, list[PairOfRuns]()
+        if due:
+            if self.sampler is None and batch is None and not self._has_pairless:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
             pairs = self.draw() if self.sampler is not None else self._pair(batch, next_batch)
-        found = self.launch(pairs, self.commutator.plan(self._steps) if pairs else (), start)
+        plan = self.commutator.plan(self._steps) if pairs else ()
+        found = self.launch(pairs, plan, start, due and self._has_pairless)
         if captured:
             self._clock += 1
-        else:
-            self.advance(found)
+            return
+        if self.budget is not None:
+            self._settle(self.budget, pairs, plan, found)
+        self.advance(found)
+        self._left = time.perf_counter()
 
     def plan(self) -> Plan:
         """How the next step measures; empty where it does not."""
         return self.commutator.plan(self._steps) if self.due else ()
 
-    def launch(self, pairs: Sequence[PairOfRuns], plan: Plan, start: float) -> Tensor | None:
+    def launch(self, pairs: Sequence[PairOfRuns], plan: Plan, start: float, regardless: bool = False) -> Tensor | None:
         """What the device does of a step: measure as planned, if at all, and write that down.
 
-        (R, 2 + columns) what was found, for :meth:`advance`. A captured one may be replayed where the plan is the same.
+        (R, 2 + columns) what was found of commutators, for :meth:`advance`. A captured one may be replayed where the
+        plan is the same. ``regardless``: there is a row even where no commutator is measured.
         """
-        if not plan:
+        due = bool(plan) or regardless
+        if not due and not self.measures:
             return None
+        more = list[Tensor]()
+        for measure in self.measures:
+            begun = time.perf_counter()
+            seen = measure.observe(self._steps, pairs, due)
+            more += () if seen is None else seen.unbind(1)
+            self._count(measure.name, begun)
+        if not due:
+            return None
+        captured, begun = capturing(self.probe.gradients.device), time.perf_counter()
         try:
-            found = self.commutator.observe(self._steps, pairs, plan)
+            found = self.commutator.observe(self._steps, pairs, plan) if plan else self.commutator.nothing()
         except ReferencedError as error:  # a run that is looked at with a profiler goes on, and is measured afterwards
-            if capturing(self.probe.gradients.device):
+            if captured:
                 raise
             self.commutator.forget_checks()
             self.probe.gradients.note("references", False, str(error), "no step is measured meanwhile")
             return None
+        if plan:
+            self._count("commutator" if self._admitted else "admission", begun)
+            self._admitted = True
         method, gradient, *values = found.unbind(1)
-        captured = capturing(self.probe.gradients.device)
         seconds = torch.full_like(method, math.nan if captured else time.perf_counter() - start)
-        row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values], 1)
+        if self.budget is not None:
+            more += self.budget.fields(self._steps, method)
+        row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values, *more], 1)
         self._records.append(row.flatten())
         return found
 
@@ -256,6 +298,29 @@ class CurvatureMonitor:
         self._steps += 1
         self._clock += 1
         self.commutator.remember(self.due)
+
+    def _enter(self) -> float:
+        """The time, before anything is measured of a step; what has passed since the last one was training's."""
+        if self.budget is not None:
+            self.budget.synchronize()
+        now = time.perf_counter()
+        if not math.isnan(self._left):
+            self._costs["training"] += now - self._left
+            if self.budget is not None:
+                self.budget.trained(now - self._left)
+        return now
+
+    def _count(self, kind: str, begun: float) -> None:
+        self._costs[kind] += time.perf_counter() - begun
+
+    def _settle(self, budget: Budget, pairs: Sequence[PairOfRuns], plan: Plan, found: Tensor | None) -> None:
+        """Have the budget know what became of this step, and, after the first row, what rows take."""
+        budget.settle(self._steps, self._steps % self.every == 0, plan, found)
+        if plan and found is not None and not budget.prices:
+            begun = time.perf_counter()
+            others = {f"measure {measure.name}": self._costs[measure.name] for measure in self.measures}
+            budget.price(pairs, self._steps, {**others, "trajectory": self._costs["trajectory"]})
+            self._count("admission", begun)
 
     def _pair(self, batch: Any, next_batch: Any) -> list[PairOfRuns]:
         """The one pair there is, as training's forward passes meet the batches; none if one of them is not known."""
@@ -300,6 +365,11 @@ class CurvatureMonitor:
                 )
         return self._writes
 
+    def at(self, step: int) -> None:
+        """Have the next call of :meth:`step` be that of this step: of a checkpoint, say."""
+        self._steps = step
+        self._clock.fill_(step)
+
     def feed(self) -> None:
         """Feed the PCA with the parameters as they are; :meth:`step` does it when it is due.
 
@@ -308,12 +378,27 @@ class CurvatureMonitor:
         """
         if self.trajectory is None:
             raise ValueError("feed() needs a monitor with a pca")
+        begun = time.perf_counter()
         self.trajectory.feed(self._clock)
+        self._count("trajectory", begun)
+        if self.budget is not None:
+            self.budget.pay("trajectory")
 
     @property
     def due(self) -> bool:
         """Whether the next call of :meth:`step` measures."""
-        return self._steps % self.every == 0
+        if self._steps % self.every:
+            return False
+        return self.budget is None or self.budget.affords(self._steps)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Seconds of the process that each measure has taken, and training between the calls of :meth:`step`.
+
+        ``admission`` is the first measurement of each process, in which the model is looked at, and what was timed for
+        a budget. On an accelerator these are the host's seconds: what it launches runs on meanwhile.
+        """
+        return dict(self._costs)
 
     @property
     def feeds(self) -> bool:
@@ -377,6 +462,10 @@ class CurvatureMonitor:
             "row_seconds": seconds,
             "row_gradients": gradients.to(torch.int8),
             "unlogged": len(self._unlogged),
+            "columns": list(self.fields),
+            "costs": {kind: torch.tensor(seconds, dtype=torch.float64) for kind, seconds in self.cost.items()},
+            "budget": None if self.budget is None else self.budget.state_dict(),
+            "measures": {measure.name: measure.state_dict(run) for measure in self.measures},
             "rows": rows[:, len(HEAD) :].contiguous(),
             **self.training_gradient.state_dict(),
             **self.commutator.state_dict(run),
@@ -389,29 +478,38 @@ class CurvatureMonitor:
         Raises:
             ValueError: the state has a PCA, or alignments, and the monitor has none, or the other way round.
         """
+        width = state["rows"].shape[1]
+        columns = state.get("columns", (FIELDS + ALIGNMENT_FIELDS)[:width])  # older versions did not say
         for name, saved, here in (
             ("a pca", state["pca"] is not None, self.trajectory is not None),
-            ("alignment", state["rows"].shape[1] > len(FIELDS), self.commutator.alignment),
+            ("alignment", ALIGNMENT_FIELDS[0] in columns, self.commutator.alignment),
+            ("a budget", state.get("budget") is not None, self.budget is not None),
         ):
             if saved != here:
                 raise ValueError(f"state was saved with {name} and the monitor has none, or the other way round")
-        if state["rows"].shape[1] != len(self.fields):
+        if len(columns) != width or set(columns) != set(self.fields):
             raise ValueError(
-                f"state has rows of {state['rows'].shape[1]} numbers and this version records {len(self.fields)}: "
-                "it was saved by another version of grokcurv"
+                f"state has rows of {', '.join(columns)} ({width} numbers) and this monitor records "
+                f"{', '.join(self.fields)}: it was saved with other measures, or by another version of grokcurv"
             )
         names = state["row_methods"] if "methods" not in state else state["methods"]  # older versions wrote them out
         places = torch.tensor([METHODS.index(RENAMED.get(name, name)) for name in names], dtype=torch.float64)
         methods = places if names is state["row_methods"] else places[state["row_methods"].long()]
-        columns = (state["row_steps"], methods, state["row_seconds"], state["row_gradients"])
-        head = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns], 1)
-        rows = torch.cat([head, state["rows"].to("cpu", torch.float64)], dim=1)
+        before = (state["row_steps"], methods, state["row_seconds"], state["row_gradients"])
+        head = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in before], 1)
+        numbers = state["rows"].to("cpu", torch.float64)[:, [list(columns).index(name) for name in self.fields]]
+        rows = torch.cat([head, numbers], dim=1)
         self._history[run] = rows
         if run == 0:
             self._steps = state["steps"]
             self._clock.fill_(state["steps"])
             self._records = DeviceBuffer(self.runs * self._width, self.probe.gradients.device)
             self._unlogged = list(rows[len(rows) - state["unlogged"] :])
+            self._costs.update({kind: float(seconds) for kind, seconds in state.get("costs", {}).items()})
+            if self.budget is not None:
+                self.budget.load_state_dict(state["budget"])
+        for measure in self.measures:
+            measure.load_state_dict(state["measures"][measure.name], run)
         reliable = rows[:, len(HEAD) + FIELDS.index("reliable")] == 1.0
         self.training_gradient.load_state_dict(state)
         self.commutator.load_state_dict({**state, "reliable": reliable.tolist()}, run)
@@ -424,6 +522,8 @@ class CurvatureMonitor:
         self.runs = len(runs)
         self._records = DeviceBuffer(self.runs * self._width, self.probe.gradients.device)
         self.commutator.keep(runs)
+        for measure in self.measures:
+            measure.keep(runs)
         if self.trajectory is not None:
             self.trajectory.keep(runs)
 
@@ -492,11 +592,3 @@ def settled(rows: Tensor) -> Tensor:
                 rows[row, [column for column in measured if column < rows.shape[1]]] = math.nan
             rows[row, reliable] = 0.0
     return rows
-
-
-def _attention(model: nn.Module) -> tuple[Segment, ...]:
-    """All trainable parameters of the model's attention modules, weights and biases."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    patterns = [f"{name}.*" if name else "*" for name in names]
-    return tuple(s for s in select_segments(model, *patterns) if s.name in trainable) if patterns else ()

@@ -26,7 +26,8 @@ class Shown(NamedTuple):
     """How far something is, and what is said of it."""
 
     completed: int
-    total: int
+    total: int | None
+    """None while nobody knows."""
     pace: str
     """How far it is, how fast it goes, time left."""
     state: str
@@ -132,4 +133,17 @@ def of_bench(latest: Latest) -> Shown:
     return Shown(done, cases, pace, str(latest["case"]))
 
 
-RunProgress, SweepProgress, BenchProgress = (partial(Progress, of) for of in (of_run, of_sweep, of_bench))
+def of_replay(latest: Latest) -> Shown:
+    """What ``replay`` reports: checkpoints done and left out, and the latest row."""
+    done, total, row = (latest[name] for name in ("done", "total", "row"))
+    said = [f"step {latest['step']:,}"]
+    if row is not None:
+        said += [f"defect {row['defect_median']:.3g}", f"floor {row['noise_floor']:.2g}"]
+    if latest["skipped"]:
+        said.append(f"{latest['skipped']:,} left out")
+    return Shown(done, total, f"{done:,}" + (f"/{total:,}" if total else "") + " checkpoints", "  ".join(said))
+
+
+RunProgress, SweepProgress, BenchProgress, ReplayProgress = (
+    partial(Progress, of) for of in (of_run, of_sweep, of_bench, of_replay)
+)

@@ -225,13 +225,13 @@ def read_state(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is missing or damaged: {error}") from error
 
 
-def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table, with the schema version; :func:`read_table` reads it."""
+def write_table(path: Path, frame: pd.DataFrame, said: Mapping[str, str] | None = None) -> None:
+    """Write a table, with the schema version and what else is ``said`` of it; :func:`read_table` reads it."""
     import pyarrow as pa
 
     table = pa.Table.from_pandas(frame, preserve_index=False)
     known = table.schema.metadata or {}
-    write_parquet(path, table.replace_schema_metadata({**known, b"grokcurv_schema": str(SCHEMA).encode()}))
+    write_parquet(path, table.replace_schema_metadata({**known, **(said or {}), "grokcurv_schema": str(SCHEMA)}))
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grokcurv import ops
-from grokcurv.flat import attention_segments, flatten
+from grokcurv.flat import Segment, attention_segments, flatten
 from grokcurv.partition import WHOLE, Partition
 from grokcurv.random_subspace import RandomBaseline as RandomBaseline
 from grokcurv.reference import compute_type, dense_basis
@@ -138,8 +139,10 @@ class Subspace:
         k = pca.n_components if n_components is None else n_components
         if not 0 <= k <= pca.n_components:
             raise ValueError(f"n_components must lie in 0..{pca.n_components}, which is what pca keeps; got {k}")
-        space = cls.__new__(cls)
-        space._set(pca.n_features_in_ if size is None else size, pca.leading_blocks(k), check=False)
+        space, blocks = cls.__new__(cls), pca.leading_blocks(k)
+        space._set(pca.n_features_in_ if size is None else size, _side_by_side(blocks), check=False)
+        if any(segment.pieces for segment, _ in blocks):
+            space.support = _joined(i for segment, rows in blocks if rows.shape[-2] for i in segment.intervals)
         return space
 
     @classmethod
@@ -164,14 +167,14 @@ class Subspace:
         theta, blocks = flatten(model), []
         dtype = compute_type(theta.dtype)
         for segment in attention_segments(model):
-            matrix = theta[segment.start : segment.stop].view(segment.shape).to(torch.float64)
+            matrix = segment.of(theta).view(segment.shape).to(torch.float64)
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)
             rank = int((values > max(matrix.shape) * torch.finfo(dtype).eps * values[0]).sum())
             if k > rank:
                 raise ValueError(f"k must be at most the rank of {segment.name}, which is {rank}; got {k}")
             rows = left.mT[:k, :, None] * right[:k, None]
-            blocks.append((segment.start, rows.flatten(1).to(dtype)))
-        return cls.from_blocks(len(theta), blocks)
+            blocks.append((segment, rows.flatten(1).to(dtype)))
+        return cls.from_blocks(len(theta), _side_by_side(blocks))
 
     @classmethod
     def random(cls, dim: int, size: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Subspace:
@@ -245,6 +248,11 @@ class Subspace:
         return self.rows.shape[0]
 
     @property
+    def scattered(self) -> bool:
+        """Whether the support is more intervals than there are rows, as that of columns of matrices is."""
+        return len(self.support) > self.dim
+
+    @property
     def support_size(self) -> int:
         """Number of coordinates on which the basis lives."""
         return sum(length for _, length in self.support)
@@ -313,6 +321,48 @@ class Subspace:
         if v.dim() not in (1, 2) or v.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape ({self.size},) or (N, {self.size}), got {tuple(v.shape)}")
         return v[None] if v.dim() == 1 else v
+
+
+def _side_by_side(blocks: list[tuple[Segment, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Rows on segments as rows on disjoint intervals: segments that reach into each other share one.
+
+    Rows of a segment in pieces have zeros between them.
+    """
+    blocks = sorted(blocks, key=lambda block: block[0].start)
+    stops = accumulate((segment.stop for segment, _ in blocks), max)
+    begins = [i for i, before in enumerate((0, *stops)) if i < len(blocks) and blocks[i][0].start >= before]
+    together = [blocks[i:j] for i, j in pairwise((*begins, len(blocks)))]
+    return [
+        _spread(those) if len(those) > 1 or those[0][0].pieces else (those[0][0].start, those[0][1])
+        for those in together
+    ]
+
+
+def _joined(intervals: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Disjoint intervals in order, those that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for start, length in sorted(intervals):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((start, length))
+    return tuple(joined)
+
+
+def _spread(blocks: list[tuple[Segment, Tensor]]) -> tuple[int, Tensor]:
+    """Rows (..., k, length) on segments, as rows on the one interval that holds them all."""
+    start, stop = blocks[0][0].start, max(segment.stop for segment, _ in blocks)
+    *runs, _, _ = blocks[0][1].shape
+    every = blocks[0][1].new_zeros(*runs, sum(rows.shape[-2] for _, rows in blocks), stop - start)
+    first = 0
+    for segment, rows in blocks:
+        own = every[..., first : first + rows.shape[-2], :]
+        done = 0
+        for begin, length in segment.intervals:
+            own[..., begin - start : begin - start + length] = rows[..., done : done + length]
+            done += length
+        first += rows.shape[-2]
+    return start, every
 
 
 def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) -> None:

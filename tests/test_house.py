@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace", "optim", "draws"),
     ("pairs", "checks", "commutator", "measures", "samplers", "lookahead"),
-    ("loggers", "monitor", "interventions", "runs"),
+    ("loggers", "budget", "monitor", "attachment", "checkpoints", "replays", "interventions", "runs"),
     ("tasks", "training", "modular", "integrations"),
     ("sweep", "analysis", "upstream"),
     ("report", "reproduce", "bench", "doctor"),

@@ -598,16 +598,23 @@ def test_the_page_s_code_runs(lightning, transformers, generator, tmp_path, monk
         "network": gpt2(transformers),
         "dataset": rows,
         "sampler": hf_pairs(rows),
+        "data": problem.batch(generator),
     }
+    Path("checkpoints").mkdir()
+    for step in range(3):
+        torch.save(model.state_dict(), f"checkpoints/step{step}.pt")
     page = Path(__file__).parents[1] / "docs" / "own-loop.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     lengths = []
     for block in blocks:
         exec(block, names)
         monitor = names["callback"].monitor if "callback = " in block else names["monitor"]
-        if "sampler=gc." in block:
+        if block.startswith("monitor = "):
             monitor.step()
-        lengths.append(len(monitor.records()))
-        assert monitor.records()["reliable"].all()
-    assert lengths == [7, 1, 7, 2, 3, 7]
+        records = names["records"] if "replay(" in block else monitor.records()
+        lengths.append(len(records))
+        assert records["reliable"].all()
+    assert lengths[:1] + lengths[2:] == [8, 7, 1, 7, 2, 3, 3, 3, 7]
+    assert 1 <= lengths[1] <= 48  # as many as the budget has paid for
+    assert [segment.name for segment in names["heads"][:1]] == ["transformer.h.0.attn.c_attn.weight[:, 0:8]"]
     assert len(pd.read_parquet("curvature.parquet")) == 7

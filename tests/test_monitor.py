@@ -170,7 +170,7 @@ def test_successive_steps_use_the_training_gradient(generator):
     problem.loss_fn(model, a).backward()
     monitor.probe.noise_floor = False
     monitor.probe.gradients.gradient = lambda *args, **kw: calls.append(args) or gradient(*args, **kw)
-    monitor.commutator._falls_back = False  # no repetition as a bracket
+    monitor.commutator.falls_back = False  # no repetition as a bracket
     monitor.step(a, b)
     assert len(calls) == 3
     monitor.probe.gradients.gradient = gradient

@@ -24,10 +24,14 @@ def test_code_blocks_run(capsys, generator):
         "batch_b": loader[1],
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
+    assert len(blocks) == 3
+    loop, attached, once = blocks
+    exec(loop, names)
     assert len(names["monitor"].records()) == 29
+    exec(attached, names)
+    names["optimizer"].step()
+    assert len(names["monitor"].records()) == 1
+    exec(once, names)
     assert names["stats"].reliable.all()
     assert "noise_floor" in capsys.readouterr().out
 

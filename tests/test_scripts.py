@@ -63,6 +63,15 @@ def test_operators_of_a_step_are_few_and_as_many_for_any_number_of_runs() -> Non
     assert checked <= 1000
 
 
+def test_gpt2() -> None:
+    pytest.importorskip("transformers")
+    printed = run("gpt2.py", "whole", "--tiny", "--length", "8")
+    assert "training is bitwise the unmeasured one: True" in printed
+    assert "PCA by gram; rho at the last step 0." in printed
+    printed = run("gpt2.py", "budget", "--tiny", "--steps", "60", "--share", "1.0", "--length", "8")
+    assert "resumed half-way it measured the same steps: True" in printed
+
+
 def test_sweep_throughput(tmp_path: Path) -> None:
     settings = {"p": 7, "d_model": 8, "d_ff": 8, "heads": 2, "batch_size": 8, "steps": 10, "measure_every": 5}
     text = "\n".join(f"{name} = {value}" for name, value in settings.items())

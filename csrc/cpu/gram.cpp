@@ -1,8 +1,7 @@
 #include "grokcurv/gram.h"
 
-#include <omp.h>
-
 #include "cpu/chunks.h"
+#include "cpu/threads.h"
 
 namespace grokcurv::cpu::GROKCURV_ISA {
 
@@ -215,7 +214,7 @@ void run(const Gram& task, int threads) {
 
 #pragma omp parallel num_threads(threads)
   {
-    double* room = task.workspace + omp_get_thread_num() * gram_workspace_per_thread(x.count, y.count);
+    double* room = task.workspace + thread_number() * gram_workspace_per_thread(x.count, y.count);
     double* sums = room + (x.count + y.count + 2 * gram_few) * gram_block + (gram_few + 1) * gram_slab;
     for (Index segment = 0; segment < task.segments.count; ++segment) {
       const Span all = task.segments[segment];

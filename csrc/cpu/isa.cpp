@@ -30,12 +30,24 @@ struct Kernels {
   GROKCURV_EACH_KERNEL(GROKCURV_FIELD, cpu)
 };
 
+#ifdef __x86_64__
+// By their parts: Clang knows the levels by name from 18 on. What else is in a level no processor lacks that has these.
+bool supports_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+bool supports_v4() {
+  return supports_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const std::vector<Kernels>& table() {
   static const std::vector<Kernels> kernels = {
       {{"default", true}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_default)},
 #ifdef __x86_64__
-      {{"v3", __builtin_cpu_supports("x86-64-v3") != 0}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_v3)},
-      {{"v4", __builtin_cpu_supports("x86-64-v4") != 0}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_v4)},
+      {{"v3", supports_v3()}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_v3)},
+      {{"v4", supports_v4()}, GROKCURV_EACH_KERNEL(GROKCURV_ENTRY, isa_v4)},
 #endif
   };
   return kernels;

@@ -1,8 +1,7 @@
 #include "grokcurv/rotate.h"
 
-#include <omp.h>
-
 #include "cpu/chunks.h"
+#include "cpu/threads.h"
 
 namespace grokcurv::cpu::GROKCURV_ISA {
 
@@ -67,7 +66,7 @@ template <class T, class Out>
 void run(const Rotate& task, Out* out, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    double* panels = task.workspace + omp_get_thread_num() * rotate_workspace_per_thread(task.inputs);
+    double* panels = task.workspace + thread_number() * rotate_workspace_per_thread(task.inputs);
     for (Index s = 0; s < task.segments.count; ++s) {
       const Span all = task.segments[s];
       const double* coefficients = task.coefficients + s * task.outputs * task.inputs;

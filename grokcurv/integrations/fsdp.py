@@ -99,8 +99,11 @@ class Sharding(Partition):
         return [part.view(shape) for part, (_, shape) in zip(parts, self.pieces, strict=True)]
 
     def local_part(self, segment: Segment) -> Segment:
-        start, stop = self._below(segment.start), self._below(segment.stop)
-        return Segment(segment.name, start, stop - start, (stop - start,))
+        ends = ((self._below(start), self._below(start + length)) for start, length in segment.intervals)
+        pieces = tuple((start, stop - start) for start, stop in ends if stop > start)
+        length = sum(length for _, length in pieces)
+        start = pieces[0][0] if pieces else self._below(segment.start)
+        return Segment(segment.name, start, length, (length,), pieces if len(pieces) > 1 else ())
 
     def all_reduce_sum(self, *sums: Tensor) -> tuple[Tensor, ...]:
         # All sums of a call travel in one message. They are gathered and added here, rank 0 first, so that every rank

@@ -1,15 +1,59 @@
-"""What measures share: when the host learns of a verdict, what is too uncertain to be shown, and quantiles."""
+"""What a measure is, and what measures share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from grokcurv.commutator import CommutatorProbe
+    from grokcurv.pairs import PairOfRuns
 
 VERDICT_LAG = 2
 """On an accelerator, after how many more measurements the host learns of a verdict on one."""
 
 CLEAR = (0.01, 0.1)
 """A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
+
+
+class Measure:
+    """What a :class:`grokcurv.CurvatureMonitor` records beside its commutators: some numbers a row.
+
+    A measure belongs to one monitor. It is called at every step, for it may need to see every one, and has a row where
+    the monitor has one.
+
+    Attributes:
+        name: under which the monitor says what it took.
+        columns: what it records, each a number.
+        needs_pairs: whether it cannot be had without pairs of batches.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    needs_pairs = False
+
+    def bind(self, probe: CommutatorProbe) -> None:
+        """Learn of the model, before training starts; what cannot be measured of it is an error here."""
+
+    def observe(self, step: int, pairs: Sequence[PairOfRuns], due: bool) -> Tensor | None:
+        """See the parameters before the update of ``step``.
+
+        Returns (R, columns) float64 on the device, where it is ``due``: what is known at this step of each run.
+        """
+        raise NotImplementedError
+
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
+        """What a run needs to go on in another process: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
+        """Restore :meth:`state_dict`."""
+
+    def keep(self, runs: list[int]) -> None:
+        """Go on with these runs alone, in this order."""
 
 
 def unclear(value: Tensor, bound: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Commutator:
         self._method = torch.arange(len(METHODS), dtype=torch.float64, device=probe.gradients.device)
         self._rests = torch.tensor([[name not in KEPT] for name in self.columns], device=probe.gradients.device)
         self._floored = probe.noise_floor  # otherwise rows are numbers that nobody vouches for
-        self._falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
+        self.falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
         runs = probe.gradients.runs
         self._gave_up = [False] * runs  # the difference form
         self._verdicts: deque[Callable[[], Tensor]] = deque()  # (R,) of the latest rows, whether they were reliable
@@ -133,10 +133,32 @@ class Commutator:
 
     def plan(self, step: int) -> Plan:
         """How each run is to be measured at this step; checks that are due are taken to be made."""
+        plan = self.foresee(step)
+        for method, check, runs in plan:
+            self._take_checked(method, step, runs if check else ())
+        return plan
+
+    def foresee(self, step: int) -> Plan:
+        """The plan of a step, if it should be measured."""
         groups: dict[tuple[Method, bool], list[int]] = {}
         for run, method in enumerate(self._methods()):
             groups.setdefault((method, self._check_due(method, step, run)), []).append(run)
         return tuple((method, check, tuple(runs)) for (method, check), runs in groups.items())
+
+    def carried_out(self, step: int, plan: Plan, found: Tensor) -> Plan:
+        """What a measurement came to: its plan, and the brackets that took rows of it."""
+        if is_asynchronous(self.probe.gradients.device):
+            return plan
+        brackets = (found[:, 0] == METHODS.index("bracket")).tolist()
+        taken = [run for method, _, runs in plan if method != "bracket" for run in runs if brackets[run]]
+        return *plan, *(("bracket", self._checked[run]["bracket"] == step, (run,)) for run in taken)
+
+    def nothing(self) -> Tensor:
+        """What :meth:`observe` finds where there is no pair."""
+        found = self._missing.repeat(self.probe.gradients.runs, 2 + len(self.columns))
+        found[:, 0] = METHODS.index(self.probe.method)
+        found[:, (1, 2 + FIELDS.index("reliable"))] = 0.0
+        return found
 
     def observe(self, step: int, pairs: Sequence[PairOfRuns], plan: Plan) -> Tensor:
         """(R, 2 + columns) float64 on the device: the method, by its place, what the row has to do with ``.grad``, and
@@ -159,7 +181,7 @@ class Commutator:
         reference = stats.reference.view(-1, len(runs))
         reliable = stats.reliable.view(-1, len(runs)).all(0)
         rows = self._rows(stats, runs, reliable, reference, gradient)
-        if not self._falls_back or method == "bracket" or is_asynchronous(engine.device):
+        if not self.falls_back or method == "bracket" or is_asynchronous(engine.device):
             return rows
         # On a CPU, where the difference form has lost its digits the bracket of the same pairs takes the row, if the
         # model has second derivatives. On an accelerator the host learns of it later (_methods).
@@ -170,6 +192,7 @@ class Commutator:
             if well[place] or not engine.has_true_brackets(pair, seed=2 * step):
                 continue
             again = self._check_due("bracket", step, run)
+            self._take_checked("bracket", step, [run] if again else ())
             alone = [_of_runs(pair, [place]) for pair in source]
             stats = probe.measure_runs(alone, [run], method="bracket", check=again, **options)
             own = self.training_gradient.unused(gradient[place : place + 1])
@@ -184,13 +207,14 @@ class Commutator:
             checked.clear()
 
     def _check_due(self, method: Method, step: int, run: int) -> bool:
-        """Whether the errors of a run's latest check are too old for this step; if so, it is taken to be made."""
+        """Whether the errors of a run's latest check are too old for this step."""
         # Every replay of a captured step checks: whether a check is due is not something that a graph can decide.
-        age = step - self._checked[run].get(method, -self.check_every)
-        due = age >= self.check_every or capturing(self.probe.gradients.device)
-        if due:
+        latest = self._checked[run].get(method)
+        return latest is None or step - latest >= self.check_every or capturing(self.probe.gradients.device)
+
+    def _take_checked(self, method: Method, step: int, runs: Sequence[int]) -> None:
+        for run in runs:
             self._checked[run][method] = step
-        return due
 
     def _methods(self) -> list[Method]:
         """For each run the probe's, or on an accelerator the bracket, once its difference form is known to fail."""
@@ -203,7 +227,7 @@ class Commutator:
 
     def note(self, row: Tensor) -> None:
         """Have the host learn, in its own time, which runs' measurements were reliable, of what was observed."""
-        if self._falls_back and is_asynchronous(self.probe.gradients.device) and not all(self._gave_up):
+        if self.falls_back and is_asynchronous(self.probe.gradients.device) and not all(self._gave_up):
             self._verdicts.append(copy_to_host_async(row[:, 2 + FIELDS.index("reliable")]))
 
     def _rows(
@@ -301,7 +325,7 @@ class Commutator:
 
     def _recall(self, reliable: Sequence[bool], run: int) -> None:
         """Have the verdicts on a run's rows come in as they did."""
-        if not (self._falls_back and is_asynchronous(self.probe.gradients.device)):
+        if not (self.falls_back and is_asynchronous(self.probe.gradients.device)):
             return
         settled = len(reliable) - VERDICT_LAG
         self._gave_up[run] = not all(reliable[: max(settled, 0)])

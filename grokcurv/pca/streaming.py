@@ -168,20 +168,20 @@ class StreamingPCA:
             self._forget()
         return self
 
-    def leading_blocks(self, k: int) -> list[tuple[int, Tensor]]:
-        """What :meth:`grokcurv.Subspace.from_pca` is made of: for each segment its start and k leading components.
+    def leading_blocks(self, k: int) -> list[tuple[Segment, Tensor]]:
+        """What :meth:`grokcurv.Subspace.from_pca` is made of: each segment, and k leading components of it.
 
         On the CPU those without variance (in any run) are left out. On an accelerator to look would mean to wait: there
         they are rows of zeros, and masked rows are not reported. Of several runs the components are (R, k, length).
         """
         method = self._method or self._fitted()
-        starts = [0] if self.segments is None else [s.start for s in self.segments]
+        segments = self.segments or (Segment("all", 0, self._features, (self._features,)),)
         if is_asynchronous(self._layout.device):
-            kept = [k] * len(starts)
+            kept = [k] * len(segments)
         else:
             kept = (self._spectrum.values[:, :k] > 0).sum(1).view(self.runs, -1).amax(0).tolist()
         components = map(self._by_run, self._layout.split(method.components()))
-        return [(start, rows[..., :n, :]) for start, rows, n in zip(starts, components, kept, strict=True)]
+        return [(segment, rows[..., :n, :]) for segment, rows, n in zip(segments, components, kept, strict=True)]
 
     def merge(self, other: StreamingPCA) -> StreamingPCA:
         """Add the rows of another PCA after one's own, and return the PCA itself; ``other`` stays as it is.
@@ -549,7 +549,7 @@ class StreamingPCA:
             last = max(self.segments, key=lambda s: s.stop)
             if last.stop > x.shape[-1]:
                 raise ValueError(f"x has {x.shape[-1]} coordinates, but segment {last.name!r} ends at {last.stop}")
-            rows = torch.cat([rows[..., s.start : s.stop] for s in self.segments], dim=-1)
+            rows = torch.cat([s.of(rows) for s in self.segments], dim=-1)
         return rows.transpose(0, 1).flatten(1).contiguous()
 
     def _check_alike(self, name: str, features: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -672,7 +672,7 @@ class StreamingPCA:
         """What makes results, as plain values."""
         names = ("n_components", "method", "oversampling", "block", "shrinkage", "sketch_size", "seed")
         return {name: getattr(self, name) for name in names} | {
-            "segments": None if self.segments is None else [[s.start, s.length] for s in self.segments],
+            "segments": None if self.segments is None else [_written(s) for s in self.segments],
             "store_dtype": None if self.store_dtype is None else str(self.store_dtype),
         }
 
@@ -684,6 +684,11 @@ def _default_block(rank: int) -> int:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.3g} GiB"
+
+
+def _written(segment: Segment) -> list[Any]:
+    """A segment's place, as plain values: where it starts, its length and, unless it is one interval, its pieces."""
+    return [segment.start, segment.length, *([[*map(list, segment.pieces)]] if segment.pieces else ())]
 
 
 def _named(segments: Sequence[Segment | tuple[int, int]]) -> tuple[Segment, ...]:
