@@ -35,6 +35,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from grokcurv.commutator import RENAMED
+from grokcurv.measures.commutator import CHECK_EVERY
 from grokcurv.storage import (
     SCHEMA,
     News,
@@ -393,8 +394,9 @@ def _read_or(path: Path, name: str, missing: Any) -> Any:
 
 
 def current_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they are called now, of a folder that an older version may have written."""
-    return {name: RENAMED.get(value, value) if name == "method" else value for name, value in config.items()}
+    """Settings as they are called now, and those there are now, of a folder that an older version may have written."""
+    named = {name: RENAMED.get(value, value) if name == "method" else value for name, value in config.items()}
+    return {**named, "check_every": CHECK_EVERY} if "method" in named and "check_every" not in named else named
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:

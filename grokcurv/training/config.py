@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from grokcurv.commutator import RENAMED, Design, Method, current_method
 from grokcurv.interventions import Direction
+from grokcurv.measures.commutator import CHECK_EVERY
 from grokcurv.tasks.modular.model import Activation, Sequence
 from grokcurv.tasks.modular.operations import check_operation, train_size
 
@@ -137,6 +138,8 @@ class MeasurementSettings:
     """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100
     """Steps between rows of the trajectory's PCA; 0 keeps none."""
+    check_every: int = CHECK_EVERY
+    """Steps after which a measurement makes the float64 evaluations behind its noise floor anew; 1 for all of them."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainConfig).it
 
 POSITIVE = (
     *("layers", "d_model", "heads", "d_ff"),
-    *("eval_every", "grok_patience", "pairs", "intervene_every", "checkpoint_every"),
+    *("eval_every", "grok_patience", "pairs", "check_every", "intervene_every", "checkpoint_every"),
 )
 NOT_NEGATIVE = (
     *("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every"),

@@ -129,6 +129,7 @@ class Group(Measured):
             pca_every=config.pca_every or 1,
             sampler=None if config.successive else self.draw,
             design=config.design,
+            check_every=config.check_every,
             alignment=config.alignment,
             method=config.method,
             eta=config.eta,

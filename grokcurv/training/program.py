@@ -26,7 +26,9 @@ from grokcurv.training.measured import Group, Guest, Measured, MonitorFactory
 from grokcurv.training.process import StopRequest
 from grokcurv.training.run import Training
 
-MEASURED_ALIKE = ("measure_every", "measure_rows", "pairs", "design", "method", "eta", "alignment", "pca_every")
+MEASURED_ALIKE = (
+    *("measure_every", "measure_rows", "pairs", "design", "method", "eta", "alignment", "pca_every", "check_every"),
+)
 """Settings in which runs must agree to be measured together."""
 
 ALIGNMENT = 16
