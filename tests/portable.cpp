@@ -24,8 +24,9 @@ std::uint64_t next() {
 
 // Of both signs, and of sizes from 2^-8 to 1.
 double number() {
-  const double sign = next() % 2 == 0 ? 1.0 : -1.0;
-  return sign * std::ldexp(1.0 + static_cast<double>(next() >> 12) * 0x1p-52, -1 - static_cast<int>(next() % 8));
+  const std::uint64_t bits = next();
+  const double mantissa = 1.0 + static_cast<double>(bits >> 12) * 0x1p-52;
+  return std::ldexp(bits % 2 == 0 ? mantissa : -mantissa, -1 - static_cast<int>(bits / 2 % 8));
 }
 
 template <class T>

@@ -31,12 +31,23 @@ def built(folder: Path, compiler: list[str], isas: tuple[str, ...]) -> Path:
             if source.stem == "isa":
                 continue
             target = folder / f"{source.stem}-{isa}.o"
-            command = [*compiler, *FLAGS, *INCLUDES, *march, f"-DGROKCURV_ISA=isa_{isa}", "-c", source, "-o", target]
+            command = [
+                *compiler[:1],
+                *FLAGS,
+                *compiler[1:],
+                *INCLUDES,
+                *march,
+                f"-DGROKCURV_ISA=isa_{isa}",
+                "-c",
+                source,
+                "-o",
+                target,
+            ]
             subprocess.run(command, check=True)
             objects.append(target)
     harness = folder / "portable"
     sources = [ROOT / "tests/portable.cpp", ROOT / "csrc/cpu/isa.cpp"]
-    subprocess.run([*compiler, *FLAGS, *INCLUDES, *sources, *objects, "-o", harness], check=True)
+    subprocess.run([*compiler[:1], *FLAGS, *compiler[1:], *INCLUDES, *sources, *objects, "-o", harness], check=True)
     return harness
 
 
