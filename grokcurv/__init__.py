@@ -17,6 +17,7 @@ from grokcurv.attachment import attach
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.losses import cross_entropy64
+from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.replays import replay
@@ -35,6 +36,7 @@ __all__ = [
     "Segment",
     "StreamingPCA",
     "Subspace",
+    "UpdateGram",
     "attach",
     "attention_segments",
     "commutator_defect",

@@ -1,0 +1,179 @@
+"""The Gram matrix of the last updates: how many directions training moves along, and how fast they turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grokcurv import ops
+from grokcurv.commutator import CommutatorProbe
+from grokcurv.flat import Segment, attention_segments, select_segments
+from grokcurv.measures.base import Measure
+from grokcurv.pairs import PairOfRuns
+
+VARIANCE = 0.9
+"""The share of the variance for which ``r90`` counts components."""
+
+
+class UpdateGram(Measure):
+    """Singular values of the last W updates, not centred (Xu, the spectral edge of the rolling Gram matrix).
+
+    With X (W, p) the updates ``theta_t - theta_(t-1)`` that led to the parameters at a step, on some segments, and
+    sigma_1 >= ... >= sigma_W its singular values, a row has
+
+    ======================  =====================================================================================
+    ``g23``                 sigma_2^2 - sigma_3^2, in units of theta^2
+    ``k_star``              the j < W for which sigma_j / sigma_(j+1) is greatest, from 1 on
+    ``k_star_weighted``     the same for (sigma_j / sum sigma) (sigma_j / sigma_(j+1))
+    ``gap_ratio``           sigma_k* / sigma_(k*+1)
+    ``rotation_1``, ``_2``  |<v_j, w_j>|, v_j and w_j the leading right singular vectors of the older and of the newer
+                            W // 2 updates: 1 where a direction stays
+    ``r90``                 how many components have 90 % of the sum of sigma^2
+    ``update_gram_floor``   sqrt(W) u |theta|, u the unit roundoff: by Weyl's inequality no sigma is further than that
+                            from what it would be if the parameters had been stored without rounding; so ``g23`` is
+                            known to 2 (sigma_2 + sigma_3) times it
+    ======================  =====================================================================================
+
+    all NaN until there were W updates. A sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix
+    (float64, of products), and counts as zero; of two zeros there is no ratio.
+
+    A step costs no gradient: it reads the W vectors of p once.
+
+    Args:
+        window: W, at least 3; of fewer than 4 there is no ``rotation_2``.
+        segments: patterns of :func:`grokcurv.select_segments`, one or several, or segments; the model's attention
+            matrices by default.
+
+    Raises:
+        ValueError: a window below 3; when the monitor is made, segments that match nothing, or a model without
+            attention and no ``segments``.
+    """
+
+    name = "update_gram"
+    columns = (
+        *("g23", "k_star", "k_star_weighted", "gap_ratio"),
+        *("rotation_1", "rotation_2", "r90", "update_gram_floor"),
+    )
+
+    def __init__(self, window: int, segments: str | Sequence[str | Segment] | None = None) -> None:
+        if window < 3:
+            raise ValueError(f"window must be at least 3, as sigma_3 is asked for; got {window}")
+        self.window, self._wanted = window, segments
+
+    def bind(self, probe: CommutatorProbe) -> None:
+        """Find the segments in the model; says in a ValueError what is wrong with them."""
+        engine, wanted = probe.gradients, self._wanted
+        if wanted is None:
+            try:
+                self.segments = attention_segments(engine.model)
+            except ValueError as error:
+                raise ValueError(f"UpdateGram: {error}; or pass segments='*' for all parameters") from error
+        else:
+            several = [wanted] if isinstance(wanted, str) else list(wanted)
+            patterns = [each for each in several if isinstance(each, str)]
+            found = select_segments(engine.model, *patterns) if patterns else ()
+            self.segments = (*found, *(each for each in several if isinstance(each, Segment)))
+        self._engine, runs = engine, engine.runs
+        self.size = sum(segment.length for segment in self.segments)
+        self._roundoff = torch.finfo(engine.dtype).eps / 2
+        options: dict[str, Any] = {"dtype": engine.dtype, "device": engine.device}
+        self._updates = torch.zeros(self.window, runs * self.size, **options)
+        self._before: Tensor | None = None
+        self._count = 0
+        self._gram = torch.zeros(runs, self.window, self.window, dtype=torch.float64, device=engine.device)
+        self._spans = torch.tensor([(run * self.size, self.size) for run in range(runs)])
+
+    def observe(self, step: int, pairs: Sequence[PairOfRuns], due: bool) -> Tensor | None:
+        """Take the update that led here; (R, columns) where it is due."""
+        theta = self._engine.thetas(range(self._engine.runs))
+        here = torch.cat([segment.of(theta) for segment in self.segments], 1).flatten()
+        if self._before is not None:
+            place = self._count % self.window
+            torch.sub(here, self._before, out=self._updates[place])
+            row = ops.gram(self._updates[place][None], self._updates, segments=self._spans)[:, 0]
+            self._gram[:, place], self._gram[:, :, place] = row, row
+            self._count += 1
+        self._before = here
+        if not due:
+            return None
+        if self._count < self.window:
+            return self._gram.new_full((self._engine.runs, len(self.columns)), math.nan)
+        oldest = self._count % self.window
+        order = torch.arange(oldest, oldest + self.window, device=here.device) % self.window
+        lengths = here.view(-1, self.size).double().norm(dim=1)
+        floor = math.sqrt(self.window) * self._roundoff * lengths
+        return torch.cat([spectrum(self._gram[:, order][:, :, order]), floor[:, None]], 1)
+
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
+        here = slice(run * self.size, (run + 1) * self.size)
+        before = None if self._before is None else self._before[here].clone()
+        return {
+            "count": self._count,
+            "before": before,
+            "updates": self._updates[:, here].clone(),
+            "gram": self._gram[run].clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
+        """Restore :meth:`state_dict`; ValueError if it is of another window or other segments."""
+        if state["updates"].shape != (self.window, self.size):
+            raise ValueError(
+                f"UpdateGram: state has updates of shape {tuple(state['updates'].shape)}, and this measure has "
+                f"{(self.window, self.size)}: it was saved with another window or other segments"
+            )
+        here = slice(run * self.size, (run + 1) * self.size)
+        self._count = state["count"]
+        self._updates[:, here] = state["updates"].to(self._updates)
+        self._gram[run] = state["gram"].to(self._gram)
+        if state["before"] is None:
+            self._before = None
+        else:
+            self._before = torch.zeros_like(self._updates[0]) if self._before is None else self._before
+            self._before[here] = state["before"].to(self._before)
+
+    def keep(self, runs: list[int]) -> None:
+        def kept(rows: Tensor) -> Tensor:
+            return rows.unflatten(-1, (-1, self.size))[..., runs, :].flatten(-2)
+
+        self._updates, self._gram = kept(self._updates), self._gram[runs]
+        self._before = None if self._before is None else kept(self._before)
+        self._spans = self._spans[: len(runs)]
+
+
+def spectrum(gram: Tensor) -> Tensor:
+    """(R, 7) float64: the columns of :class:`UpdateGram` but for the floor, of Gram matrices (R, W, W) of updates from
+    the oldest to the newest."""
+    window = gram.shape[1]
+    sigma, _ = _singular(gram, window)
+    ratio = sigma[:, :-1] / sigma[:, 1:]  # NaN where both are zero
+    weighted = ratio * sigma[:, :-1] / sigma.sum(1, keepdim=True)
+    best, best_weighted = (x.nan_to_num(-1.0, math.inf).argmax(1) for x in (ratio, weighted))
+    variance = sigma.square().cumsum(1)
+    r90 = (variance < VARIANCE * variance[:, -1:]).sum(1) + 1
+    half = window // 2
+    old, new = slice(0, half), slice(window - half, window)
+    (old_sigma, old_left), (new_sigma, new_left) = (_singular(gram[:, at, at], min(half, 2)) for at in (old, new))
+    # <v_j, w_j>, of which v_j = X' u_j / sigma_j.
+    inner = (old_left * (gram[:, old, new] @ new_left)).sum(1) / (old_sigma * new_sigma)
+    inner = nn.functional.pad(inner, (0, 2 - inner.shape[1]), value=math.nan)
+    numbers = [
+        sigma[:, 1].square() - sigma[:, 2].square(),
+        best + 1,
+        best_weighted + 1,
+        ratio.gather(1, best[:, None])[:, 0],
+        *inner.abs().unbind(1),
+        r90,
+    ]
+    moves = sigma[:, 0] > 0
+    return torch.stack([x.double().masked_fill(~moves, math.nan) for x in numbers], 1)
+
+
+def _singular(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading singular values (R, count) of rows with these Gram matrices, and left vectors (R, n, count)."""
+    values, vectors = ops.eigh(gram.contiguous(), count)
+    negligible = values[:, :1] * gram.shape[1] * torch.finfo(torch.float64).eps
+    return torch.where(values > negligible, values, 0.0).sqrt(), vectors
