@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 from grokcurv import sweep, training
 from grokcurv.commutator import RENAMED
+from grokcurv.measures import named_measures
 from grokcurv.progress import BenchProgress, RunProgress, SweepProgress
 from grokcurv.replays import replay
 from grokcurv.runs import TABLES, Run, open_run
@@ -371,11 +372,15 @@ def _replay(arguments: list[str]) -> int:
         """The file; DIR/replay.parquet if not given."""
         pairs: int | None = None
         """Pairs of batches a row; the run's, or 1, if not given."""
+        measures: tuple[str, ...] = ()
+        """What to record besides: update_gram."""
 
     options = tyro.cli(Options, prog="grokcurv replay", args=arguments)
     out = options.out or options.folder / "replay.parquet"
-    given = {"out": out} if options.pairs is None else {"out": out, "pairs": options.pairs}
     with _asked_for("the same command"):
+        given: dict[str, Any] = {"out": out, "measures": named_measures(options.measures)}
+        if options.pairs is not None:
+            given["pairs"] = options.pairs
         if options.model is None:
             if not lexists(options.folder / "config.json"):
                 raise ValueError(

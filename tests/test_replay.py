@@ -279,6 +279,11 @@ def test_the_command(trained: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
     assert "ckpt_3.pt cannot be read" in done.stdout
     assert pd.read_parquet(tmp_path / "replay.parquet")["step"].tolist() == [0, 1, 2, 4, 5]
     monkeypatch.chdir(tmp_path)
+    again = ["replay", str(tmp_path), "--model", "mine:made", "--out", "wide.parquet", "--measures"]
+    assert main([*again, "update_gram"]) == 2  # a perceptron has no attention
+    assert "UpdateGram: model has no" in capsys.readouterr().err
+    assert main([*again, "nothing"]) == 2
+    assert "no measure 'nothing'; there are update_gram" in capsys.readouterr().err
     assert main(["replay", str(tmp_path)]) == 2
     assert "--model MODULE:FUNCTION" in capsys.readouterr().err
     assert main(["replay", str(tmp_path), "--model", "mine:nobody"]) == 2
