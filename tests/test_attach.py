@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -352,3 +353,22 @@ def test_a_bracket_is_paid(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = clock.measured[clock.measured.index(("bracket", True)) :]
     assert ("bracket", False) in kinds or (found["interval"].iloc[1:] > 25).all()
     assert monitor.cost["commutator"] <= 0.5 * 200 + Clock.COSTS["bracket", True] + Clock.COSTS["difference", True]
+
+
+def test_the_page_of_measures_runs() -> None:
+    page = (LOOPS.parents[1] / "docs" / "measures.md").read_text()
+    attached, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    problem = Problem()
+    names: dict[str, Any] = {
+        "gc": gc,
+        "model": problem.model,
+        "loss_fn": problem.loss_fn,
+        "optimizer": problem.optimizer,
+        "loader": [problem.batch] * 8,
+    }
+    exec(attached, names)
+    assert names["monitor"].records()["g23"].notna().tolist() == [False] * 5 + [True] * 3
+    exec(own, names)
+    with problem.attach(measures=[names["WeightNorm"]()]) as monitor:
+        problem.step()
+    assert monitor.records()["weight_norm"].item() > 0
