@@ -138,7 +138,7 @@ def test_resume_takes_the_settings_of_the_run(trained: list[Call], tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("fly", "no command 'fly': there are train, sweep, reproduce, report, watch, export, bench, doctor"),
+        ("fly", "no command 'fly': there are train, sweep, reproduce, report, replay, watch, export, bench, doctor"),
         ("trian", "no command 'trian': did you mean train?"),
         ("train --op pow", "op must be one of add, sub, mul,"),
         ("train --op div --p 10", "p must be prime for op 'div'"),
