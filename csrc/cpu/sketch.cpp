@@ -50,8 +50,8 @@ struct Draws {
   GROKCURV_INLINE Index shift(Index block) const { return shifts[block - first_block]; }
 };
 
-// x with lane k negated where bit first + k, below 32, is set. Floats are negated before they are widened: there are half
-// as many registers of them.
+// x with lane k negated where bit first + k, below 32, is set. Floats are negated before they are widened: there are
+// half as many registers of them.
 template <class Eight>
 GROKCURV_INLINE Eight negated(Eight x, Word bits, int first = 0) {
   using Number = std::conditional_t<std::is_same_v<Eight, Lanes>, Words, Word>;

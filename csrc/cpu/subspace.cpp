@@ -50,14 +50,16 @@ void filter(const SubspaceFilter& task, int threads) {
         *end++ = {task.basis.values.of<C>(vector) + task.basis.shift(j),
                   task.strength * task.coefficients[vector * task.basis.count + j]};
       }
-      for (Index i = alike.start; i < alike.stop; i += lanes) {
-        const Index n = alike.stop - i < lanes ? alike.stop - i : lanes;
+      Index i = alike.start;
+      const auto next = [&](Index n) __attribute__((always_inline)) {
         Lanes x = Lanes::filled(1.0 - task.strength) * Lanes::load(g + i, n);
         for (const Term<C>* term = terms; term < end; ++term) {
           x += Lanes::filled(term->weight) * Lanes::load(term->values + i, n);
         }
         x.store(g + i, n);
-      }
+      };
+      for (; i + lanes <= alike.stop; i += lanes) next(lanes);
+      if (i < alike.stop) next(alike.stop - i);
       left.start = alike.stop;
     }
   });
