@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,14 @@ def test_what_is_asked_for_is_met_or_missed() -> None:
     assert [met for met, _ in verdicts] == [True, False] * 3
     assert verdicts[1][1] == "* MISSED: title, 6x the speed of peer; asked for: 6.1x"
     assert judged(Target("title", "absent", 1), result) is None
+
+
+def test_instructions() -> None:
+    if shutil.which("valgrind") is None:
+        pytest.skip("no valgrind here; apt-get install valgrind")
+    printed = run("instructions.py", "--shrink", "1000", "--only", "perturbed parameters")
+    (row,) = (line.split("|") for line in printed.splitlines() if "perturbed" in line)
+    assert 0 < float(row[3]) < 20
 
 
 def make(*arguments: str) -> str:

@@ -78,6 +78,7 @@ void subspace_split(Device& device, const SubspaceSplit& given) {
   const Ranges ranges = ranges_of(task.size, chunk);
   const Index columns = 1 + task.basis.count;
   double* partials = device.workspace.take(task.vectors * columns * ranges.count);
+  double* norm2 = task.norm2 != nullptr ? task.norm2 : device.workspace.take(task.vectors);
   with_type(task.type, [&]<class T>() {
     with_flag(aligned<T>(task.v, task.vectors, task.size), [&](auto flag) {
       using Body = SplitRange<T, flag>;
@@ -88,7 +89,7 @@ void subspace_split(Device& device, const SubspaceSplit& given) {
                 task.vectors,
                 columns,
                 ranges.count,
-                {{task.norm2, 1}, {task.coefficients, task.basis.count}, {nullptr, 0}}});
+                {{norm2, 1}, {task.coefficients, task.basis.count}, {nullptr, 0}}});
 }
 
 // A chunk of one vector. A coordinate takes its terms in the order of the basis. It is the business of one thread, from

@@ -6,10 +6,6 @@ namespace grokcurv::cpu::GROKCURV_ISA {
 
 namespace {
 
-// What operations of a vector's own type are done on.
-template <class T>
-using Own = std::conditional_t<std::is_same_v<T, float>, Floats, Lanes>;
-
 // The sums of one chunk, eight coordinates at a time; T is the type of the vectors.
 template <class T, bool bracket, bool with_theta>
 struct Accumulator {
@@ -36,11 +32,13 @@ struct Accumulator {
     return delta;
   }
 
-  // Takes what rounding does to the same coordinates.
-  GROKCURV_INLINE void add_rounding(Lanes delta, Own<T> g_a, Own<T> g_b, Own<T> a2, Own<T> b2, Own<T> theta) {
+  // Takes what rounding does to the same coordinates, whose wide numbers come from memory once more: taken from a
+  // register of floats they would have to be moved there.
+  GROKCURV_INLINE void add_rounding(Lanes delta, Own<T> g_a, Own<T> g_b, Own<T> a2, Own<T> b2, Own<T> theta,
+                                    Lanes wide_a, Lanes wide_b, Lanes wide_theta) {
     const Lanes r = widened(rounded<T>(direct(theta, g_a, b2) - direct(theta, g_b, a2)));
-    const Lanes q_a = widened(stored(theta, g_a)) - (widened(theta) - eta * widened(g_a));
-    const Lanes q_b = widened(stored(theta, g_b)) - (widened(theta) - eta * widened(g_b));
+    const Lanes q_a = widened(stored(theta, g_a)) - (wide_theta - eta * wide_a);
+    const Lanes q_b = widened(stored(theta, g_b)) - (wide_theta - eta * wide_b);
     sum[6] = add_product<T, T>(sum[6], r, r);
     sum[7] += (r - delta) * (r - delta);
     sum[8] += q_a * q_a;
@@ -73,8 +71,10 @@ void run_chunk(const Commutator& task, Span here, Index vector, double* partials
   const auto add = [&](Index rest) __attribute__((always_inline)) {  // or the sums would leave the registers
     const auto wide = [&](const T* x) { return Lanes::load(x + i, rest); };
     const auto own = [&](const T* x) { return Own<T>::load(x + i, rest); };
-    const Lanes next = accumulator.add(wide(g_a), wide(g_b), wide(a2), wide(b2));
-    if constexpr (with_theta) accumulator.add_rounding(next, own(g_a), own(g_b), own(a2), own(b2), own(theta));
+    const Lanes a = wide(g_a), b = wide(g_b), next = accumulator.add(a, b, wide(a2), wide(b2));
+    if constexpr (with_theta) {
+      accumulator.add_rounding(next, own(g_a), own(g_b), own(a2), own(b2), own(theta), a, b, wide(theta));
+    }
     if (stores_delta) next.store(delta + i, rest);
   };
   for (; i + lanes <= n; i += lanes) add(lanes);

@@ -70,6 +70,7 @@ GROKCURV_INLINE Register multiply_add(Register x, Register y, Register sum) {
 }
 
 struct Lanes {
+  typedef Register Part;
   static constexpr int width = sizeof(Register) / sizeof(double);
   static constexpr int registers = lanes / width;
 
@@ -169,6 +170,10 @@ struct Floats {
   }
 };
 
+// What operations of a vector's own type are done on.
+template <class T>
+using Own = std::conditional_t<std::is_same_v<T, float>, Floats, Lanes>;
+
 #define GROKCURV_LANEWISE(Eight, op)                                               \
   GROKCURV_INLINE Eight operator op(Eight x, Eight y) {                            \
     for (int k = 0; k < Eight::registers; ++k) x.part[k] = x.part[k] op y.part[k]; \
@@ -179,7 +184,6 @@ GROKCURV_LANEWISE(Lanes, -)
 GROKCURV_LANEWISE(Lanes, *)
 GROKCURV_LANEWISE(Floats, -)
 GROKCURV_LANEWISE(Floats, *)
-#undef GROKCURV_LANEWISE
 
 GROKCURV_INLINE Lanes& operator+=(Lanes& x, Lanes y) {
   return x = x + y;

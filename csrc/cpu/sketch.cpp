@@ -50,15 +50,18 @@ struct Draws {
   GROKCURV_INLINE Index shift(Index block) const { return shifts[block - first_block]; }
 };
 
-typedef std::uint64_t Bits __attribute__((vector_size(sizeof(Register))));
-
-// x with lane k negated where bit k is set.
-GROKCURV_INLINE Lanes negated(Lanes x, Words bits) {
-  for (int r = 0; r < Lanes::registers; ++r) {
+// x with lane k negated where bit first + k, below 32, is set. Floats are negated before they are widened: there are
+// half as many registers of them.
+template <class Eight>
+GROKCURV_INLINE Eight negated(Eight x, Word bits, int first = 0) {
+  using Number = std::conditional_t<std::is_same_v<Eight, Lanes>, Words, Word>;
+  typedef Number Bits __attribute__((vector_size(sizeof(Eight) / Eight::registers)));
+  constexpr int width = sizeof(Bits) / sizeof(Number), highest = 8 * sizeof(Number) - 1;
+  for (int r = 0; r < Eight::registers; ++r) {
     Bits left;
-    for (int k = 0; k < Lanes::width; ++k) left[k] = static_cast<Words>(63 - r * Lanes::width - k);
-    const Bits sign = ((bits - Bits{}) << left) & (Words{1} << 63);
-    x.part[r] = reinterpret_cast<Register>(reinterpret_cast<Bits>(x.part[r]) ^ sign);
+    for (int k = 0; k < width; ++k) left[k] = static_cast<Number>(highest - first - r * width - k);
+    const Bits sign = ((bits - Bits{}) << left) & (Number{1} << highest);
+    x.part[r] = reinterpret_cast<typename Eight::Part>(reinterpret_cast<Bits>(x.part[r]) ^ sign);
   }
   return x;
 }
@@ -85,11 +88,13 @@ GROKCURV_INLINE void add_run(const Draws& draws, Index c, const T* x, Index n, I
     const Words signs = draws.signs_from(c + i);
 #pragma GCC unroll 8
     for (int k = 0; k < 64; k += lanes) {
-      (Lanes::load(z + i + k) + negated(Lanes::load(x + i + k), signs >> k)).store(z + i + k);
+      const Own<T> from = negated(Own<T>::load(x + i + k, lanes), static_cast<Word>(signs >> (k & 32)), k % 32);
+      (Lanes::load(z + i + k) + widened(from)).store(z + i + k);
     }
   }
   for (; i + lanes <= n; i += lanes) {
-    (Lanes::load(z + i) + negated(Lanes::load(x + i), draws.signs_from(c + i))).store(z + i);
+    const Own<T> from = negated(Own<T>::load(x + i, lanes), static_cast<Word>(draws.signs_from(c + i)));
+    (Lanes::load(z + i) + widened(from)).store(z + i);
   }
   for (; i < n; ++i) z[i] += negated(widen(x[i]), draws.signs_from(c + i));
 }

@@ -114,7 +114,9 @@ def check(
     if t.dtype not in wanted:
         raise TypeError(f"{name} must be {' or '.join(map(_short, wanted))}, got {_short(t.dtype)}")
     whole = shape if rows is None or t.dim() == len(shape) else (rows, *shape)
-    if t.dim() != len(whole) or any(n != m for n, m in zip(t.shape, whole, strict=True) if not isinstance(m, str)):
+    if t.shape != whole and (
+        t.dim() != len(whole) or any(n != m for n, m in zip(t.shape, whole, strict=True) if not isinstance(m, str))
+    ):
         shapes = [shape] if rows is None else [shape, (rows, *shape)]
         said = " or ".join(f"({', '.join(map(str, one))})" for one in shapes)
         raise ValueError(f"{name} must have shape {said}, got {tuple(t.shape)}")

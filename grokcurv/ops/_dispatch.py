@@ -44,7 +44,7 @@ def define(
 
     def run(*args: Any) -> R:
         outputs = fake(*args)
-        tensors = {label: x for label, x in zip(labels, args, strict=True) if isinstance(x, Tensor)}
+        tensors = {label: x for label, x in zip(labels, args, strict=True) if isinstance(x, Tensor)} if writes else {}
         written = {label: tensors.pop(label) for label in writes if label in tensors}
         for label, x in written.items():
             check_apart(label, x, **tensors)

@@ -26,9 +26,9 @@ def _subspace_split_fake(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tenso
     return v.new_empty((n,), dtype=torch.float64), v.new_empty((n, rows.shape[0]), dtype=torch.float64)
 
 
-def _subspace_split_fill(v: Tensor, values: Tensor, rows: Tensor, norm2: Tensor, coefficients: Tensor) -> None:
+def _subspace_split_fill(v: Tensor, values: Tensor, rows: Tensor, norm2: Tensor | None, coefficients: Tensor) -> None:
     check_row_values(values, rows, v.shape[1])
-    basis = *strided(values), rows, len(rows)
+    basis = *strided(values), rows, rows.shape[0]
     call("subspace_split", v, TYPES[v.dtype], *v.shape, v, *basis, norm2, coefficients)
 
 
@@ -50,9 +50,9 @@ def _subspace_filter_fake(g: Tensor, values: Tensor, rows: Tensor, strength: flo
 
 
 def _subspace_filter_fill(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> None:
-    norm2, coefficients = _subspace_split_fake(g, values, rows)
-    _subspace_split_fill(g, values, rows, norm2, coefficients)
-    basis = *strided(values), rows, len(rows)
+    coefficients = g.new_empty((g.shape[0], rows.shape[0]), dtype=torch.float64)
+    _subspace_split_fill(g, values, rows, None, coefficients)
+    basis = *strided(values), rows, rows.shape[0]
     call("subspace_filter", g, TYPES[g.dtype], *g.shape, g, *basis, coefficients, strength)
 
 

@@ -10,7 +10,7 @@ struct SubspaceSplit {
   Index vectors, size;
   const void* v;  // (vectors, size)
   Basis basis;
-  double* norm2;         // (vectors)
+  double* norm2;         // (vectors), or null
   double* coefficients;  // (vectors, basis.count)
   double* workspace = nullptr;
 };
@@ -30,8 +30,11 @@ namespace cpu {
 GROKCURV_INLINE Index subspace_split_workspace(const SubspaceSplit& task, int) {
   return task.vectors * chunks(task.size) * (1 + task.basis.count);
 }
-GROKCURV_INLINE Index subspace_filter_workspace(const SubspaceFilter&, int) {
-  return 0;
+// What a thread keeps of a row of the basis, in doubles.
+constexpr Index filter_term = 2;
+
+GROKCURV_INLINE Index subspace_filter_workspace(const SubspaceFilter& task, int threads) {
+  return threads * task.basis.count * filter_term;
 }
 }  // namespace cpu
 
