@@ -234,6 +234,15 @@ def test_kernels_keep_what_they_have(predictions: dict[str, Prediction]) -> None
     assert lost == []
 
 
+def test_eigh_knows_which_memory_it_reads(predictions: dict[str, Prediction]) -> None:
+    """It streams nothing, so that it is no case; but a load whose memory is not known would lengthen its chains."""
+    found = machine_code.compiled("eigh")
+    assert len(found) == 2  # all of a matrix in shared memory, or nothing
+    for code, _, stack in found.values():
+        assert not stack
+        assert {"LD", "ST", "LDL", "STL"}.isdisjoint(one.base for block in code.blocks for one in block)
+
+
 def test_the_table(
     predictions: dict[str, Prediction],
     monkeypatch: pytest.MonkeyPatch,

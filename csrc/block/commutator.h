@@ -80,20 +80,23 @@ struct CommutatorRange {
   template <class Block>
   GROKCURV_BLOCK void take(Block& block, Index vector, Span here, double* deltas, double (&sum)[sums]) const {
     const double eta = task.eta[vector];
-    for (Index i = here.start + quad * block.thread(); i < here.stop; i += quad * block.threads()) {
-      const Index at = vector * task.size + i, left = here.stop - i;
+    const Index first = vector * task.size + here.start;
+    const int length = static_cast<int>(here.length());
+    for (int i = quad * block.thread(); i < length; i += quad * block.threads()) {
+      const Index at = first + i;
+      const int left = length - i;
       const Quad<T> g_a = load<wide>(static_cast<const T*>(task.g_a) + at, left);
       const Quad<T> g_b = load<wide>(static_cast<const T*>(task.g_b) + at, left);
       const Quad<T> a2 = load<wide>(static_cast<const T*>(task.a2) + at, left);
       const Quad<T> b2 = load<wide>(static_cast<const T*>(task.b2) + at, left);
       Quad<T> theta{};
-      if constexpr (with_theta) theta = load<wide>(task.theta.of<T>(vector) + i, left);
+      if constexpr (with_theta) theta = load<wide>(task.theta.of<T>(vector) + here.start + i, left);
       Quad<double> delta;
       GROKCURV_UNROLL
       for (Index e = 0; e < quad; ++e) {
         delta.value[e] = add(g_a.value[e], g_b.value[e], a2.value[e], b2.value[e], theta.value[e], eta, sum);
       }
-      if constexpr (projects) keep(delta, deltas + (i - here.start) / quad);
+      if constexpr (projects) keep(delta, deltas + i / quad);
       if (task.delta != nullptr) {
         Quad<C> rounded;
         GROKCURV_UNROLL

@@ -3,103 +3,112 @@
 #include "block/block.h"
 #include "grokcurv/eigh.h"
 
-// As on the CPU: Householder reflections make the matrix tridiagonal, implicit QL solves that, reflections carry the
-// vectors back (Golub and Van Loan, Matrix Computations, 8.3). One block a matrix. The rotations of a QL sweep are a
-// chain of scalars: one thread works out those of the next sweep while the others apply those of the last, each to
-// columns of its own.
+// As on the CPU where few pairs are asked for, but here for any number of them: Householder reflections make the matrix
+// tridiagonal, T; multisection finds the leading eigenvalues of T, inverse iteration their vectors, and reflections
+// carry these back (Golub and Van Loan, Matrix Computations, 8.3 and 8.4). One block a matrix.
+//
+// QL would be one chain of some n^2 rotations, each with a root and a quotient that wait for those before. Here all
+// values are sought at once, each by several threads, and the first solves for all vectors made at once, a thread each.
+// What is left to do one by one is short: n reflections and, since vectors of close values must be made orthogonal, k
+// projections, and both are the work of the whole block.
 
 namespace grokcurv::block {
 
-// One block has the whole matrix because every step waits for the last: n steps of Householder with three barriers
-// each, then a barrier for each sweep. Between blocks a barrier would be a launch. Whatever is a sum is summed by every
-// warp on its own, in the same order, so that all threads have the same bits and no barrier is needed to hand them
-// around.
-
-// Where the numbers of a matrix are: all in shared memory, or the two matrices, or everything, in the workspace.
+// Where the numbers of a matrix are: in shared memory, or in the workspace if they do not fit. The factors of T always
+// are there: one thread writes them and reads them back. All indices are ints: a matrix of more entries than that would
+// take days.
 struct EighPlan {
-  Index stride;
-  bool matrices_fit;  // true where all of it lies in the block's shared memory: up to n = 75
-  bool vectors_fit;   // true where at least what else there is does, which every step reads; it comes first
+  int n, count, stride;  // of the matrix; of the pairs; odd, so that a column's entries lie in different banks
+  bool in_shared;        // true up to n = 75 for all pairs, 103 for eight
+  Index rows, factors;   // in doubles
 
-  Index matrices, vectors;  // doubles for the matrix and its eigenvectors, and for what else there is
-
-  GROKCURV_INLINE explicit EighPlan(Index n) : stride(n | 1) {  // odd: a column's entries lie in different banks
-    matrices = 2 * n * stride;
-    vectors = 9 * stride + 4;
-    matrices_fit = matrices + vectors <= shared_limit;
-    vectors_fit = vectors <= shared_limit;
+  GROKCURV_INLINE explicit EighPlan(const Eigh& task)
+      : n(static_cast<int>(task.size)), count(static_cast<int>(task.leading)), stride(n | 1) {
+    rows = static_cast<Index>(n + 2 + count + 6) * stride;
+    factors = Index{3} * n * count;
+    in_shared = rows <= shared_limit;
   }
-  GROKCURV_INLINE Index shared() const { return (matrices_fit ? matrices : 0) + (vectors_fit ? vectors : 0); }
-  GROKCURV_INLINE Index workspace() const { return matrices + vectors - shared(); }
+  GROKCURV_INLINE Index shared() const { return in_shared ? rows : 0; }
+  GROKCURV_INLINE Index workspace() const { return factors + rows - shared(); }
 };
 
+// `in_shared` is that of the plan, so that the compiler knows which memory it is. Whatever is a sum is summed by every
+// warp on its own, in the same order, so that all threads have the same bits, and come to the same barriers, and none
+// is needed to hand sums around.
+template <bool in_shared>
 struct EighMatrix {
   static constexpr bool any_threads = true;
-  static constexpr int threads = 256, resident = 2;
+  static constexpr int threads = 512, resident = 1;
   static constexpr double epsilon = 0x1p-53;
-  static constexpr int max_sweeps = 60;  // for one eigenvalue; two or three are usual
+  static constexpr int max_points = 32;  // tried together for one eigenvalue
+  static constexpr int max_trips = 16;   // more of them for one vector: projections, and solves after the first two
   // Squares below this have lost digits to underflow and count as zero: the largest entry is scaled to [1, 2).
   static constexpr double underflow = 0x1p-900;
-
-  // Rotations of rows i and i + 1, for i = low + count - 1, ... low, by c[i] and s[i]. A count of 0 says that all is
-  // solved, of -1 that an eigenvalue did not converge.
-  struct Sweep {
-    Index low, count;
-  };
+  static constexpr double negligible = 0x1p-110;  // the square of an entry of T, which is moved by epsilon / 4 at most
 
   Eigh task;
   double* workspace;
 
+  // The numbers of a matrix, as rows. Reflection j, I - u u^T with |u|^2 = 2 or u = 0, is row j + 1 of the reflections,
+  // from entry j + 1 on, so that it takes the place of row j - 1 of the matrix; row 0 is zero.
+  struct Numbers {
+    int n, count, stride;
+    double* factors;                              // (n, 3, count)
+    double* reflections;                          // n + 2 rows
+    double* matrix = reflections + 2 * stride;    // the last n of them
+    double* vectors = matrix + n * stride;        // count rows
+    double* diagonal = vectors + count * stride;  // of T
+    double* off = diagonal + stride;              // what is right of it
+    double* squares = off + stride;               // of what is left of it
+    double* w = squares + stride;                 // of a reflection; later what remains of a vector
+    double* products = w + stride;                // of matrix and reflection; later of a vector and those before
+    double* values = products + stride;           // of T
+    double norm = 0.0;                            // of T: the largest sum of magnitudes in a row (Gershgorin)
+  };
+
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
-    const Index n = task.size, leading = task.leading;
-    const EighPlan plan(n);
-    const Index stride = plan.stride;
+    const EighPlan plan(task);
+    const int n = plan.n, count = plan.count, stride = plan.stride;
     double* outside = workspace + block.index() * plan.workspace();
-    double* a = plan.matrices_fit ? block.shared() + plan.vectors : outside;
-    double* z = a + n * stride;
-    double* room = plan.vectors_fit ? block.shared() : outside + plan.matrices;
-    double *diagonal = room, *off = room + stride, *u = room + 2 * stride, *product = room + 3 * stride;
-    double *order = room + 4 * stride, *rotations = room + 5 * stride;
+    double* room = in_shared ? block.shared() : outside + plan.factors;
+    Numbers t{n, count, stride, outside, room};
 
     const double* from = task.a + block.index() * n * n;
-    double* values = task.values + block.index() * leading;
-    double* vectors = task.vectors + block.index() * n * leading;
+    double* values_out = task.values + block.index() * count;
+    double* vectors_out = task.vectors + block.index() * n * count;
 
     // Every warp has looked at all entries, so all threads take the same way here and come to the same barriers below.
-    const double largest = largest_entry(block, from);
-    bool failed = !(largest < INFINITY);
-    if (!failed) {
-      // Scaled by a power of two, exactly, so that no square overflows.
-      // From 2^-1000 down it stays there, a normal number, and the entries come out smaller than 1.
-      const int exponent = largest > 0 ? ilogb(largest) : 0;
-      const double scale = ldexp(1.0, exponent < -1000 ? -1000 : exponent);
-      for (Index e = block.thread(); e < n * n; e += block.threads()) {
-        const Index i = e / n, j = e % n;
-        a[i * stride + j] = (i < j ? from[e] : from[j * n + i]) / scale;
-        z[i * stride + j] = i == j ? 1.0 : 0.0;
+    const double largest = largest_entry(block, from, n);
+    bool solved = largest < INFINITY;
+    if (solved) {
+      // Scaled by a power of two, exactly, the largest comes to lie in [1, 2), so that no square overflows.
+      const double scale = ldexp(1.0, largest > 0 ? ilogb(largest) : 0);
+      for (int e = block.thread(); e < n * n; e += block.threads()) {
+        const int i = e / n, j = e % n;
+        t.matrix[i * stride + j] = (i < j ? from[e] : from[j * n + i]) / scale;
       }
+      for (int p = block.thread(); p < n; p += block.threads()) room[p] = t.products[p] = 0.0;
       // Each thread has filled entries of every row, and the first step reads rows as a whole.
       block.sync();
-      tridiagonalise(block, a, stride, diagonal, off, u, product);
-      failed = !solve(block, diagonal, off, z, stride, rotations);
-      if (!failed) {
-        rank(block, diagonal, order);
-        finish(block, a, stride, diagonal, order, z, scale, values, vectors);
-      }
+      tridiagonalise(block, t);
+      t.norm = norm(block, t);
+      find_values(block, t);
+      solved = find_vectors(block, t);
+      if (solved) finish(block, t, scale, values_out, vectors_out);
     }
-    if (failed) {
-      for (Index i = block.thread(); i < leading; i += block.threads()) values[i] = NAN;
-      for (Index i = block.thread(); i < n * leading; i += block.threads()) vectors[i] = NAN;
+    if (!solved) {
+      for (int i = block.thread(); i < count; i += block.threads()) values_out[i] = NAN;
+      for (int i = block.thread(); i < n * count; i += block.threads()) vectors_out[i] = NAN;
     }
   }
 
   // The largest magnitude of the upper triangle; infinite if an entry is not finite. Each warp looks at everything.
   template <class Block>
-  GROKCURV_BLOCK double largest_entry(Block& block, const double* from) const {
+  static GROKCURV_BLOCK double largest_entry(Block& block, const double* from, int n) {
     double largest = 0.0;
-    for (Index e = block.thread() % warp; e < task.size * task.size; e += warp) {
-      if (e / task.size > e % task.size) continue;
+    for (int e = block.thread() % warp; e < n * n; e += warp) {
+      if (e / n > e % n) continue;
       const double x = fabs(from[e]);
       largest = x < INFINITY ? fmax(largest, x) : INFINITY;
     }
@@ -108,9 +117,9 @@ struct EighMatrix {
 
   // The sum of x[p] y[p] from p = first on; by each warp, so that all threads have it without a barrier.
   template <class Block>
-  GROKCURV_BLOCK double dot(Block& block, const double* x, const double* y, Index first) const {
+  static GROKCURV_BLOCK double dot(Block& block, const double* x, const double* y, int first, int n) {
     double sum = 0.0;
-    for (Index p = own(block, first); p < task.size; p += warp) sum = fma(x[p], y[p], sum);
+    for (int p = own(block, first); p < n; p += warp) sum = fma(x[p], y[p], sum);
     return block.warp_sum(sum);
   }
 
@@ -118,209 +127,271 @@ struct EighMatrix {
   // 32's wherever a sum begins. So where one warp alone has a vector, as in finish, each entry is read and written by
   // one thread, and the warp needs no barrier between a sum and a change.
   template <class Block>
-  static GROKCURV_BLOCK Index own(Block& block, Index first) {
-    const Index p = first / warp * warp + block.thread() % warp;
+  static GROKCURV_BLOCK int own(Block& block, int first) {
+    const int p = first / warp * warp + block.thread() % warp;
     return p < first ? p + warp : p;
   }
 
-  // Reduces a, full and symmetric, to its diagonal and the entries right of it. Row j then holds, from j + 1 on, the u
-  // of reflection j, I - u u^T with |u|^2 = 2 or u = 0. Thread 0 alone writes to the diagonal and beside it, and reads
-  // them next.
+  // x[p] = of(p) from p = first on, by one warp. A thread reads four times before it writes, so that not every load
+  // waits for a store that, for all the compiler knows, is to the same place.
+  template <class Block, class Of>
+  static GROKCURV_BLOCK void change(Block& block, double* x, int first, int n, const Of& of) {
+    constexpr int together = 4;
+    for (int p = own(block, first); p < n; p += together * warp) {
+      double y[together];
+      GROKCURV_UNROLL
+      for (int k = 0; k < together; ++k) y[k] = p + k * warp < n ? of(p + k * warp) : 0.0;
+      GROKCURV_UNROLL
+      for (int k = 0; k < together; ++k) {
+        if (p + k * warp < n) x[p + k * warp] = y[k];
+      }
+    }
+  }
+
+  // Reduces the matrix, full and symmetric, to T. Step j changes it by the reflection before, a -= u w^T + w u^T, and
+  // multiplies it with its own, so that it is read once and written once: row j first, from which the reflection comes.
   template <class Block>
-  GROKCURV_BLOCK void tridiagonalise(Block& block, double* a, Index stride, double* diagonal, double* off, double* u,
-                                     double* product) const {
-    const Index n = task.size;
-    for (Index j = 0; j < n; ++j) {
-      double* row = a + j * stride;
+  static GROKCURV_BLOCK void tridiagonalise(Block& block, const Numbers& t) {
+    const int n = t.n;
+    double* w = t.w;
+    double half = 0.0;
+    for (int j = 0; j < n; ++j) {
+      const double *u = t.reflections + j * t.stride, *row = t.matrix + j * t.stride;
+      double* next = t.reflections + (j + 1) * t.stride;
+      const auto w_of = [&](int p) { return t.products[p] - half * u[p]; };
+      const double u_j = u[j], w_j = w_of(j);
+      const auto entry = [&](int p) { return row[p] - (u_j * w_of(p) + w_j * u[p]); };
       // The reflection that leaves of the row, right of the diagonal, its first entry alone. The sign is that of
       // `first`, so that nothing cancels; scaled, |u|^2 = 2. `reflects` is false if there is nothing to clear, as in
-      // the last two steps: for all threads, since each warp has summed the same.
-      const double rest = dot(block, row, row, j + 2);
-      const double first = j + 1 < n ? row[j + 1] : 0.0;
+      // the last two steps.
+      double rest = 0.0;
+      for (int p = own(block, j + 2); p < n; p += warp) rest = fma(entry(p), entry(p), rest);
+      rest = block.warp_sum(rest);
+      const double first = j + 1 < n ? entry(j + 1) : 0.0;
       const bool reflects = rest >= underflow;
       const double norm = sqrt(first * first + rest);
       const double scale = reflects ? 1 / sqrt(norm * (norm + fabs(first))) : 0.0;
-      for (Index p = j + 1 + block.thread(); p < n; p += block.threads()) {
-        const double x = p > j + 1 ? row[p] : first > 0 ? first + norm : first - norm;
-        u[p] = x * scale;
+      for (int p = j + 1 + block.thread(); p < n; p += block.threads()) {
+        next[p] = (p > j + 1 ? entry(p) : first > 0 ? first + norm : first - norm) * scale;
+        w[p] = w_of(p);
       }
       if (block.thread() == 0) {
-        diagonal[j] = row[j];
-        off[j] = !reflects ? first : first > 0 ? -norm : norm;
+        const double off = !reflects ? first : first > 0 ? -norm : norm;
+        t.diagonal[j] = entry(j);
+        t.off[j] = off;
+        if (j == 0) t.squares[0] = 0.0;
+        if (j + 1 < n) t.squares[j + 1] = fmax(off * off, negligible);
       }
-      // u is complete before anyone multiplies by it; and everyone has read the row, which may now be written over.
+      // The reflection and w are complete before anyone multiplies by them; and everyone has read the products, which
+      // may now be written over.
       block.sync();
-      if (!reflects) {
-        for (Index p = j + 1 + block.thread(); p < n; p += block.threads()) row[p] = 0.0;
-        continue;  // the next step reads other rows, and writes to u what all have
+      // Both triangles are changed, and to the same bits, for (i, p) and (p, i) add the same two products. So a row is
+      // contiguous, and each goes to a warp.
+      for (int i = j + 1 + block.thread() / warp; i < n; i += block.threads() / warp) {
+        double* a = t.matrix + i * t.stride;
+        const double u_i = u[i], w_i = w[i];
+        double sum = 0.0;
+        change(block, a, j + 1, n, [&](int p) {
+          const double x = a[p] - (u_i * w[p] + w_i * u[p]);
+          sum = fma(x, next[p], sum);
+          return x;
+        });
+        sum = block.warp_sum(sum);
+        if (block.thread() % warp == 0) t.products[i] = sum;
       }
-      // The product with what is left of the matrix, which is full: a row of it is contiguous, and each goes to a warp.
-      for (Index i = j + 1 + block.thread() / warp; i < n; i += block.threads() / warp) {
-        const double sum = dot(block, a + i * stride, u, j + 1);
-        if (block.thread() % warp == 0) product[i] = sum;
-      }
-      // Without this barrier a thread would update with products that other warps have yet to sum.
+      // The next step reads products and a row of other warps, and puts its reflection where this one has read.
       block.sync();
-      // Both triangles are updated, and to the same bits, for (i, p) and (p, i) add the same two products.
-      // a -= u w^T + w u^T with w = product - half u
-      const double half = 0.5 * dot(block, u, product, j + 1);
-      const Index width = n - j - 1;
-      for (Index e = block.thread(); e < width * width; e += block.threads()) {
-        const Index i = j + 1 + e / width, p = j + 1 + e % width;
-        const double w_i = product[i] - half * u[i], w_p = product[p] - half * u[p];
-        a[i * stride + p] -= u[i] * w_p + w_i * u[p];
-      }
-      for (Index p = j + 1 + block.thread(); p < n; p += block.threads()) row[p] = u[p];
-      // The next step reads a row that all threads have updated, and puts its own numbers into u and product.
-      block.sync();
+      half = 0.5 * dot(block, next, t.products, j + 1, n);
     }
   }
 
-  // What is negligible beside the diagonal: a rounding of a bound on the norm (Gershgorin).
-  GROKCURV_BLOCK double rounding(const double* diagonal, const double* off) const {
+  template <class Block>
+  static GROKCURV_BLOCK double norm(Block& block, const Numbers& t) {
     double bound = 0.0;
-    for (Index i = 0; i < task.size; ++i) {
-      bound = fmax(bound, fabs(diagonal[i]) + fabs(off[i]) + (i > 0 ? fabs(off[i - 1]) : 0.0));
+    for (int p = own(block, 0); p < t.n; p += warp) {
+      bound = fmax(bound, fabs(t.diagonal[p]) + fabs(t.off[p]) + (p > 0 ? fabs(t.off[p - 1]) : 0.0));
     }
-    return epsilon / 4 * bound;
+    return block.warp_max(bound);
   }
 
-  // Turns the diagonal into the eigenvalues, in no order, and z, the identity, into their eigenvectors, as rows.
-  // Returns whether it converged. Room for 4 stride + 4 doubles.
+  // How many eigenvalues of T are less than x: as often as the leading minors of T - x change sign, zero being
+  // positive. As quotients of each and the one before they would need no scaling, but the chain would be ten times as
+  // long.
+  static GROKCURV_BLOCK int below(const Numbers& t, double x) {
+    int count = 0;
+    double minor = 1.0, before = 0.0;
+    for (int start = 0; start < t.n; start += 8) {
+      for (int i = start; i < t.n && i < start + 8; ++i) {
+        const double next = fma(t.diagonal[i] - x, minor, -(t.squares[i] * before));
+        count += (next < 0) != (minor < 0) ? 1 : 0;
+        before = minor;
+        minor = next;
+      }
+      // In eight steps the larger one changes by less than 2^600 either way.
+      const double size = fmax(fabs(minor), fabs(before));
+      const double scale = size < 0x1p-300 ? 0x1p600 : size > 0x1p300 ? 0x1p-600 : 1.0;
+      minor *= scale;
+      before *= scale;
+    }
+    return count;
+  }
+
+  // The leading eigenvalues of T, descending, to within epsilon |T|: at once if there are threads enough, several for
+  // each, whose points cut its interval. All intervals are cut alike, so that no value comes out above the one before.
   template <class Block>
-  GROKCURV_BLOCK bool solve(Block& block, double* diagonal, double* off, double* z, Index stride, double* room) const {
-    // Two buffers: `turn` is the number of that whose sweep is applied now, while thread 0 fills the other. The scalars
-    // of a sweep, d and e, are thread 0's alone from here on; what the others see of it is the buffer.
-    double* sizes = room + 4 * stride;  // of the sweep that is applied, and of the next: low and count
-    const double negligible = block.thread() == 0 ? rounding(diagonal, off) : 0.0;
-    const auto prepare = [&](int turn, Index& low, int& sweeps) {
-      double* c = room + 2 * turn * stride;
-      const Sweep sweep = next_sweep(diagonal, off, negligible, low, sweeps, c, c + stride);
-      sizes[2 * turn] = static_cast<double>(sweep.low);
-      sizes[2 * turn + 1] = static_cast<double>(sweep.count);
-    };
-    Index solved = 0;
-    int sweeps = 0;
-    if (block.thread() == 0) prepare(0, solved, sweeps);
-    // The others wait for the first sweep.
-    block.sync();
-    for (int turn = 0;; turn = 1 - turn) {
-      const Index low = static_cast<Index>(sizes[2 * turn]), count = static_cast<Index>(sizes[2 * turn + 1]);
-      // All threads read the same numbers, so all leave together.
-      if (count <= 0) return count == 0;
-      if (block.thread() == 0) prepare(1 - turn, solved, sweeps);
-      if (block.thread() >= warp) apply(block, low, count, room + 2 * turn * stride, z, stride);
-      // Here the buffers change places. Without the barrier thread 0 would fill that which is still applied, and the
-      // others would apply one that is half filled.
+  static GROKCURV_BLOCK void find_values(Block& block, const Numbers& t) {
+    const int each = block.threads() / t.count, most = t.n < max_points ? t.n : max_points;
+    const int points = each < 1 ? 1 : each < most ? each : most, together = block.threads() / points;
+    for (int first = 0; first < t.count; first += together) {
+      const int j = first + block.thread() / points, point = block.thread() % points;
+      const bool there = block.thread() < together * points && j < t.count;
+      double* counts = t.vectors + j * t.stride;  // the vector has yet to come
+      double low = -t.norm, high = t.norm;
+      for (double width = 1.0; width > epsilon / 2; width /= points + 1) {
+        const auto place = [&, low, size = high - low](int k) { return low + size * ((k + 1.0) / (points + 1)); };
+        if (there) counts[point] = below(t, place(point));
+        // Threads of several warps may have counted for a value.
+        block.sync();
+        if (there) {
+          // Number j from above is not less than a point if no more than this many are.
+          int k = 0;
+          for (int l = 0; l < points; ++l) k += counts[l] <= t.n - 1 - j ? 1 : 0;
+          high = k < points ? place(k) : high;
+          low = k > 0 ? place(k - 1) : low;
+          t.values[j] = low + (high - low) / 2;
+        }
+        // All have read the counts, which may now be written over, and at last the values are there for all.
+        block.sync();
+      }
+    }
+  }
+
+  // Solves (T - value j) x = scale b by elimination, rows exchanged for the larger pivot; x is vector j, b may be.
+  static GROKCURV_BLOCK void solve(const Numbers& t, int j, const double* b, double scale) {
+    // A pivot of zero means that the value is exact; a small one serves.
+    const double least = t.norm > 0 ? epsilon * t.norm : 1.0, value = t.values[j];
+    double* x = t.vectors + j * t.stride;
+    // Of the row that is eliminated with: its first two entries, and its right-hand side.
+    double pivot = t.diagonal[0] - value, right = t.off[0], side = scale * b[0];
+    for (int i = 0; i < t.n; ++i) {
+      const bool last = i + 1 == t.n;
+      const double under = t.off[i];  // 0 in the last row
+      const double next = last ? 0.0 : t.diagonal[i + 1] - value, next_right = last ? 0.0 : t.off[i + 1];
+      const double next_side = last ? 0.0 : scale * b[i + 1];
+      const bool exchange = fabs(under) > fabs(pivot);
+      const double larger = exchange ? under : pivot;
+      const double inverse = 1 / (fabs(larger) >= least ? larger : larger < 0 ? -least : least);
+      const double factor = (exchange ? pivot : under) * inverse;
+      const double second = exchange ? next : right, third = exchange ? next_right : 0.0;
+      x[i] = exchange ? next_side : side;
+      side = (exchange ? side : next_side) - factor * x[i];
+      pivot = (exchange ? right : next) - factor * second;
+      right = (exchange ? 0.0 : next_right) - factor * third;
+      double* row = t.factors + 3 * i * t.count + j;
+      row[0] = inverse;
+      row[t.count] = second;
+      row[2 * t.count] = third;
+    }
+    double after = 0.0, after_that = 0.0;
+    for (int i = t.n - 1; i >= 0; --i) {
+      const double* row = t.factors + 3 * i * t.count + j;
+      const double x_i = ((x[i] - row[2 * t.count] * after_that) - row[t.count] * after) * row[0];
+      after_that = after;
+      x[i] = after = x_i;
+    }
+  }
+
+  // |T x - value x|^2, by each warp
+  template <class Block>
+  static GROKCURV_BLOCK double residual(Block& block, const Numbers& t, double value, const double* x) {
+    double sum = 0.0;
+    for (int p = own(block, 0); p < t.n; p += warp) {
+      double r = (t.diagonal[p] - value) * x[p];
+      if (p > 0) r = fma(t.off[p - 1], x[p - 1], r);
+      if (p + 1 < t.n) r = fma(t.off[p], x[p + 1], r);
+      sum = fma(r, r, sum);
+    }
+    return block.warp_sum(sum);
+  }
+
+  // The eigenvectors of T that belong to the values. Returns whether every residual is down to rounding.
+  template <class Block>
+  static GROKCURV_BLOCK bool find_vectors(Block& block, const Numbers& t) {
+    // Any start will do that no eigenvector is orthogonal to: numbers of a congruential generator.
+    for (int j = block.thread(); j < t.count; j += block.threads()) {
+      double* x = t.vectors + j * t.stride;
+      std::uint64_t state = (j + 1) * std::uint64_t{0x9e3779b97f4a7c15};
+      for (int i = 0; i < t.n; ++i) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        x[i] = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
+      }
+      solve(t, j, x, 1.0);
+      solve(t, j, x, 1.0);
+    }
+    double *overlaps = t.products, *rest = t.w;
+    // What is left of a vector when those before are taken out has their residuals too: up to sqrt(n) times as large.
+    const double tolerance = (16 + t.n) * epsilon * t.norm;
+    for (int j = 0, trips = 0;;) {
+      // Vector j is complete: one thread has solved for it; of that before, each has written a part.
       block.sync();
+      if (j == t.count) return true;
+      double* x = t.vectors + j * t.stride;
+      const double before = dot(block, x, x, 0, t.n);
+      for (int i = block.thread() / warp; i < j; i += block.threads() / warp) {
+        const double overlap = dot(block, t.vectors + i * t.stride, x, 0, t.n);
+        if (block.thread() % warp == 0) overlaps[i] = overlap;
+      }
+      // All warps need all overlaps.
+      block.sync();
+      for (int p = block.thread(); p < t.n; p += block.threads()) {
+        double sum = 0.0;
+        for (int i = 0; i < j; ++i) sum = fma(overlaps[i], t.vectors[i * t.stride + p], sum);
+        rest[p] = x[p] - sum;
+      }
+      // Each warp sums over what all threads have written.
+      block.sync();
+      // Where much was taken out, what is left has too much of rounding: once more ("twice is enough").
+      const double after = dot(block, rest, rest, 0, t.n);
+      const bool again = after < before / 2;
+      const double scale = 1 / sqrt(after);
+      const bool good = residual(block, t, t.values[j], rest) * scale * scale <= tolerance * tolerance;
+      if (again || good) {
+        for (int p = block.thread(); p < t.n; p += block.threads()) x[p] = scale * rest[p];
+      } else if (block.thread() == 0) {
+        solve(t, j, rest, scale);
+      }
+      if (!again && good) {
+        ++j;
+        trips = 0;
+      } else if (++trips > max_trips) {
+        return false;
+      }
     }
   }
 
-  // By all warps but the first, each thread to columns of its own: the same ones in every sweep, so z needs no barrier.
-  // Going up the rows, y is the row below before its last rotation, so each row is read once and written once. The
-  // first warp stays out as a whole: its threads would wait for thread 0.
+  // Carries the vectors back, a warp each, and writes them down, peaks positive. Reflections go in the order opposite
+  // to that in which they came; the last two steps had none. No other warp reads or writes the vector.
   template <class Block>
-  GROKCURV_BLOCK void apply(Block& block, Index low, Index count, const double* c, double* z, Index stride) const {
-    const double* s = c + stride;
-    for (Index p = block.thread() - warp; p < task.size; p += block.threads() - warp) {
-      double y = z[(low + count) * stride + p];
-      for (Index i = low + count - 1; i >= low; --i) {
-        const double x = z[i * stride + p];
-        z[(i + 1) * stride + p] = s[i] * x + c[i] * y;
-        y = c[i] * x - s[i] * y;
-      }
-      z[low * stride + p] = y;
-    }
-  }
-
-  // The next sweep that has rotations, after `solved` eigenvalues and some sweeps for the next one.
-  GROKCURV_BLOCK Sweep next_sweep(double* d, double* e, double negligible, Index& solved, int& sweeps, double* c_of,
-                                  double* s_of) const {
-    const Index n = task.size;
-    while (solved < n) {
-      const Index l = solved;
-      Index m = l;
-      while (m + 1 < n && fabs(e[m]) > negligible) ++m;
-      // Nothing couples row l to the next: an eigenvalue.
-      if (m == l) {
-        ++solved;
-        sweeps = 0;
-        continue;
-      }
-      if (sweeps++ == max_sweeps) return {0, -1};
-      // Wilkinson's shift; then a rotation per row chases the bulge from m to l.
-      const double half = (d[l + 1] - d[l]) / (2 * e[l]);
-      const double root = sqrt(half * half + 1);
-      double g = d[m] - d[l] + e[l] / (half < 0 ? half - root : half + root);
-      double s = 1, c = 1, moved = 0;
-      Index i = m - 1;
-      for (; i >= l; --i) {
-        const double f = s * e[i], b = c * e[i];
-        const double square = f * f + g * g;
-        if (square < underflow) break;  // the matrix falls apart here
-        const double r = sqrt(square);
-        e[i + 1] = r;
-        s = f / r;
-        c = g / r;
-        g = d[i + 1] - moved;
-        const double change = (d[i] - g) * s + 2 * c * b;
-        moved = s * change;
-        d[i + 1] = g + moved;
-        g = c * change - b;
-        c_of[i] = c;
-        s_of[i] = s;
-      }
-      d[i + 1] -= moved;  // i is l - 1 if the bulge came through
-      e[i + 1] = i < l ? g : 0.0;
-      e[m] = 0.0;
-      // If the matrix fell apart at the first rotation there is none to apply, and the next sweep is worked out at
-      // once.
-      if (i + 1 < m) return {i + 1, m - i - 1};
-    }
-    return {0, 0};
-  }
-
-  // order[k] = the number of the k-th largest. Equal ones go by number, so each place is taken once; so every thread
-  // ranks eigenvalues of its own, without sorting.
-  template <class Block>
-  GROKCURV_BLOCK void rank(Block& block, const double* diagonal, double* order) const {
-    for (Index i = block.thread(); i < task.size; i += block.threads()) {
-      Index above = 0;
-      for (Index j = 0; j < task.size; ++j) {
-        above += diagonal[j] > diagonal[i] || (diagonal[j] == diagonal[i] && j < i) ? 1 : 0;
-      }
-      order[above] = static_cast<double>(i);
-    }
-    // A warp of finish reads what threads of other warps have written.
-    block.sync();
-  }
-
-  // Carries the leading vectors back, a warp each, and writes them down, peaks positive. Reflections go in the order
-  // opposite to that in which they came; the last two steps had none. No other warp reads or writes the vector.
-  template <class Block>
-  GROKCURV_BLOCK void finish(Block& block, const double* a, Index stride, const double* diagonal, const double* order,
-                             double* z, double scale, double* values, double* vectors) const {
-    const Index n = task.size;
-    for (Index k = block.thread() / warp; k < task.leading; k += block.threads() / warp) {
-      const Index number = static_cast<Index>(order[k]);
-      double* vector = z + number * stride;
-      for (Index j = n - 3; j >= 0; --j) {
-        const double* u = a + j * stride;
-        const double overlap = dot(block, vector, u, j + 1);
-        for (Index p = own(block, j + 1); p < n; p += warp) vector[p] -= overlap * u[p];
+  static GROKCURV_BLOCK void finish(Block& block, const Numbers& t, double scale, double* values, double* vectors) {
+    const int n = t.n;
+    for (int k = block.thread() / warp; k < t.count; k += block.threads() / warp) {
+      double* vector = t.vectors + k * t.stride;
+      for (int j = n - 3; j >= 0; --j) {
+        const double* u = t.reflections + (j + 1) * t.stride;
+        const double overlap = dot(block, vector, u, j + 1, n);
+        change(block, vector, j + 1, n, [&](int p) { return vector[p] - overlap * u[p]; });
       }
       // The place of the peak, the first if there are several: threads can exchange doubles only, and sums and the
       // largest only, so the place goes as a number and negative, and its sign as a sum of one term.
-      double peak = 0.0, top = -static_cast<double>(n), sign = 0.0;
-      for (Index p = own(block, 0); p < n; p += warp) peak = fmax(peak, fabs(vector[p]));
+      double peak = 0.0, top = -n, sign = 0.0;
+      for (int p = own(block, 0); p < n; p += warp) peak = fmax(peak, fabs(vector[p]));
       peak = block.warp_max(peak);
-      for (Index p = own(block, 0); p < n; p += warp)
-        top = fmax(top, fabs(vector[p]) == peak ? -static_cast<double>(p) : top);
+      for (int p = own(block, 0); p < n; p += warp) top = fmax(top, fabs(vector[p]) == peak ? -p : top);
       top = block.warp_max(top);
-      for (Index p = own(block, 0); p < n; p += warp) sign += static_cast<double>(p) == -top ? vector[p] : 0.0;
+      for (int p = own(block, 0); p < n; p += warp) sign += p == -top ? vector[p] : 0.0;
       sign = block.warp_sum(sign) < 0 ? -1.0 : 1.0;
-      if (block.thread() % warp == 0) values[k] = scale * diagonal[number];
-      for (Index p = own(block, 0); p < n; p += warp) vectors[p * task.leading + k] = sign * vector[p];
+      if (block.thread() % warp == 0) values[k] = scale * t.values[k];
+      for (int p = own(block, 0); p < n; p += warp) vectors[p * t.count + k] = sign * vector[p];
     }
   }
 };
@@ -328,9 +399,11 @@ struct EighMatrix {
 template <class Device>
 void eigh(Device& device, const Eigh& task) {
   if (task.leading == 0) return;
-  const EighPlan plan(task.size);
+  const EighPlan plan(task);
   double* workspace = device.workspace.take(task.matrices * plan.workspace());
-  device.launch(task.matrices, plan.shared(), EighMatrix{task, workspace});
+  with_flag(plan.in_shared, [&](auto in_shared) {
+    device.launch(task.matrices, plan.shared(), EighMatrix<in_shared>{task, workspace});
+  });
 }
 
 }  // namespace grokcurv::block

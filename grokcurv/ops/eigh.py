@@ -13,10 +13,10 @@ def eigh(a: Array, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of symmetric a (B, n, n) float64: values (B, k), descending, and vectors (B, n, k).
 
     Only the upper triangles are read. Of each vector the entry of largest magnitude is positive. Householder
-    reflections make a matrix tridiagonal; then implicit QL solves all of it or, for k <= n / 4, multisection finds the
-    k values and inverse iteration their vectors (QL again, should a residual stay above rounding). Values and
-    ``|a v - w v|`` are right to a few ``n eps |a|``, vectors orthonormal to a few ``n eps``. A matrix with a NaN or an
-    infinity yields NaN and harms no other.
+    reflections make a matrix tridiagonal; then, on a GPU or for k <= n / 4, multisection finds the k values and inverse
+    iteration their vectors. On the CPU implicit QL solves for all where k is larger, or should a residual stay above
+    rounding. Values and ``|a v - w v|`` are right to a few ``n eps |a|``, vectors orthonormal to a few ``n eps``. A
+    matrix with a NaN or an infinity yields NaN and harms no other.
     """
     return _eigh(a, k)
 

@@ -5,8 +5,8 @@
 namespace grokcurv {
 
 // The `leading` largest eigenvalues, descending, of each symmetric matrix, and their eigenvectors as columns, each with
-// its entry of largest magnitude positive. Only upper triangles are read. A matrix that is not finite, or on which QL
-// does not converge, yields NaN.
+// its entry of largest magnitude positive. Only upper triangles are read. A matrix that is not finite, or whose pairs
+// do not converge, yields NaN.
 struct Eigh {
   Index matrices, size, leading;
   const double* a;  // (matrices, size, size)
