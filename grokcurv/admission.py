@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from grokcurv.device import Device
 from grokcurv.evaluation import Check
 from grokcurv.intercept import Widened
 
@@ -39,7 +40,11 @@ neighbourhood, one too short drowns. The next is tried where one before finds no
 
 
 DROWNED = 10.0
-"""How many times its sampled size the rounding error of that difference is allowed."""
+"""How many times its sampled size the rounding error of that difference is allowed; and how many times the CPU's own
+the difference between its gradient and that of a device without float64."""
+
+JUMP = 1e-2
+"""That difference is allowed for where the loss has kinks: rounding may switch a unit."""
 
 
 class AdmissionWarning(UserWarning):
@@ -51,8 +56,8 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: its name: ``"gradient"``, ``"repeat"``, ``"second derivative"``, ``"float64"``, ``"batches"``,
-            ``"parameters"``, ``"vmap"``, ``"graph"``.
+        check: its name: ``"gradient"``, ``"repeat"``, ``"second derivative"``, ``"float64"``, ``"device"``,
+            ``"batches"``, ``"parameters"``, ``"vmap"``, ``"graph"``.
         passed: whether all is as one would wish.
         detail: what was found.
         consequence: what the measurements do about it; empty if the check passed.
@@ -93,12 +98,15 @@ class Engine(Protocol):
 
     brackets: bool
     traits: Traits
+    place: Device
 
     def flatten(self, out: Tensor | None = None) -> Tensor: ...
     def observe(
         self, theta: Tensor, batch: Any, out: Tensor | None, seed: int, plain: bool = ...
     ) -> frozenset[str]: ...
-    def whole_gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool) -> Tensor: ...
+    def whole_gradient(
+        self, theta: Tensor, batch: Any, out: Tensor, seed: int, *, plain: bool | None = ..., at_home: bool = ...
+    ) -> Tensor: ...
     def gradient(
         self, theta: Tensor, batch: Any, out: Tensor, *, seed: int = ..., check: Check | None = ...
     ) -> Tensor: ...
@@ -153,6 +161,8 @@ class Admission:
             wide = theta.to(torch.float64)
             gradient = again if wide is theta or not brackets else torch.empty_like(wide)
             self._float64(engine, traits, wide, batch, gradient, seed)
+            if traits.exact and not engine.place.has_float64:
+                self._elsewhere(engine, theta, batch, first, gradient, seed)
             if brackets and traits.exact:
                 del theta, first, again, wide
                 self.second_derivatives(engine, traits, batch, seed, gradient)
@@ -215,6 +225,29 @@ class Admission:
             self.find("float64", True, f"fewer bits, or draws, were asked for by {lifted}, and lifted")
         else:
             self.find("float64", True, "float64 throughout")
+
+    def _elsewhere(self, engine: Engine, theta: Tensor, batch: Any, first: Tensor, exact: Tensor, seed: int) -> None:
+        """Whether the model is, on the CPU, where it is evaluated in float64, what it is on its own device.
+
+        ``first`` is the gradient from there, ``exact`` that in float64. Both sides round, and so they may be some times
+        as far apart as that on the CPU is off.
+        """
+        traits, consequence = engine.traits, "no row is reliable"
+        try:
+            here = engine.whole_gradient(theta, batch, torch.empty_like(theta), seed, at_home=True)
+        except Exception as error:
+            traits.exact = False
+            self.find("device", False, f"cannot be evaluated on {engine.place.home}: {first_line(error)}", consequence)
+            return
+        distance, tolerance = relative_distance(first, here), JUMP if traits.nonsmooth else GRADIENT_TOLERANCE
+        traits.exact = distance <= max(tolerance, DROWNED * relative_distance(here, exact))
+        self.find(
+            "device",
+            traits.exact,
+            f"the gradient on {engine.place.home}, where it is evaluated in float64, is {distance:.1e} of its length "
+            f"from that on {engine.place.model}" + ("" if traits.exact else ": the model or the loss is another there"),
+            consequence,
+        )
 
     def second_derivatives(
         self, engine: Engine, traits: Traits, batch: Any, seed: int, direction: Tensor | None = None

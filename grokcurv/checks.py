@@ -130,7 +130,7 @@ class Checks:
         # large as the vector, and the row is NaN.
         if is_asynchronous(engine.device):
             own = torch.where(faint, length, own)
-            sampled = exactly and check and not capturing(engine.device) and engine.device.type != "meta"
+            sampled = exactly and check and not capturing(engine.device) and engine.place.has_data
             often = [int(sampled)] * len(pairs)
         else:
             sampled = (exactly and check) or wide or pairs.form == "bracket"
@@ -173,7 +173,7 @@ class Checks:
             places, lengths = self._whereabouts(pairs), self.engine.partition.norms(pairs.work[:2]).T.tolist()
             origins = self.origins.setdefault(pairs.form, {})
             for v, run in enumerate(pairs.runs):
-                sizes = [] if self.engine.shared else _magnitudes(pairs.pair(v))
+                sizes = [] if self.engine.shared else self._magnitudes(pairs.pair(v))
                 origins[run] = Origin(lengths[v], places[v], sizes)
 
     def _write(self, table: dict[str, Tensor], name: str, runs: tuple[int, ...], rows: Tensor) -> None:
@@ -221,8 +221,13 @@ class Checks:
             return True
         if self.engine.shared:  # batches of names
             return False
-        now = zip_longest(_magnitudes(pairs.pair(v)), origin.magnitudes, fillvalue=0.0)
+        now = zip_longest(self._magnitudes(pairs.pair(v)), origin.magnitudes, fillvalue=0.0)
         return self.engine.anywhere(any(size > GROWN * then for size, then in now))
+
+    def _magnitudes(self, pair: Pair) -> list[float]:
+        """Root mean squares of the tensors in two batches, in their order; the greater of the two."""
+        both = (_root_mean_squares(batch, self.engine.place.bring) for batch in pair)
+        return [max(sizes) for sizes in zip_longest(*both, fillvalue=0.0)]
 
     def keep(self, runs: list[int]) -> None:
         """Go on with these runs alone, renumbered in this order."""
@@ -238,18 +243,16 @@ def _within(factor: float, x: float, y: float) -> bool:
     return x > 0 and y > 0 and 1 / factor <= x / y <= factor
 
 
-def _magnitudes(pair: Pair) -> list[float]:
-    """Root mean squares of the tensors in two batches, in their order; the greater of the two."""
-    return [max(both) for both in zip_longest(*map(_root_mean_squares, pair), fillvalue=0.0)]
+def _root_mean_squares(batch: Any, bring: Callable[[Tensor], Tensor]) -> Iterator[float]:
+    """Of each tensor in a batch; zero where numbers are names, or not laid out one after another.
 
-
-def _root_mean_squares(batch: Any) -> Iterator[float]:
-    """Of each tensor in a batch; zero where numbers are names, or not laid out one after another."""
+    ``bring`` takes it to where there is float64.
+    """
     for tensor in Snapshot([batch]).tensors:
         least = 1 if tensor.is_floating_point() or tensor.is_complex() else FEW
         if tensor.is_nested or tensor.layout != torch.strided or tensor.dtype == torch.bool or tensor.numel() < least:
             yield 0.0
             continue
         values = (tensor.detach().abs() if tensor.is_complex() else tensor.detach()).to(torch.float32)
-        size = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(tensor.numel())
+        size = float(torch.linalg.vector_norm(bring(values), dtype=torch.float64)) / math.sqrt(tensor.numel())
         yield size if math.isfinite(size) else math.inf

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -69,7 +68,7 @@ TOGETHER = 1 << 25
 
 @dataclass(frozen=True, eq=False)
 class CommutatorStats:
-    """What was measured, one entry per pair of batches. Tensors are float64 and live on the model's device.
+    """What was measured, one entry per pair of batches. Tensors are float64 and live where the model's vectors do.
 
     Attributes:
         method: ``"difference"``, ``"bracket"`` or ``"published"``: what ``defect`` is.
@@ -330,7 +329,7 @@ class CommutatorProbe:
             (([a], [b]) for a, b in _take(source, pairs)),
             keep_delta=keep_delta,
             method=method,
-            first_gradients=() if first_gradient is None else (first_gradient[None],),
+            first_gradients=() if first_gradient is None else (self.gradients.place.bring(first_gradient)[None],),
             design=design,
             check=check,
             seed=seed,
@@ -371,12 +370,10 @@ class CommutatorProbe:
         rows: list[CommutatorStats] = []
         # All is done outside the caller's torch.autocast, which would round what is computed from the gradients; a
         # loss_fn that is to be evaluated under it enters it itself.
-        kind = engine.device.type
-        outside = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
         numbered = enumerate(_linked(source) if chained else source)
         # So many pairs of each run are evaluated together: one where vectors are long, which are streamed.
         together = max(1, TOGETHER // (7 * engine.size * engine.dtype.itemsize))
-        with outside, LOCK, torch.inference_mode(False):
+        with engine.place.without_autocast(), LOCK, torch.inference_mode(False):
             # A pair that is checked comes first and alone: the others are judged by what it shows.
             while taken := list(islice(numbered, 1 if check and not rows else together)):
                 with engine.evaluator.session():  # nobody else changes the model until the pairs are done

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from grokcurv.device import CPU, default_generators, device_of
 from grokcurv.device_buffer import capturing
 from grokcurv.flat import Segment, segments_of
-from grokcurv.intercept import NARROW, PrivateDraws, Seen
+from grokcurv.intercept import NARROW, Apart, PrivateDraws, Seen
 from grokcurv.state import LARGE, Snapshot, Stream, Streams, stand_ins, standing_in, stream_of
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ TITLES = {
     "random": "Python's random",
     "numpy": "numpy.random",
     "cuda": "torch's default generator of {}",
+    "mps": "torch's default generator of {}",
 }
 """How the generators that everybody sees are spoken of."""
 
@@ -93,6 +95,7 @@ class Evaluator:
         model, loss_fn: as for :class:`grokcurv.gradients.GradientEngine`.
 
     Attributes:
+        place: where the model is, and where the vectors are of which it is given parts.
         draws: of which visible generators the evaluations are known to take: ``"torch"``, ``"random"``, ``"numpy"``.
         generation: a count of the times that something new was learnt in the middle of an evaluation, such as a draw.
             What was computed before it may not fit what is computed after.
@@ -116,6 +119,7 @@ class Evaluator:
         self._ends: dict[tuple[str, int, int], Any] = {}
         first = self.parameters()[0]
         self.dtype, self.device = first.dtype, first.device
+        self.place = device_of(self.device)
 
     # ------------------------------------------------------------------------------------------------- what is there
 
@@ -150,8 +154,8 @@ class Evaluator:
         return tensor.detach()
 
     def values(self) -> list[Tensor]:
-        """What is here of the parameters, in their order."""
-        return list(map(self.local, self.parameters()))
+        """What is here of the parameters, in their order, where vectors live."""
+        return self.place.bring_all(list(map(self.local, self.parameters())))
 
     @property
     def size(self) -> int:
@@ -188,10 +192,14 @@ class Evaluator:
     def _look(self) -> Snapshot:
         return Snapshot([self.model], [self.loss_fn], self._parameters)
 
-    def leaves(self, theta: Tensor) -> list[Tensor]:
-        """Views of a vector, or of a copy if the model writes to them, that gradients can be asked of."""
+    def leaves(self, theta: Tensor, *, at_home: bool = False) -> list[Tensor]:
+        """Views of a vector, or of a copy if the model writes to them, that gradients can be asked of.
+
+        An evaluation takes place where they are: on the model's device if that has their dtype, unless it is to be made
+        where vectors live.
+        """
         with torch.inference_mode(False):
-            vector = theta.detach()
+            vector = theta.detach() if at_home else self.place.send(theta.detach())
             return [view.requires_grad_() for view in self.views(vector.clone() if self.writes_parameters else vector)]
 
     def views(self, vector: Tensor) -> list[Tensor]:
@@ -257,7 +265,7 @@ class Evaluator:
             # A forward pass may write to its parameters (Embedding(max_norm=...), momentum encoders). Versions tell,
             # and from then on every evaluation gets a copy of the vector.
             written = [leaf._version for leaf in leaves]
-            with self.around(leaves[0].dtype, batch, seed=seed, moved=moved, everything=everything) as stack:
+            with self.around(leaves[0], batch, seed=seed, moved=moved, everything=everything) as stack:
                 self._place(leaves, stack)
                 stack.enter_context(mode or nullcontext())
                 with torch.enable_grad():
@@ -270,21 +278,25 @@ class Evaluator:
     @contextmanager
     def around(
         self,
-        dtype: torch.dtype,
+        like: Tensor,
         batch: Any = None,
         *,
         seed: int = 0,
         moved: dict[str, Any] | None = None,
         everything: bool = False,
     ) -> Iterator[ExitStack]:
-        """All of an evaluation in ``dtype`` but the parameters, which are put in their place in the stack it gives."""
+        """All of an evaluation in the dtype, and in the place, of ``like``, but the parameters, which are put in their
+        place in the stack it gives."""
         with self.session() as snapshot:
-            cast = dtype if dtype != self.dtype else None
+            cast = like.dtype if like.dtype != self.dtype else None
+            apart = self.place.is_apart(like)
             # Tensors of the model that may change get stand-ins, copies that are written to in their place; large ones
             # that were never seen to change are watched instead, which costs nothing. The batch always gets stand-ins.
             given = Snapshot([batch])
-            copied, watched = self._choose(snapshot, cast, everything)
-            originals, copies = [*copied, *given.tensors], [*stand_ins(copied, cast), *stand_ins(given.tensors, cast)]
+            copied, watched = self._choose(snapshot, cast, everything, apart)
+            move = self.place.bring if apart else None
+            originals = [*copied, *given.tensors]
+            copies = [*stand_ins(copied, cast, move), *stand_ins(given.tensors, cast, move)]
             versions = [(tensor, tensor.data, tensor._version) for tensor in watched]
             made = [copy._version for copy in copies]
             places = [copy.data_ptr() if copy.layout == torch.strided else 0 for copy in copies]
@@ -296,6 +308,8 @@ class Evaluator:
                 stack.callback(self._restore, given)
                 stack.callback(self._restore, snapshot)
                 stack.enter_context(standing_in(originals, copies))
+                if not self.place.has_float64:
+                    stack.enter_context(Apart(self.place, apart))
                 yield stack
             self.stateful = self.stateful or made != [copy._version for copy in copies]
             if everything:
@@ -321,9 +335,10 @@ class Evaluator:
         stack.enter_context(standing_in(self._parameters, leaves))
 
     def _choose(
-        self, snapshot: Snapshot, dtype: torch.dtype | None, everything: bool
+        self, snapshot: Snapshot, dtype: torch.dtype | None, everything: bool, apart: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Which tensors get stand-ins, and which are watched. The model's own floats are wanted in ``dtype``."""
+        """Which tensors get stand-ins, and which are watched. The model's own floats are wanted in ``dtype``, and all
+        that there are at home, if that is apart from the model."""
         copied: list[Tensor] = []
         watched: list[Tensor] = []
         for index, tensor in enumerate(snapshot.tensors):
@@ -334,7 +349,8 @@ class Evaluator:
             # is cheaper to copy than to think about, and for what is known to change.
             cast = dtype is not None and tensor.dtype in NARROW and index < snapshot.held
             small = tensor.numel() <= LARGE or tensor.requires_grad or id(tensor) in self.volatile
-            (copied if cast or small or everything else watched).append(tensor)
+            away = apart and not self.place.is_home(tensor)
+            (copied if cast or small or away or everything else watched).append(tensor)
         return copied, watched
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -374,11 +390,9 @@ class Evaluator:
     def _plain_surroundings(self) -> Iterator[None]:
         """Nothing compiled, cached or rounded to TensorFloat-32; sparse gradients of embeddings as dense ones."""
         cached = torch.is_autocast_cache_enabled()
-        backends: Any = torch.backends
-        products = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn) if self.device.type == "cuda" else ()
         with (
             uncompiled(),
-            switched(products, "fp32_precision", "ieee"),
+            switched(self.place.products, "fp32_precision", "ieee"),
             switched([parametrize], "_cache_enabled", 0),
             switched(self._sparse, "sparse", False),
         ):
@@ -452,9 +466,7 @@ class Evaluator:
 @functools.cache
 def streams(device: torch.device) -> Streams:
     """Python's, NumPy's and torch's own generators; torch's of the CPU, and of the device if it is a GPU."""
-    visible = {"torch": torch.default_generator, "random": PYTHON, "numpy": np.random.mtrand._rand}
-    if device.type == "cuda":
-        visible["cuda"] = torch.cuda.default_generators[device.index or 0]
+    visible = default_generators(device) | {"random": PYTHON, "numpy": np.random.mtrand._rand}
     return Streams((name, stream_of(generator)) for name, generator in visible.items())
 
 
@@ -471,7 +483,7 @@ class Observation(Seen):
     @property
     def drew(self) -> set[str]:
         """Names of :func:`streams`."""
-        torch_s = {"torch", "cuda"} if self.draws else set()
+        torch_s = {"torch", "cuda", "mps"} if self.draws else set()
         return torch_s | ({"random"} if self._calls_random else set()) | {"numpy"}
 
     def __enter__(self) -> Observation:
@@ -496,7 +508,7 @@ def isolated(seed: int) -> Iterator[None]:
     torch's are not touched at all. Python's and NumPy's are put back if they have moved: then they are seeded by the
     next call, or nothing would be new in it.
     """
-    both = Streams((name, streams(torch.device("cpu"))[name]) for name in ("random", "numpy"))
+    both = Streams((name, streams(CPU)[name]) for name in ("random", "numpy"))
     before = both.positions()
     for name in both.keys() & _isolated:
         both[name].seed(seed)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -55,9 +54,10 @@ class GradientEngine:
     """Gradients of ``loss_fn(model, batch)`` at any parameter vectors.
 
     Args:
-        model: any module with at least one trainable parameter; all trainable parameters on one device and of
-            one real floating dtype. What is compiled in it or in the loss runs uncompiled here: compiled graphs cannot
-            be differentiated twice, and would be compiled anew for the other precision.
+        model: any module with at least one trainable parameter; all trainable parameters on one device (a CPU, a CUDA
+            device or an Apple GPU) and of one real floating dtype. What is compiled in it or in the loss runs
+            uncompiled here: compiled graphs cannot be differentiated twice, and would be compiled anew for the other
+            precision.
         loss_fn: ``loss_fn(model, batch)`` returning a scalar tensor.
         strategy: ``"auto"`` is ``graph`` for models of at most 2^24 parameters on a GPU, and ``loop`` for all others
             and wherever the former two do not go. ``vmap`` wants batches of tensors of the same shapes, and a model and
@@ -75,6 +75,7 @@ class GradientEngine:
     be set in a capture.
 
     Attributes:
+        place: where the model is, and where vectors live, :attr:`device`: the CPU if the model is on an Apple GPU.
         partition: which of the P coordinates the vectors here hold: all, unless a subclass says otherwise. ``size``
             is their number.
         brackets: whether there are Hessian-vector products.
@@ -102,7 +103,8 @@ class GradientEngine:
             self._check_model()
             self.evaluator = self._evaluator(loss_fn)
         self.segments: tuple[Segment, ...] = self.evaluator.segments
-        self.device, self.dtype = self.evaluator.device, self.evaluator.dtype
+        self.place, self.dtype = self.evaluator.place, self.evaluator.dtype
+        self.device = self.place.home
         self.size = self.evaluator.size
         self.traits = Traits()
         self._admission = Admission()
@@ -125,11 +127,11 @@ class GradientEngine:
         Raises:
             ValueError: there is no such strategy, or not for a model that is where this one is.
         """
-        on_gpu = self.device.type == "cuda"
+        on_gpu = self.place.has_graphs
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be one of {', '.join(get_args(Strategy))}; got {strategy!r}")
         if strategy == "graph" and not on_gpu:
-            raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.device}")
+            raise ValueError(f"strategy 'graph' needs a model on a CUDA device; this one is on {self.place.model}")
         if strategy == "auto":
             strategy = "graph" if on_gpu and self.size <= SMALL else "loop"
         self.strategy: Strategy = strategy
@@ -181,7 +183,8 @@ class GradientEngine:
     def flatten_grad(self, out: Tensor | None = None) -> Tensor:
         """(P,) what training has left in their ``.grad``, zero where one has none; in the same order."""
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.evaluator.parameters())
-        return torch.cat([_dense(self.evaluator.local(grad)).reshape(-1) for grad in grads], out=out)
+        parts = [_dense(self.evaluator.local(grad)).reshape(-1) for grad in grads]
+        return torch.cat(self.place.bring_all(parts), out=out)
 
     def anywhere(self, flag: bool) -> bool:
         """Whether the flag is set in any of the processes that train the model, all of which ask."""
@@ -218,7 +221,7 @@ class GradientEngine:
         return self.traits
 
     def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
-        if capturing(self.device) or self.device.type == "meta":
+        if capturing(self.device) or not self.place.has_data:
             return Traits(nonsmooth=self._has_kinks(batch, seed), brackets=self.brackets)
         self.traits = Traits()
         traits = self._admission.admit(self, batch, seed, exact, brackets)
@@ -255,7 +258,7 @@ class GradientEngine:
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         """Whether second derivatives are what they should be; looked at when it is first asked."""
-        if not self.brackets or self.device.type == "meta" or capturing(self.device):
+        if not self.brackets or not self.place.has_data or capturing(self.device):
             return self.brackets
         with self.evaluator.session():
             return self._admission.second_derivatives(self, self.traits, batch, seed)
@@ -344,14 +347,23 @@ class GradientEngine:
         return out
 
     def whole_gradient(
-        self, theta: Tensor, batch: Any, out: Tensor, seed: int = 0, *, plain: bool | None = None, mode: Mode = None
+        self,
+        theta: Tensor,
+        batch: Any,
+        out: Tensor,
+        seed: int = 0,
+        *,
+        plain: bool | None = None,
+        mode: Mode = None,
+        at_home: bool = False,
     ) -> Tensor:
         """The gradient, all of it at once, into ``out`` of the dtype of ``theta``.
 
-        ``plain`` and ``mode``: by which kind of backward pass and under what, if not as :attr:`traits` say.
+        ``plain`` and ``mode``: by which kind of backward pass and under what, if not as :attr:`traits` say;
+        ``at_home``: where vectors live, and not where the model is.
         """
         use = functools.partial(self._differentiate, out=out, plain=self.traits.plain if plain is None else plain)
-        leaves, mode = self.evaluator.leaves(theta), mode or self._mode(theta.dtype)
+        leaves, mode = self.evaluator.leaves(theta, at_home=at_home), mode or self._mode(theta.dtype)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
         return out
 
@@ -361,19 +373,22 @@ class GradientEngine:
         A plain pass is not told where to stop. Re-entrant checkpoints want it so; other leaves of the graph then get
         gradients too, of which those that the model and the loss hold are stand-ins.
         """
-        views = self.evaluator.views(out)
+        there = self.place.room(out, placed[0])
+        views = self.evaluator.views(there)
         if self.size <= SHORT and not plain:
             found = torch.autograd.grad(loss, placed, allow_unused=True, materialize_grads=True)
             torch._foreach_copy_(views, list(map(_dense, found)))
-            return
-        # Autograd adds in place to a gradient that is there already, so the flat buffer, zeroed, is filled without a
-        # copy of any part.
-        out.zero_()
-        for parameter, view in zip(placed, views, strict=True):
-            parameter.grad = view
-        torch.autograd.backward(loss, inputs=None if plain else placed)
-        for parameter in placed:
-            parameter.grad = None
+        else:
+            # Autograd adds in place to a gradient that is there already, so the flat buffer, zeroed, is filled without
+            # a copy of any part.
+            there.zero_()
+            for parameter, view in zip(placed, views, strict=True):
+                parameter.grad = view
+            torch.autograd.backward(loss, inputs=None if plain else placed)
+            for parameter in placed:
+                parameter.grad = None
+        if there is not out:
+            out.copy_(self.place.bring(there))
 
     def _survives(self, evaluate: Callable[[], None], theta: Tensor) -> bool:
         """Whether an evaluation, in float64 for the check's sake, can be made; that it cannot ends no training."""
@@ -399,7 +414,7 @@ class GradientEngine:
     def _streamed(
         self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None, mode: Mode = None
     ) -> None:
-        delivery, mode = Delivery(self.evaluator.views(out), check), mode or self._mode(theta.dtype, check)
+        delivery, mode = self._delivery(out, check), mode or self._mode(theta.dtype, check)
         leaves, plain = self.evaluator.leaves(theta), self.traits.plain
 
         def use(loss: Tensor, placed: list[Tensor]) -> None:
@@ -415,6 +430,9 @@ class GradientEngine:
         if not plain:
             delivery.attach(leaves)
         self.evaluator.evaluate(leaves, batch, use, seed=seed, mode=mode)
+
+    def _delivery(self, out: Tensor | None, check: Check | None) -> Delivery:
+        return Delivery([] if out is None else self.evaluator.views(out), check, self.place.bring)
 
     def _mode(self, dtype: torch.dtype, check: Check | None = None) -> Mode:
         """What an evaluation in ``dtype`` needs around it."""
@@ -500,7 +518,7 @@ class GradientEngine:
 
     def _most(self, thetas: Tensor, batch: Any) -> int:
         """How many gradients fit into one program, each with its vectors and with what a backward pass keeps for it."""
-        if thetas.device.type == "meta":
+        if not self.place.has_data:
             return sys.maxsize
         shapes = tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         if shapes not in self._kept:
@@ -516,18 +534,18 @@ class GradientEngine:
                 self.whole_gradient(theta, batch, torch.empty_like(theta))
             self._kept[shapes] = sum(kept.values()) + VECTORS * theta.nbytes
         if self._room is None:  # half of what is free on a GPU, or of what there is for a CPU
-            on_gpu = thetas.device.type == "cuda"
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            self._room = (torch.cuda.mem_get_info(thetas.device)[0] if on_gpu else memory) // 2
+            self._room = self.place.free_memory() // 2
         wider = thetas.element_size() // self.dtype.itemsize
         return max(1, self._room // (max(1, wider) * self._kept[shapes]))
 
     def _program(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None) -> Tensor:
         """All gradients at once. Generators are left alone: ``vmap`` refuses to draw."""
         shared = len(thetas) == 1
-        thetas = thetas[0] if shared else repeated(thetas, len(batches))
+        thetas = self.place.send(thetas[0] if shared else repeated(thetas, len(batches)))
         leaves = tuple(thetas.detach()[..., s.start : s.stop].unflatten(-1, s.shape) for s in self.segments)
         stacked = _stack(batches)
+        if self.place.is_apart(thetas):
+            stacked = tree_map_only(Tensor, self.place.bring, stacked)
         if thetas.dtype != self.dtype:
             stacked = tree_map_only(Tensor, lambda x: x.to(thetas.dtype) if x.is_floating_point() else x, stacked)
 
@@ -535,13 +553,13 @@ class GradientEngine:
             torch.func.grad(self.evaluator.loss_at), in_dims=(None if shared else 0, 0)
         )
         # The fused attention of the CPU would run once per vector: it has no batched form.
-        with self.evaluator.around(thetas.dtype) as stack, sdpa_kernel(SDPBackend.MATH):
+        with self.evaluator.around(thetas) as stack, sdpa_kernel(SDPBackend.MATH):
             stack.enter_context(self._mode(thetas.dtype) or nullcontext())
             with torch.enable_grad():
                 if self.compile and thetas.dtype == self.dtype:
                     gradients = self._compiled(gradients, leaves, stacked)
                 rows = gradients(leaves, stacked)
-        return torch.cat([values.flatten(1) for values in rows], 1, out=out)
+        return torch.cat([self.place.bring(values.flatten(1)) for values in rows], 1, out=out)
 
     def _compiled(self, gradients: Callable[..., Any], leaves: Any, stacked: Any) -> Callable[..., Any]:
         """The same program from ``torch.compile``: traced here once for each shape, and compiled as operators alone.
@@ -586,10 +604,9 @@ class GradientEngine:
             gradient, product: (P,); overwritten, as ``out`` of :meth:`gradient` is. The gradient may be None.
             check: of the gradient, and of the product, (2, 3); or of the product alone, (1, 3).
         """
-        first = Delivery([] if gradient is None else self.evaluator.views(gradient), check and check.of(0))
-        second = Delivery(self.evaluator.views(product), check and check.of(-1))
-        # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
-        along = self.evaluator.views(direction.data)
+        first = self._delivery(gradient, check and check.of(0))
+        second = self._delivery(product, check and check.of(-1))
+        along: list[Tensor] = []
         terms: list[Tensor] | None = None  # of the inner product, while the gradient arrives
 
         def meet(index: int, grad: Tensor) -> Tensor | None:
@@ -616,7 +633,10 @@ class GradientEngine:
             second.end()
 
         def differentiate() -> None:
+            nonlocal along
             leaves = self.evaluator.leaves(theta)
+            # Other rows of one buffer may be written to meanwhile: `data` does not count their changes as its own.
+            along = self.evaluator.views(self.place.beside(direction.data, leaves[0]))
             for index, leaf in enumerate(leaves):
                 leaf.register_hook(functools.partial(meet, index))
             second.attach(leaves)
@@ -663,10 +683,11 @@ class Delivery:
     Args:
         views: where the parts go.
         check: what is found in comparing.
+        bring: takes a part to where the views are.
     """
 
-    def __init__(self, views: list[Tensor], check: Check | None = None) -> None:
-        self._views, self._check = views, check
+    def __init__(self, views: list[Tensor], check: Check | None, bring: Callable[[Tensor], Tensor]) -> None:
+        self._views, self._check, self._bring = views, check, bring
         self._missing: set[int] = set()
         self._norms: list[Tensor] = []
 
@@ -691,7 +712,7 @@ class Delivery:
         """One part, of any floating dtype."""
         if not self._views:
             return  # nobody wants the vector
-        view, part = self._views[index], part.detach()
+        view, part = self._views[index], self._bring(part.detach())
         self._missing.discard(index)
         if self._check:
             self._norms += [_distance(view, part), _norm(part)]

@@ -1,6 +1,6 @@
 """Operators as they pass between PyTorch's autograd and its kernels: seen, widened, shaken, given draws of their own.
 
-Three dispatch modes. They act below autograd, so that what they change is differentiated as it was written, and inside
+Four dispatch modes. They act below autograd, so that what they change is differentiated as it was written, and inside
 backward passes too.
 """
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from grokcurv.device import Device
 
 NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """What counts as fewer bits than float64."""
@@ -89,6 +91,47 @@ class PrivateDraws(TorchDispatchMode):
             if taking is not None:
                 func, kwargs["generator"] = taking, self._generators[device]
         return func(*args, **kwargs)
+
+
+class Apart(TorchDispatchMode):
+    """Has a model that is apart from its vectors draw the same, and find what it asks for, on either side.
+
+    What would be drawn from torch's default generators is drawn from the CPU's, and moved to where it is wanted. In an
+    evaluation at home, what asks for the model's device gets home.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, place: Device, at_home: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._place, self._at_home = place, at_home
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, draws = (args, kwargs or {}), _is_random(func) and (kwargs or {}).get("generator") is None
+        if draws and not self._at_home:
+            return self._drawn(func, given)
+        args, kwargs = tree_map_only(torch.device, self._instead, given) if self._at_home else given
+        return func(*args, **kwargs)
+
+    def _instead(self, device: torch.device) -> torch.device:
+        return self._place.home if self._place.means(device) else device
+
+    def _drawn(self, func: Any, given: tuple[Any, Any]) -> Any:
+        """What asks for the model's device, or is like something there, is moved there, and written where it is to be
+        written."""
+        place, tensors = self._place, _tensors(given)
+        args, kwargs = tree_map_only(Tensor, place.bring, tree_map_only(torch.device, self._instead, given))
+        drawn = func(*args, **kwargs)
+        asked = any(isinstance(x, torch.device) and place.means(x) for x in tree_leaves(given))
+        if not asked and all(map(place.is_home, tensors)):
+            return drawn
+        targets = {id(here): target for here, target in zip(_tensors((args, kwargs)), tensors, strict=True)}
+        for here in _written(func, args, kwargs):
+            if targets[id(here)] is not here:
+                targets[id(here)].copy_(place.move(here, place.model))
+        return tree_map_only(
+            Tensor, lambda x: targets[id(x)] if id(x) in targets else place.move(x, place.model), drawn
+        )
 
 
 class Widened(TorchDispatchMode):

@@ -207,7 +207,7 @@ class CurvatureMonitor:
         drawn: its place is taken by a :class:`grokcurv.lookahead.Later`, with which :meth:`step` fetches it. Where a
         loader refills the tensors that it has given out, training gets copies.
         """
-        return with_next(loader, self.probe.gradients.device, self.memory)
+        return with_next(loader, self.probe.gradients.place.model, self.memory)
 
     def step(self, batch: Any = None, next_batch: Any = None) -> None:
         """Count one training step, and do what is due at it.

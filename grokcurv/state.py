@@ -261,8 +261,15 @@ def stream_of(generator: Any) -> Stream:
     return Stream(lambda: bits.state, write, lambda seed: write(type(bits)(seed).state))
 
 
-def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Copies of the tensors, floating ones in ``dtype`` if given; those that share memory share it again."""
+def stand_ins(
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    move: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """Copies of the tensors, floating ones in ``dtype`` if given; those that share memory share it again.
+
+    ``move``, if given, takes them to the device where the copies are wanted.
+    """
     storages = Counter(_storage(tensor) for tensor in tensors if tensor.layout == torch.strided)
     whole: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -270,11 +277,12 @@ def stand_ins(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> li
         source = tensor.detach()
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         if tensor.layout != torch.strided or storages[_storage(tensor)] == 1:
+            source = move(source) if move else source
             return source.to(wanted) if wanted != tensor.dtype else source.clone()
         key = (_storage(tensor), tensor.dtype)
         if key not in whole:
             flat = source.new_empty(0).set_(source.untyped_storage())
-            whole[key] = flat.to(wanted, copy=True)
+            whole[key] = (move(flat) if move else flat).to(wanted, copy=True)
         return whole[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
     return [copy(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors]

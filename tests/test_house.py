@@ -12,7 +12,7 @@ import grokcurv
 HOUSE = Path(grokcurv.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("reference", "flat", "partition", "device_buffer", "storage", "progress", "random_subspace", "losses"),
+    ("reference", "flat", "partition", "device", "device_buffer", "storage", "progress", "random_subspace", "losses"),
     ("ops",),
     ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace", "optim", "draws"),
     ("pairs", "checks", "commutator", "measures", "samplers", "lookahead"),

@@ -314,7 +314,7 @@ class ShardedEvaluator(Evaluator):
     def views(self, vector: Tensor) -> list[Tensor]:
         return self._partition.views(vector)
 
-    def leaves(self, theta: Tensor) -> list[Tensor]:
+    def leaves(self, theta: Tensor, *, at_home: bool = False) -> list[Tensor]:
         # Values to be copied into the shards, no more: no gradient arrives at them, so none is required.
         return self.views(theta)
 
