@@ -137,7 +137,8 @@ class UpdateGram(Measure):
 
     def keep(self, runs: list[int]) -> None:
         def kept(rows: Tensor) -> Tensor:
-            return rows.unflatten(-1, (-1, self.size))[..., runs, :].flatten(-2)
+            by_run: Tensor = rows.unflatten(-1, (-1, self.size))
+            return by_run[..., runs, :].flatten(-2)
 
         self._updates, self._gram = kept(self._updates), self._gram[runs]
         self._before = None if self._before is None else kept(self._before)
