@@ -110,7 +110,8 @@ def whole(settings: dict[str, Any], steps: int, length: int) -> None:
     took = [f"{x / middle:.1f}" for x in records["measure_seconds"]]
     print(f"measured: {most():.2f} GiB at most; a vector of P is {size:.2f}, a row of the PCA {_row(segments):.2f}")
     print(f"a measurement took, in plain steps: {', '.join(took)}")
-    print(f"PCA by {pca.method_}; rho at the last step {records['rho'].iloc[-1]:.3f}; all {records['method'].unique()}")
+    methods = " and ".join(records["method"].unique())
+    print(f"rows by {methods}, PCA by {pca.method_}; rho at the last step {records['rho'].iloc[-1]:.3f}")
     print(f"training is bitwise the unmeasured one: {torch.equal(weights, measured.weights())}")
 
 

@@ -68,7 +68,7 @@ def test_gpt2() -> None:
     pytest.importorskip("transformers")
     printed = run("gpt2.py", "whole", "--tiny", "--length", "8")
     assert "training is bitwise the unmeasured one: True" in printed
-    assert "PCA by gram; rho at the last step 0." in printed
+    assert re.search(r"PCA by gram; rho at the last step [01]\.\d+", printed)
     printed = run("gpt2.py", "budget", "--tiny", "--steps", "60", "--share", "1.0", "--length", "8")
     assert "resumed half-way it measured the same steps: True" in printed
 

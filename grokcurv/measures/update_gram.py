@@ -159,7 +159,8 @@ def spectrum(gram: Tensor) -> Tensor:
     old, new = slice(0, half), slice(window - half, window)
     (old_sigma, old_left), (new_sigma, new_left) = (_singular(gram[:, at, at], min(half, 2)) for at in (old, new))
     # <v_j, w_j>, of which v_j = X' u_j / sigma_j.
-    inner = (old_left * (gram[:, old, new] @ new_left)).sum(1) / (old_sigma * new_sigma)
+    lengths = (old_sigma * new_sigma).masked_fill(old_sigma * new_sigma == 0, math.nan)
+    inner = (old_left * (gram[:, old, new] @ new_left)).sum(1) / lengths
     inner = nn.functional.pad(inner, (0, 2 - inner.shape[1]), value=math.nan)
     numbers = [
         sigma[:, 1].square() - sigma[:, 2].square(),
