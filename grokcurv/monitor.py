@@ -223,9 +223,15 @@ class CurvatureMonitor:
         # A captured step is recorded once and replayed many times: it measures whatever the counters of the host say,
         # leaves the PCA alone (which folds rows at times that depend on their number) and counts on the device.
         captured = capturing(self.probe.gradients.device)
-        if captured and (self.commutator.alignment or self.budget is not None):
-            option = "alignment=True looks back on the call before" if self.commutator.alignment else "a budget counts"
-            raise RuntimeError(f"{option}, which a CUDA graph does not: capture a monitor without")
+        if captured and self.commutator.alignment:
+            raise RuntimeError(
+                "alignment=True looks back on the call before, which a CUDA graph does not know: "
+                "capture a monitor with alignment=False"
+            )
+        if captured and self.budget is not None:
+            raise RuntimeError(
+                "a budget counts on the host, which a CUDA graph does not ask: capture a monitor without"
+            )
         start = time.perf_counter() if captured else self._enter()
         if self.feeds and not captured:
             self.feed()
