@@ -28,8 +28,9 @@ class Budget:
     """Says which steps are measured, so that measurements take at most a share of the time of training.
 
     What a measurement takes, and a step of training, is timed once, when the model is admitted, and frozen. From then
-    on a step earns ``share`` of what it takes, and a measurement is due when its price has been earned. A row that
-    turns out to need more (a bracket) pays that too, and the next one comes later. So which steps are measured depends
+    on a step earns ``share`` of what it takes, and a measurement is made when half of its price has been earned: what
+    was spent is never further from what was earned than half a row. One that turns out to need more (a bracket) pays
+    that too, and the next one comes later. So which steps are measured depends
     on the frozen prices and on what the rows were, on no clock: a run that is resumed from a state measures the steps
     that an undisturbed one does. What admission takes is not counted.
 
@@ -100,10 +101,10 @@ class Budget:
     # ------------------------------------------------------------------------------------------------- what it decides
 
     def affords(self, step: int) -> bool:
-        """Whether a row at this step has been earned; before prices are known, it is free."""
+        """Whether half of a row at this step has been earned; before prices are known, it is free."""
         if not self.prices:
             return True
-        return not math.isnan(self.step) and self.credit >= self._sum(self._commutator.foresee(step))
+        return not math.isnan(self.step) and self.credit >= self._sum(self._commutator.foresee(step)) / 2
 
     def fields(self, step: int, like: Tensor) -> tuple[Tensor, ...]:
         """:data:`FIELDS` of a row at this step."""
