@@ -308,7 +308,7 @@ class CurvatureMonitor:
     def _enter(self) -> float:
         """The time, before anything is measured of a step; what has passed since the last one was training's."""
         if self.budget is not None:
-            self.budget.synchronize()
+            self.budget.synchronize()  # while steps are being timed, and not from then on
         now = time.perf_counter()
         if not math.isnan(self._left):
             self._costs["training"] += now - self._left
@@ -370,6 +370,13 @@ class CurvatureMonitor:
                     stacklevel=2,
                 )
         return self._writes
+
+    def pass_by(self) -> None:
+        """Have the PCA, where it is due, and the measures see the parameters of this step, without a row."""
+        if self.feeds:
+            self.feed()
+        for measure in self.measures:
+            measure.observe(self._steps, (), False)
 
     def at(self, step: int) -> None:
         """Have the next call of :meth:`step` be that of this step: of a checkpoint, say."""

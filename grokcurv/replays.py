@@ -103,7 +103,8 @@ def replay(
             if step <= latest:
                 raise ValueError(f"checkpoints: {name} is of step {step}, and comes after one of step {latest}")
             latest = step
-            if step not in table.steps or monitor.trajectory is not None:
+            # The PCA and the measures may rest on what came before, which is then seen again, and not measured.
+            if step not in table.steps or monitor.trajectory is not None or measures:
                 try:
                     found = source if isinstance(source, Mapping) else read_checkpoint(Path(source))
                     load_weights(model, weights_of(model, found, name))
@@ -116,8 +117,8 @@ def replay(
                 monitor.at(step)
                 if step not in table.steps:
                     monitor.step()
-                elif monitor.feeds:
-                    monitor.feed()
+                else:
+                    monitor.pass_by()
             table.write(WRITE_SECONDS)
             if show is not None:
                 show({"done": number, "total": total, "step": step, "skipped": len(skipped), "row": monitor.last})

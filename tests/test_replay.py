@@ -126,6 +126,17 @@ def test_a_stopped_replay_goes_on(trained: Any, tmp_path: Path) -> None:
         replayed(states, out=out)
 
 
+def test_a_measure_of_what_came_before_goes_on(trained: Any, tmp_path: Path) -> None:
+    """Its rows are those of a replay that was never stopped: what is in the file is seen again, and not measured."""
+    states, _ = trained
+    whole = replayed(states, measures=[gc.UpdateGram(3, "*")])
+    assert whole["g23"].notna().tolist() == [False] * 3 + [True] * 3
+    out = tmp_path / "rows.parquet"
+    replayed(states[:4], measures=[gc.UpdateGram(3, "*")], out=out)
+    again = replayed(states, measures=[gc.UpdateGram(3, "*")], out=out)
+    pd.testing.assert_frame_equal(values(again), values(whole), check_exact=True)
+
+
 def test_of_a_hundred_three_are_damaged(trained: Any, tmp_path: Path) -> None:
     states, _ = trained
     for step in range(100):

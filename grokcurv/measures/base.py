@@ -43,7 +43,7 @@ class Measure:
 
         Returns (R, columns) float64 on the device, where it is ``due``: what is known at this step of each run.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each measure has its own; there is nothing that all could do
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """What a run needs to go on in another process: tensors and plain values."""

@@ -149,6 +149,7 @@ class Commutator:
         """What a measurement came to: its plan, and the brackets that took rows of it."""
         if is_asynchronous(self.probe.gradients.device):
             return plan
+        # On a CPU the numbers are there; on a device, where looking would wait, no row is taken by another method.
         brackets = (found[:, 0] == METHODS.index("bracket")).tolist()
         taken = [run for method, _, runs in plan if method != "bracket" for run in runs if brackets[run]]
         return *plan, *(("bracket", self._checked[run]["bracket"] == step, (run,)) for run in taken)
