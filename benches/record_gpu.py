@@ -147,7 +147,8 @@ PROCESSES = {
     "large": (GPU_TESTS, "-k", LARGE),
 }
 """The GPU tests, by the process that they share: a kernel that crashes takes along the tests that come after it."""
-AT_ONCE = 4
+AT_ONCE = max(2, (os.cpu_count() or 2) // 2)
+"""Each computes on the host too, what its numbers should be."""
 
 
 def gpu_tests(limit: float) -> Outcome:
