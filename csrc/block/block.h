@@ -12,11 +12,22 @@
 //   warp_sum(x)           the sum over the 32 threads of a warp, each of which comes to it; all get the same bits
 //   warp_max(x)           likewise the largest
 //   warp_first(x)         the first thread of the warp, counted within it, whose x is true; 32 if there is none
+//   warp_multiply(a, b, c, needed)   adds products of tiles, whose entries the threads of a warp share (below), to c
 //   copy(to, from)        begins to copy a T from global to shared memory
 //   commit(), wait<n>()   closes a group of copies; until all groups are there, but for the n that were closed last
 //
-// warp_sum, warp_max and warp_first exchange registers and order no memory: what one thread writes and another reads
-// has a sync() between. So has what one thread copies: its wait is for itself.
+// warp_sum, warp_max, warp_first and warp_multiply exchange registers and order no memory: what one thread writes and
+// another reads has a sync() between. So has what one thread copies: its wait is for itself.
+//
+// warp_multiply is for the tensor cores: C += A B, a double at a time, for tiles i of 16 rows of A, j of 8 columns of
+// B, and so C[i][j] where needed(i, j). With `depth` of 4 or 8 columns of A and rows of B, thread 4 g + t has
+//
+//   a[i][2 h + u]     row g + 8 u, column t + 4 h of tile i of A     (u below 2, h below depth / 4)
+//   b[j][h]           row t + 4 h, column g of tile j of B
+//   c[i][j][2 u + v]  row g + 8 u, column 2 t + v of tile (i, j)     (v below 2)
+//
+// as "Matrix Fragments for mma" of the PTX manual has it. To an entry of C its products are added one after the other,
+// in the order of the columns of A, each with one rounding, as fma does: so do the cores (benches/tensor_cores.cu).
 //
 // csrc/cuda/device.cuh runs blocks on a GPU, csrc/emulator/device.h the same source on the CPU. Both do the arithmetic
 // that is written down: products and sums are fused only where it says fma.
@@ -342,9 +353,10 @@ class Workspace {
  public:
   explicit Workspace(double* memory) : memory_(memory) {}
 
+  // Each piece begins at 16 bytes, as widest loads and copies want it, if the workspace does.
   double* take(Index doubles) {
     double* piece = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += doubles;
+    used_ += divided_up(doubles, 2) * 2;
     return piece;
   }
   Index used() const { return used_; }

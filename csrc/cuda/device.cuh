@@ -36,6 +36,18 @@ struct Block {
     for (int distance = block::warp / 2; distance > 0; distance /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, distance));
     return x;
   }
+  template <int depth, int rows, int columns, class Needed>
+  __device__ __forceinline__ void warp_multiply(const double (&a)[rows][depth / 2],
+                                                const double (&b)[columns][depth / 4], double (&c)[rows][columns][4],
+                                                const Needed& needed) const {
+    GROKCURV_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      GROKCURV_UNROLL
+      for (int j = 0; j < columns; ++j) {
+        if (needed(i, j)) multiply(a[i], b[j], c[i][j]);
+      }
+    }
+  }
   // Asynchronously, past the registers, in pieces of 4, 8 or 16 bytes; what is smaller goes the ordinary way.
   template <class T>
   __device__ __forceinline__ void copy(T* to, const T* from) const {
@@ -57,6 +69,38 @@ struct Block {
   __device__ __forceinline__ int warp_first(bool x) const {
     const int first = __ffs(static_cast<int>(__ballot_sync(~0u, x)));
     return first == 0 ? block::warp : first - 1;
+  }
+
+ private:
+  // The larger shapes are of sm_90 and later; they are made of the smallest, in the same order of sums.
+  static __device__ __forceinline__ void multiply(const double (&a)[2], const double (&b)[1], double (&c)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+                 : "d"(a[0]), "d"(a[1]), "d"(b[0]));
+#else
+    GROKCURV_UNROLL
+    for (int u = 0; u < 2; ++u) {
+      asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                   : "+d"(c[2 * u]), "+d"(c[2 * u + 1])
+                   : "d"(a[u]), "d"(b[0]));
+    }
+#endif
+  }
+  static __device__ __forceinline__ void multiply(const double (&a)[4], const double (&b)[2], double (&c)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+        : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
+    GROKCURV_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const double a_h[2] = {a[2 * h], a[2 * h + 1]}, b_h[1] = {b[h]};
+      multiply(a_h, b_h, c);
+    }
+#endif
   }
 };
 

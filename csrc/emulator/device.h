@@ -61,8 +61,34 @@ class Block {
   double warp_sum(double x) const { return fibers_.warp_sum(x); }
   double warp_max(double x) const { return fibers_.warp_max(x); }
   int warp_first(bool x) const { return fibers_.warp_first(x); }
+  template <int depth, int rows, int columns, class Needed>
+  void warp_multiply(const double (&a)[rows][depth / 2], const double (&b)[columns][depth / 4],
+                     double (&c)[rows][columns][4], const Needed& needed) const {
+    constexpr int of_a = depth / 2, of_b = depth / 4, before_b = rows * of_a, all = before_b + columns * of_b;
+    double own[all];
+    std::copy_n(&a[0][0], before_b, own);
+    std::copy_n(&b[0][0], columns * of_b, own + before_b);
+    const double* given = fibers_.exchange(own, all);
+    const int group = thread_ % block::warp / 4, member = thread_ % 4;
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        for (int e = 0; e < 4 && needed(i, j); ++e) {
+          for (int k = 0; k < depth; ++k) {
+            const double* has_a = given + (4 * group + k % 4) * all;
+            const double* has_b = given + (4 * (2 * member + e % 2) + k % 4) * all;
+            c[i][j][e] = std::fma(has_a[i * of_a + k / 4 * 2 + e / 2], has_b[before_b + j * of_b + k / 4], c[i][j][e]);
+          }
+        }
+      }
+    }
+  }
+  // What is not aligned to its size, or to 16 bytes, a GPU would refuse.
   template <class T>
   void copy(T* to, const T* from) const {
+    constexpr std::uintptr_t piece = sizeof(T) < 16 ? sizeof(T) : 16;
+    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % piece != 0) {
+      throw std::runtime_error("a copy to shared memory is not aligned");
+    }
     copies_.add(to, from, sizeof(T));
   }
   void commit() const { copies_.commit(); }

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "block/block.h"
 
@@ -72,8 +73,7 @@ struct Fibers::Switch {
 struct Fibers::Fiber {
   Switch at;
   State state = State::ready;
-  double given = 0.0;      // to its warp
-  double seen[warp] = {};  // what all of the warp have given
+  std::vector<double> given;  // to its warp
 
   Fiber() {
     at.stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -92,7 +92,11 @@ void Fibers::enter() {
   Fibers& fibers = *current;
   Fiber& self = fibers.running();
   self.at.arrived(fibers.home_.get());
-  (*fibers.body_)(fibers.running_);
+  try {
+    (*fibers.body_)(fibers.running_);
+  } catch (...) {
+    fibers.failure_ = std::current_exception();
+  }
   self.state = State::done;
   self.at.leave_for(*fibers.home_, true);
 }
@@ -102,6 +106,7 @@ void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>
   shuffled_ = seed != 0;
   body_ = &body;
   current = this;
+  seen_.resize(static_cast<std::size_t>(block::divided_up(threads, warp)));
   random_.seed(seed);
   ready_.clear();
   for (int t = 0; t < threads; ++t) {
@@ -135,11 +140,18 @@ void Fibers::run(int threads, std::uint64_t seed, const std::function<void(int)>
       running_ = ready_[place];
       ready_.erase(ready_.begin() + static_cast<std::ptrdiff_t>(place));
       home_->leave_for(running().at, false);
+      if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
       const int first = running_ / warp * warp;
       if (count(State::at_warp, first, first + warp) < warp) continue;
-      // All have given their number; each takes a copy of them before any can give the next.
+      // All have given theirs, so that none still looks at what they gave before.
+      std::vector<double>& seen = seen_[static_cast<std::size_t>(first / warp)];
+      seen.clear();
       for (int t = first; t < first + warp; ++t) {
-        for (int k = 0; k < warp; ++k) fibers_[t]->seen[k] = fibers_[first + k]->given;
+        const std::vector<double>& given = fibers_[t]->given;
+        if (given.size() != fibers_[first]->given.size()) {
+          throw std::runtime_error("the threads of a warp exchange different things");
+        }
+        seen.insert(seen.end(), given.begin(), given.end());
       }
       release(first, first + warp);
     }
@@ -164,16 +176,16 @@ void Fibers::sync(const std::source_location& place) {
   if (!order.skips(place)) wait(State::at_barrier);
 }
 
-const double* Fibers::exchange(double x) {
-  running().given = x;
+const double* Fibers::exchange(const double* own, int n) {
+  running().given.assign(own, own + n);
   wait(State::at_warp);
-  return running().seen;
+  return seen_[static_cast<std::size_t>(running_ / warp)].data();
 }
 
 // In pairs at a distance of 16, 8, ... 1, as on the GPU.
 double Fibers::warp_sum(double x) {
   double sums[warp];
-  std::copy_n(exchange(x), warp, sums);
+  std::copy_n(exchange(&x, 1), warp, sums);
   for (int distance = warp / 2; distance > 0; distance /= 2) {
     for (int k = 0; k < distance; ++k) sums[k] += sums[k + distance];
   }
@@ -181,13 +193,14 @@ double Fibers::warp_sum(double x) {
 }
 
 double Fibers::warp_max(double x) {
-  const double* all = exchange(x);
+  const double* all = exchange(&x, 1);
   for (int k = 0; k < warp; ++k) x = std::fmax(x, all[k]);
   return x;
 }
 
 int Fibers::warp_first(bool x) {
-  const double* all = exchange(x ? 1.0 : 0.0);
+  const double own = x ? 1.0 : 0.0;
+  const double* all = exchange(&own, 1);
   return static_cast<int>(std::find(all, all + warp, 1.0) - all);
 }
 

@@ -2,6 +2,7 @@
 
 // The threads of a block, on one thread of the CPU: each runs until it waits for others, then another takes over.
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <random>
@@ -35,12 +36,14 @@ class Fibers {
   Fibers();
   ~Fibers();
 
-  // Runs body(0), ..., body(threads - 1) until all have returned. Throws std::runtime_error if some wait where others
-  // never come.
+  // Runs body(0), ..., body(threads - 1) until all have returned. Throws what one of them throws, and
+  // std::runtime_error if some wait where others never come.
   void run(int threads, std::uint64_t seed, const std::function<void(int)>& body);
 
-  // For the thread that runs now: wait for all the others; exchange a number with the 32 of its warp.
+  // For the thread that runs now: wait for all the others; exchange numbers with the 32 of its warp.
   void sync(const std::source_location& place);
+  // Where the n of thread t begin at n t, until this thread exchanges again.
+  const double* exchange(const double* own, int n);
   double warp_sum(double x);
   double warp_max(double x);
   int warp_first(bool x);
@@ -52,11 +55,12 @@ class Fibers {
   static void enter();
   Fiber& running() { return *fibers_[running_]; }
   void wait(State state);
-  const double* exchange(double x);
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<std::vector<double>> seen_;  // of each warp, what its threads gave last
   std::vector<int> ready_;
   const std::function<void(int)>* body_ = nullptr;
+  std::exception_ptr failure_;  // of a thread
   bool shuffled_ = false;
   std::mt19937_64 random_;
   int running_ = 0;
