@@ -19,12 +19,13 @@ How it predicts. For a coordinate a multiprocessor needs at least
 
 * for its bytes: all of them at 3.0 TB/s by 132, those that it loads at (bytes in flight) by 0.6 us,
 * for what crosses between L1 and L2: 64 bytes a clock, where stores go in whole sectors (:func:`sent`),
-* for its float64 operations: 64 a clock; for its conversions: 16; for its instructions: 128, of four warps.
+* for its float64 operations: 64 a clock, and 128 on the tensor cores; for its conversions: 16; for its instructions:
+  128, of four warps.
 
 A loop takes the root of the sum of their squares. Their maximum would say that they overlap perfectly, which is too
 kind to loops that come near two bounds at once; their sum, that nothing overlaps. Loops of a kernel take turns, as do
 launches: their times are added. The floor is that of docs/cuda.md, at the same rates. Not modelled: that warps may be
-dealt unevenly to the four schedulers, latencies of anything but streamed loads, tensor cores, copies by TMA.
+dealt unevenly to the four schedulers, shared memory, latencies of anything but streamed loads, copies by TMA.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ PROCESSORS, CLOCK = 132, 1.755e9
 """Multiprocessors of an H100 SXM, and Hz under load. All that follows is of one multiprocessor and in its clocks."""
 BANDWIDTH, LATENCY = 3.0e12 / PROCESSORS / CLOCK, 0.6e-6 * CLOCK
 """Of a copy, read and written, and of a load from memory that is busy."""
-PORT, FLOAT64, CONVERSIONS, ISSUED = 64, 64, 16, 128
-"""Bytes between L1 and L2, operations, conversions, and instructions of single threads."""
+PORT, FLOAT64, TENSOR, CONVERSIONS, ISSUED = 64, 64, 128, 16, 128
+"""Bytes between L1 and L2, operations, those of the tensor cores, conversions, and instructions of single threads."""
 REGISTERS, THREADS, SHARED, RESERVED = 65536, 2048, 228 * 1024, 1024
 """What blocks share; the last is what the system takes of the shared memory of each."""
 BLOCK, SECTOR = 256, 32
@@ -108,6 +109,8 @@ QUAD, CHUNK, ROOM = "LDG.E.128", 4096 * 8, BLOCK * 8
 """A load of four coordinates; bytes of a chunk in shared memory, and of the sums of 32 rows in each warp."""
 COPY = "LDGSTS.E.BYPASS.128"
 """A load of four coordinates to shared memory, asynchronously."""
+TILE, FUSED = "DMMA.16x8x8", 16 * 8 * 8 // 32
+"""A product of tiles by a warp; fused operations of a thread in it."""
 PLAIN, WITH_THETA, ON_BASIS = (f"CommutatorRangeIfLb0E{flags}Lb1E" for flags in ("Lb0ELb0E", "Lb1ELb0E", "Lb0ELb1E"))
 
 
@@ -128,14 +131,14 @@ def project(kernel: str, rows: float, shared: int) -> Loop:
 def rotated(outputs: int) -> Case:
     """32 rows. A coordinate is a column of all of them, of each a quarter of a quad: they come in four parts.
 
-    Each iteration copies a part to come and multiplies another; after every fourth, the outputs are written. A thread
-    has 16 of them on four columns, so that 128 threads have 512 columns, or 256 where there are 32 outputs. Shared
-    memory has four parts, of eight rows and the coefficients for them.
+    Each iteration copies a part to come and multiplies another; after every fourth, the outputs are written. A warp
+    multiplies 32 columns by 16 outputs in four instructions. A block has 512 columns, or 256 where there are 32 outputs.
+    Shared memory has four parts, of eight rows, a quad longer than they are, and the coefficients for them.
     """
     groups = outputs // 16
-    kernel, shared = f"RotateColumnsIffLi{groups}ELb1E", 4 * 8 * (4 * 512 // groups + 8 * outputs)
-    parts = Loop("three parts", kernel, (COPY, "DFMA"), 3 / 4 * 32 / 4, shared, 128, 128)
-    last = Loop("last part, outputs", kernel, (COPY, "DFMA", "STG.E.128"), 1 / 4 * 32 / 4, shared, 128, 128)
+    kernel, shared = f"RotateColumnsIffLi{groups}ELb1E", 4 * 8 * (4 * (512 // groups + 4) + 8 * outputs)
+    parts = Loop("three parts", kernel, (COPY, TILE), 3 / 4 * 32 / 4, shared, 128, 128)
+    last = Loop("last part, outputs", kernel, (COPY, TILE, "STG.E.128"), 1 / 4 * 32 / 4, shared, 128, 128)
     return Case(f"rotate_, 32 rows to {outputs}", "rotate", 4 * (32 + outputs), 64 * outputs, (parts, last))
 
 
@@ -146,9 +149,9 @@ PERTURB_SHARED = Loop("vectors", "PerturbChunkIfLb1ELb1E", (QUAD, QUAD, "STG.E.1
 # 16 rows that hardly any chunk meets, as in the bench. Every thread looks for them, once in a chunk, 32 at once.
 FILTER = Loop("scale", "FilterChunkIfLb1E", (QUAD, QUAD, "STG.E.128"), 1 / 4)
 FILTER_ROWS = Loop("rows looked for", "FilterChunkIfLb1E", ("VOTE.ANY",), BLOCK * 8 / CHUNK)
-# A coordinate is a column of 32 rows: of each row a quarter of a quad. An iteration loads the chunk of 128 columns to
-# come, and converts, stores and multiplies the one before.
-GRAM = Loop("chunk", "GramRangeIfLb1E", (QUAD, "DFMA", "STS.64"), 32 / 4, 8 * 128 * 34, 128, 128)
+# A coordinate is a column of 32 rows: of each row a quarter of a quad. An iteration loads 32 columns to come, and
+# converts and multiplies those that have arrived.
+GRAM = Loop("columns", "GramRangeIfLi2ELi4ELb1ELb0E", (QUAD, TILE), 32 / 4, 8 * 32 * 32, 128, 128)
 # The signs of 1024 coordinates of a block come from nine counters.
 SKETCH = Loop("coordinates", "SketchRangeIfE", ("LDG.E",) * 8, 1, 4 * 32 + 16 * 32 * 9)
 SKETCH_SIGNS = Loop("signs", "SketchRangeIfE", ("STS.128",), 9 / 1024, 4 * 32 + 16 * 32 * 9)
@@ -457,6 +460,7 @@ def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
     opcodes, bases = Counter(one.opcode for one in path), Counter(one.base for one in path)
     coordinates = opcodes[first] / loop.times
     operations = sum(bases[base] for base in ("DADD", "DMUL", "DFMA", "DSETP"))
+    on_tensor_cores = bases["DMMA"] * FUSED
     loads = [one for one in path if one.is_load]
     blocks = resident(registers, loop.shared, loop.block)
 
@@ -468,6 +472,7 @@ def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
         max((loaded + stored) / BANDWIDTH, loaded * LATENCY / in_flight if in_flight else 0.0),
         (loaded + sent(path)) / PORT,
         operations / FLOAT64,
+        on_tensor_cores / TENSOR,
         bases["F2F"] / CONVERSIONS,
         len(path) / ISSUED,
     )
@@ -483,7 +488,7 @@ def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
         width=width,
         in_flight=in_flight,
         instructions=len(path) / coordinates,
-        float64=operations / coordinates,
+        float64=(operations + on_tensor_cores) / coordinates,
         conversions=bases["F2F"] / coordinates,
         clocks=hypot(*bounds) / coordinates,
     )

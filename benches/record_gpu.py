@@ -10,7 +10,7 @@ step. A step that fails or runs out of time is written down and the next one beg
 failed.
 
 GROKCURV_CUDA_ARCH, such as 90, is the architecture to build for where there is no device to ask; GROKCURV_COMMIT is the
-commit to name where there is no git to ask.
+commit to name where git knows none, or another.
 """
 
 from __future__ import annotations
@@ -293,13 +293,13 @@ def printed(*command: str) -> str:
 def facts() -> dict[str, str]:
     device = printed("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     release = re.search(r"release (\S+),", printed("nvcc", "--version"))
-    commit = printed("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    commit = os.environ.get("GROKCURV_COMMIT") or printed("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     return {
         "device, driver, memory": device or "none",
         "nvcc": release[1] if release else "none",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "Python": platform.python_version(),
-        "grokcurv": f"commit {commit or os.environ.get('GROKCURV_COMMIT', 'unknown')}",
+        "grokcurv": f"commit {commit or 'unknown'}",
     }
 
 

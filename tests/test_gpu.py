@@ -192,13 +192,14 @@ FIRST_CALL_IN_A_CAPTURE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import cases, gpu
+from grokcurv import ops
 generator = torch.Generator().manual_seed(0)
-gpu.ops.perturb(**gpu.there(next(cases.sample_inputs("perturb", generator))))
+ops.perturb(**gpu.there(next(cases.sample_inputs("perturb", generator))))
 for op in cases.OPS:
     inputs = gpu.there(next(cases.sample_inputs(op, generator)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        getattr(gpu.ops, op)(**inputs)
+        getattr(ops, op)(**inputs)
     graph.replay()
 torch.cuda.synchronize()
 print("captured", *cases.OPS)

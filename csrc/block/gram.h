@@ -17,10 +17,10 @@ namespace grokcurv::block {
 // the warp; the four warps; the ranges. Whatever the other rows are, and whichever tile has the entry, so that its bits
 // know nothing of them.
 //
-// Rows that are not there are zeros.
-template <class T, int x_tiles, int y_tiles, bool triangle>
+// Rows that are not there are zeros. `centred`: about an origin.
+template <class T, int x_tiles, int y_tiles, bool triangle, bool centred>
 struct GramRange {
-  static constexpr int threads = 128, warps = threads / warp, resident = triangle ? 3 : 2;
+  static constexpr int threads = 128, warps = threads / warp, resident = triangle && !centred ? 3 : 2;
   static constexpr Index step = 1024;  // ranges are whole multiples of it
 
   static constexpr int x_side = 16 * x_tiles, y_side = 8 * y_tiles, columns = 16;
@@ -72,9 +72,10 @@ struct GramRange {
     };
     const T *x_own = at(task.x, x_first + group), *y_own = at(task.y, y_first + group);
     const Index x_left = task.x_rows - x_first - group, y_left = task.y_rows - y_first - group, apart = 8 * task.size;
-    const T* origin = task.origin == nullptr ? nullptr : at(task.origin, 0);
+    const T* origin = at(task.origin, 0);
 
-    const auto fetch = [&](int column, Quad<T>(&held)[rows]) {
+    // The last is of the origin.
+    const auto fetch = [&](int column, Quad<T>(&held)[rows + 1]) {
       const auto read = [&](auto whole) {
         constexpr bool at_once = decltype(whole)::value;
         const int left = at_once ? quad : length - column - member * quad;
@@ -86,6 +87,7 @@ struct GramRange {
         for (int r = 0; r < rows - y_rows; ++r) {
           if (8 * r < x_left) held[y_rows + r] = load<at_once>(x_own + r * apart + column, left);
         }
+        if (centred) held[rows] = load<at_once>(origin + column, left);
       };
       if (column >= length) return;
       if (wide && column + columns <= length) {
@@ -97,7 +99,7 @@ struct GramRange {
 
     double sum[x_tiles][y_tiles][4] = {};
     const auto needed = [](int i, int j) { return !triangle || j >= 2 * i; };
-    Quad<T> held[ahead][rows] = {};
+    Quad<T> held[ahead][rows + 1] = {};
     GROKCURV_UNROLL
     for (int n = 0; n < ahead; ++n) fetch((n * warps + own_warp) * columns, held[n]);
     for (int first = own_warp * columns; first < length; first += ahead * warps * columns) {
@@ -105,11 +107,6 @@ struct GramRange {
       for (int n = 0; n < ahead; ++n) {
         const int column = first + n * warps * columns;
         if (column >= length) break;
-        Quad<T> shift = {};
-        if (origin != nullptr) {
-          const int left = length - column - member * quad;
-          shift = wide ? load<true>(origin + column, left) : load<false>(origin + column, left);
-        }
         GROKCURV_UNROLL
         for (int e = 0; e < quad; e += 2) {
           double x[rows][2];
@@ -118,11 +115,11 @@ struct GramRange {
             GROKCURV_UNROLL
             for (int h = 0; h < 2; ++h) x[r][h] = widen(held[n][r].value[e + h]);
           }
-          if (origin != nullptr) {
+          if (centred) {
             GROKCURV_UNROLL
             for (int r = 0; r < rows; ++r) {
               GROKCURV_UNROLL
-              for (int h = 0; h < 2; ++h) x[r][h] -= widen(shift.value[e + h]);
+              for (int h = 0; h < 2; ++h) x[r][h] -= widen(held[n][rows].value[e + h]);
             }
           }
           if (e + 2 == quad) fetch(column + ahead * warps * columns, held[n]);
@@ -203,37 +200,40 @@ void gram(Device& device, const Gram& given) {
   Gram task = given;
   const bool symmetric = task.y == nullptr;
   if (symmetric) task.y = task.x;
-  const Index step = GramRange<float, 2, 4, true>::step, entries = task.x_rows * task.y_rows;
+  const Index step = GramRange<float, 2, 4, true, true>::step, entries = task.x_rows * task.y_rows;
   Index ranges = 0;
   const auto ranges_in = [&](Index length) { return ranges_of(length, step).count; };
   const Index* spans = upload_numbered(device, task.segments, ranges_in, ranges);
   double* partials = device.workspace.take(ranges * entries);
   with_type(task.type, [&]<class T>() {
-    using Triangle = GramRange<T, 2, 4, true>;
-    using Square = GramRange<T, 2, 4, false>;
-    using Few = GramRange<T, 4, 1, false>;  // rows of y
     bool wide = aligned<T>(task.x, task.x_rows, task.size) && aligned<T>(task.y, task.y_rows, task.size) &&
                 aligned<T>(task.origin, 1, task.size);
     for (Index s = 0; s < task.segments.count; ++s) wide = wide && task.segments[s].start % quad == 0;
-    const auto launch = [&]<class Body>(Index squares, const Gram& sides, bool swapped) {
-      device.launch(ranges * squares, Body::shared, Body{sides, spans, symmetric, squares, wide, partials, swapped});
-    };
-    const Index right = divided_up(task.y_rows, Square::y_side);
-    if (symmetric) {
-      launch.template operator()<Triangle>(right, task, false);
-      launch.template operator()<Square>(right * (right - 1) / 2, task, false);
-    } else if (task.x_rows > Few::y_side && task.y_rows > Few::y_side) {
-      launch.template operator()<Square>(divided_up(task.x_rows, Square::x_side) * right, task, false);
-    } else {
-      Gram sides = task;
-      const bool swapped = task.x_rows < task.y_rows;
-      if (swapped) {
-        std::swap(sides.x, sides.y);
-        std::swap(sides.x_rows, sides.y_rows);
+    with_flag(task.origin != nullptr, [&](auto centred) {
+      constexpr bool about = decltype(centred)::value;
+      using Triangle = GramRange<T, 2, 4, true, about>;
+      using Square = GramRange<T, 2, 4, false, about>;
+      using Few = GramRange<T, 4, 1, false, about>;  // rows of y
+      const auto launch = [&]<class Body>(Index squares, const Gram& sides, bool swapped) {
+        device.launch(ranges * squares, Body::shared, Body{sides, spans, symmetric, squares, wide, partials, swapped});
+      };
+      const Index right = divided_up(task.y_rows, Square::y_side);
+      if (symmetric) {
+        launch.template operator()<Triangle>(right, task, false);
+        launch.template operator()<Square>(right * (right - 1) / 2, task, false);
+      } else if (task.x_rows > Few::y_side && task.y_rows > Few::y_side) {
+        launch.template operator()<Square>(divided_up(task.x_rows, Square::x_side) * right, task, false);
+      } else {
+        Gram sides = task;
+        const bool swapped = task.x_rows < task.y_rows;
+        if (swapped) {
+          std::swap(sides.x, sides.y);
+          std::swap(sides.x_rows, sides.y_rows);
+        }
+        const Index down = divided_up(sides.x_rows, Few::x_side);
+        launch.template operator()<Few>(down * divided_up(sides.y_rows, Few::y_side), sides, swapped);
       }
-      launch.template operator()<Few>(divided_up(sides.x_rows, Few::x_side) * divided_up(sides.y_rows, Few::y_side),
-                                      sides, swapped);
-    }
+    });
   });
   device.launch(divided_up(task.segments.count * entries, GramFold::threads / warp), 0,
                 GramFold{task, spans, step, symmetric, partials});
