@@ -25,7 +25,7 @@ from grokcurv.bench.plan import every_size
 from grokcurv.bench.result import in_markdown, table_rows
 from grokcurv.bench.timing import interleaved, threads
 
-BUDGET = {"cpu": 10.0, "cuda": 2.0}
+BUDGET = {"cpu": 10.0, "cuda": 0.5}
 """Seconds that the rounds of a case take, about."""
 
 

@@ -132,8 +132,8 @@ def rotated(outputs: int) -> Case:
     """32 rows. A coordinate is a column of all of them, of each a quarter of a quad: they come in four parts.
 
     Each iteration copies a part to come and multiplies another; after every fourth, the outputs are written. A warp
-    multiplies 32 columns by 16 outputs in four instructions. A block has 512 columns, or 256 where there are 32 outputs.
-    Shared memory has four parts, of eight rows, a quad longer than they are, and the coefficients for them.
+    multiplies 32 columns by 16 outputs in four instructions. A block has 512 columns, or 256 where there are 32
+    outputs. Shared memory has four parts, of eight rows, a quad longer than they are, and the coefficients for them.
     """
     groups = outputs // 16
     kernel, shared = f"RotateColumnsIffLi{groups}ELb1E", 4 * 8 * (4 * (512 // groups + 4) + 8 * outputs)
@@ -149,9 +149,9 @@ PERTURB_SHARED = Loop("vectors", "PerturbChunkIfLb1ELb1E", (QUAD, QUAD, "STG.E.1
 # 16 rows that hardly any chunk meets, as in the bench. Every thread looks for them, once in a chunk, 32 at once.
 FILTER = Loop("scale", "FilterChunkIfLb1E", (QUAD, QUAD, "STG.E.128"), 1 / 4)
 FILTER_ROWS = Loop("rows looked for", "FilterChunkIfLb1E", ("VOTE.ANY",), BLOCK * 8 / CHUNK)
-# A coordinate is a column of 32 rows: of each row a quarter of a quad. An iteration loads 32 columns to come, and
-# converts and multiplies those that have arrived.
-GRAM = Loop("columns", "GramRangeIfLi2ELi4ELb1ELb0E", (QUAD, TILE), 32 / 4, 8 * 32 * 32, 128, 128)
+# A coordinate is a column of 32 rows: of each row a quarter of a quad. An iteration copies 16 columns to come, of four
+# quads of each thread, and multiplies 16 that are there; shared memory has five such parts, and the sums.
+GRAM = Loop("columns", "GramRangeIfLi2ELi4ELb1ELb0E", (COPY, TILE), 32 / 4, 5 * 4 * 128 * 16 + 8 * 32 * 32, 128, 128)
 # The signs of 1024 coordinates of a block come from nine counters.
 SKETCH = Loop("coordinates", "SketchRangeIfE", ("LDG.E",) * 8, 1, 4 * 32 + 16 * 32 * 9)
 SKETCH_SIGNS = Loop("signs", "SketchRangeIfE", ("STS.128",), 9 / 1024, 4 * 32 + 16 * 32 * 9)

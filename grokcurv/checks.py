@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grokcurv.device_buffer import capturing, is_asynchronous
 from grokcurv.gradients import GradientEngine
-from grokcurv.pairs import Pair, Pairs, Sums
+from grokcurv.pairs import Pair, Pairs, Sums, rows_of
 from grokcurv.state import Snapshot
 
 GIVEN = "given"
@@ -152,9 +152,7 @@ class Checks:
             return pairs.unknown(math.inf)
         # Late in training gradients shrink and absolute errors with them; early they grow, and errors in proportion.
         # The larger of the two predictions covers both ways, and the margin what lies between two checks.
-        found = self.errors[pairs.form]
-        found = found if len(pairs.runs) == len(found) else found[list(pairs.runs)]
-        absolute, relative = found.permute(2, 1, 0)[:, :, None, None]
+        absolute, relative = rows_of(self.errors[pairs.form], pairs.runs).permute(2, 1, 0)[:, :, None, None]
         lengths = self.engine.partition.norms(pairs.work).view(2, 2, -1, len(pairs.runs))
         return STALE_MARGIN * torch.maximum(absolute, relative * lengths).view(4, -1)
 
@@ -183,7 +181,8 @@ class Checks:
         if len(runs) == len(table[name]):
             table[name].copy_(rows)
         else:
-            table[name][list(runs)] = rows
+            for run, row in zip(runs, rows, strict=True):
+                table[name][run] = row
 
     def _whereabouts(self, pairs: Pairs) -> Tensor:
         """(R, S) float64: some thousand coordinates of theta, equally spaced."""

@@ -31,7 +31,7 @@ from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import LOCK, Check, LossFn
 from grokcurv.flat import Segment
 from grokcurv.gradients import PIECE, Distributed, GradientEngine, Model, Strategy, repeated
-from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums
+from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums, rows_of
 from grokcurv.pairs import Pair as Pair
 from grokcurv.pairs import Sampler as Sampler
 from grokcurv.reference import Form, compute_type
@@ -714,9 +714,7 @@ class CommutatorProbe:
         values = self._basis.values if self._basis else None
         if values is None or values.ndim == 1:
             return values
-        if len(pairs.runs) < len(values):
-            values = values[list(pairs.runs)]
-        return self._spread(values, len(pairs))
+        return self._spread(rows_of(values, pairs.runs), len(pairs))
 
     def _stats(
         self, pairs: Pairs, sums: Sums, errors: Tensor, method: Method, steps: Tensor | None = None, exact: bool = False

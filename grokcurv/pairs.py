@@ -23,6 +23,14 @@ PairOfRuns = tuple[Sequence[Any], Sequence[Any]]
 """The first batches of a pair, one for each run, and the second ones."""
 
 
+def rows_of(table: Tensor, runs: Sequence[int]) -> Tensor:
+    """Those of some runs, and if these are all, the table itself.
+
+    Not by an index: its numbers would go to the device, which a captured measurement may not ask for.
+    """
+    return table if len(runs) == len(table) else torch.stack([table[run] for run in runs])
+
+
 class NumberedPair(NamedTuple):
     """A pair of batches of every run, its number, and the seeds of the batches' randomness."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -31,6 +32,16 @@ def patched(name: str, value: Callable[[torch.device], bool]) -> Iterator[None]:
         yield
 
 
+class NoListsForIndices(TorchFunctionMode):
+    """Numbers that index a tensor go to its device: a graph refuses that, and no operator shows it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(index, list) for index in indices), f"{indices} are on the host"
+        return func(*args, **(kwargs or {}))
+
+
 class Tape(TorchDispatchMode):
     """Notes calls, and repeats them on the memory that they had."""
 
@@ -41,11 +52,14 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> Tape:
         self.patch = patched("capturing", lambda device: True)
         self.patch.__enter__()
+        self.indices = NoListsForIndices()
+        self.indices.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.indices.__exit__(*error)
         self.patch.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

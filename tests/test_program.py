@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_replays_of_captured_steps_are_steps(name: str, captured: list[Callable[
         for table, wanted in its.tables().items():
             columns = [column for column in wanted.columns if "seconds" not in column]
             assert mine.tables()[table][columns].equals(wanted[columns]), table
+
+
+def test_what_no_graph_holds_is_launched_and_all_else_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, launched = Launcher(True), {"good": 0, "bad": 0}
+
+    def capture(run: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], None], Any]:
+        before = launched["bad"]
+        run()
+        if launched["bad"] > before:
+            raise RuntimeError("not this one")
+        return lambda: None, pool
+
+    def launch(kind: str) -> str:
+        launched[kind] += 1
+        return kind
+
+    monkeypatch.setattr("grokcurv.training.captured.capture", capture)
+    kinds = ["good", "bad"] * 5
+    with pytest.warns(UserWarning, match=r"operator by operator: no graph holds it \(not this one\)"):
+        assert [launcher(kind, partial(launch, kind)) for kind in kinds] == kinds
+    assert launched == {"good": 2, "bad": 6}
 
 
 def test_a_run_that_ends_is_compacted_away(captured: list[Callable[[], None]]) -> None:

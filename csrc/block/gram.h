@@ -9,9 +9,10 @@ namespace grokcurv::block {
 
 // A range of the coordinates of a segment, for some rows of x and of y, or, where `triangle`, rows of x beside
 // themselves: 16 by 8 entries for each of x_tiles by y_tiles. The warps of a block take 16 columns by turns, and leave
-// the products to the tensor cores. A thread loads a quad of some rows, one of every eight that follow each other, and
-// this is the part that it has of the cores' tiles: of x or of y, they are the same. So nothing goes through shared
-// memory, and no warp waits for another, but for the sums of the four in the end.
+// the products to the tensor cores. A thread has a quad of some rows, one of every eight that follow each other, and
+// this is its part of the cores' tiles: of x or of y, they are the same. So threads exchange nothing, and no warp waits
+// for another, but for the sums of the four in the end. Quads come to places of the thread's own in shared memory,
+// asynchronously: many are on their way, and none of them takes a register.
 //
 // The order of a sum: of 16 columns those of each residue modulo 4 in turn, one after the other; then the next 16 of
 // the warp; the four warps; the ranges. Whatever the other rows are, and whichever tile has the entry, so that its bits
@@ -20,21 +21,23 @@ namespace grokcurv::block {
 // Rows that are not there are zeros. `centred`: about an origin.
 template <class T, int x_tiles, int y_tiles, bool triangle, bool centred>
 struct GramRange {
-  static constexpr int threads = 128, warps = threads / warp, resident = triangle && !centred ? 3 : 2;
+  static constexpr int threads = 128, warps = threads / warp, resident = triangle ? 3 : 2;
   static constexpr Index step = 1024;  // ranges are whole multiples of it
 
   static constexpr int x_side = 16 * x_tiles, y_side = 8 * y_tiles, columns = 16;
-  static constexpr int x_rows = x_side / 8, y_rows = y_side / 8, rows = triangle ? y_rows : x_rows + y_rows;
-  static constexpr int ahead = sizeof(T) == 8 ? 1 : 2;  // sixteens of columns that are on their way
-  static constexpr Index shared = x_side * y_side;
-  static_assert(!triangle || x_side == y_side);
+  static constexpr int x_rows = triangle ? 0 : x_side / 8, y_rows = y_side / 8, rows = x_rows + y_rows;  // of a thread
+  static constexpr int parts = sizeof(T) == 8 ? (triangle ? 3 : 2) : (triangle ? 5 : 4);  // of 16 columns, of a warp
+  static constexpr int part_room = (rows + centred) * threads;  // in quads; the last is of the origin
+  static constexpr Index staged = parts * part_room * static_cast<Index>(sizeof(Quad<T>)) / 8;
+  static constexpr Index shared = staged + x_side * y_side;
+  static_assert(shared <= shared_limit && (!triangle || x_side == y_side));
 
   Gram task;           // y is x where there is none
   const Index* spans;  // (segments, 3): start, length, number of the first range
   bool symmetric;      // true where the task has no y: what lies left of the diagonal is for GramFold to mirror
   Index squares;       // how many pairs of rows by rows there are
   bool wide;           // all rows, and all segments, begin at whole quads
-  double* partials;    // for each segment: (x_rows, y_rows, ranges)
+  double* partials;    // (ranges, x_rows, y_rows), over all segments
   bool swapped;        // x and y have changed sides; partials have not
 
   template <class Block>
@@ -70,78 +73,85 @@ struct GramRange {
     const auto at = [&](const void* vectors, Index row) {
       return static_cast<const T*>(vectors) + row * task.size + start + all.start + member * quad;
     };
-    const T *x_own = at(task.x, x_first + group), *y_own = at(task.y, y_first + group);
+    const T *x_own = at(task.x, x_first + group), *y_own = at(task.y, y_first + group), *origin = at(task.origin, 0);
     const Index x_left = task.x_rows - x_first - group, y_left = task.y_rows - y_first - group, apart = 8 * task.size;
-    const T* origin = at(task.origin, 0);
 
-    // The last is of the origin.
-    const auto fetch = [&](int column, Quad<T>(&held)[rows + 1]) {
-      const auto read = [&](auto whole) {
-        constexpr bool at_once = decltype(whole)::value;
-        const int left = at_once ? quad : length - column - member * quad;
-        GROKCURV_UNROLL
-        for (int r = 0; r < y_rows; ++r) {
-          if (8 * r < y_left) held[r] = load<at_once>(y_own + r * apart + column, left);
+    // The quad of a row in a part is `threads` quads from that of the next.
+    Quad<T>* places = reinterpret_cast<Quad<T>*>(block.shared()) + block.thread();
+    const auto each_row = [&](const auto& visit) {
+      GROKCURV_UNROLL
+      for (int r = 0; r < y_rows; ++r) visit(r, 8 * r < y_left, y_own + r * apart);
+      GROKCURV_UNROLL
+      for (int r = 0; r < x_rows; ++r) visit(y_rows + r, 8 * r < x_left, x_own + r * apart);
+      if (centred) visit(rows, true, origin);
+    };
+    for (int n = 0; n < parts; ++n) {
+      each_row([&](int r, bool there, const T*) {
+        if (!there) places[n * part_room + r * threads] = {};
+      });
+    }
+    // A group of copies is closed even if there is nothing to copy, so that a wait can count on one for each part.
+    const auto fetch = [&](int column, int n) {
+      const int left = length - column - member * quad;
+      each_row([&](int r, bool there, const T* row) {
+        if (!there || column >= length) return;
+        Quad<T>* to = places + n * part_room + r * threads;
+        if (wide && left >= quad) {
+          block.copy(to, reinterpret_cast<const Quad<T>*>(row + column));
+        } else {
+          GROKCURV_ROLLED
+          for (int e = 0; e < quad; ++e) {
+            if (e < left) {
+              block.copy(to->value + e, row + column + e);
+            } else {
+              to->value[e] = T{};
+            }
+          }
         }
-        GROKCURV_UNROLL
-        for (int r = 0; r < rows - y_rows; ++r) {
-          if (8 * r < x_left) held[y_rows + r] = load<at_once>(x_own + r * apart + column, left);
-        }
-        if (centred) held[rows] = load<at_once>(origin + column, left);
-      };
-      if (column >= length) return;
-      if (wide && column + columns <= length) {
-        read(std::true_type{});
-      } else {
-        read(std::false_type{});
-      }
+      });
+      block.commit();
     };
 
     double sum[x_tiles][y_tiles][4] = {};
     const auto needed = [](int i, int j) { return !triangle || j >= 2 * i; };
-    Quad<T> held[ahead][rows + 1] = {};
-    GROKCURV_UNROLL
-    for (int n = 0; n < ahead; ++n) fetch((n * warps + own_warp) * columns, held[n]);
-    for (int first = own_warp * columns; first < length; first += ahead * warps * columns) {
+    constexpr int turn = warps * columns;
+    for (int n = 0; n < parts - 1; ++n) fetch(own_warp * columns + n * turn, n);
+    for (int column = own_warp * columns, n = 0; column < length; column += turn, n = (n + 1) % parts) {
+      block.template wait<parts - 2>();
+      Quad<T> own[rows + centred];
       GROKCURV_UNROLL
-      for (int n = 0; n < ahead; ++n) {
-        const int column = first + n * warps * columns;
-        if (column >= length) break;
+      for (int r = 0; r < rows + centred; ++r) own[r] = places[n * part_room + r * threads];
+      GROKCURV_UNROLL
+      for (int e = 0; e < quad; e += 2) {
+        double x[rows][2];
         GROKCURV_UNROLL
-        for (int e = 0; e < quad; e += 2) {
-          double x[rows][2];
+        for (int r = 0; r < rows; ++r) {
           GROKCURV_UNROLL
-          for (int r = 0; r < rows; ++r) {
-            GROKCURV_UNROLL
-            for (int h = 0; h < 2; ++h) x[r][h] = widen(held[n][r].value[e + h]);
+          for (int h = 0; h < 2; ++h) {
+            x[r][h] = widen(own[r].value[e + h]);
+            if constexpr (centred) x[r][h] -= widen(own[rows].value[e + h]);
           }
-          if (centred) {
-            GROKCURV_UNROLL
-            for (int r = 0; r < rows; ++r) {
-              GROKCURV_UNROLL
-              for (int h = 0; h < 2; ++h) x[r][h] -= widen(held[n][rows].value[e + h]);
-            }
-          }
-          if (e + 2 == quad) fetch(column + ahead * warps * columns, held[n]);
-          double a[x_tiles][4], b[y_tiles][2];
-          GROKCURV_UNROLL
-          for (int i = 0; i < x_tiles; ++i) {
-            GROKCURV_UNROLL
-            for (int k = 0; k < 4; ++k) a[i][k] = x[(triangle ? 0 : y_rows) + 2 * i + k % 2][k / 2];
-          }
-          GROKCURV_UNROLL
-          for (int j = 0; j < y_tiles; ++j) {
-            GROKCURV_UNROLL
-            for (int h = 0; h < 2; ++h) b[j][h] = x[j][h];
-          }
-          block.template warp_multiply<8>(a, b, sum, needed);
         }
+        double a[x_tiles][4], b[y_tiles][2];
+        GROKCURV_UNROLL
+        for (int i = 0; i < x_tiles; ++i) {
+          GROKCURV_UNROLL
+          for (int k = 0; k < 4; ++k) a[i][k] = x[(triangle ? 0 : y_rows) + 2 * i + k % 2][k / 2];
+        }
+        GROKCURV_UNROLL
+        for (int j = 0; j < y_tiles; ++j) {
+          GROKCURV_UNROLL
+          for (int h = 0; h < 2; ++h) b[j][h] = x[j][h];
+        }
+        block.template warp_multiply<8>(a, b, sum, needed);
       }
+      // To where the part before was, which has been used.
+      fetch(column + (parts - 1) * turn, (n + parts - 1) % parts);
     }
 
     // The sums of the warps in turn: the barrier keeps their order, and without it one would write over what another
     // adds to.
-    double* total = block.shared();  // (x_side, y_side)
+    double* total = block.shared() + staged;  // (x_side, y_side)
     for (int w = 0; w < warps; ++w) {
       if (own_warp == w) {
         GROKCURV_UNROLL
@@ -158,40 +168,48 @@ struct GramRange {
       }
       block.sync();
     }
-    // Out to the partial sums, ranges beside each other, as GramFold reads them.
+    // Out to the partial sums, entries beside each other, as GramFold reads them.
     const Index x_apart = swapped ? 1 : task.y_rows, y_apart = swapped ? task.x_rows : 1;
-    double* out = partials + first_range * task.x_rows * task.y_rows + (range - first_range);
+    double* out = partials + range * task.x_rows * task.y_rows;
     for (int n = block.thread(); n < x_side * y_side; n += block.threads()) {
       const Index i = x_first + n / y_side, j = y_first + n % y_side;
       if (i >= task.x_rows || j >= task.y_rows || (triangle && j < i)) continue;
-      out[(i * x_apart + j * y_apart) * ranges.count] = total[n];
+      out[i * x_apart + j * y_apart] = total[n];
     }
   }
 };
 
-// Adds up the ranges of each entry, a warp each, and mirrors a symmetric result. A second launch, because all blocks of
-// the first have to be through. A warp leaves as a whole: its threads have the same n.
+// Adds up the ranges of each entry, and mirrors a symmetric result. A second launch, because all blocks of the first
+// have to be through. A block has 32 entries, which stand beside each other in memory: each warp takes every eighth
+// range, and one of them the eight sums in turn.
 struct GramFold {
-  static constexpr int threads = 256, resident = 4;
+  static constexpr int threads = 256, resident = 4, warps = threads / warp;
+  static constexpr Index shared = warps * warp;
 
   Gram task;
   const Index* spans;
-  Index step;
+  Index step, blocks;  // of a segment
   bool symmetric;
   const double* partials;
 
   template <class Block>
   GROKCURV_BLOCK void operator()(Block& block) const {
-    const Index n = (block.index() * block.threads() + block.thread()) / warp, entries = task.x_rows * task.y_rows;
-    if (n >= task.segments.count * entries) return;
-    const Index segment = n / entries, i = n % entries / task.y_rows, j = n % task.y_rows;
-    if (symmetric && j < i) return;
-    const Index count = ranges_of(spans[3 * segment + 1], step).count;
-    const double* from = partials + spans[3 * segment + 2] * entries + (i * task.y_rows + j) * count;
-    const double sum = sum_over_warp(block, from, count);
+    const Index segment = block.index() / blocks, entries = task.x_rows * task.y_rows;
+    const int lane = block.thread() % warp, own_warp = block.thread() / warp;
+    const Index entry = block.index() % blocks * warp + lane, i = entry / task.y_rows, j = entry % task.y_rows;
+    const bool there = entry < entries && !(symmetric && j < i);
+    const Index first = spans[3 * segment + 2], count = ranges_of(spans[3 * segment + 1], step).count;
+    double sum = 0.0;
+    for (Index range = own_warp; there && range < count; range += warps)
+      sum += partials[(first + range) * entries + entry];
+    block.shared()[block.thread()] = sum;
+    // All eight are there; without this, what is added up may be what no warp has written yet.
+    block.sync();
+    if (own_warp > 0 || !there) return;
+    for (int w = 1; w < warps; ++w) sum += block.shared()[w * warp + lane];
     double* out = task.out + segment * entries;
-    if (block.thread() % warp == 0) out[i * task.y_rows + j] = sum;
-    if (symmetric && block.thread() % warp == 1) out[j * task.y_rows + i] = sum;
+    out[entry] = sum;
+    if (symmetric) out[j * task.y_rows + i] = sum;
   }
 };
 
@@ -235,8 +253,9 @@ void gram(Device& device, const Gram& given) {
       }
     });
   });
-  device.launch(divided_up(task.segments.count * entries, GramFold::threads / warp), 0,
-                GramFold{task, spans, step, symmetric, partials});
+  const Index blocks = divided_up(entries, warp);
+  device.launch(task.segments.count * blocks, GramFold::shared,
+                GramFold{task, spans, step, blocks, symmetric, partials});
 }
 
 }  // namespace grokcurv::block

@@ -16,7 +16,7 @@ from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronou
 from grokcurv.measures.base import VERDICT_LAG, quantiles, unclear
 from grokcurv.measures.training_gradient import TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
-from grokcurv.pairs import PairOfRuns
+from grokcurv.pairs import PairOfRuns, rows_of
 from grokcurv.subspace import RandomBaseline, alignment
 
 CHECK_EVERY = 25
@@ -289,8 +289,7 @@ class Commutator:
     def _aligned(self, delta: Tensor, before: Tensor, runs: list[int], share_error: Tensor) -> dict[str, Tensor]:
         """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each."""
         engine = self.probe.gradients
-        before = before if len(runs) == len(before) else before[runs]
-        steps = engine.thetas(runs).to(delta.dtype) - before
+        steps = engine.thetas(runs).to(delta.dtype) - rows_of(before, runs)
         cosines, shares, correlations = alignment(steps, delta, engine.partition)
         count, size = len(delta), engine.segments[-1].stop
         mean = cosines.abs().mean(1)

@@ -14,6 +14,7 @@ from grokcurv.checks import GIVEN
 from grokcurv.commutator import CommutatorProbe, CommutatorStats
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
 from grokcurv.measures.base import VERDICT_LAG
+from grokcurv.pairs import rows_of
 
 GRADIENT_TOLERANCE = 0.05
 """Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""
@@ -77,7 +78,7 @@ class TrainingGradient:
         waits = is_asynchronous(engine.device)
         if GIVEN not in self.probe.errors or not (check if waits else bool(stats.exact[: len(runs)].all())):
             return own if self.use == "trusted" else own + USED
-        distance, error, length = self.probe.errors[GIVEN][runs].T
+        distance, error, length = rows_of(self.probe.errors[GIVEN], runs).T
         # The yardstick is the probe's own rounding at the same parameters: a .grad further off than that is of another
         # loss, batch or mask.
         right = (distance <= GRADIENT_MARGIN * error) | ~(distance < math.inf)

@@ -27,7 +27,7 @@ class Launcher:
     def forget(self) -> None:
         """Capture anew: memory has moved, or runs have left."""
         self._met: set[Hashable] = set()
-        self._graphs: dict[Hashable, tuple[Callable[[], None], Any]] = {}
+        self._graphs: dict[Hashable, tuple[Callable[[], None], Any] | None] = {}
         self._pool: Any = None  # of memory that all graphs share: they are replayed one after another
 
     def __call__(self, kind: Hashable, launch: Callable[[], Any]) -> Any:
@@ -38,14 +38,20 @@ class Launcher:
             self._met.add(kind)
             return launch()
         if kind not in self._graphs:
-            found: list[Any] = []
-            try:
-                replay, self._pool = capture(lambda: found.append(launch()), self._pool)
-            except RuntimeError as error:
-                warnings.warn(f"steps are launched operator by operator: no graph holds one ({error})", stacklevel=2)
-                self._captures = False
-                return launch()
-            self._graphs[kind] = replay, found[0]
-        replay, result = self._graphs[kind]
+            self._graphs[kind] = self._captured(launch)
+        graph = self._graphs[kind]
+        if graph is None:
+            return launch()
+        replay, result = graph
         replay()
         return result
+
+    def _captured(self, launch: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
+        """A graph of what is launched, and what that returned; None of what no graph holds."""
+        found: list[Any] = []
+        try:
+            replay, self._pool = capture(lambda: found.append(launch()), self._pool)
+        except RuntimeError as error:
+            warnings.warn(f"a step is launched operator by operator: no graph holds it ({error})", stacklevel=4)
+            return None
+        return replay, found[0]

@@ -12,7 +12,7 @@ from grokcurv.evaluation import LossFn
 from grokcurv.gradients import Distributed, GradientEngine, Strategy
 from grokcurv.measures.commutator import Plan
 from grokcurv.monitor import CurvatureMonitor
-from grokcurv.pairs import Pair, PairOfRuns
+from grokcurv.pairs import Pair, PairOfRuns, rows_of
 from grokcurv.pca import StreamingPCA
 from grokcurv.training.batches import Batches
 from grokcurv.training.run import Training
@@ -221,5 +221,4 @@ class RunsEngine(GradientEngine):
 
     def _of(self, buffer: Tensor, runs: Sequence[int]) -> Tensor:
         """Rows of some runs; where they stand together, without a copy."""
-        rows = buffer[self._here]
-        return rows if len(runs) == self.runs else rows[list(runs)]
+        return rows_of(buffer[self._here], runs)
