@@ -21,12 +21,12 @@ namespace grokcurv::block {
 // Rows that are not there are zeros. `centred`: about an origin.
 template <class T, int x_tiles, int y_tiles, bool triangle, bool centred>
 struct GramRange {
-  static constexpr int threads = 128, warps = threads / warp, resident = triangle ? 3 : 2;
+  static constexpr int threads = 128, warps = threads / warp, resident = triangle ? 4 : 2;
   static constexpr Index step = 1024;  // ranges are whole multiples of it
 
   static constexpr int x_side = 16 * x_tiles, y_side = 8 * y_tiles, columns = 16;
   static constexpr int x_rows = triangle ? 0 : x_side / 8, y_rows = y_side / 8, rows = x_rows + y_rows;  // of a thread
-  static constexpr int parts = sizeof(T) == 8 ? (triangle ? 3 : 2) : (triangle ? 5 : 4);  // of 16 columns, of a warp
+  static constexpr int parts = sizeof(T) == 8 ? 2 + triangle : 4 + (triangle && !centred);  // of 16 columns, of a warp
   static constexpr int part_room = (rows + centred) * threads;  // in quads; the last is of the origin
   static constexpr Index staged = parts * part_room * static_cast<Index>(sizeof(Quad<T>)) / 8;
   static constexpr Index shared = staged + x_side * y_side;
@@ -180,11 +180,12 @@ struct GramRange {
 };
 
 // Adds up the ranges of each entry, and mirrors a symmetric result. A second launch, because all blocks of the first
-// have to be through. A block has 32 entries, which stand beside each other in memory: each warp takes every eighth
-// range, and one of them the eight sums in turn.
+// have to be through. A block has 32 entries, which stand beside each other in memory: each of its warps takes every
+// 32nd range, and one of them their sums in turn.
 struct GramFold {
-  static constexpr int threads = 256, resident = 4, warps = threads / warp;
-  static constexpr Index shared = warps * warp;
+  static constexpr int threads = 1024, resident = 1, warps = threads / warp;
+  static constexpr int ahead = 8;  // ranges that are on their way
+  static constexpr Index shared = threads;
 
   Gram task;
   const Index* spans;
@@ -200,10 +201,18 @@ struct GramFold {
     const bool there = entry < entries && !(symmetric && j < i);
     const Index first = spans[3 * segment + 2], count = ranges_of(spans[3 * segment + 1], step).count;
     double sum = 0.0;
-    for (Index range = own_warp; there && range < count; range += warps)
-      sum += partials[(first + range) * entries + entry];
+    for (Index range = own_warp; range < count; range += ahead * warps) {
+      double next[ahead];
+      GROKCURV_UNROLL
+      for (int n = 0; n < ahead; ++n) {
+        const bool exists = there && range + n * warps < count;
+        next[n] = exists ? partials[(first + range + n * warps) * entries + entry] : 0.0;
+      }
+      GROKCURV_UNROLL
+      for (int n = 0; n < ahead; ++n) sum += next[n];
+    }
     block.shared()[block.thread()] = sum;
-    // All eight are there; without this, what is added up may be what no warp has written yet.
+    // All are there; without this, what is added up may be what no warp has written yet.
     block.sync();
     if (own_warp > 0 || !there) return;
     for (int w = 1; w < warps; ++w) sum += block.shared()[w * warp + lane];
