@@ -83,6 +83,9 @@ class Gram(Method):
         shift = None if self._differences else self.origin
         for start, page in self.rows.pages():
             stop, first = start + len(page), max(old, start)  # pairs among the new rows once
+            if first == start:
+                self.gram[:, start:stop, start:stop] = self.layout.gram(page, origin=shift)
+                first = stop
             block = self.layout.gram(rows[first - old :], page, origin=shift)
             self.gram[:, first:new, start:stop] = block
             self.gram[:, start:stop, first:new] = block.transpose(1, 2)
