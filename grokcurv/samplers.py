@@ -198,7 +198,7 @@ def _rows(tensors: Any) -> int:
 
 def _seed_of(*numbers: int) -> int:
     """One seed for several numbers, different where they are."""
-    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _own(loader: Iterable[Any]) -> tuple[Iterable[Any], list[Any]]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 import grokcurv as gc
 from grokcurv import budget as budget_module
 from grokcurv.commutator import CommutatorProbe
+from grokcurv.gradients import GradientEngine
 from grokcurv.measures.base import Measure
 
 LOOPS = Path(__file__).parents[1] / "examples" / "loops"
@@ -31,6 +32,8 @@ def loop(name: str) -> ModuleType:
     """A script of examples/loops."""
     if name in NEEDED:
         pytest.importorskip(NEEDED[name])
+    if name == "full_batch" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon before 2.9")
     spec = importlib.util.spec_from_file_location(name, LOOPS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -305,6 +308,30 @@ def test_a_budget_is_kept(budget: float, every: int, monkeypatch: pytest.MonkeyP
     assert monitor.cost["training"] == pytest.approx(199)
     assert monitor.cost["commutator"] == pytest.approx(sum(spent))
     assert monitor.cost["admission"] == pytest.approx(sum(Clock.COSTS[kind] for kind in clock.measured[:admission]))
+
+
+def test_what_is_known_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first row is the price of a checked one, and the float64 gradient of admission serves both of its looks."""
+    clock, problem = Clock(monkeypatch), Problem()
+    exact = []
+    streamed = GradientEngine._streamed
+
+    def counted(engine: GradientEngine, theta: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        exact.append(theta.dtype == torch.float64)
+        streamed(engine, theta, *args, **kwargs)
+
+    monkeypatch.setattr(GradientEngine, "_streamed", counted)
+    monitor = problem.attach(budget=0.5)
+    problem.step()
+    rows = [("difference", True), *[("difference", False)] * 2, ("bracket", True), ("bracket", False)]
+    assert clock.measured == rows
+    prices = {f"{method}, checked" if check else method: price for (method, check), price in Clock.COSTS.items()}
+    assert monitor.budget.prices == pytest.approx(prices | {"trajectory": 0.0})
+    # Two at admission, four in the check of the first row, one in that of the bracket, whose products are no gradients.
+    assert sum(exact) == 7
+    assert [finding.check for finding in monitor.probe.gradients.admission] == [
+        *("gradient", "repeat", "float64", "second derivative")
+    ]
 
 
 def test_a_resumed_budget_measures_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ is no float64; and no operator takes tensors from both sides.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +18,9 @@ import pandas as pd
 import pytest
 import torch
 from models import PROBLEMS, Attention, Batch, Problem, cross_entropy
-from tape import tensors
 from torch import Generator, Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import grokcurv as gc
 from grokcurv import gradients
@@ -30,6 +31,19 @@ from grokcurv.intercept import Apart
 from grokcurv.state import Snapshot
 
 HOME, THERE = "home", "there"
+
+
+def tensors(*trees: Any) -> list[Tensor]:
+    """Those in what an operator takes or returns. torch's own walk through a tree takes longer than the operator."""
+    found = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, (tuple, list)):
+            found += tensors(*tree)
+        elif isinstance(tree, dict):
+            found += tensors(*tree.values())
+    return found
 
 
 class Sides(TorchDispatchMode):
@@ -55,7 +69,7 @@ class Sides(TorchDispatchMode):
             self._memory[storage._cdata] = StorageWeakRef(storage), side  # which keeps the address from others
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tensors((args, kwargs))
+        given = tensors(args, kwargs)
         sides = {side for x in given if x.dim() and (side := self.of(x))} or {self.of(x) for x in given} - {None}
         assert len(sides) <= 1, f"{func} meets tensors of both sides"
         result = func(*args, **(kwargs or {}))
@@ -141,16 +155,22 @@ Change = Callable[[int, nn.Module], None]
 
 
 def trained(
-    problem: Problem, model: nn.Module, batches: list[Batch], measured: bool, change: Change | None, **options: Any
+    problem: Problem,
+    model: nn.Module,
+    batches: list[Batch],
+    measured: bool,
+    change: Change | None,
+    steps: int = 3,
+    **options: Any,
 ) -> gc.CurvatureMonitor | None:
-    """The monitor of five steps, or of as many that nobody measures."""
+    """The monitor of some steps, or of as many that nobody measures."""
     torch.manual_seed(3)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     if options.pop("sampled", False):
         draws = iter(batches[6:] * 5)
         options |= {"sampler": lambda: (next(draws), next(draws)), "pairs": 2}
     monitor = gc.CurvatureMonitor(model, problem.loss_fn, **options) if measured else None
-    for step in range(5):
+    for step in range(steps):
         if change is not None:
             change(step, model)
         problem.loss_fn(model, batches[step]).backward()
@@ -161,6 +181,14 @@ def trained(
     return monitor
 
 
+@contextmanager
+def on_a_cpu() -> Iterator[None]:
+    """Models are on the CPU, and nobody looks at what is called, which takes most of a test's time."""
+    with pytest.MonkeyPatch.context() as patch, _disable_current_modes():
+        patch.setattr("grokcurv.evaluation.device_of", device_of)
+        yield
+
+
 def assert_alike(
     problem: Problem, sides: Sides, generator: Generator, change: Change | None = None, **options: Any
 ) -> gc.CurvatureMonitor:
@@ -169,10 +197,8 @@ def assert_alike(
     there, unmeasured, far = copy.deepcopy(plain), copy.deepcopy(plain), copy.deepcopy(batches)
     sides.put(THERE, *Snapshot([there, far], [problem.loss_fn]).tensors)
     apart = trained(problem, there, far, True, change, **options, pca=gc.StreamingPCA(2), pca_every=1)
-    sides.put(HOME, *Snapshot([], [problem.loss_fn]).tensors)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grokcurv.evaluation.device_of", device_of)
-        trained(problem, unmeasured, batches, False, change)
+    with on_a_cpu():
+        trained(problem, unmeasured, batches, False, change, options.get("steps", 3))
         here = trained(problem, plain, batches, True, change, **options, pca=gc.StreamingPCA(2), pca_every=1)
     got, want = (monitor.records().drop(columns="measure_seconds") for monitor in (apart, here))
     pd.testing.assert_frame_equal(got, want, check_exact=True)
@@ -183,28 +209,45 @@ def assert_alike(
     return apart
 
 
-@pytest.mark.parametrize(("method", "sampled"), [("difference", False), ("difference", True), ("bracket", True)])
-@pytest.mark.parametrize("name", MODELS)
-def test_rows_are_those_on_a_cpu(name: str, method: Any, sampled: bool, sides: Sides, generator: Generator) -> None:
-    monitor = assert_alike(MODELS[name], sides, generator, method=method, sampled=sampled, check_every=2)
+WAYS: dict[str, dict[str, Any]] = {
+    "successive": {"method": "difference"},
+    "sampled": {"method": "difference", "sampled": True, "steps": 2},
+    "bracket": {"method": "bracket", "sampled": True, "steps": 2},
+}
+USUAL = {
+    *(("perceptron", "successive"), ("dropout", "sampled"), ("rectifier", "sampled")),
+    *(("transformer", "bracket"), ("batch norm", "bracket"), ("frozen", "bracket")),
+}
+"""In every run of the tests: each model and each way, and attention and noise differentiated twice."""
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=() if (name, way) in USUAL else pytest.mark.long)
+        for name, way in itertools.product(MODELS, WAYS)
+    ],
+)
+def test_rows_are_those_on_a_cpu(name: str, way: str, sides: Sides, generator: Generator) -> None:
+    monitor = assert_alike(MODELS[name], sides, generator, **WAYS[way], check_every=2)
     assert monitor.records()["reliable"].all()
     assert all(finding.passed for finding in monitor.probe.gradients.admission)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"gradient": "checked", "check_every": 1},
-        {"alignment": True, "sampled": True, "design": "chain"},
-        {"strategy": "vmap", "check_every": 2},
-        {"method": "published"},
-        {"noise_floor": False},
-        {"eta": "auto"},
+        ("perceptron", {"gradient": "checked", "check_every": 1}),
+        ("perceptron", {"alignment": True, "sampled": True, "design": "chain"}),
+        ("transformer", {"strategy": "vmap", "check_every": 2}),
+        ("perceptron", {"method": "published"}),
+        ("perceptron", {"noise_floor": False}),
+        ("perceptron", {"eta": "auto"}),
     ],
     ids=str,
 )
-def test_settings(options: dict[str, Any], sides: Sides, generator: Generator) -> None:
-    assert_alike(MODELS["transformer"], sides, generator, **options)
+def test_settings(name: str, options: dict[str, Any], sides: Sides, generator: Generator) -> None:
+    assert_alike(MODELS[name], sides, generator, **options)
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -241,6 +284,20 @@ class Weighted:
         return nn.functional.cross_entropy(model(batch["x"]), batch["y"], self.weights)
 
 
+class Remembering(nn.Module):
+    """As little as has parameters, a buffer that it writes to in training, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.drop, self.head = nn.Embedding(7, 3), nn.Dropout(0.3), nn.Linear(3, 7)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.to(self.mean.dtype).mean().expand(3), 0.1)
+        return self.head(self.drop(torch.tanh(self.embed(x).sum(1) - self.mean)))
+
+
 @pytest.mark.parametrize("method", ["difference", "bracket"])
 def test_float64_follows_what_changes(
     method: Any, sides: Sides, generator: Generator, monkeypatch: pytest.MonkeyPatch
@@ -257,23 +314,20 @@ def test_float64_follows_what_changes(
             loss.weights.mul_(torch.linspace(0.5, 2.0, 7))
         if step == 2:
             loss.weights = loss.weights.flip(0)
-        if step == 3:
             model.eval()
-        if step == 4:
+        if step == 3:
             model.train()
             with torch.no_grad():
                 model.embed.weight.mul_(1.5)
 
     sides.put(THERE, weights)
-    problem = Problem(Dropping, lambda model, batch: loss(model, batch), MODELS["dropout"].batch)
+    problem = Problem(Remembering, lambda model, batch: loss(model, batch), MODELS["dropout"].batch)
     plain, batches = problem.model(), [problem.batch(generator) for _ in range(10)]
     there, far = copy.deepcopy(plain), copy.deepcopy(batches)
-    sides.put(THERE, *there.parameters(), *Snapshot([far]).tensors)
-    apart = trained(problem, there, far, True, change, method=method, check_every=1)
-    sides.put(HOME, weights)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grokcurv.evaluation.device_of", device_of)
-        here = trained(problem, plain, batches, True, change, method=method, check_every=1)
+    sides.put(THERE, *Snapshot([there, far]).tensors)
+    apart = trained(problem, there, far, True, change, steps=4, method=method, check_every=1)
+    with on_a_cpu():
+        here = trained(problem, plain, batches, True, change, steps=4, method=method, check_every=1)
     got, want = (monitor.records().drop(columns="measure_seconds") for monitor in (apart, here))
     pd.testing.assert_frame_equal(got, want, check_exact=True)
     assert got["reliable"].all()

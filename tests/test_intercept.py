@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grokcurv.intercept import PrivateDraws, Seen, Widened, unseen
+from grokcurv.intercept import SHAKEN, PrivateDraws, Seen, Widened, shake_, unseen
 
 
 def wide(*shape: int, generator: torch.Generator) -> Tensor:
@@ -212,6 +212,27 @@ def test_shaking_is_rounding_s_size_and_repeatable(generator):
     assert torch.equal(found[0], found[1])
     relative = (found[0] / x.exp() - 1).abs().max()
     assert torch.finfo(torch.float64).eps < relative < 4 * torch.finfo(torch.float64).eps
+
+
+def test_factors_are_as_likely_as_those_of_a_uniform_number(generator):
+    """Eight random bits choose among seven factors as a number of 53 bits, rounded, does."""
+    eps = torch.finfo(torch.float64).eps
+    every = (torch.arange(256, dtype=torch.float64) - 127.5) * (SHAKEN / 256.0 * eps)
+    factors, weights = (1.0 + every).unique(return_counts=True)
+    assert [float(x - 1.0) / eps for x in factors] == [-2.0, -1.5, -1.0, -0.5, 0.0, 1.0, 2.0]
+    # Of [-2, 2] eps what is nearest to each of them, in 256ths: half as wide below one, where numbers are denser.
+    assert weights.tolist() == [16, 32, 32, 32, 48, 64, 32]
+    n = 1 << 20
+    found = shake_(torch.ones(1, n, dtype=torch.float64).T, generator)
+    assert found.shape == (n, 1)
+    counts = torch.stack([(found == x).sum() for x in factors])
+    assert counts.sum() == n
+    expected = weights / 256.0 * n
+    assert ((counts - expected).square() / expected).sum() < 40.0  # chi square of six degrees: one time in 2 million
+    halves = found.view(-1, 8)[:, :7] != found.view(-1, 8)[:, 1:]  # neighbours of one draw are independent
+    assert abs(halves.double().mean() - (1.0 - (weights / 256.0).square().sum())) < 0.004
+    for shape in ((), (0,), (3, 5)):
+        assert shake_(torch.ones(shape, dtype=torch.float64), generator).shape == shape
 
 
 def test_arguments_and_views_are_not_shaken(generator):

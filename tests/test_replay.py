@@ -233,7 +233,16 @@ def test_bad_input(trained: Any, tmp_path: Path) -> None:
 
 
 SMALL = TrainConfig(
-    measure_every=10, snapshot_every=10, p=7, d_model=16, heads=2, d_ff=16, steps=40, batch_size=16, check_every=1
+    measure_every=10,
+    snapshot_every=10,
+    p=7,
+    d_model=16,
+    heads=2,
+    d_ff=16,
+    steps=40,
+    batch_size=16,
+    check_every=1,
+    pairs=2,
 )
 EXECUTION = ["rho", "exec_fraction", "exec_random_ratio", "exec_matched_ratio"]
 

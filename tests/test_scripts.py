@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from all_cases import Target, judged
 
 from grokcurv.bench.check import Floor, Outcome, Result
@@ -64,12 +65,20 @@ def test_operators_of_a_step_are_few_and_as_many_for_any_number_of_runs() -> Non
     assert checked <= 1000
 
 
-def test_gpt2() -> None:
+def test_gpt2(capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: transformers takes longer to import than the networks to measure."""
     pytest.importorskip("transformers")
-    printed = run("gpt2.py", "whole", "--tiny", "--length", "8")
+    import gpt2
+
+    threads = torch.get_num_threads()
+    try:
+        gpt2.main("whole", tiny=True, length=8, steps=5)
+        gpt2.main("budget", tiny=True, length=8, steps=60, share=1.0)
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
     assert "training is bitwise the unmeasured one: True" in printed
     assert re.search(r"PCA by gram; rho at the last step [01]\.\d+", printed)
-    printed = run("gpt2.py", "budget", "--tiny", "--steps", "60", "--share", "1.0", "--length", "8")
     assert "resumed half-way it measured the same steps: True" in printed
 
 

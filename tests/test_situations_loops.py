@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import cProfile
+import math
+import pstats
 import random
 from itertools import pairwise
 
@@ -311,3 +314,13 @@ def test_a_profiler_looks_on_for_a_while(generator):
     held.append(torch._C._WeakTensorRef(model[0].weight))
     with pytest.raises(RuntimeError, match=r"torch\.profiler"):
         gc.commutator_defect(model, classify, *pair)
+
+
+def test_python_s_profiler_goes_on(generator):
+    """Who draws is seen by a function of its kind, for a moment; a training that is profiled is none the wiser."""
+    model, pair = perceptron(), points(generator, 2)
+    with cProfile.Profile() as profile:
+        gc.commutator_defect(model, classify, *pair)
+        math.hypot(3.0, 4.0)
+    names = {name for _, _, name in pstats.Stats(profile).stats}
+    assert any("hypot" in name for name in names)  # which is called when all is over

@@ -3,7 +3,7 @@
     python examples/loops/full_batch.py
 
 With the full batch there is no next batch to exchange with this one, and a batch commutes with itself. The pairs are
-its two halves, divided anew at every measurement.
+its two halves, divided anew at every measurement. Muon wants torch 2.9 or later.
 """
 
 from typing import Any

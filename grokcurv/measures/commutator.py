@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -97,6 +98,10 @@ class Commutator:
         trajectory: on whose execution bases the probe projects, if there is one.
         training_gradient: what is known of the gradients that training leaves.
         design, check_every, alignment: as for :class:`grokcurv.CurvatureMonitor`.
+
+    Attributes:
+        seconds: of the host that the latest measurement took by a method, checked or not, brackets that took its rows
+            aside.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class Commutator:
         self._missing = torch.full((), math.nan, dtype=torch.float64, device=probe.gradients.device)
         self._method = torch.arange(len(METHODS), dtype=torch.float64, device=probe.gradients.device)
         self._rests = torch.tensor([[name not in KEPT] for name in self.columns], device=probe.gradients.device)
+        self.seconds: dict[tuple[Method, bool], float] = {}
         self._floored = probe.noise_floor  # otherwise rows are numbers that nobody vouches for
         self.falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
         runs = probe.gradients.runs
@@ -177,7 +183,9 @@ class Commutator:
         source = pairs if len(runs) == engine.runs else [_of_runs(pair, runs) for pair in pairs]
         known = () if method == "bracket" else self.training_gradient.offered(runs, check)
         options: dict[str, Any] = {"design": self.design, "seed": step, "keep_delta": self.alignment}
+        begun = time.perf_counter()
         stats = probe.measure_runs(source, runs, method=method, check=check, first_gradients=known, **options)
+        self.seconds[method, check] = time.perf_counter() - begun
         gradient = self.training_gradient.judge(known, stats, runs, check)
         reference = stats.reference.view(-1, len(runs))
         reliable = stats.reliable.view(-1, len(runs)).all(0)

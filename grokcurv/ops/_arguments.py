@@ -60,7 +60,7 @@ def as_writable(name: str, x: Array) -> Tensor:
 
 def as_integer(name: str, x: int) -> int:
     """``x`` as an int64: torch's own complaint would be a RuntimeError."""
-    if not isinstance(x, int | torch.SymInt):
+    if not isinstance(x, (int, torch.SymInt)):  # a union here is more than the compiler of torch 2.6 reads
         try:
             x = operator.index(x)
         except TypeError as error:
