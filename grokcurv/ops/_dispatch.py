@@ -80,11 +80,14 @@ class Core(NamedTuple):
     """In which they are called."""
 
 
+_nothing = nullcontext()
+
+
 def core_of(device: torch.device) -> Core:
     if device.type == "cpu":
         if cpu_problem:
             raise ImportError(cpu_problem)
-        return Core(cpu_core, torch.get_num_threads(), nullcontext())
+        return Core(cpu_core, torch.get_num_threads(), _nothing)
     return Core(cuda_core(device), torch.cuda.current_stream(device).cuda_stream, torch.cuda.device(device))
 
 
