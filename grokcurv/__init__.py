@@ -17,6 +17,7 @@ from grokcurv.attachment import attach
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.losses import cross_entropy64
+from grokcurv.measures.update_decomposition import UpdateDecomposition
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
@@ -36,6 +37,7 @@ __all__ = [
     "Segment",
     "StreamingPCA",
     "Subspace",
+    "UpdateDecomposition",
     "UpdateGram",
     "attach",
     "attention_segments",

@@ -69,6 +69,8 @@ def attach(
             monitor raises.
     """
     measures, optimizers = require_pairs(sampler, measures), _optimizers(optimizer)
+    for measure in measures:
+        measure.follow(optimizers)
     monitor = AttachedMonitor(model, loss_fn, sampler=sampler, measures=measures, every=every, budget=budget, **options)
     known = {id(parameter) for parameter in monitor.probe.gradients.model.parameters()}
     for each in optimizers:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from grokcurv.commutator import CommutatorProbe
@@ -34,6 +35,9 @@ class Measure:
     name: str
     columns: tuple[str, ...]
     needs_pairs = False
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Learn of the loop's optimisers, before ``bind``, where somebody knows them."""
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Learn of the model, before training starts; what cannot be measured of it is an error here."""
