@@ -73,7 +73,8 @@ struct GramRange {
     const auto at = [&](const void* vectors, Index row) {
       return static_cast<const T*>(vectors) + row * task.size + start + all.start + member * quad;
     };
-    const T *x_own = at(task.x, x_first + group), *y_own = at(task.y, y_first + group), *origin = at(task.origin, 0);
+    const T *x_own = at(task.x, x_first + group), *y_own = at(task.y, y_first + group);
+    const T* origin = centred ? at(task.origin, 0) : nullptr;
     const Index x_left = task.x_rows - x_first - group, y_left = task.y_rows - y_first - group, apart = 8 * task.size;
 
     // The quad of a row in a part is `threads` quads from that of the next.
