@@ -154,6 +154,14 @@ def test_the_core_includes_nothing_of_torch_or_python() -> None:
         assert not any(path.startswith(("torch/", "ATen/", "c10/")) for path in foreign)
 
 
+def test_openmp_is_asked_in_one_place() -> None:
+    """Which knows of compilers without it."""
+    asks = [
+        path.name for path in (*CORE.rglob("*.cpp"), *CORE.rglob("*.h")) if re.search(r"\bomp_|<omp", path.read_text())
+    ]
+    assert asks == ["threads.h"]
+
+
 def test_every_kernel_is_compiled() -> None:
     listed = (ROOT / "CMakeLists.txt").read_text()
     for source in sorted([*CORE.rglob("*.cpp"), *CORE.rglob("*.cu")]):

@@ -1,8 +1,7 @@
 #include "grokcurv/subspace.h"
 
-#include <omp.h>
-
 #include "cpu/chunks.h"
+#include "cpu/threads.h"
 
 namespace grokcurv::cpu::GROKCURV_ISA {
 
@@ -37,7 +36,7 @@ void filter(const SubspaceFilter& task, int threads) {
   static_assert(sizeof(Term<C>) == filter_term * sizeof(double));
   for_each_chunk(task.size, task.vectors, threads, [&](Span here, Index vector) {
     T* g = static_cast<T*>(task.g) + vector * task.size;
-    Term<C>* const terms = reinterpret_cast<Term<C>*>(task.workspace) + omp_get_thread_num() * task.basis.count;
+    Term<C>* const terms = reinterpret_cast<Term<C>*>(task.workspace) + thread_number() * task.basis.count;
     for (Span left = here; left.length() > 0;) {
       Span alike = left;
       Term<C>* end = terms;
