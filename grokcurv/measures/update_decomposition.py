@@ -98,7 +98,9 @@ class UpdateDecomposition(Measure):
             for parameter in group["params"]
         }
         self._before: dict[str, Before] = {}
-        self._seen = math.nan  # the length of .grad
+        self._engine = probe.gradients
+        self._unknown = torch.full((), math.nan, dtype=torch.float64, device=self._engine.device)
+        self._seen = self._unknown  # the length of .grad
         self._taken = 0
         for optimizer in self._optimizers:
             optimizer.register_step_post_hook(self._count)
@@ -111,9 +113,9 @@ class UpdateDecomposition(Measure):
         found = None
         if due:
             stepped = self._before and self._taken == len(self._optimizers)
-            found = torch.stack(self._lengths() if stepped else [torch.tensor(math.nan)] * len(self.columns))[None]
+            found = torch.stack(self._lengths() if stepped else [self._unknown] * len(self.columns))[None]
         gradients = [x.grad for x in self._parameters.values() if x.grad is not None]
-        self._seen = math.nan if self._sees_clipped or not gradients else _length(gradients)
+        self._seen = self._unknown if self._sees_clipped or not gradients else _length(gradients)
         self._before, self._taken = {name: self._now(x) for name, x in self._parameters.items()}, 0
         return found
 
@@ -139,19 +141,19 @@ class UpdateDecomposition(Measure):
             name: Before(value.to(self._parameters[name].device), here(moment, name), dict(group))
             for name, (value, moment, group) in state["before"].items()
         }
-        self._seen, self._taken = state["seen"], state["taken"]
+        self._seen, self._taken = state["seen"].to(self._engine.device), state["taken"]
 
     def _lengths(self) -> list[Tensor]:
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
         for name, parameter in self._parameters.items():
             before = self._before[name]
             update = parameter.detach() - before.value
             optimizer, _ = self._owner.get(id(parameter), (None, None))
             rows = [update, *_parts(optimizer, parameter, before, update)]
             known = [update if row is None else row for row in rows]
-            squares = ops.gram(torch.stack(known).reshape(len(known), -1))[0].diagonal().cpu()
-            missing = torch.tensor([row is None for row in rows])
-            sums += squares.masked_fill(missing, math.nan)
+            squares = ops.gram(torch.stack(known).reshape(len(known), -1))[0].diagonal()
+            # By multiplying: a mask of the host's would have to go to the device.
+            sums += torch.stack([x * (math.nan if row is None else 1.0) for x, row in zip(squares, rows, strict=True)])
         update, decay, momentum, gradient, given = sums.sqrt()
         return [update, decay, momentum, gradient, given / self._seen]
 
@@ -208,5 +210,6 @@ def _sgd(moment: Tensor | None, before: Before, update: Tensor) -> tuple[Tensor,
     )
 
 
-def _length(tensors: Iterable[Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]).norm())
+def _length(tensors: Iterable[Tensor]) -> Tensor:
+    length: Tensor = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]).norm()
+    return length
