@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -120,6 +120,7 @@ class GradientEngine:
         self._kept: dict[Any, int] = {}
         self._room: int | None = None
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._places: dict[tuple[Segment, ...], list[tuple[int, int, int]]] = {}  # of segments, in the parameters
 
     def use(self, strategy: Strategy) -> None:
         """Compute gradients by this strategy from now on.
@@ -167,6 +168,36 @@ class GradientEngine:
     def thetas(self, runs: Sequence[int], out: Tensor | None = None) -> Tensor:
         """(R, P) the parameters of these runs; of one run in the memory of ``out`` (P,), if given, and in its dtype."""
         return self.flatten(out)[None]
+
+    def thetas_on(self, segments: Sequence[Segment], out: Tensor) -> Tensor:
+        """Write the parameters of all runs on some segments, side by side, into ``out`` (R, p) of their dtype.
+
+        Reads these coordinates alone. Not for a model of which here is but a part.
+        """
+        key = tuple(segments)
+        if key not in self._places:
+            self._places[key] = list(self._pieces(key))
+        places = self._places[key]
+        if not places:
+            return out
+        targets = out.split([length for _, _, length in places], 1)
+        with torch.no_grad(), LOCK:
+            values = self._values()
+            sources = [values[number][:, start : start + length] for number, start, length in places]
+            torch._foreach_copy_(list(targets), sources)
+        return out
+
+    def _pieces(self, segments: Sequence[Segment]) -> Iterator[tuple[int, int, int]]:
+        """Of segments the parts that lie in one parameter each: its number, where they start in it, their length."""
+        for begin, count in (interval for segment in segments for interval in segment.intervals):
+            for number, parameter in enumerate(self.segments):
+                start, stop = max(begin, parameter.start), min(begin + count, parameter.stop)
+                if start < stop:
+                    yield number, start - parameter.start, stop - start
+
+    def _values(self) -> list[Tensor]:
+        """(R, length) of each parameter: those of all runs, without a copy."""
+        return [value.reshape(1, -1) for value in self.evaluator.values()]
 
     def training_gradients(self, runs: Sequence[int]) -> Tensor:
         """(R, P) what training has left in the ``.grad`` of these runs' parameters."""

@@ -15,7 +15,9 @@ from torch.nn import functional
 
 import grokcurv as gc
 from grokcurv.flat import flatten
+from grokcurv.gradients import Distributed, GradientEngine
 from grokcurv.measures.update_gram import spectrum
+from grokcurv.training.measured import RunsEngine
 
 
 def truth(updates: np.ndarray) -> dict[str, float]:
@@ -143,23 +145,155 @@ def test_degenerate_updates(kind: str) -> None:
     assert math.isnan(first) == (kind == "one that moves")
 
 
-def test_the_floor_covers_what_storing_rounds() -> None:
-    """Of 500 draws of updates that are added to parameters in float32, beside the same in float64."""
+@pytest.mark.parametrize("along", ["one rounded after the other", "each rounded from float64"])
+def test_the_floor_covers_what_storing_rounds(along: str) -> None:
+    """Of 500 draws of updates of parameters in float32, beside the same in float64: every sigma, and g23."""
     generator = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
     within = []
     for _ in range(500):
         theta = torch.randn(40, generator=generator).float()
         steps = 10 ** float(torch.empty(()).uniform_(-7, -1, generator=generator))
         updates = steps * torch.randn(6, 40, generator=generator, dtype=torch.float64)
-        stored, here = [], theta
+        points = [theta.double()]
         for update in updates:
-            moved = (here.double() + update).float()
-            stored.append((moved - here).double())
-            here = moved
-        exact, found = torch.linalg.svdvals(updates), torch.linalg.svdvals(torch.stack(stored))
-        floor = math.sqrt(6) * 2**-24 * here.double().norm()
-        within.append(bool(((exact - found).abs() <= floor * (1 + 1e-6)).all()))
-    assert sum(within) >= 0.95 * 500
+            points.append(points[-1] + update)
+            if along == "one rounded after the other":
+                points[-1] = points[-1].float().double()
+        stored = torch.stack(points).float().double().diff(dim=0)
+        exact, found = torch.linalg.svdvals(updates), torch.linalg.svdvals(stored)
+        floor = math.sqrt(6) * 2**-24 * points[-1].norm() * (1 + 1e-6)
+        gaps = [sigma[1] ** 2 - sigma[2] ** 2 for sigma in (exact, found)]
+        gap_floor = 2 * (found[1] + found[2]) * floor
+        within.append([bool(((exact - found).abs() <= floor).all()), bool((gaps[0] - gaps[1]).abs() <= gap_floor)])
+    assert np.mean(within, 0).min() >= 0.95
+
+
+class Rows(nn.Module):
+    """As many runs as there are rows of parameters."""
+
+    def __init__(self, thetas: Tensor, make: Any, measure: Any, every: int = 1) -> None:
+        super().__init__()
+        self.model, _ = make()
+        self.buffer = torch.empty_like(thetas[0])
+        runs = list(range(thetas.shape[1]))
+
+        def engine(loss: Any, strategy: Any) -> RunsEngine:
+            found = RunsEngine(self.model, loss, strategy, False, len(runs))
+            found.adopt(runs, self.buffer, torch.zeros_like(self.buffer))
+            return found
+
+        self.monitor = gc.CurvatureMonitor(Distributed(engine), loss_fn, every=every, measures=[measure])
+
+    def feed(self, thetas: Tensor) -> None:
+        for theta in thetas:
+            self.buffer.copy_(theta)
+            self.monitor.step()
+
+    def numbers(self, run: int = 0) -> pd.DataFrame:
+        return self.monitor.records(run).drop(columns="measure_seconds")
+
+
+@pytest.mark.parametrize("make", [mlp, attention, conv])
+def test_runs_together_are_each_alone(make: Any) -> None:
+    """To the bit, also after one has left and the others have gone on elsewhere."""
+    size = len(flatten(make()[0]))
+    thetas = torch.randn(12, 3, size).cumsum(0)
+    segments = None if make is attention else ["*weight"]
+    new = lambda: gc.UpdateGram(4, segments, spectrum=True)  # noqa: E731
+    many, left = Rows(thetas, make, new()), Rows(thetas[:, :2], make, new())
+    many.feed(thetas[:7])
+    left.feed(thetas[:3, :2])
+    for place, run in enumerate((2, 0)):
+        left.monitor.load_state_dict(many.monitor.state_dict(run), place)
+    many.feed(thetas[7:])
+    left.feed(thetas[7:, [2, 0]])
+    for run in range(3):
+        alone = Rows(thetas[:, run : run + 1], make, new())
+        alone.feed(thetas[:, run : run + 1])
+        pd.testing.assert_frame_equal(many.numbers(run), alone.numbers(), check_exact=True)
+        if run != 1:
+            pd.testing.assert_frame_equal(left.numbers((2, 0).index(run)), alone.numbers(), check_exact=True)
+
+
+def test_runs_that_are_kept_go_on() -> None:
+    thetas = torch.randn(9, 3, len(flatten(mlp()[0]))).cumsum(0)
+    many, alone = Rows(thetas, mlp, gc.UpdateGram(3, "*")), Rows(thetas[:, 2:], mlp, gc.UpdateGram(3, "*"))
+    many.feed(thetas[:5])
+    many.monitor.keep([2])
+    many.monitor.probe.gradients.keep([2])
+    for theta in thetas[5:]:
+        many.buffer.copy_(theta)
+        many.monitor.step()
+    alone.feed(thetas[:, 2:])
+    pd.testing.assert_frame_equal(many.numbers(), alone.numbers(), check_exact=True)
+
+
+@pytest.mark.parametrize("make", [mlp, attention, conv])
+def test_training_is_what_it_is_without(make: Any) -> None:
+    def trained(measured: bool) -> list[Any]:
+        torch.manual_seed(3)
+        model, shape = make()
+        model = nn.Sequential(model, nn.Dropout(0.2), nn.BatchNorm1d(4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        measures = [gc.UpdateGram(3, "*", spectrum=True)]
+        monitor = gc.attach(model, loss_fn, optimizer, measures=measures) if measured else None
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_fn(model, (torch.randn(8, *shape), torch.randint(4, (8,)))).backward()
+            optimizer.step()
+        if monitor is not None:
+            monitor.detach()
+        moments = [x for state in optimizer.state.values() for x in state.values()]
+        grads = [p.grad for p in model.parameters()]
+        return [*model.state_dict().values(), *grads, *moments, torch.random.get_rng_state()]
+
+    assert all(map(torch.equal, trained(True), trained(False)))
+
+
+@pytest.mark.parametrize("kind", ["frozen by a zero gradient", "one update", "equal updates", "more than were taken"])
+def test_degenerate_training(kind: str) -> None:
+    steps, p = 7, len(flatten(mlp()[0]))
+    thetas = torch.randn(1, 1, p).repeat(steps, 1, 1)
+    if kind == "one update":
+        thetas[-1] += torch.randn(1, p)
+    if kind == "equal updates":  # of powers of two, or rounding would make them differ
+        thetas = (torch.randint(-8, 8, (1, p)) / 8.0) * torch.arange(1, steps + 1)[:, None, None]
+    rows = Rows(thetas, mlp, gc.UpdateGram(20 if kind == "more than were taken" else 3, "*", spectrum=True))
+    rows.feed(thetas)
+    row = rows.numbers().iloc[-1]
+    if kind == "more than were taken":
+        assert rows.numbers()[list(rows.monitor.measures[0].columns)].isna().all(axis=None)
+        return
+    assert row["sigma_2"] == row["sigma_3"] == 0
+    length = 0.0 if kind.startswith("frozen") else float(thetas[-1].sub(thetas[-2]).double().norm())
+    assert row["length_3"] == pytest.approx(length, rel=1e-12)
+    times = {"one update": 1, "equal updates": 3}.get(kind, 0)
+    assert row["sigma_1"] == pytest.approx(math.sqrt(times) * length, rel=1e-12)
+    assert math.isnan(row["k_star"]) if times == 0 else row["k_star"] == 1
+
+
+def test_the_spectrum_is_that_of_the_updates() -> None:
+    thetas = torch.randn(9, 1, len(flatten(conv()[0]))).cumsum(0)
+    rows = Rows(thetas, conv, gc.UpdateGram(5, "*", spectrum=True))
+    rows.feed(thetas)
+    updates = thetas[3:, 0].diff(dim=0).double().numpy()
+    found = rows.numbers().iloc[-1]
+    sigma, lengths = np.linalg.svd(updates, compute_uv=False), np.linalg.norm(updates, axis=1)
+    np.testing.assert_allclose(found[[f"sigma_{j}" for j in range(1, 6)]].astype(float), sigma, rtol=1e-9)
+    np.testing.assert_allclose(found[[f"length_{j}" for j in range(1, 6)]].astype(float), lengths, rtol=1e-12)
+
+
+def test_parameters_on_segments() -> None:
+    """Parts in any order, in pieces, across parameters, none, and frozen parameters between."""
+    model, _ = attention()
+    model.attention.out_proj.bias.requires_grad_(False)
+    engine = GradientEngine(model, loss_fn)
+    (matrix,) = gc.select_segments(model, "attention.in_proj_weight[:, 2:5]")
+    across = gc.Segment("across", 150, 130, (130,))
+    for segments in ([matrix, across], [across, matrix], [gc.Segment("none", 4, 0, (0,))], engine.segments):
+        wanted = torch.cat([segment.of(flatten(model)) for segment in segments])
+        out = torch.full((1, len(wanted)), math.nan)
+        assert torch.equal(engine.thetas_on(segments, out)[0], wanted)
 
 
 @pytest.mark.parametrize("at", [2, 9])
@@ -183,5 +317,7 @@ def test_bad_input() -> None:
         gc.UpdateGram(2)
     with pytest.raises(ValueError, match=r"UpdateGram: model has no nn\.MultiheadAttention.*segments='\*'"):
         gc.attach(model, loss_fn, optimizer, measures=[gc.UpdateGram(5)])
+    with pytest.raises(MemoryError, match=r"window=10{12} keeps 10{11}2 vectors.* 376\d{12} bytes, and cpu"):
+        gc.attach(model, loss_fn, optimizer, measures=[gc.UpdateGram(10**12, "*")])
     with pytest.raises(ValueError, match=r"'nothing' matches none of 0\.weight"):
         gc.attach(model, loss_fn, optimizer, measures=[gc.UpdateGram(5, "nothing")])

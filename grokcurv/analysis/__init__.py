@@ -29,6 +29,7 @@ from grokcurv.analysis.timing import (
     phases,
     settled_step,
 )
+from grokcurv.analysis.update_null import UpdateGramNull, noise_edge, update_gram_bands, update_gram_null
 from grokcurv.random_subspace import RandomBaseline, alignment_p_value
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "RandomBaseline",
     "RandomWalkNull",
     "SignTest",
+    "UpdateGramNull",
     "alignment_p_value",
     "by_phase",
     "changepoint_step",
@@ -47,6 +49,7 @@ __all__ = [
     "grok_step",
     "lead_time",
     "lead_times",
+    "noise_edge",
     "onset_step",
     "phases",
     "power_law",
@@ -55,5 +58,7 @@ __all__ = [
     "sign_test",
     "sweep_results",
     "sweep_settings",
+    "update_gram_bands",
+    "update_gram_null",
     "wilson",
 ]

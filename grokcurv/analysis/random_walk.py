@@ -106,10 +106,19 @@ def random_walk_pc1(step_norms: ArrayLike, size: int, trials: int = 1000, seed: 
 
 def _directions(count: int, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """(count, min(count, size)): independent uniform unit vectors of R^size, in the basis of Bartlett's factor."""
+    factor = bartlett(count, size, rng)
+    factor /= np.linalg.norm(factor, axis=1, keepdims=True)
+    return factor
+
+
+def bartlett(count: int, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """(count, min(count, size)): independent standard normal vectors of R^size, in an orthonormal basis of their own.
+
+    Of a plain matrix of normals this has the inner products, at no cost that grows with the size.
+    """
     width = min(count, size)
     factor = np.tril(rng.standard_normal((count, width)), -1)
     np.fill_diagonal(factor, np.sqrt(rng.chisquare(size - np.arange(width))))
-    factor /= np.linalg.norm(factor, axis=1, keepdims=True)
     return factor
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe
+from grokcurv.device_buffer import capturing
 from grokcurv.flat import Segment, attention_segments, select_segments
 from grokcurv.measures.base import Measure
 from grokcurv.pairs import PairOfRuns
+from grokcurv.partition import WHOLE
 
 VARIANCE = 0.9
 """The share of the variance for which ``r90`` counts components."""
@@ -38,31 +40,54 @@ class UpdateGram(Measure):
                             known to 2 (sigma_2 + sigma_3) times it
     ======================  =====================================================================================
 
-    all NaN until there were W updates. A sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix
-    (float64, of products), and counts as zero; of two zeros there is no ratio.
+    all NaN until there were W updates; with ``spectrum=True`` also ``sigma_1`` to ``sigma_W`` and the lengths of the
+    updates ``length_1`` to ``length_W``, the newest last, in units of theta: what
+    :func:`grokcurv.analysis.update_gram_bands` sets beside updates without a direction, with and without momentum. A
+    sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix (float64, of products), and counts as
+    zero; of two zeros there is no ratio.
 
-    A step costs no gradient: it reads the W vectors of p once.
+    A step costs no gradient: it reads the W vectors of p once. W + 2 vectors of p are kept for each run.
+
+    >>> import torch, grokcurv as gc
+    >>> model = torch.nn.Linear(4, 3)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> loss_fn = lambda model, batch: model(batch).square().mean()
+    >>> monitor = gc.attach(model, loss_fn, optimizer, measures=[gc.UpdateGram(3, "*")])
+    >>> for _ in range(5):
+    ...     loss_fn(model, torch.randn(8, 4)).backward()
+    ...     optimizer.step()
+    >>> monitor.records()["g23"].isna().tolist()
+    [True, True, True, False, False]
 
     Args:
         window: W, at least 3; of fewer than 4 there is no ``rotation_2``.
         segments: patterns of :func:`grokcurv.select_segments`, one or several, or segments; the model's attention
             matrices by default.
+        spectrum: record sigma and the lengths too.
+
+    Attributes:
+        size: p, once a monitor has it.
 
     Raises:
-        ValueError: a window below 3; when the monitor is made, segments that match nothing, or a model without
-            attention and no ``segments``.
+        ValueError: a window below 3; when the monitor is made, segments that match nothing, a model without attention
+            and no ``segments``, or one under ``fully_shard``.
+        MemoryError: when the monitor is made, a window that does not fit the memory that there is.
     """
 
     name = "update_gram"
-    columns = (
+    columns: tuple[str, ...] = (
         *("g23", "k_star", "k_star_weighted", "gap_ratio"),
         *("rotation_1", "rotation_2", "r90", "update_gram_floor"),
     )
 
-    def __init__(self, window: int, segments: str | Sequence[str | Segment] | None = None) -> None:
+    def __init__(
+        self, window: int, segments: str | Sequence[str | Segment] | None = None, *, spectrum: bool = False
+    ) -> None:
         if window < 3:
             raise ValueError(f"window must be at least 3, as sigma_3 is asked for; got {window}")
-        self.window, self._wanted = window, segments
+        self.window, self._wanted, self._spectrum = window, segments, spectrum
+        if spectrum:
+            self.columns += tuple(f"{kind}_{j + 1}" for kind in ("sigma", "length") for j in range(window))
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Find the segments in the model; says in a ValueError what is wrong with them."""
@@ -77,43 +102,63 @@ class UpdateGram(Measure):
             patterns = [each for each in several if isinstance(each, str)]
             found = select_segments(engine.model, *patterns) if patterns else ()
             self.segments = (*found, *(each for each in several if isinstance(each, Segment)))
+        if engine.partition != WHOLE:
+            raise ValueError("UpdateGram: the model is under fully_shard, and no process has its updates whole")
         self._engine, runs = engine, engine.runs
         self.size = sum(segment.length for segment in self.segments)
         self._roundoff = torch.finfo(engine.dtype).eps / 2
+        self._check_memory()
         options: dict[str, Any] = {"dtype": engine.dtype, "device": engine.device}
         self._updates = torch.zeros(self.window, runs * self.size, **options)
-        self._before: Tensor | None = None
+        self._here, self._spare = torch.zeros(2, runs * self.size, **options)
+        self._seen = False  # whether there are parameters of a step before, in _here
         self._count = 0
         self._gram = torch.zeros(runs, self.window, self.window, dtype=torch.float64, device=engine.device)
         self._spans = torch.tensor([(run * self.size, self.size) for run in range(runs)])
 
+    def _check_memory(self) -> None:
+        engine = self._engine
+        need = (self.window + 2) * engine.runs * self.size * engine.dtype.itemsize
+        free = engine.place.free_memory()
+        if need > free:
+            whose = f" of each of {engine.runs} runs" if engine.runs > 1 else ""
+            raise MemoryError(
+                f"UpdateGram: window={self.window} keeps {self.window + 2} vectors of {self.size} numbers{whose}, "
+                f"{need} bytes, and {engine.device} has {free}: take a shorter window, or fewer segments"
+            )
+
     def observe(self, step: int, pairs: Sequence[PairOfRuns], due: bool) -> Tensor | None:
-        """Take the update that led here; (R, columns) where it is due."""
-        theta = self._engine.thetas(range(self._engine.runs))
-        here = torch.cat([segment.of(theta) for segment in self.segments], 1).flatten()
-        if self._before is not None:
+        """Take the update that led here; (R, columns) where it is due. RuntimeError: captured in a CUDA graph."""
+        if capturing(self._gram.device):
+            raise RuntimeError("UpdateGram counts updates on the host, which a CUDA graph does not ask")
+        before, here = self._here, self._spare
+        self._engine.thetas_on(self.segments, here.view(-1, self.size))
+        self._here, self._spare = here, before
+        if self._seen:
             place = self._count % self.window
-            torch.sub(here, self._before, out=self._updates[place])
+            torch.sub(here, before, out=self._updates[place])
             row = ops.gram(self._updates[place][None], self._updates, segments=self._spans)[:, 0]
             self._gram[:, place], self._gram[:, :, place] = row, row
             self._count += 1
-        self._before = here
+        self._seen = True
         if not due:
             return None
         if self._count < self.window:
-            return self._gram.new_full((self._engine.runs, len(self.columns)), math.nan)
+            return self._gram.new_full((len(self._gram), len(self.columns)), math.nan)
         oldest = self._count % self.window
-        order = torch.arange(oldest, oldest + self.window, device=here.device) % self.window
-        lengths = here.view(-1, self.size).double().norm(dim=1)
+        gram = self._gram.roll((-oldest, -oldest), (1, 2))
+        lengths = torch.linalg.vector_norm(here.view(-1, self.size), dim=1, dtype=torch.float64)
         floor = math.sqrt(self.window) * self._roundoff * lengths
-        return torch.cat([spectrum(self._gram[:, order][:, :, order]), floor[:, None]], 1)
+        found = [spectrum(gram), floor[:, None]]
+        if self._spectrum:
+            found += [singular_values(gram), gram.diagonal(dim1=1, dim2=2).sqrt()]
+        return torch.cat(found, 1)
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         here = slice(run * self.size, (run + 1) * self.size)
-        before = None if self._before is None else self._before[here].clone()
         return {
             "count": self._count,
-            "before": before,
+            "before": self._here[here].clone() if self._seen else None,
             "updates": self._updates[:, here].clone(),
             "gram": self._gram[run].clone(),
         }
@@ -129,19 +174,17 @@ class UpdateGram(Measure):
         self._count = state["count"]
         self._updates[:, here] = state["updates"].to(self._updates)
         self._gram[run] = state["gram"].to(self._gram)
-        if state["before"] is None:
-            self._before = None
-        else:
-            self._before = torch.zeros_like(self._updates[0]) if self._before is None else self._before
-            self._before[here] = state["before"].to(self._before)
+        self._seen = state["before"] is not None
+        if self._seen:
+            self._here[here] = state["before"].to(self._here)
 
     def keep(self, runs: list[int]) -> None:
         def kept(rows: Tensor) -> Tensor:
             by_run: Tensor = rows.unflatten(-1, (-1, self.size))
             return by_run[..., runs, :].flatten(-2)
 
-        self._updates, self._gram = kept(self._updates), self._gram[runs]
-        self._before = None if self._before is None else kept(self._before)
+        self._updates, self._here, self._gram = kept(self._updates), kept(self._here), self._gram[runs]
+        self._spare = torch.empty_like(self._here)
         self._spans = self._spans[: len(runs)]
 
 
@@ -172,6 +215,11 @@ def spectrum(gram: Tensor) -> Tensor:
     ]
     moves = sigma[:, 0] > 0
     return torch.stack([x.double().masked_fill(~moves, math.nan) for x in numbers], 1)
+
+
+def singular_values(gram: Tensor) -> Tensor:
+    """(R, W) float64, descending: those of rows with the Gram matrices (R, W, W)."""
+    return _singular(gram, gram.shape[1])[0]
 
 
 def _singular(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -210,6 +210,10 @@ class RunsEngine(GradientEngine):
             return theta
         return out.copy_(theta[0])[None] if len(runs) == 1 else theta.to(out.dtype)
 
+    def _values(self) -> list[Tensor]:
+        theta = self._of(self._theta, range(self.runs))
+        return [theta[:, segment.start : segment.stop] for segment in self.segments]
+
     def theta_norms(self, runs: Sequence[int]) -> Tensor:
         return self.partition.norms(self._of(self._theta, runs))
 
