@@ -38,19 +38,22 @@ class UpdateGram(Measure):
                             known to 2 (sigma_2 + sigma_3) times it
     ======================  =====================================================================================
 
-    all NaN until there were W updates. A sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix
+    all NaN until there were W updates. With ``every`` = E an update is the difference of parameters E steps apart, at
+    steps that are multiples of E, and rows between them repeat what the latest W such updates gave (Xu's have E = 100).
+    A sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix
     (float64, of products), and counts as zero; of two zeros there is no ratio.
 
-    A step costs no gradient: it reads the W vectors of p once.
+    An update costs no gradient: it reads the W vectors of p once.
 
     Args:
         window: W, at least 3; of fewer than 4 there is no ``rotation_2``.
+        every: E, in steps.
         segments: patterns of :func:`grokcurv.select_segments`, one or several, or segments; the model's attention
             matrices by default.
 
     Raises:
-        ValueError: a window below 3; when the monitor is made, segments that match nothing, or a model without
-            attention and no ``segments``.
+        ValueError: a window below 3, or ``every`` below 1; when the monitor is made, segments that match nothing, or a
+            model without attention and no ``segments``.
     """
 
     name = "update_gram"
@@ -59,10 +62,12 @@ class UpdateGram(Measure):
         *("rotation_1", "rotation_2", "r90", "update_gram_floor"),
     )
 
-    def __init__(self, window: int, segments: str | Sequence[str | Segment] | None = None) -> None:
+    def __init__(self, window: int, segments: str | Sequence[str | Segment] | None = None, *, every: int = 1) -> None:
         if window < 3:
             raise ValueError(f"window must be at least 3, as sigma_3 is asked for; got {window}")
-        self.window, self._wanted = window, segments
+        if every < 1:
+            raise ValueError(f"every must be at least 1, in steps; got {every}")
+        self.window, self.every, self._wanted = window, every, segments
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Find the segments in the model; says in a ValueError what is wrong with them."""
@@ -89,6 +94,20 @@ class UpdateGram(Measure):
 
     def observe(self, step: int, pairs: Sequence[PairOfRuns], due: bool) -> Tensor | None:
         """Take the update that led here; (R, columns) where it is due."""
+        if step % self.every == 0:
+            self._take()
+        if not due:
+            return None
+        if self._before is None or self._count < self.window:
+            return self._gram.new_full((self._engine.runs, len(self.columns)), math.nan)
+        oldest = self._count % self.window
+        order = torch.arange(oldest, oldest + self.window, device=self._gram.device) % self.window
+        lengths = self._before.view(-1, self.size).double().norm(dim=1)
+        floor = math.sqrt(self.window) * self._roundoff * lengths
+        return torch.cat([spectrum(self._gram[:, order][:, :, order]), floor[:, None]], 1)
+
+    def _take(self) -> None:
+        """Put the update from the parameters taken last into the window."""
         theta = self._engine.thetas(range(self._engine.runs))
         here = torch.cat([segment.of(theta) for segment in self.segments], 1).flatten()
         if self._before is not None:
@@ -98,15 +117,6 @@ class UpdateGram(Measure):
             self._gram[:, place], self._gram[:, :, place] = row, row
             self._count += 1
         self._before = here
-        if not due:
-            return None
-        if self._count < self.window:
-            return self._gram.new_full((self._engine.runs, len(self.columns)), math.nan)
-        oldest = self._count % self.window
-        order = torch.arange(oldest, oldest + self.window, device=here.device) % self.window
-        lengths = here.view(-1, self.size).double().norm(dim=1)
-        floor = math.sqrt(self.window) * self._roundoff * lengths
-        return torch.cat([spectrum(self._gram[:, order][:, :, order]), floor[:, None]], 1)
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         here = slice(run * self.size, (run + 1) * self.size)
