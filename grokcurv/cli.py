@@ -372,8 +372,8 @@ def _replay(arguments: list[str]) -> int:
         """The file; DIR/replay.parquet if not given."""
         pairs: int | None = None
         """Pairs of batches a row; the run's, or 1, if not given."""
-        measures: tuple[str, ...] = ()
-        """What to record besides: update_gram."""
+        measures: str = ""
+        """What to record besides, with commas between names, as for grokcurv train."""
 
     options = tyro.cli(Options, prog="grokcurv replay", args=arguments)
     out = options.out or options.folder / "replay.parquet"

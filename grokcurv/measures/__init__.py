@@ -1,20 +1,40 @@
 """What is measured along a training run: a file a measure, for any number of runs at once."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from grokcurv.measures.base import Measure
 from grokcurv.measures.update_gram import UpdateGram
 
-MEASURES: dict[str, Callable[[], Measure]] = {UpdateGram.name: partial(UpdateGram, window=10)}
-"""Measures that a command line can name, as they are made there."""
+
+class Given(NamedTuple):
+    """What settings and command lines say of the measures that they name."""
+
+    window: int = 10
+    """Updates in a window."""
+    every: int = 1
+    """Steps of an update."""
+    batch: Any = None
+    """For measures of one batch: that of the run, or those of several runs."""
 
 
-def named_measures(names: Iterable[str]) -> tuple[Measure, ...]:
-    """Measures by their names; ValueError for a name that is none, which says what there is."""
-    made = []
-    for name in names:
+MEASURES: dict[str, Callable[[Given], Measure]] = {
+    "update_gram": lambda given: UpdateGram(given.window, every=given.every),
+}
+"""Measures that settings and command lines can name, and how each is made there."""
+
+
+def measure_names(text: str) -> list[str]:
+    """The names in ``"one,another"``; ValueError for one that is none, or is there twice."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for index, name in enumerate(names):
         if name not in MEASURES:
-            raise ValueError(f"no measure {name!r}; there are {', '.join(MEASURES)}")
-        made.append(MEASURES[name]())
-    return tuple(made)
+            raise ValueError(f"measures: there is none called {name!r}; there are {', '.join(MEASURES)}")
+        if name in names[:index]:
+            raise ValueError(f"measures must each be named once; got {name!r} twice")
+    return names
+
+
+def named_measures(text: str, given: Given = Given()) -> tuple[Measure, ...]:  # noqa: B008
+    """The measures that :func:`measure_names` finds, made anew."""
+    return tuple(MEASURES[name](given) for name in measure_names(text))

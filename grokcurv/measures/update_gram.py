@@ -40,13 +40,16 @@ class UpdateGram(Measure):
                             known to 2 (sigma_2 + sigma_3) times it
     ======================  =====================================================================================
 
-    all NaN until there were W updates; with ``spectrum=True`` also ``sigma_1`` to ``sigma_W`` and the lengths of the
-    updates ``length_1`` to ``length_W``, the newest last, in units of theta: what
-    :func:`grokcurv.analysis.update_gram_bands` sets beside updates without a direction, with and without momentum. A
-    sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix (float64, of products), and counts as
+    all NaN until there were W updates. With ``every`` = E an update is the difference of parameters E steps apart, at
+    steps that are multiples of E, and rows between them repeat what the latest W such updates gave (Xu's have E = 100).
+    A sigma below 1e-7 of the greatest is zero to the arithmetic of a Gram matrix (float64, of products), and counts as
     zero; of two zeros there is no ratio.
 
-    A step costs no gradient: it reads the W vectors of p once. W + 2 vectors of p are kept for each run.
+    With ``spectrum=True`` a row also has ``sigma_1`` to ``sigma_W`` and the lengths of the updates ``length_1`` to
+    ``length_W``, the newest last, in units of theta: what :func:`grokcurv.analysis.update_gram_bands` sets beside
+    updates without a direction, with and without momentum.
+
+    An update costs no gradient: it reads the W vectors of p once. W + 2 vectors of p are kept for each run.
 
     >>> import torch, grokcurv as gc
     >>> model = torch.nn.Linear(4, 3)
@@ -61,6 +64,7 @@ class UpdateGram(Measure):
 
     Args:
         window: W, at least 3; of fewer than 4 there is no ``rotation_2``.
+        every: E, in steps.
         segments: patterns of :func:`grokcurv.select_segments`, one or several, or segments; the model's attention
             matrices by default.
         spectrum: record sigma and the lengths too.
@@ -69,8 +73,8 @@ class UpdateGram(Measure):
         size: p, once a monitor has it.
 
     Raises:
-        ValueError: a window below 3; when the monitor is made, segments that match nothing, a model without attention
-            and no ``segments``, or one under ``fully_shard``.
+        ValueError: a window below 3, or ``every`` below 1; when the monitor is made, segments that match nothing, a
+            model without attention and no ``segments``, or one under ``fully_shard``.
         MemoryError: when the monitor is made, a window that does not fit the memory that there is.
     """
 
@@ -81,11 +85,18 @@ class UpdateGram(Measure):
     )
 
     def __init__(
-        self, window: int, segments: str | Sequence[str | Segment] | None = None, *, spectrum: bool = False
+        self,
+        window: int,
+        segments: str | Sequence[str | Segment] | None = None,
+        *,
+        every: int = 1,
+        spectrum: bool = False,
     ) -> None:
         if window < 3:
             raise ValueError(f"window must be at least 3, as sigma_3 is asked for; got {window}")
-        self.window, self._wanted, self._spectrum = window, segments, spectrum
+        if every < 1:
+            raise ValueError(f"every must be at least 1, in steps; got {every}")
+        self.window, self.every, self._wanted, self._spectrum = window, every, segments, spectrum
         if spectrum:
             self.columns += tuple(f"{kind}_{j + 1}" for kind in ("sigma", "length") for j in range(window))
 
@@ -131,6 +142,23 @@ class UpdateGram(Measure):
         """Take the update that led here; (R, columns) where it is due. RuntimeError: captured in a CUDA graph."""
         if capturing(self._gram.device):
             raise RuntimeError("UpdateGram counts updates on the host, which a CUDA graph does not ask")
+        if step % self.every == 0:
+            self._take()
+        if not due:
+            return None
+        if self._count < self.window:
+            return self._gram.new_full((len(self._gram), len(self.columns)), math.nan)
+        oldest = self._count % self.window
+        gram = self._gram.roll((-oldest, -oldest), (1, 2))
+        lengths = torch.linalg.vector_norm(self._here.view(-1, self.size), dim=1, dtype=torch.float64)
+        floor = math.sqrt(self.window) * self._roundoff * lengths
+        found = [spectrum(gram), floor[:, None]]
+        if self._spectrum:
+            found += [singular_values(gram), gram.diagonal(dim1=1, dim2=2).sqrt()]
+        return torch.cat(found, 1)
+
+    def _take(self) -> None:
+        """Put the update from the parameters taken last into the window."""
         before, here = self._here, self._spare
         self._engine.thetas_on(self.segments, here.view(-1, self.size))
         self._here, self._spare = here, before
@@ -141,18 +169,6 @@ class UpdateGram(Measure):
             self._gram[:, place], self._gram[:, :, place] = row, row
             self._count += 1
         self._seen = True
-        if not due:
-            return None
-        if self._count < self.window:
-            return self._gram.new_full((len(self._gram), len(self.columns)), math.nan)
-        oldest = self._count % self.window
-        gram = self._gram.roll((-oldest, -oldest), (1, 2))
-        lengths = torch.linalg.vector_norm(here.view(-1, self.size), dim=1, dtype=torch.float64)
-        floor = math.sqrt(self.window) * self._roundoff * lengths
-        found = [spectrum(gram), floor[:, None]]
-        if self._spectrum:
-            found += [singular_values(gram), gram.diagonal(dim1=1, dim2=2).sqrt()]
-        return torch.cat(found, 1)
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         here = slice(run * self.size, (run + 1) * self.size)

@@ -24,7 +24,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "exec-random": ("grokking",),
     "control-ratio": ("grokking", "control"),
     "onset": ("grokking",),
-    "lr-law": ("grokking", "rates"),
+    "lr-law": ("grokking", "rates", "regimes"),
     "alignment": ("grokking", "rates"),
     "suppression": ("suppression",),
     "random-basis": ("random-basis",),

@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from grokcurv.commutator import RENAMED, Design, Method, current_method
 from grokcurv.interventions import Direction
+from grokcurv.measures import measure_names
 from grokcurv.measures.commutator import CHECK_EVERY
 from grokcurv.tasks.modular.model import Activation, Sequence
 from grokcurv.tasks.modular.operations import check_operation, train_size
@@ -140,6 +141,12 @@ class MeasurementSettings:
     """Steps between rows of the trajectory's PCA; 0 keeps none."""
     check_every: int = CHECK_EVERY
     """Steps after which a measurement makes the float64 evaluations behind its noise floor anew; 1 for all of them."""
+    measures: str = ""
+    """What is recorded besides commutators, with commas between names: update_gram (docs/measures.md)."""
+    update_window: int = 10
+    """Updates in the window of update_gram."""
+    update_every: int = 1
+    """Steps of each of these updates."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +233,8 @@ class TrainConfig(
                 "successive measures one pair, this step's batch and the next one's: it needs pairs = 1 and a "
                 f"batch_size above 0; got {self.pairs} and {self.batch_size}"
             )
+        if measure_names(self.measures) and not self.measure_every:
+            raise ValueError("measures are recorded with commutators: they need measure_every above 0; got 0")
         self._check_intervention()
         if self.batch_size > self.train_rows:
             raise ValueError(
@@ -266,7 +275,7 @@ CHOICES = {name: get_args(hint) for name, hint in get_type_hints(TrainConfig).it
 
 POSITIVE = (
     *("layers", "d_model", "heads", "d_ff"),
-    *("eval_every", "grok_patience", "pairs", "check_every", "intervene_every", "checkpoint_every"),
+    *("eval_every", "grok_patience", "pairs", "check_every", "intervene_every", "checkpoint_every", "update_every"),
 )
 NOT_NEGATIVE = (
     *("warmup", "steps", "batch_size", "steps_after_grok", "measure_every", "pca_every"),
@@ -277,6 +286,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (POSITIVE, lambda x: x >= 1, "be at least 1"),
     (NOT_NEGATIVE, lambda x: x >= 0, "be at least 0"),
     (POSITIVE + NOT_NEGATIVE, lambda x: x < 2**63, "be below 2^63"),  # more than torch can count
+    (("update_window",), lambda x: 3 <= x < 2**63, "be at least 3"),
     (("threads",), lambda x: x <= 1024, "be at most 1024"),  # more end the process, where the system has no room
     (("lr", "eta", "adamw_lr"), lambda x: 0 < x < math.inf, "be a positive number"),
     (("weight_decay", "clip", "grok_threshold", "strength"), lambda x: 0 <= x < math.inf, "be a number, not negative"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grokcurv.evaluation import LossFn
 from grokcurv.gradients import Distributed, GradientEngine, Strategy
+from grokcurv.measures import Given, named_measures
 from grokcurv.measures.commutator import Plan
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pairs import Pair, PairOfRuns, rows_of
@@ -135,8 +136,9 @@ class Group(Measured):
             eta=config.eta,
             strategy=strategy,
             gradient="trusted",  # it is that of this very loss, before clipping
+            measures=named_measures(config.measures, Given(config.update_window, config.update_every)),
         )
-        self.capturable = not config.alignment
+        self.capturable = not (config.alignment or config.measures)
         for place, run in enumerate(runs):
             run.attach(self.monitor, place)
 
