@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -176,28 +176,38 @@ class GradientEngine:
         """
         key = tuple(segments)
         if key not in self._places:
-            self._places[key] = list(self._pieces(key))
+            self._places[key] = self._pieces(key)
         places = self._places[key]
         if not places:
             return out
-        targets = out.split([length for _, _, length in places], 1)
         with torch.no_grad(), LOCK:
-            values = self._values()
-            sources = [values[number][:, start : start + length] for number, start, length in places]
-            torch._foreach_copy_(list(targets), sources)
+            values = self._values({number for number, _, _ in places})
+            sources = [
+                whole if length == whole.shape[1] else whole[:, start : start + length]
+                for whole, start, length in ((values[number], start, length) for number, start, length in places)
+            ]
+            torch._foreach_copy_(list(out.split([length for _, _, length in places], 1)), sources)
         return out
 
-    def _pieces(self, segments: Sequence[Segment]) -> Iterator[tuple[int, int, int]]:
+    def _pieces(self, segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
         """Of segments the parts that lie in one parameter each: its number, where they start in it, their length."""
+        pieces: list[tuple[int, int, int]] = []
         for begin, count in (interval for segment in segments for interval in segment.intervals):
             for number, parameter in enumerate(self.segments):
                 start, stop = max(begin, parameter.start), min(begin + count, parameter.stop)
-                if start < stop:
-                    yield number, start - parameter.start, stop - start
+                if start >= stop:
+                    continue
+                start, stop = start - parameter.start, stop - parameter.start
+                if pieces and (pieces[-1][0], sum(pieces[-1][1:])) == (number, start):  # as thirds of a fused matrix do
+                    start = pieces.pop()[1]
+                pieces.append((number, start, stop - start))
+        return pieces
 
-    def _values(self) -> list[Tensor]:
-        """(R, length) of each parameter: those of all runs, without a copy."""
-        return [value.reshape(1, -1) for value in self.evaluator.values()]
+    def _values(self, numbers: set[int]) -> dict[int, Tensor]:
+        """(R, length) some parameters of all runs, flat, by their numbers."""
+        parameters = self.evaluator.parameters()
+        parts = [self.evaluator.local(parameters[number]).view(1, -1) for number in numbers]
+        return dict(zip(numbers, self.place.bring_all(parts), strict=True))
 
     def training_gradients(self, runs: Sequence[int]) -> Tensor:
         """(R, P) what training has left in the ``.grad`` of these runs' parameters."""

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.linalg import subspace_angles
 from torch import nn
 
 from grokcurv.flat import attention_segments
@@ -387,3 +389,74 @@ def test_singular_vectors_that_are_not_there():
         Subspace.from_singular_vectors(model, 2)
     with pytest.raises(ValueError, match=r"no nn\.MultiheadAttention"):
         Subspace.from_singular_vectors(nn.Linear(3, 3))
+
+
+# Principal angles
+
+
+def tilted(angles: torch.Tensor, dim: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal rows (k, P) and (dim, P) whose principal angles are these, by construction."""
+    k = len(angles)
+    frame = orthonormal(2 * k + dim - k, size)
+    near, away, rest = frame[:k], frame[k : 2 * k], frame[2 * k :]
+    other = torch.cat([near * angles.cos()[:, None] + away * angles.sin()[:, None], rest])
+    rotation = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
+    return torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q @ near, rotation @ other
+
+
+def test_principal_angles_are_right_to_rounding_however_small():
+    for _ in range(30):
+        k = int(torch.randint(1, 7, ()))
+        angles = (10 ** torch.empty(k, dtype=torch.float64).uniform_(-15, 0.19)).clamp(max=math.pi / 2).sort().values
+        angles[int(torch.randint(k, ()))] = 0.0
+        angles = angles.sort().values
+        a, b = map(Subspace, tilted(angles, k + int(torch.randint(0, 4, ())), 60))
+        for found in (a.principal_angles(b), b.principal_angles(a)):
+            assert found.dtype == torch.float64
+            # Orthonormal rows are so to a few roundings of unit vectors, and each product adds as much.
+            assert (found - angles).abs().max() < 100 * torch.finfo(torch.float64).eps
+        assert a.principal_angles(a).max() < 100 * torch.finfo(torch.float64).eps
+
+
+def test_principal_angles_against_scipy_on_segments_and_float32():
+    size, parts = blocks(torch.float32)
+    space, other = Subspace.from_blocks(size, parts), Subspace(orthonormal(4, size, torch.float32))
+    shifted = Subspace.from_blocks(
+        size, [(0, orthonormal(2, 12, torch.float32)), (20, orthonormal(3, 11, torch.float32))]
+    )
+    for a, b in ((space, other), (other, space), (space, shifted), (shifted, space)):
+        found = a.principal_angles(b)
+        truth = subspace_angles(a.to_dense().double().numpy().T, b.to_dense().double().numpy().T)[::-1]
+        assert found.tolist() == pytest.approx(truth.tolist(), abs=1e-7)
+        assert found.shape == (min(a.dim, b.dim),)
+    apart = Subspace.from_blocks(size, [(0, orthonormal(1, 2, torch.float32))])
+    assert apart.principal_angles(space).tolist() == [math.pi / 2]
+    assert Subspace(torch.empty(0, size)).principal_angles(space).shape == (0,)
+
+
+def test_principal_angles_of_runs_with_rows_of_zeros():
+    x = torch.randn(3, 6, 40)
+    x[1, :, 20:] = 1.0
+    pcas = [
+        StreamingPCA(2, segments=[(0, 20), (20, 20)], runs=3).partial_fit(rows)
+        for rows in (x, x + torch.randn(3, 6, 40))
+    ]
+    a, b = map(Subspace.from_pca, pcas)
+    found = a.principal_angles(b)
+    assert found.shape == (3, 4)
+    for run in range(3):
+        assert torch.equal(found[run], a.of(run).principal_angles(b.of(run)))
+        one = a.of(run).to_dense().double().numpy()
+        truth = subspace_angles(one[np.abs(one).any(1)].T, b.of(run).to_dense().double().numpy().T)[::-1]
+        assert found[run, : len(truth)].tolist() == pytest.approx(truth.tolist(), abs=1e-6)
+        assert found[run, len(truth) :].tolist() == [math.pi / 2] * (4 - len(truth))
+    assert torch.allclose(a.principal_angles(b.of(0))[1], a.of(1).principal_angles(b.of(0)))
+
+
+def test_principal_angles_of_what_does_not_fit():
+    space = Subspace(torch.eye(2, 5))
+    with pytest.raises(ValueError, match=r"other must be a subspace of R\^5, as this one is; got one of R\^6"):
+        space.principal_angles(Subspace(torch.eye(2, 6)))
+    two, three = (Subspace.from_pca(StreamingPCA(1, runs=n).partial_fit(torch.randn(n, 4, 5))) for n in (2, 3))
+    with pytest.raises(ValueError, match="other must be of 2 runs, as this subspace is, or one for all; got 3"):
+        two.principal_angles(three)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe
@@ -150,7 +151,7 @@ class UpdateGram(Measure):
             return self._gram.new_full((len(self._gram), len(self.columns)), math.nan)
         oldest = self._count % self.window
         gram = self._gram.roll((-oldest, -oldest), (1, 2))
-        lengths = torch.linalg.vector_norm(self._here.view(-1, self.size), dim=1, dtype=torch.float64)
+        lengths = self._engine.partition.norms(self._here.view(-1, self.size))
         floor = math.sqrt(self.window) * self._roundoff * lengths
         found = [spectrum(gram), floor[:, None]]
         if self._spectrum:
@@ -207,30 +208,36 @@ class UpdateGram(Measure):
 def spectrum(gram: Tensor) -> Tensor:
     """(R, 7) float64: the columns of :class:`UpdateGram` but for the floor, of Gram matrices (R, W, W) of updates from
     the oldest to the newest."""
-    window = gram.shape[1]
-    sigma, _ = _singular(gram, window)
+    runs, window = gram.shape[:2]
+    # All updates, the older half alone, the newer half alone: what is masked adds zeros to a spectrum, and no more.
+    every = (gram * _halves(window, gram.device)[:, None]).flatten(0, 1)
+    (sigma, old, new), vectors = (x.unflatten(0, (3, runs)) for x in _singular(every, window))
+    squares = sigma.square()
+    variance = squares.cumsum(1)
     ratio = sigma[:, :-1] / sigma[:, 1:]  # NaN where both are zero
-    weighted = ratio * sigma[:, :-1] / sigma.sum(1, keepdim=True)
-    best, best_weighted = (x.nan_to_num(-1.0, math.inf).argmax(1) for x in (ratio, weighted))
-    variance = sigma.square().cumsum(1)
-    r90 = (variance < VARIANCE * variance[:, -1:]).sum(1) + 1
-    half = window // 2
-    old, new = slice(0, half), slice(window - half, window)
-    (old_sigma, old_left), (new_sigma, new_left) = (_singular(gram[:, at, at], min(half, 2)) for at in (old, new))
+    # Without the division by the sum, which no maximum over j depends on.
+    best = torch.stack([ratio, ratio * sigma[:, :-1]]).nan_to_num(-1.0, math.inf).argmax(2)
     # <v_j, w_j>, of which v_j = X' u_j / sigma_j.
-    lengths = (old_sigma * new_sigma).masked_fill(old_sigma * new_sigma == 0, math.nan)
-    inner = (old_left * (gram[:, old, new] @ new_left)).sum(1) / lengths
-    inner = nn.functional.pad(inner, (0, 2 - inner.shape[1]), value=math.nan)
+    inner = (vectors[1, :, :, :2] * (gram @ vectors[2, :, :, :2])).sum(1).abs()
+    lengths = old[:, :2] * new[:, :2]
+    rotation = torch.where(lengths > 0, inner / lengths, math.nan)
     numbers = [
-        sigma[:, 1].square() - sigma[:, 2].square(),
-        best + 1,
-        best_weighted + 1,
-        ratio.gather(1, best[:, None])[:, 0],
-        *inner.abs().unbind(1),
-        r90,
+        squares[:, 1] - squares[:, 2],
+        *(best + 1.0),
+        ratio.gather(1, best[0, :, None])[:, 0],
+        *rotation.unbind(1),
+        (variance < VARIANCE * variance[:, -1:]).sum(1) + 1.0,
     ]
-    moves = sigma[:, 0] > 0
-    return torch.stack([x.double().masked_fill(~moves, math.nan) for x in numbers], 1)
+    return torch.stack(numbers, 1).masked_fill(~(sigma[:, :1] > 0), math.nan)
+
+
+@cache
+def _halves(window: int, device: torch.device) -> Tensor:
+    """(3, W, W): 1 for pairs of all updates, of the older half, of the newer half; 0 elsewhere."""
+    masks = torch.zeros(3, window, window, dtype=torch.float64)
+    half = window // 2
+    masks[0], masks[1, :half, :half], masks[2, window - half :, window - half :] = 1.0, 1.0, 1.0
+    return masks.to(device)
 
 
 def singular_values(gram: Tensor) -> Tensor:

@@ -212,9 +212,9 @@ class RunsEngine(GradientEngine):
             return theta
         return out.copy_(theta[0])[None] if len(runs) == 1 else theta.to(out.dtype)
 
-    def _values(self) -> list[Tensor]:
+    def _values(self, numbers: set[int]) -> dict[int, Tensor]:
         theta = self._of(self._theta, range(self.runs))
-        return [theta[:, segment.start : segment.stop] for segment in self.segments]
+        return {number: theta[:, self.segments[number].start : self.segments[number].stop] for number in numbers}
 
     def theta_norms(self, runs: Sequence[int]) -> Tensor:
         return self.partition.norms(self._of(self._theta, runs))
