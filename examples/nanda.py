@@ -9,6 +9,7 @@ modulus of 59 fits in minutes on one core, and shows little of the sleep; --p 11
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from figure import draw
@@ -19,7 +20,13 @@ from grokcurv.training import PRESETS, TrainConfig, train
 
 def config(p: int, steps: int) -> TrainConfig:
     fraction = 0.3 if p >= 100 else 0.5  # a small table needs a larger share of it to be understood at all
-    settings = {"train_fraction": fraction, "eval_every": 50, "measure_every": 50, "pca_every": 50, "pairs": 1}
+    settings: dict[str, Any] = {
+        "train_fraction": fraction,
+        "eval_every": 50,
+        "measure_every": 50,
+        "pca_every": 50,
+        "pairs": 1,
+    }
     # The bracket: a rectifier's difference form is mostly the kinks that the step crosses.
     return replace(PRESETS["nanda"], p=p, steps=steps, seed=0, threads=1, method="bracket", **settings)
 

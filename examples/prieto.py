@@ -41,8 +41,9 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
 def orthogonalise(model: nn.Module) -> None:
     """Each matrix's gradient without its part along the matrix, as long as it was."""
     for weight in model.parameters():
-        across = weight.grad - (weight * weight.grad).sum() / weight.square().sum() * weight
-        weight.grad = across * (weight.grad.norm() / across.norm().clamp_min(1e-30))
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        across = gradient - (weight * gradient).sum() / weight.square().sum() * weight
+        weight.grad = across * (gradient.norm() / across.norm().clamp_min(1e-30))
 
 
 def study(steps: int, remedy: Remedy = "decay", p: int = 59) -> tuple[pd.DataFrame, gc.CurvatureMonitor]:

@@ -234,8 +234,8 @@ def _reproduce(arguments: list[str]) -> int:
         """Judge the paper's claims by runs of your own, and write a page about it.
 
         The same command goes on after anything that stopped it, and writes the page anew when nothing is left to train.
-        The claims: pc1, rho, exec-random, control-ratio, onset, lr-law, alignment, suppression, random-basis, kicks,
-        slow-regime.
+        The claims: pc1, rho, exec-random, control-ratio, onset, lr-law, alignment, update-gram, suppression,
+        random-basis, kicks, slow-regime.
         """
 
         claims: tuple[str, ...] = ()

@@ -34,15 +34,18 @@ def records(
     reference: float = 1.0,
     reliable: bool = True,
     spread: float = 1.0,
+    fall: float = 20.0,
     every: int = 100,
 ) -> dict[str, pd.DataFrame]:
     """A run whose defect rises from 0.5 to ``level`` at ``onset`` and whose test accuracy rises at ``grok``.
 
-    The float32 formula gives ``reference`` times the defect, from 1 on. ``spread`` tells runs apart in figures.
+    The float32 formula gives ``reference`` times the defect, from 1 on. ``spread`` tells runs apart in figures. The gap
+    of the update Gram matrix falls by ``fall`` until the accuracy rises, or to the end.
     """
     step = np.arange(0, steps + 1, every)
     defect = np.where(step >= onset, level, 0.5)
     rho = 1 - 2e-5 * spread * (1 + step / steps)
+    left = np.clip(1 - step / min(grok, steps), 0, 1)
     metrics = {
         "step": step,
         "train_acc": np.where(step >= 200, 1.0, 0.1),
@@ -56,6 +59,8 @@ def records(
         "rho": np.where(step > 0, rho, np.nan),
         "exec_matched_ratio": np.where(step >= grok, 0.8, 1.3),
         "step_alignment_ratio": 8.0,
+        "g23": np.where(step >= 1000, fall**left, np.nan),
+        "gap_ratio": np.where(step >= 1000, 1.4, np.nan),
     }
     pca = [
         pd.DataFrame({"step": step, "matrix": matrix, "pc1_percent": 70 * spread**-0.2 + 30 * np.exp(-step / 500)})
@@ -130,7 +135,7 @@ def trials() -> dict[str, list[Trial]]:
         ],
         "never": [trial({"op": op}, walks=walks(45.0, 0.9), spread=4.0) for op in ("x2_xy_y2", "x3_xy")],
         "control": [
-            trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, spread=3.0, walks=walks(62.0, 0.5))
+            trial({"op": op, "weight_decay": 0.0}, level=2.0, onset=1000, spread=3.0, fall=1.0, walks=walks(62.0, 0.5))
             for op in ("add", "mul")
         ],
         "rates": [

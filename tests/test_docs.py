@@ -36,6 +36,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_lines_are_no_longer_than_those_of_code() -> None:
+    """Tables aside, links that are longer by themselves, and records, which are as a program printed them."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "csrc").glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            whole = line.startswith("|") or page.parent.name == "measurements" or " " not in line.strip()
+            assert whole or len(line) <= 120, f"{page.relative_to(ROOT)}:{number}"
+
+
 def test_every_page_is_there(site: Path) -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         assert site.joinpath(page.relative_to(ROOT / "docs")).with_suffix(".html").is_file()

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from grokcurv.report import figures, write_report
 from grokcurv.report.figures import DARK, LIGHT
 from grokcurv.report.format import duration, number
+from grokcurv.report.measures import FIGURED, figured
 from grokcurv.report.summary import Summary
 from grokcurv.runs import Run, RunError, RunWriter, open_run
 
@@ -374,6 +375,39 @@ def test_fourier_shares_beside_accuracy() -> None:
     np.testing.assert_array_equal(lines(bottom)[LIGHT.orange], metrics["fourier_logits"])
     assert {text.get_text() for text in bottom.texts} == {"embedding", "logits", "grok 3,100"}
     assert [text.get_text() for text in alone.texts] == ["embedding"]
+
+
+def with_measures(generator: torch.Generator, *names: str) -> pd.DataFrame:
+    """Records that have the columns of these measures too."""
+    curvature = synthetic_run.curvature()
+    columns = {column for name in names for panel in FIGURED[name].panels for column in (*panel.columns, panel.floor)}
+    added = {name: torch.rand(len(curvature), generator=generator).double() for name in sorted(columns - {""})}
+    return curvature.assign(**{name: values.numpy() for name, values in added.items()})
+
+
+@pytest.mark.parametrize("name", FIGURED)
+def test_a_measure_has_its_panels(name: str, generator: torch.Generator) -> None:
+    curvature = with_measures(generator, name)
+    ((found, figure),) = figured(curvature)
+    assert (found, figure) == (name, FIGURED[name])
+    with figures.style(LIGHT):
+        drawn = figures.panels_of(curvature, figure.panels, LIGHT)
+    for axes, panel in zip(drawn.axes, figure.panels, strict=True):
+        assert axes.get_ylabel() == panel.ylabel
+        assert {text.get_text().replace("\n", " ") for text in axes.texts} == set(panel.columns.values())
+        for column, line in zip(panel.columns, axes.lines[bool(np.isfinite(panel.level)) :], strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), curvature[column])
+    nothing = curvature.assign(**dict.fromkeys(figure.panels[0].columns, np.nan))
+    assert [panel for _, one in figured(nothing) for panel in one.panels] == list(figure.panels[1:])
+
+
+def test_measures_on_a_page(tmp_path: Path, generator: torch.Generator) -> None:
+    folder = synthetic_run.write_run(tmp_path / "run", {"curvature": with_measures(generator, "update_gram")})
+    page = Page(write_report(folder))
+    assert {path.stem for path in (folder / "figures").iterdir()} >= {"update_gram", "grokking"}
+    for words in ("title", "caption"):
+        assert " ".join(getattr(FIGURED["update_gram"], words).split()) in page.text
+    assert FIGURED["hessian_edges"].title not in page.text
 
 
 def test_spread_moves_labels_apart_and_no_further() -> None:

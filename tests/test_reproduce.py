@@ -42,7 +42,7 @@ def test_every_claim_has_its_parts() -> None:
     assert set(CLAIMS) == set(JUDGES) == set(RULES) == set(SENTENCES)
     for profile in (QUICK, PROFILES["paper"]):
         sets = {*profile.runs, *profile.interventions}
-        assert sets >= {name for claim in CLAIMS for name in NEEDS[claim]} - {"slow"}
+        assert sets >= {name for claim in CLAIMS for name in NEEDS[claim]} - {"slow", "regimes"}
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -356,6 +356,29 @@ def test_random_basis(random: float, matched: float, expected: str) -> None:
     assert found.verdict == expected
     late = (4000 if math.isinf(matched) else matched) - 2900
     assert found.findings[0].here.trustworthy == Number(late, late, late, 1)
+
+
+@pytest.mark.parametrize(
+    ("falls", "control", "verdict"),
+    [(20.0, 1.0, HOLDS), (20.0, 20.0, UNDECIDED), (1.5, 1.0, FAILS), (1.5, 20.0, FAILS)],
+)
+def test_update_gram(falls: float, control: float, verdict: str) -> None:
+    """A control is read where its baseline grokked, at step 2900 of 4000, where not all of its fall is done."""
+    several = range(4)
+    found = judged(
+        "update-gram",
+        {
+            "grokking": [trial({"seed": seed}, grok=2900, fall=falls) for seed in several],
+            "control": [trial({"seed": seed, "weight_decay": 0.0}, fall=control) for seed in several],
+        },
+    )
+    assert found.verdict == verdict
+    share, other, factor, same, *_ = (finding.here.trustworthy for finding in found.findings)
+    assert (share.value, share.count) == (falls >= 2, 4)
+    assert (other.value, other.count) == (control >= 2, 4)
+    # Windows are full from step 1000 on.
+    np.testing.assert_allclose(factor.value, falls ** (1 - 1000 / 2900), rtol=1e-12)
+    np.testing.assert_allclose(same.value, control ** (1900 / 4000), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ the common colour-vision deficiencies.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,8 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, Locator, MaxNLocator, NullLocator, PercentFormatter
+
+from grokcurv.report.measures import Panel
 
 WIDE, NARROW = 8.0, 4.75  # inches of a figure in a window and on a telephone, its type being as large
 LEFT, RIGHT = 0.76, 1.24  # inches beside the panels; end labels stand to the right
@@ -164,6 +167,26 @@ def dynamics(metrics: pd.DataFrame, curvature: pd.DataFrame, theme: Theme) -> Fi
         log_scale(panels[1])
         panels[1].set_ylabel("norm")
         _lines(panels[1], curvature, grad_norm=("gradient", theme.blue), bracket_norm=("bracket", theme.purple))
+    return figure
+
+
+def panels_of(curvature: pd.DataFrame, panels: Sequence[Panel], theme: Theme) -> Figure:
+    """Panels of a measure, each with its lines over the steps."""
+    figure, stacked = _panels([2.0 if panel is panels[0] else 1.3 for panel in panels], curvature)
+    for axes, panel in zip(stacked, panels, strict=True):
+        axes.set_ylabel(panel.ylabel)
+        if panel.log:
+            log_scale(axes)
+        if math.isfinite(panel.level):
+            axes.axhline(panel.level, color=theme.ink, linewidth=0.9)
+        looks = {column: theme.look(index) for index, column in enumerate(panel.columns)}
+        _label_ends(axes, [_line(axes, curvature, column, panel.columns[column], **looks[column]) for column in looks])
+        if panel.log and _has(curvature, panel.floor):
+            bottom = axes.get_ylim()[0]
+            axes.fill_between(
+                curvature["step"], bottom, curvature[panel.floor], color=theme.muted, alpha=0.3, linewidth=0
+            )
+            axes.set_ylim(bottom=bottom)
     return figure
 
 

@@ -6,11 +6,13 @@ import base64
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from os.path import lexists
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -18,6 +20,7 @@ from matplotlib.figure import Figure
 from grokcurv.report import figures, sweep_figures
 from grokcurv.report.beside import Beside
 from grokcurv.report.format import number
+from grokcurv.report.measures import Figured, figured
 from grokcurv.report.summary import Summary
 from grokcurv.report.sweep_summary import BesideSummary, SweepSummary
 from grokcurv.runs import Run, open_run
@@ -130,6 +133,8 @@ def draw(summary: Summary) -> Iterator[Drawing]:
             f"{last['exec_matched_ratio']:.2f} times chance in the support, and rho is {last['rho']:.4f}."
         )
         yield draw_all("geometry", alt, lambda theme: figures.geometry(curvature, theme))
+    for name, measure in figured(curvature):
+        yield draw_all(name, _said(measure, curvature), partial(figures.panels_of, curvature, measure.panels))
     if summary.has_fourier:
         alt = "Over the steps, above, accuracy; below, the share of energy on a few frequencies, at the end"
         shares = {"embedding": "fourier_embedding", "logits": "fourier_logits"}
@@ -140,6 +145,14 @@ def draw(summary: Summary) -> Iterator[Drawing]:
         first, last = metrics["train_loss"].iloc[[0, -1]]
         alt = f"On logarithmic axes over the steps; the training loss goes from {number(first)} to {number(last)}."
         yield draw_all("dynamics", alt, lambda theme: figures.dynamics(metrics, curvature, theme))
+
+
+def _said(measure: Figured, curvature: pd.DataFrame) -> str:
+    """The figure of a measure in words: where each line ends."""
+    columns = {column: label for panel in measure.panels for column, label in panel.columns.items()}
+    known = {label: curvature[column].dropna() for column, label in columns.items() if column in curvature}
+    ends = [f"{label} {number(values.iloc[-1])}" for label, values in known.items() if len(values)]
+    return f"Over the steps; at the end {', '.join(ends)}."
 
 
 def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:

@@ -11,6 +11,7 @@ import pandas as pd
 from grokcurv.analysis import grok_step, onset_step, settled_step
 from grokcurv.report.figures import matrix_label
 from grokcurv.report.format import duration, number
+from grokcurv.report.measures import COLUMNS, FIGURED
 from grokcurv.runs import TABLES, Run
 from grokcurv.storage import RunError
 from grokcurv.training.run import GROKKED
@@ -27,7 +28,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 DRAWN: dict[str, tuple[str, ...]] = {
     "metrics": ("fourier_embedding", "fourier_logits"),
-    "curvature": ("noise_floor", "reference_median", "grad_norm", "bracket_norm"),
+    "curvature": ("noise_floor", "reference_median", "grad_norm", "bracket_norm", *COLUMNS),
 }
 """Columns that are drawn where they are."""
 
@@ -140,6 +141,16 @@ class Summary:
     @property
     def has_fourier(self) -> bool:
         return bool(self.metrics.reindex(columns=["fourier_embedding", "fourier_logits"]).notna().any(axis=None))
+
+    @property
+    def measured_titles(self) -> dict[str, str]:
+        """Titles of the figures of measures, by their names."""
+        return {name: figure.title for name, figure in FIGURED.items()}
+
+    @property
+    def measured_captions(self) -> dict[str, str]:
+        """What stands beneath them."""
+        return {name: figure.caption for name, figure in FIGURED.items()}
 
     @property
     def defects(self) -> pd.DataFrame:

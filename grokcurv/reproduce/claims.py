@@ -302,6 +302,51 @@ def alignment(evidence: Evidence) -> Judgement:
     )
 
 
+def update_gram(evidence: Evidence) -> Judgement:
+    names = {"grokking": "runs that grok", "control": "weight decay 0"}
+    colours = dict(zip(names, ("green", "muted"), strict=True))
+    grokked = [(trial, trial) for trial in evidence["grokking"] if trial.grok is not None]
+    pairs = {"grokking": grokked, "control": _beside_baselines(evidence, "control")}
+    # Rows with a full window, up to where the run grokked, or the baseline of a control did.
+    tables = {name: [t for pair in its if len(t := _windows(*pair))] for name, its in pairs.items()}
+    falls = {name: [float(t["g23"].max() / t["g23"].iloc[-1]) for t in its] for name, its in tables.items()}
+    ratios = {name: Number.over(t["gap_ratio"].median() for t in its) for name, its in tables.items()}
+    fell = {name: sum(fall >= rules.FALL for fall in its) for name, its in falls.items()}
+    count = len(falls["grokking"])
+
+    def holds() -> bool | None:
+        from scipy.stats import fisher_exact
+
+        if not count or 2 * fell["grokking"] <= count:
+            return False if count else None
+        counts = [[fell[name], len(falls[name]) - fell[name]] for name in names]
+        return True if fisher_exact(np.array(counts), alternative="greater").pvalue < rules.SIGNIFICANT else None
+
+    def share(name: str) -> Finding:
+        number = Number.share(fell[name], len(falls[name]))
+        return _same(f"share in which g23 falls, {names[name]}", number, published.GAP_FELL[name], 2)
+
+    lines = [Line(t["step"], t["g23"], names[name], colours[name]) for name in reversed(names) for t in tables[name]]
+    lines += [Line(t["step"].iloc[-1:], t["g23"].iloc[-1:], "has grokked", "ink", " ") for t in tables["grokking"]]
+    return Judgement(
+        (None, holds()),
+        (
+            *map(share, names),
+            _same("factor by which it falls, runs that grok", Number.over(falls["grokking"]), published.GAP_FALL),
+            _same("the same, weight decay 0", Number.over(falls["control"])),
+            *(_same(f"R, median up to there, {names[n]}", ratios[n], published.GAP_RATIO[n], 2) for n in names),
+        ),
+        partial(figures.lines, [Panel(lines, "g23", log=True)]) if lines else None,
+    )
+
+
+def _windows(trial: Trial, until: Trial) -> pd.DataFrame:
+    """The rows of a run's updates, as far as windows are full and another run had not grokked."""
+    records = trial.records
+    known = records["g23"].notna() if "g23" in records else records["step"] < 0
+    return records[known & (records["step"] <= (until.grok or 0))]
+
+
 def suppression(evidence: Evidence) -> Judgement:
     beside = _beside_baselines(evidence, "suppression")
 
@@ -384,6 +429,7 @@ JUDGES: dict[str, Callable[[Evidence], Judgement]] = {
     "onset": onset,
     "lr-law": lr_law,
     "alignment": alignment,
+    "update-gram": update_gram,
     "suppression": suppression,
     "random-basis": random_basis,
     "kicks": kicks,

@@ -26,6 +26,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "onset": ("grokking",),
     "lr-law": ("grokking", "rates", "regimes"),
     "alignment": ("grokking", "rates"),
+    "update-gram": ("grokking", "control"),
     "suppression": ("suppression",),
     "random-basis": ("random-basis",),
     "kicks": ("kicks",),

@@ -80,4 +80,8 @@ SUPPRESSED = Number(0.0, count=12)
 SUPPRESSION_DELAY = between(600.0, 800.0)  # at strength 0.75
 RANDOM_DELAY = between(0.0, 50.0)  # up to strength 0.75
 KICKED = Number(1.0, count=27)
+# Of a later paper of the same author, on the rolling Gram matrix of ten updates of 100 steps each.
+GAP_FELL = {"grokking": Number(1.0, count=18), "control": Number(1 / 18, count=18)}
+GAP_FALL = between(8.0, 111.0)  # of runs that grok
+GAP_RATIO = {"grokking": Number(1.39, 1.31, 1.47), "control": Number(2.51, 1.95, 3.07)}  # mean and standard deviation
 SLOW_GROK_STEP = Number(570_000.0)

@@ -41,6 +41,9 @@ WIDEST_EXPONENT = 1.0
 SAME_STEP = 100.0
 """Steps by which two runs may differ and still grok at once: the interval between evaluations."""
 
+FALL = 2.0
+"""The gap of the update Gram matrix has fallen when it is at most its maximum over this."""
+
 GENTLE = 0.75
 """Strength of a projection up to which a random basis was published to make no difference."""
 
