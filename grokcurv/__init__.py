@@ -19,6 +19,7 @@ from grokcurv.flat import FlatParameters, Segment, attention_segments, select_se
 from grokcurv.losses import cross_entropy64
 from grokcurv.measures.update_decomposition import UpdateDecomposition
 from grokcurv.measures.update_gram import UpdateGram
+from grokcurv.measures.weight_spectra import WeightSpectra
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.replays import replay
@@ -39,6 +40,7 @@ __all__ = [
     "Subspace",
     "UpdateDecomposition",
     "UpdateGram",
+    "WeightSpectra",
     "attach",
     "attention_segments",
     "commutator_defect",

@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fed import Rows, attention, conv, loss_fn, mlp
 from torch import Tensor, nn
-from torch.nn import functional
 
 import grokcurv as gc
 from grokcurv.flat import flatten
-from grokcurv.gradients import Distributed, GradientEngine
+from grokcurv.gradients import GradientEngine
 from grokcurv.measures.update_gram import spectrum
-from grokcurv.training.measured import RunsEngine
 
 
 def truth(updates: np.ndarray) -> dict[str, float]:
@@ -37,31 +36,6 @@ def truth(updates: np.ndarray) -> dict[str, float]:
         "rotation_2": abs(old[1] @ new[1]) if half > 1 else math.nan,
         "r90": float(np.argmax(share >= 0.9) + 1),
     }
-
-
-def conv() -> tuple[nn.Module, tuple[int, ...]]:
-    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(27, 4)), (1, 4, 4)
-
-
-def mlp() -> tuple[nn.Module, tuple[int, ...]]:
-    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4)), (5,)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
-
-def attention() -> tuple[nn.Module, tuple[int, ...]]:
-    return Attention(), (3, 8)
-
-
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def train(
@@ -168,31 +142,6 @@ def test_the_floor_covers_what_storing_rounds(along: str) -> None:
     assert np.mean(within, 0).min() >= 0.95
 
 
-class Rows(nn.Module):
-    """As many runs as there are rows of parameters."""
-
-    def __init__(self, thetas: Tensor, make: Any, measure: Any, every: int = 1) -> None:
-        super().__init__()
-        self.model, _ = make()
-        self.buffer = torch.empty_like(thetas[0])
-        runs = list(range(thetas.shape[1]))
-
-        def engine(loss: Any, strategy: Any) -> RunsEngine:
-            found = RunsEngine(self.model, loss, strategy, False, len(runs))
-            found.adopt(runs, self.buffer, torch.zeros_like(self.buffer))
-            return found
-
-        self.monitor = gc.CurvatureMonitor(Distributed(engine), loss_fn, every=every, measures=[measure])
-
-    def feed(self, thetas: Tensor) -> None:
-        for theta in thetas:
-            self.buffer.copy_(theta)
-            self.monitor.step()
-
-    def numbers(self, run: int = 0) -> pd.DataFrame:
-        return self.monitor.records(run).drop(columns="measure_seconds")
-
-
 @pytest.mark.parametrize("make", [mlp, attention, conv])
 def test_runs_together_are_each_alone(make: Any) -> None:
     """To the bit, also after one has left and the others have gone on elsewhere."""
@@ -200,7 +149,7 @@ def test_runs_together_are_each_alone(make: Any) -> None:
     thetas = torch.randn(12, 3, size).cumsum(0)
     segments = None if make is attention else ["*weight"]
     new = lambda: gc.UpdateGram(4, segments, spectrum=True)  # noqa: E731
-    many, left = Rows(thetas, make, new()), Rows(thetas[:, :2], make, new())
+    many, left = Rows(make, 3, new()), Rows(make, 2, new())
     many.feed(thetas[:7])
     left.feed(thetas[:3, :2])
     for place, run in enumerate((2, 0)):
@@ -208,7 +157,7 @@ def test_runs_together_are_each_alone(make: Any) -> None:
     many.feed(thetas[7:])
     left.feed(thetas[7:, [2, 0]])
     for run in range(3):
-        alone = Rows(thetas[:, run : run + 1], make, new())
+        alone = Rows(make, 1, new())
         alone.feed(thetas[:, run : run + 1])
         pd.testing.assert_frame_equal(many.numbers(run), alone.numbers(), check_exact=True)
         if run != 1:
@@ -217,13 +166,11 @@ def test_runs_together_are_each_alone(make: Any) -> None:
 
 def test_runs_that_are_kept_go_on() -> None:
     thetas = torch.randn(9, 3, len(flatten(mlp()[0]))).cumsum(0)
-    many, alone = Rows(thetas, mlp, gc.UpdateGram(3, "*")), Rows(thetas[:, 2:], mlp, gc.UpdateGram(3, "*"))
+    many, alone = Rows(mlp, 3, gc.UpdateGram(3, "*")), Rows(mlp, 1, gc.UpdateGram(3, "*"))
     many.feed(thetas[:5])
     many.monitor.keep([2])
     many.monitor.probe.gradients.keep([2])
-    for theta in thetas[5:]:
-        many.buffer.copy_(theta)
-        many.monitor.step()
+    many.feed(thetas[5:])
     alone.feed(thetas[:, 2:])
     pd.testing.assert_frame_equal(many.numbers(), alone.numbers(), check_exact=True)
 
@@ -258,7 +205,7 @@ def test_degenerate_training(kind: str) -> None:
         thetas[-1] += torch.randn(1, p)
     if kind == "equal updates":  # of powers of two, or rounding would make them differ
         thetas = (torch.randint(-8, 8, (1, p)) / 8.0) * torch.arange(1, steps + 1)[:, None, None]
-    rows = Rows(thetas, mlp, gc.UpdateGram(20 if kind == "more than were taken" else 3, "*", spectrum=True))
+    rows = Rows(mlp, 1, gc.UpdateGram(20 if kind == "more than were taken" else 3, "*", spectrum=True))
     rows.feed(thetas)
     row = rows.numbers().iloc[-1]
     if kind == "more than were taken":
@@ -274,7 +221,7 @@ def test_degenerate_training(kind: str) -> None:
 
 def test_the_spectrum_is_that_of_the_updates() -> None:
     thetas = torch.randn(9, 1, len(flatten(conv()[0]))).cumsum(0)
-    rows = Rows(thetas, conv, gc.UpdateGram(5, "*", spectrum=True))
+    rows = Rows(conv, 1, gc.UpdateGram(5, "*", spectrum=True))
     rows.feed(thetas)
     updates = thetas[3:, 0].diff(dim=0).double().numpy()
     found = rows.numbers().iloc[-1]

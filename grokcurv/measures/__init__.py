@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from grokcurv.measures.base import Measure
 from grokcurv.measures.update_gram import UpdateGram
+from grokcurv.measures.weight_spectra import WeightSpectra
 
 
 class Given(NamedTuple):
@@ -20,6 +21,7 @@ class Given(NamedTuple):
 
 MEASURES: dict[str, Callable[[Given], Measure]] = {
     "update_gram": lambda given: UpdateGram(given.window, every=given.every),
+    "weight_spectra": lambda given: WeightSpectra(every=given.every),
 }
 """Measures that settings and command lines can name, and how each is made there."""
 

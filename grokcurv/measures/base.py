@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from grokcurv.flat import Segment, select_segments
 
 if TYPE_CHECKING:
     from grokcurv.commutator import CommutatorProbe
@@ -58,6 +60,14 @@ class Measure:
 
     def keep(self, runs: list[int]) -> None:
         """Go on with these runs alone, in this order."""
+
+
+def wanted_segments(model: nn.Module, wanted: str | Sequence[str | Segment]) -> tuple[Segment, ...]:
+    """Those that patterns of :func:`grokcurv.select_segments` match, and those that are given; ValueError as there."""
+    several = [wanted] if isinstance(wanted, str) else list(wanted)
+    patterns = [each for each in several if isinstance(each, str)]
+    found = select_segments(model, *patterns) if patterns else ()
+    return (*found, *(each for each in several if isinstance(each, Segment)))
 
 
 def unclear(value: Tensor, bound: Tensor) -> Tensor:

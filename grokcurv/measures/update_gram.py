@@ -13,8 +13,8 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.device_buffer import capturing
-from grokcurv.flat import Segment, attention_segments, select_segments
-from grokcurv.measures.base import Measure
+from grokcurv.flat import Segment, attention_segments
+from grokcurv.measures.base import Measure, wanted_segments
 from grokcurv.pairs import PairOfRuns
 from grokcurv.partition import WHOLE
 
@@ -110,10 +110,7 @@ class UpdateGram(Measure):
             except ValueError as error:
                 raise ValueError(f"UpdateGram: {error}; or pass segments='*' for all parameters") from error
         else:
-            several = [wanted] if isinstance(wanted, str) else list(wanted)
-            patterns = [each for each in several if isinstance(each, str)]
-            found = select_segments(engine.model, *patterns) if patterns else ()
-            self.segments = (*found, *(each for each in several if isinstance(each, Segment)))
+            self.segments = wanted_segments(engine.model, wanted)
         if engine.partition != WHOLE:
             raise ValueError("UpdateGram: the model is under fully_shard, and no process has its updates whole")
         self._engine, runs = engine, engine.runs
@@ -249,4 +246,4 @@ def _singular(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The leading singular values (R, count) of rows with these Gram matrices, and left vectors (R, n, count)."""
     values, vectors = ops.eigh(gram.contiguous(), count)
     negligible = values[:, :1] * gram.shape[1] * torch.finfo(torch.float64).eps
-    return torch.where(values > negligible, values, 0.0).sqrt(), vectors
+    return torch.where(values <= negligible, 0.0, values).sqrt(), vectors
