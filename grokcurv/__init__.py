@@ -16,7 +16,9 @@ from grokcurv.admission import AdmissionWarning, Finding
 from grokcurv.attachment import attach
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
+from grokcurv.hessian import hessian_edges, hessian_trace
 from grokcurv.losses import cross_entropy64
+from grokcurv.measures.hessian_edges import HessianEdges
 from grokcurv.measures.update_decomposition import UpdateDecomposition
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.measures.weight_spectra import WeightSpectra
@@ -35,6 +37,7 @@ __all__ = [
     "CurvatureMonitor",
     "Finding",
     "FlatParameters",
+    "HessianEdges",
     "Segment",
     "StreamingPCA",
     "Subspace",
@@ -47,6 +50,8 @@ __all__ = [
     "cross_entropy64",
     "from_loader",
     "halves",
+    "hessian_edges",
+    "hessian_trace",
     "replay",
     "select_segments",
     "subsample",

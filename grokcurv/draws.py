@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     """Batches that are measured with."""
     INTERVENTION = 5
     """What interventions choose at random."""
+    HESSIAN = 6
+    """Probes of a Hessian."""
 
 
 def shuffle(seeds: Tensor, purpose: int, n: int) -> Tensor:

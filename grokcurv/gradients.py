@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,12 @@ from grokcurv.intercept import NARROW, Widened, shake_, unseen
 from grokcurv.partition import WHOLE, Partition
 from grokcurv.state import Snapshot
 
+T = TypeVar("T")
+
 Strategy = Literal["auto", "loop", "vmap", "graph"]
+
+Multiply = Callable[[Tensor], Tensor]
+"""The product of a symmetric matrix with a vector (P,)."""
 
 SMALL = 1 << 24
 """Up to so many parameters a step's time on a GPU goes into launching it."""
@@ -689,6 +694,54 @@ class GradientEngine:
             differentiate()
         elif not self._survives(differentiate, theta):
             product.fill_(math.nan)
+
+    def hessian(self, theta: Tensor, batch: Any, use: Callable[[Multiply], T], *, seed: int = 0) -> T:
+        """``use(multiply)``, where ``multiply(direction)`` is the product (P,) of the Hessian with a vector (P,).
+
+        The gradient's graph is built once and differentiated for each product, so that all but the first save a forward
+        pass and half of a backward pass. It takes the memory of both until ``use`` has returned, which is why
+        :meth:`product`, for one, keeps none. What ``use`` keeps of ``multiply`` is of no use afterwards.
+
+        Args:
+            theta, batch, seed: as for :meth:`gradient`; products are of the dtype of ``theta``.
+            use: what to do with the Hessian. May be called again, where a generator was found to have moved.
+        """
+
+        def differentiate(loss: Tensor, placed: list[Tensor]) -> T:
+            grads = torch.autograd.grad(loss, placed, create_graph=True, allow_unused=True)
+            # A gradient that is constant in the parameters has no graph, and its rows of the Hessian are zero.
+            kept = [i for i, grad in enumerate(grads) if grad is not None and grad.requires_grad]
+            rows = [_dense(grads[i]) for i in kept]
+
+            def multiply(direction: Tensor) -> Tensor:
+                out = torch.zeros_like(direction, dtype=theta.dtype)
+                there = self.place.beside(direction.detach().to(theta.dtype), placed[0])
+                along = self.evaluator.views(there)
+                if rows:
+                    found = torch.autograd.grad(
+                        rows, placed, [along[i] for i in kept], retain_graph=True, allow_unused=True
+                    )
+                    for view, part in zip(self.evaluator.views(out), found, strict=True):
+                        if part is not None:
+                            view.copy_(self.place.bring(_dense(part)))
+                return out
+
+            with torch.no_grad():
+                return use(multiply)
+
+        leaves = self.evaluator.leaves(theta)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.evaluator.evaluate(leaves, batch, differentiate, seed=seed, mode=self._mode(theta.dtype))
+
+    def loss(self, theta: Tensor, batch: Any, *, seed: int = 0) -> Tensor:
+        """() float64: the loss at ``theta``, in the precision of that, as for :meth:`gradient`."""
+
+        def use(loss: Tensor, placed: list[Tensor]) -> Tensor:
+            return self.place.bring(loss.detach()).to(torch.float64)
+
+        return self.evaluator.evaluate(
+            self.evaluator.leaves(theta), batch, use, seed=seed, mode=self._mode(theta.dtype)
+        )
 
     def shake_(self, theta: Tensor, generator: torch.Generator) -> Tensor:
         """:func:`grokcurv.intercept.shake_` of a vector (P,), part by part."""

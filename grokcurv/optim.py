@@ -42,6 +42,9 @@ ADJUSTMENTS: Mapping[str, Callable[[int, int], float]] = {
 }
 """Of Muon's learning rate to the shape of a matrix, by their names in torch."""
 
+NEWTON_SCHULZ_STEPS = 5
+"""Of that iteration."""
+
 CHUNK = 4096
 """Coordinates whose squares are summed in the dtype of the rows."""
 
@@ -109,10 +112,7 @@ class Optimizer:
         """Scale gradients in place to their largest norms, as ``torch.nn.utils.clip_grad_norm_`` does."""
         if self.max_norm is None:
             return
-        scale = (self.max_norm / (row_norms(self.gradient) + 1e-6)).clamp(max=1.0)
-        # Without a limit nothing is touched, not even where a norm that is not finite makes the quotient NaN.
-        scale.masked_fill_(self.max_norm == math.inf, 1.0)
-        self.gradient.mul_(scale.to(self.gradient.dtype)[:, None])
+        self.gradient.mul_(clip_scale(self.gradient, self.max_norm))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -288,31 +288,31 @@ class Muon(Optimizer):
         self.nesterov = self._setting("nesterov", nesterov, FLAG).bool()
         self.adamw_lr = self._setting("adamw_lr", adamw_lr, NOT_NEGATIVE)
         self.betas = self._setting("betas", betas, SHARE, 2)
-        self._adjust = ADJUSTMENTS[adjust_lr_fn]
-        self._groups, self._others = _sort(segments, theta.shape[1])
-        self._matrices = [there for group in self._groups.values() for there in group]
-        self.momentum_buffer = theta.new_zeros(len(theta), sum(_lengths(self._matrices)))
-        self.exp_avg, self.exp_avg_sq = (theta.new_zeros(len(theta), sum(_lengths(self._others))) for _ in range(2))
+        self.adjust_lr_fn = adjust_lr_fn
+        self.groups, self.others = _sort(segments, theta.shape[1])
+        self.matrices = [there for group in self.groups.values() for there in group]
+        self.momentum_buffer = theta.new_zeros(len(theta), sum(_lengths(self.matrices)))
+        self.exp_avg, self.exp_avg_sq = (theta.new_zeros(len(theta), sum(_lengths(self.others))) for _ in range(2))
 
     def _update(self, factor: Tensor) -> None:
         self._update_matrices(factor * self.lr)
-        others, gradient = (_gather(rows, self._others) for rows in (self.theta, self.gradient))
+        others, gradient = (_gather(rows, self.others) for rows in (self.theta, self.gradient))
         _adamw_(self, others, gradient, factor * self.adamw_lr)
-        for there, part in zip(self._others, others.split(_lengths(self._others), 1), strict=True):
+        for there, part in zip(self.others, others.split(_lengths(self.others), 1), strict=True):
             self.theta[:, there] = part
 
     def _update_matrices(self, rate: Tensor) -> None:
         ahead = self.momentum.masked_fill(~self.nesterov, 1.0)
         shrink, length, new, ahead = _columns(self.theta, 1 - rate * self.weight_decay, -rate, 1 - self.momentum, ahead)
-        gradient = _gather(self.gradient, self._matrices)
+        gradient = _gather(self.gradient, self.matrices)
         self.momentum_buffer.lerp_(gradient, new)
         update = gradient.lerp_(self.momentum_buffer, ahead)
-        widths = [sum(_lengths(group)) for group in self._groups.values()]
-        for ((rows, columns), group), part in zip(self._groups.items(), update.split(widths, 1), strict=True):
+        widths = [sum(_lengths(group)) for group in self.groups.values()]
+        for ((rows, columns), group), part in zip(self.groups.items(), update.split(widths, 1), strict=True):
             matrices = part.clone(memory_format=torch.contiguous_format)
             moves = orthogonalize(matrices.view(len(part) * len(group), rows, columns))
             moves = moves.reshape(len(part), len(group), rows * columns)
-            moves = moves * (length * self._adjust(rows, columns))[:, None]
+            moves = moves * (length * ADJUSTMENTS[self.adjust_lr_fn](rows, columns))[:, None]
             for there, move in zip(group, moves.unbind(1), strict=True):
                 self.theta[:, there].mul_(shrink).add_(move)
 
@@ -330,7 +330,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     # at a multiple of 16 numbers.
     x = nn.functional.pad(matrices / lengths.to(matrices.dtype)[:, None, None], (0, -b % 4, 0, -a % 4))
     x = x.mT if a > b else x
-    for _ in range(5):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
     return (x.mT if a > b else x)[:, :a, :b]
@@ -343,6 +343,13 @@ def row_norms(rows: Tensor) -> Tensor:
     parts = [torch.linalg.vector_norm(part, dim=2) for part in (chunks, rest)]
     lengths: Tensor = torch.linalg.vector_norm(torch.cat(parts, 1), dim=1, dtype=torch.float64)
     return lengths
+
+
+def clip_scale(gradient: Tensor, max_norm: Tensor) -> Tensor:
+    """(R, 1) what clipping gradients (R, P) to norms (R,) multiplies them by, in their dtype."""
+    scale = (max_norm / (row_norms(gradient) + 1e-6)).clamp(max=1.0)
+    # Without a limit nothing is touched, not even where a norm that is not finite makes the quotient NaN.
+    return scale.masked_fill_(max_norm == math.inf, 1.0).to(gradient.dtype)[:, None]
 
 
 def _adamw_(optimizer: AdamW | Muon, theta: Tensor, gradient: Tensor, rate: Tensor) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from grokcurv.admission import Traits
 from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import Check, LossFn
-from grokcurv.gradients import GradientEngine, Strategy, deliver
+from grokcurv.gradients import GradientEngine, Multiply, Strategy, deliver
+
+T = TypeVar("T")
 
 
 def seed_of_rank(seed: int) -> int:
@@ -71,6 +73,21 @@ class ReplicatedEngine(GradientEngine):
             if out is not None:
                 # From the end, since the check is of one vector alone where there is no gradient to compare.
                 deliver(whole, out, check and check.of(index - 2))
+
+    def hessian(self, theta: Tensor, batch: Any, use: Callable[[Multiply], T], *, seed: int = 0) -> T:
+        """As there, but that each product is made anew: one all-reduce of P for it, and one for a gradient."""
+
+        def multiply(direction: Tensor) -> Tensor:
+            out = torch.empty_like(theta)
+            self.product(theta, batch, direction, None, out, seed)
+            return out
+
+        return use(multiply)
+
+    def loss(self, theta: Tensor, batch: Any, *, seed: int = 0) -> Tensor:
+        with self._together():
+            own = super().loss(theta, batch, seed=seed_of_rank(seed))
+        return self._average_(own)
 
     def has_true_brackets(self, batch: Any, *, seed: int = 0) -> bool:
         # True on every rank for every model, and taken on trust: of the checks of admission, which are made for the

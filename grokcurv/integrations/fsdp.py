@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -179,6 +179,10 @@ class ShardedEngine(GradientEngine):
             "method 'bracket' needs second derivatives, which a model under fully_shard has not; "
             "eta='auto' estimates the bracket from gradients"
         )
+
+    def hessian(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises ValueError: there is none."""
+        raise ValueError("a Hessian needs second derivatives, which a model under fully_shard has not")
 
     def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
         # Traits decide whether a gradient is taken of the exact model, whose passes are collectives of their own: ranks
