@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from grokcurv.pairs import PairOfRuns
     from grokcurv.steps import OptimizerRow
 
-VERDICT_LAG = 2
-"""On an accelerator, after how many more measurements the host learns of a verdict on one."""
-
 CLEAR = (0.01, 0.1)
 """A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
 
