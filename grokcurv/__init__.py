@@ -19,6 +19,7 @@ from grokcurv.flat import FlatParameters, Segment, attention_segments, select_se
 from grokcurv.hessian import hessian_edges, hessian_trace
 from grokcurv.losses import cross_entropy64
 from grokcurv.measures.hessian_edges import HessianEdges
+from grokcurv.measures.optimizer_commutator import OptimizerCommutator
 from grokcurv.measures.update_decomposition import UpdateDecomposition
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.measures.weight_spectra import WeightSpectra
@@ -38,6 +39,7 @@ __all__ = [
     "Finding",
     "FlatParameters",
     "HessianEdges",
+    "OptimizerCommutator",
     "Segment",
     "StreamingPCA",
     "Subspace",

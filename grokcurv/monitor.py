@@ -165,6 +165,8 @@ class CurvatureMonitor:
         self.sampler, self.design = sampler, design
         self.measures = tuple(measures)
         for measure in self.measures:
+            if sampler is None:
+                measure.follow_training(self.training_gradient)
             measure.bind(self.probe)
         self._has_pairless = any(not measure.needs_pairs for measure in self.measures)
         self.budget = None if budget is None else Budget(budget, self.commutator)
@@ -173,6 +175,8 @@ class CurvatureMonitor:
         if len(set(self.fields)) < len(self.fields):
             raise ValueError(f"measures: two of them record a column of one name, among {', '.join(self.fields)}")
         self._width = len(HEAD) + len(self.fields)
+        self._open: Tensor | None = None  # (R, width) the latest row, while a measure is going to complete it
+        self._closed: Tensor | None = None  # what was open until this step
         self.loggers = tuple(loggers)
         self._steps = 0  # without those of replays
         self._clock = torch.zeros((), dtype=torch.int64, device=engine.device)
@@ -218,7 +222,7 @@ class CurvatureMonitor:
 
         Raises:
             ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
-            RuntimeError: captured in a CUDA graph, with ``alignment=True``.
+            RuntimeError: captured in a CUDA graph, with ``alignment=True`` or a measure that remembers.
         """
         # A captured step is recorded once and replayed many times: it measures whatever the counters of the host say,
         # leaves the PCA alone (which folds rows at times that depend on their number) and counts on the device.
@@ -232,6 +236,11 @@ class CurvatureMonitor:
             raise RuntimeError(
                 "a budget counts on the host, which a CUDA graph does not ask: capture a monitor without"
             )
+        if captured and (names := [measure.name for measure in self.measures if not measure.capturable]):
+            raise RuntimeError(
+                f"{', '.join(names)}: a measure that remembers the step before is not replayed by a CUDA graph: "
+                "capture a monitor without"
+            )
         start = time.perf_counter() if captured else self._enter()
         if self.feeds and not captured:
             self.feed()
@@ -242,7 +251,8 @@ class CurvatureMonitor:
                 raise ValueError("step() needs the batch and the next one, or the monitor a sampler")
             pairs = self.draw() if self.sampler is not None else self._pair(batch, next_batch)
         plan = self.commutator.plan(self._steps) if pairs else ()
-        found = self.launch(pairs, plan, start, due and self._has_pairless)
+        met = [] if self._open is None or batch is None else self._met(batch)
+        found = self.launch(pairs, plan, start, due and self._has_pairless, met)
         if captured:
             self._clock += 1
             return
@@ -255,12 +265,21 @@ class CurvatureMonitor:
         """How the next step measures; empty where it does not."""
         return self.commutator.plan(self._steps) if self.due else ()
 
-    def launch(self, pairs: Sequence[PairOfRuns], plan: Plan, start: float, regardless: bool = False) -> Tensor | None:
+    def launch(
+        self,
+        pairs: Sequence[PairOfRuns],
+        plan: Plan,
+        start: float,
+        regardless: bool = False,
+        met: Sequence[Any] = (),
+    ) -> Tensor | None:
         """What the device does of a step: measure as planned, if at all, and write that down.
 
         (R, 2 + columns) what was found of commutators, for :meth:`advance`. A captured one may be replayed where the
-        plan is the same. ``regardless``: there is a row even where no commutator is measured.
+        plan is the same. ``regardless``: there is a row even where no commutator is measured. ``met``: the batches that
+        the runs have been trained on in this step, by which a row that is open is completed.
         """
+        self._close(met)
         due = bool(plan) or regardless
         if not due and not self.measures:
             return None
@@ -292,16 +311,36 @@ class CurvatureMonitor:
         if self.budget is not None:
             more += self.budget.fields(self._steps, method)
         row = torch.stack([self._clock.expand_as(method), method, seconds, gradient, *values, *more], 1)
-        self._records.append(row.flatten())
+        if any(measure.pending for measure in self.measures):
+            self._open = row
+        else:
+            self._records.append(row.flatten())
         return found
+
+    def _close(self, met: Sequence[Any]) -> None:
+        """Write down the row that is open, with what its measures know of it now."""
+        self._closed, self._open = self._open, None
+        if self._closed is None:
+            return
+        place = len(HEAD) + len(self.commutator.columns)
+        for measure in self.measures:
+            there = slice(place, place := place + len(measure.columns))
+            begun = time.perf_counter()
+            if measure.pending and (completed := measure.complete(met)) is not None:
+                self._closed[:, there] = completed
+            self._count(measure.name, begun)
+        self._records.append(self._closed.flatten())
 
     def advance(self, found: Tensor | None) -> None:
         """What is done after a launch, or a replay of one: have the host learn of what was found, and count."""
         if found is not None:
             self._records.drain()
             self.commutator.note(found)
-            if self.loggers:
-                self._log()
+        if self.loggers:
+            if self._closed is not None:
+                self._log(self._closed[0].cpu())
+            if found is not None and self._open is None:
+                self._log(self._records.last())
         # The last update is the difference of two calls' parameters, so the call before one that measures keeps its
         # own.
         self._steps += 1
@@ -337,6 +376,13 @@ class CurvatureMonitor:
             return [] if next_batch is None else [(batch, next_batch)]
         batch, next_batch = self._as_met(batch, next_batch)
         return [] if next_batch is None else [([batch], [next_batch])]
+
+    def _met(self, batch: Any) -> list[Any]:
+        """This step's batches, one of each run, as training's forward passes met them; none if that is not known."""
+        if self.probe.gradients.shared:
+            return list(batch)
+        batch, known = self._as_met(batch, batch)
+        return [] if known is None else [batch]
 
     def _as_met(self, batch: Any, next_batch: Any) -> Pair:
         """The batches as training's forward passes meet them; None for the next one if that is not known."""
@@ -433,7 +479,7 @@ class CurvatureMonitor:
 
     def latest(self, run: int = 0) -> dict[str, Any] | None:
         """:attr:`last`, of one of several runs."""
-        row = self._records.last()
+        row = self._records.last() if self._open is None else self._open.cpu()
         rows = self._history[run][-1:] if row is None else row.view(self.runs, -1)[run][None]
         return self._record(settled(rows)[0]) if len(rows) else None
 
@@ -481,6 +527,7 @@ class CurvatureMonitor:
             "columns": list(self.fields),
             "costs": {kind: torch.tensor(seconds, dtype=torch.float64) for kind, seconds in self.cost.items()},
             "budget": None if self.budget is None else self.budget.state_dict(),
+            "open": self._open is not None,
             "measures": {measure.name: measure.state_dict(run) for measure in self.measures},
             "rows": rows[:, len(HEAD) :].contiguous(),
             **self.training_gradient.state_dict(),
@@ -515,15 +562,20 @@ class CurvatureMonitor:
         head = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in before], 1)
         numbers = state["rows"].to("cpu", torch.float64)[:, [list(columns).index(name) for name in self.fields]]
         rows = torch.cat([head, numbers], dim=1)
-        self._history[run] = rows
+        is_open = state.get("open", False)
+        self._history[run] = rows[:-1] if is_open else rows
         if run == 0:
+            self._open = rows.new_empty(self.runs, self._width).to(self.probe.gradients.device) if is_open else None
             self._steps = state["steps"]
             self._clock.fill_(state["steps"])
             self._records = DeviceBuffer(self.runs * self._width, self.probe.gradients.device)
-            self._unlogged = list(rows[len(rows) - state["unlogged"] :])
+            written = self._history[run]
+            self._unlogged = list(written[len(written) - state["unlogged"] :])
             self._costs.update({kind: float(seconds) for kind, seconds in state.get("costs", {}).items()})
             if self.budget is not None:
                 self.budget.load_state_dict(state["budget"])
+        if self._open is not None:
+            self._open[run] = rows[-1]
         for measure in self.measures:
             measure.load_state_dict(state["measures"][measure.name], run)
         reliable = rows[:, len(HEAD) + FIELDS.index("reliable")] == 1.0
@@ -534,7 +586,8 @@ class CurvatureMonitor:
 
     def keep(self, runs: list[int]) -> None:
         """Of several runs go on with these alone, in this order, as the engine does."""
-        self._history = [self._rows(run) for run in runs]
+        self._history = [self._written(run) for run in runs]
+        self._open = None if self._open is None else self._open[runs]
         self.runs = len(runs)
         self._records = DeviceBuffer(self.runs * self._width, self.probe.gradients.device)
         self.commutator.keep(runs)
@@ -545,12 +598,16 @@ class CurvatureMonitor:
 
     def _rows(self, run: int) -> Tensor:
         """(n, width) all rows of a run so far, on the host; waits for the device."""
+        written = self._written(run)
+        return written if self._open is None else torch.cat([written, self._open[run : run + 1].cpu()])
+
+    def _written(self, run: int) -> Tensor:
+        """Those that nothing is added to."""
         rows = self._records.read().view(-1, self.runs, self._width)[:, run]
         return torch.cat([self._history[run], rows])
 
-    def _log(self) -> None:
+    def _log(self, row: Tensor | None) -> None:
         """Hand the loggers what is settled: rows that rest on ``.grad`` wait for the next check."""
-        row = self._records.last()
         assert row is not None
         self._unlogged.append(row)
         gradients = [int(row[HEAD.index("gradient")]) for row in self._unlogged]

@@ -13,10 +13,9 @@ from grokcurv.flat import Segment, select_segments
 
 if TYPE_CHECKING:
     from grokcurv.commutator import CommutatorProbe
+    from grokcurv.measures.training_gradient import TrainingGradient
     from grokcurv.pairs import PairOfRuns
-
-VERDICT_LAG = 2
-"""On an accelerator, after how many more measurements the host learns of a verdict on one."""
+    from grokcurv.steps import OptimizerRow
 
 CLEAR = (0.01, 0.1)
 """A share or a cosine is NaN when its error may be more than the first number, and more than the second of itself."""
@@ -32,14 +31,22 @@ class Measure:
         name: under which the monitor says what it took.
         columns: what it records, each a number.
         needs_pairs: whether it cannot be had without pairs of batches.
+        capturable: whether it is right in a captured step too, which is replayed without the host: it remembers
+            nothing there.
     """
 
     name: str
     columns: tuple[str, ...]
-    needs_pairs = False
+    needs_pairs = capturable = False
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> None:
-        """Learn of the loop's optimisers, before ``bind``, where somebody knows them."""
+    def follow(self, optimizers: Sequence[Optimizer | OptimizerRow]) -> None:
+        """Learn of the loop's optimisers, before ``bind``, where somebody knows them.
+
+        In the trainer of many runs: of each run's row in an optimiser of rows, whenever that is another.
+        """
+
+    def follow_training(self, gradient: TrainingGradient) -> None:
+        """Learn, before ``bind``, that pairs are training's batches of a step and of the next, and of its ``.grad``."""
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Learn of the model, before training starts; what cannot be measured of it is an error here."""
@@ -50,6 +57,20 @@ class Measure:
         Returns (R, columns) float64 on the device, where it is ``due``: what is known at this step of each run.
         """
         raise NotImplementedError  # each measure has its own; there is nothing that all could do
+
+    @property
+    def pending(self) -> bool:
+        """Whether the row that was observed last is completed at the next step, by :meth:`complete`."""
+        return False
+
+    def complete(self, batches: Sequence[Any]) -> Tensor | None:
+        """The row (R, columns) of the step before, as it is known now, before this step is observed; None if no more is
+        known of it.
+
+        Args:
+            batches: what the runs have been trained on in this step; empty where that is not known.
+        """
+        return None
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """What a run needs to go on in another process: tensors and plain values."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.base import VERDICT_LAG, quantiles, unclear
-from grokcurv.measures.training_gradient import TrainingGradient
+from grokcurv.measures.base import quantiles, unclear
+from grokcurv.measures.training_gradient import VERDICT_LAG, TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
 from grokcurv.pairs import PairOfRuns, rows_of
 from grokcurv.subspace import RandomBaseline, alignment

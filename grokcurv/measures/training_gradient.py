@@ -13,8 +13,10 @@ from torch import Tensor
 from grokcurv.checks import GIVEN
 from grokcurv.commutator import CommutatorProbe, CommutatorStats
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.base import VERDICT_LAG
 from grokcurv.pairs import rows_of
+
+VERDICT_LAG = 2
+"""On an accelerator, after how many more measurements the host learns of a verdict on one."""
 
 GRADIENT_TOLERANCE = 0.05
 """Relative difference between the norm of ``.grad`` and that of the measured gradient beyond which they are two."""

@@ -14,6 +14,7 @@ from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.measures.base import Measure
 from grokcurv.pairs import PairOfRuns
+from grokcurv.steps import OptimizerRow
 
 MOMENTS = {torch.optim.Adam: "exp_avg", torch.optim.SGD: "momentum_buffer"}
 """What optimisers call the average of gradients. ``AdamW`` is an ``Adam``, or behaves as one that decouples decay."""
@@ -77,9 +78,10 @@ class UpdateDecomposition(Measure):
         self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
         self._sees_clipped = False
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+    def follow(self, optimizers: Sequence[Optimizer | OptimizerRow]) -> None:
         """Those of the loop, before whose updates it is looked, when gradients have been clipped."""
-        self._optimizers, self._sees_clipped = tuple(optimizers), True
+        self._optimizers = tuple(each for each in optimizers if isinstance(each, Optimizer))
+        self._sees_clipped = True
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Find each parameter's optimiser."""

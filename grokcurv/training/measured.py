@@ -145,6 +145,14 @@ class Group(Measured):
     def adopt(self, runs: Sequence[Training], batches: Batches, *buffers: Tensor) -> None:
         super().adopt(runs, batches, *buffers)
         self.engine.adopt(self.places, *buffers)
+        self.capturable = self.capturable and all(measure.capturable for measure in self.monitor.measures)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Have the measures learn which rows of optimisers the runs are."""
+        rows = [(run.optimizer, run.optimizer_row) for run in self.runs if run.optimizer is not None]
+        for measure in self.monitor.measures:
+            measure.follow(rows)
 
     def prepare(self) -> None:
         self.bad = {run for run in self.runs if self.monitor.feeds and not run.finite()}
@@ -158,13 +166,13 @@ class Group(Measured):
     def launch(self, pair: PairOfRuns | None = None) -> Tensor | None:
         start = time.perf_counter()
         pairs: list[PairOfRuns] = []
+        met = [] if pair is None else [pair[0][place] for place in self.places]
         if self.plan and pair is not None:
-            a, b = ([batches[place] for place in self.places] for batches in pair)
-            pairs = [(a, b)]
+            pairs = [(met, [pair[1][place] for place in self.places])]
         elif self.plan:
             self._at = -1  # what a capture has drawn that failed was never there
             pairs = self.monitor.draw()
-        return self.monitor.launch(pairs, self.plan, start) if self.runs else None
+        return self.monitor.launch(pairs, self.plan, start, met=met) if self.runs else None
 
     def advance(self, found: Tensor | None) -> None:
         if self.runs:
@@ -179,6 +187,7 @@ class Group(Measured):
         self.batches = Batches(self.runs)
         self.monitor.keep([other for other in range(len(self.runs) + 1) if other != place])
         self.engine.keep(self.places)
+        self._follow()
         for number, other in enumerate(self.runs):
             other.place = number
 
