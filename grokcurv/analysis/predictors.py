@@ -525,11 +525,11 @@ def _notes(cohort: _Cohort, table: pd.DataFrame) -> Iterator[str]:
         return
     said = sides.replace(" and ", " grok, ") + " never do"
     if not set(left) & set(right):
-        ways = math.comb(len(left) + len(right), len(right))
+        total, ways = len(left) + len(right), math.comb(len(left) + len(right), len(right))
         yield (
-            f"{said}. There are {ways:,} ways to say which {_operations(len(right))} of {len(left) + len(right)} never "
-            f"grok{'s' * (len(right) == 1)}; so no column can be surer than p = {1 / ways:.2g} that it reads more than "
-            "what else these operations have in common."
+            f"{said}. Of the {ways:,} ways to choose {len(right)} of {total} operations one is this outcome: a column "
+            f"that reads no more than some trait of the operation meets it by chance with p = {1 / ways:.2g}, and none "
+            "can do better here."
         )
     else:
         yield f"{said}."
