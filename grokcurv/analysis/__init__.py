@@ -6,12 +6,14 @@ when a run's metrics and measurements are joined on ``step`` (:meth:`grokcurv.ru
 steps. docs/analysis.md has one line on each function.
 """
 
+from grokcurv.analysis.predictors import Predictors, predictors
 from grokcurv.analysis.random_walk import RandomWalkNull, random_walk_pc1
 from grokcurv.analysis.spectrum import Eigenspectrum, eigenspectrum
 from grokcurv.analysis.statistics import (
     ControlRatio,
     PowerLaw,
     SignTest,
+    clopper_pearson,
     control_ratio,
     power_law,
     sign_test,
@@ -37,6 +39,7 @@ __all__ = [
     "ControlRatio",
     "Eigenspectrum",
     "PowerLaw",
+    "Predictors",
     "RandomBaseline",
     "RandomWalkNull",
     "SignTest",
@@ -44,6 +47,7 @@ __all__ = [
     "alignment_p_value",
     "by_phase",
     "changepoint_step",
+    "clopper_pearson",
     "control_ratio",
     "eigenspectrum",
     "grok_step",
@@ -53,6 +57,7 @@ __all__ = [
     "onset_step",
     "phases",
     "power_law",
+    "predictors",
     "random_walk_pc1",
     "settled_step",
     "sign_test",

@@ -155,6 +155,26 @@ def wilson(successes: ArrayLike, trials: ArrayLike) -> tuple[NDArray[np.float64]
     return fraction, np.where(fraction == 0, 0, centre - half), np.where(fraction == 1, 1, centre + half)
 
 
+def clopper_pearson(successes: ArrayLike, trials: ArrayLike) -> tuple[NDArray[np.float64], ...]:
+    """Fractions and their exact 95 % intervals: (fraction, low, high), each of the arguments' shape.
+
+    Assumes independent trials of one probability, which the interval then holds in 95 % at least, however few there
+    are (Clopper & Pearson 1934). NaN where there was no trial.
+
+    >>> [round(float(end), 3) for end in clopper_pearson(0, 12)]
+    [0.0, 0.0, 0.265]
+    """
+    from scipy.special import betaincinv
+
+    hits, trials = np.broadcast_arrays(np.asarray(successes, dtype=np.float64), np.asarray(trials, dtype=np.float64))
+    count = np.where(trials > 0, trials, np.nan)
+    fraction = hits / count
+    # The ends of a beta distribution with a shape of 0 are limits that the function does not have.
+    low = betaincinv(np.maximum(hits, 1), count - np.maximum(hits, 1) + 1, 0.025)
+    high = betaincinv(np.minimum(hits, count - 1) + 1, np.maximum(count - hits, 1), 0.975)
+    return fraction, np.where(fraction == 0, 0, low), np.where(fraction == 1, 1, high)
+
+
 def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least-squares slopes along the last axis; NaN where all x are equal."""
     x = x - x[..., :1]  # equal x become exact zeros, which their mean need not leave

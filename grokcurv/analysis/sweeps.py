@@ -35,7 +35,7 @@ def sweep_results(
     import pandas as pd
 
     check_threshold(threshold)
-    accuracy, defect = _measured(metrics, "test_acc", runs), _measured(curvature, "defect_median", runs)
+    accuracy, defect = measured_rows(metrics, "test_acc", runs), measured_rows(curvature, "defect_median", runs)
     early = defect.groupby("run").head(EARLY).groupby("run")["defect_median"].median()
     risen = has_risen(defect["defect_median"].to_numpy(float), early.reindex(defect["run"]).to_numpy(float))
     peak = defect[defect["reliable"].astype(bool)].sort_values("defect_median", kind="stable").groupby("run").last()
@@ -107,7 +107,7 @@ def _settled(accuracy: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
     return settled
 
 
-def _measured(table: pd.DataFrame, name: str, runs: pd.DataFrame) -> pd.DataFrame:
+def measured_rows(table: pd.DataFrame, name: str, runs: pd.DataFrame) -> pd.DataFrame:
     """The rows in which ``step`` and the column ``name`` are finite, in order of steps; ``run`` is a number."""
     import pandas as pd
 
@@ -116,7 +116,7 @@ def _measured(table: pd.DataFrame, name: str, runs: pd.DataFrame) -> pd.DataFram
     missing = {"run", "step", name} - set(table)
     if missing:
         raise ValueError(f"the rows of the runs have no column {', '.join(map(repr, sorted(missing)))}")
-    owners = _numbers(table, runs)
+    owners = places_of(table, runs)
     kept = np.isfinite(table[["step", name]].to_numpy(dtype=float)).all(axis=1) & (owners >= 0)
     columns = [column for column in ("step", name, "reliable") if column in table]
     ordered: pd.DataFrame = table.loc[kept, columns].assign(run=owners[kept]).sort_values("step", kind="stable")
@@ -126,10 +126,10 @@ def _measured(table: pd.DataFrame, name: str, runs: pd.DataFrame) -> pd.DataFram
 def _last(table: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
     import pandas as pd
 
-    return pd.Series(dtype=float) if table.empty else table["step"].groupby(_numbers(table, runs)).max()
+    return pd.Series(dtype=float) if table.empty else table["step"].groupby(places_of(table, runs)).max()
 
 
-def _numbers(table: pd.DataFrame, runs: pd.DataFrame) -> Any:
+def places_of(table: pd.DataFrame, runs: pd.DataFrame) -> Any:
     """(n,) int: whose rows they are, by place in ``runs``; -1 for others. Words would take longer to compare."""
     import pandas as pd
 

@@ -175,6 +175,13 @@ def draw_sweep(summary: SweepSummary) -> Iterator[Drawing]:
                 results.assign(run=results.index), metrics, curvature, summary.lines, theme, together=not fields
             ),
         )
+    for name, found in summary.signals.items():
+        best = found.table[~found.table["reference"].astype(bool)].iloc[0]
+        alt = (
+            f"By column of the measurements, the AUROC and the leads; the numbers are in the table below. Highest: "
+            f"{best['column']} with {best['auroc']:.2f}."
+        )
+        yield draw_all(name, alt, partial(sweep_figures.signals, found))
 
 
 def draw_all(name: str, alt: str, draw: Callable[[figures.Theme], Figure]) -> Drawing:

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
+from grokcurv.analysis import Predictors
 from grokcurv.report import figures
 from grokcurv.report.figures import LIGHT, NARROW, Theme, axes_at, blank, page_width
 from grokcurv.report.format import plain, short
@@ -33,6 +34,7 @@ Scale = tuple[Colormap, Normalize]
 CHARACTER = 0.076  # inches, about the mean of the report's type at 9 points
 SMALL_CHARACTER = 0.07  # at 8 points
 FACETS = 12  # as many small panels at most
+SIGNALS = 30  # as many columns as signals at most: the best
 LINES = 300  # as many lines in one at most: more tell no more, and take long
 
 
@@ -140,6 +142,43 @@ def trajectories(
     )
     if hue:
         _legend(figure, hue, colours, left, theme)
+    return figure
+
+
+def signals(found: Predictors, theme: Theme) -> Figure:
+    """Columns as signals, the best above: how well their scores tell runs that grok, and how long before they do."""
+    table = found.table[found.table["auroc"].notna()].head(SIGNALS)
+    arrows = {"up": " ↑", "down": " ↓", "mixed": " ↕"}
+    labels = [_label(row["column"]) + arrows.get(row["direction"], "") for _, row in table.iterrows()]
+    left, right, between, top, bottom, high = 0.2 + CHARACTER * max(map(len, labels)), 0.14, 0.3, 0.3, 0.5, 0.21
+    width = (page_width() - left - right - between) / 2
+    tall = high * len(table) + 0.1
+    figure = blank(top + tall + bottom)
+    axes, leads = (axes_at(figure, (left + k * (width + between), bottom, width, tall)) for k in range(2))
+    leads.sharey(axes)
+    at = np.arange(len(table))
+    axes.set(xlim=(-0.04, 1.04), ylim=(len(table) - 0.25, -0.75))
+    axes.set_yticks(at, labels)
+    axes.set_xticks([0, 0.5, 1] if page_width() == NARROW else [0, 0.25, 0.5, 0.75, 1])
+    axes.axvline(0.5, color=theme.ink, linewidth=0.9, zorder=1)
+    colours = [theme.muted if reference else theme.blue for reference in table["reference"]]
+    axes.hlines(at, table["auroc_low"], table["auroc_high"], color=colours, alpha=0.45, linewidth=2.5)
+    axes.scatter(table["auroc"], at, color=colours, s=30, zorder=3)
+    axes.set_title("AUROC", loc="left", fontsize=9, fontweight="bold", pad=5)
+    axes.set_xlabel("chance is 0.5", color=theme.muted)
+    alarms = found.alarms.dropna(subset="lead")
+    places = alarms["column"].map(dict(zip(table["column"], at, strict=True)))
+    shades = [colours[int(place)] if place >= 0 else theme.muted for place in places]
+    look: dict[str, Any] = {"alpha": 0.45, "linewidths": 0, "rasterized": len(alarms) > figures.DENSE}
+    leads.scatter(alarms["lead"], places, color=shades, s=13, **look)
+    leads.scatter(table["lead"], at, color=colours, s=30, zorder=3)
+    leads.set_xlim(left=0, right=max(1.0, 1.04 * alarms["lead"][places.notna()].max()) if places.notna().any() else 1)
+    leads.tick_params(axis="y", labelleft=False)
+    figures.step_ticks(leads, 5)
+    leads.set_title("lead", loc="left", fontsize=9, fontweight="bold", pad=5)
+    leads.set_xlabel("steps", color=theme.muted)
+    for panel in (axes, leads):
+        panel.tick_params(axis="y", length=0)
     return figure
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from grokcurv.analysis import sweep_results, sweep_settings
+from grokcurv.analysis import Predictors, predictors, sweep_results, sweep_settings
 from grokcurv.analysis.sweeps import UNFINISHED
 from grokcurv.report.beside import Beside
 from grokcurv.report.format import count, number, plain
@@ -26,6 +26,11 @@ MANY = 24
 CLASSES = 8
 
 Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "", its cells
+
+SIGNALS: dict[str, float | None] = {"signals": None, "signals-without-decay": 0.0}
+"""By figure, the weight decay of the runs that it is of; None: any above 0."""
+
+Table = tuple[list[str], list[tuple[str, list[str]]]]  # names of the columns after the first; rows
 
 
 class SweepSummary:
@@ -44,6 +49,7 @@ class SweepSummary:
         results: one row a run, from ``analysis.sweep_results``; grouped: the same with classes for values.
         lines: what tells the lines of the runs apart, as fields do.
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
+        signals: by figure, what ``analysis.predictors`` found, where some runs have grokked and others have not.
     """
 
     def __init__(self, sweep: Sweep | Beside, folder: Path | None = None) -> None:
@@ -63,6 +69,46 @@ class SweepSummary:
         self.fields = self.lines = arrange(self.grouped, list(fields))
         self.settings = sweep_settings(self.grouped, list(self.fields))
         self.total: dict[Any, Any] = sweep_settings(self.results, []).to_dict("records")[0]
+        self.signals = self._signals(sweep)
+
+    def _signals(self, sweep: Sweep | Beside) -> dict[str, Predictors]:
+        """Columns are read for this alone: only where runs have both outcomes."""
+        if isinstance(sweep, Beside):
+            return {}
+        done = self.results[(self.results["status"] == "finished") & self.results["test_acc"].notna()]
+        decays = done["weight_decay"] > 0 if "weight_decay" in done else pd.Series(True, index=done.index)
+        signals = {}
+        for name, decay in SIGNALS.items():
+            if done.loc[decays == (decay is None), "grok_step"].isna().nunique() == 2:
+                found = predictors(sweep, weight_decay=decay, threshold=GROKKED)
+                if found.table.loc[~found.table["reference"].astype(bool), "auroc"].notna().any():
+                    signals[name] = found
+        return signals
+
+    def signal_tables(self, name: str) -> list[tuple[str, Table]]:
+        """Of one figure: each column's numbers, and those of pairs of the best, with their headings."""
+        found = self.signals[name]
+        columns = ["moves", "AUROC", "95% interval", "behind the best", "alarms", "lead", "from", "to", "false alarms"]
+        columns += ["95% interval", "gain", "Spearman"]
+        rows = []
+        for row in found.table.to_dict("records"):
+            cells = [
+                {"up": "rises", "down": "falls"}.get(row["direction"], row["direction"]),
+                _fraction(row["auroc"]),
+                _range(row["auroc_low"], row["auroc_high"]),
+                _range(row["behind_low"], row["behind_high"]),
+                *_outcome(row),
+                _fraction(row["spearman"]),
+            ]
+            rows.append((row["column"] + " (reference)" * row["reference"], cells))
+        tables = [("column", (columns, rows))]
+        if len(found.pairs):
+            pairs = [
+                (f"{row['first']} {'and' if row['rule'] == 'both' else 'or'} {row['second']}", _outcome(row))
+                for row in found.pairs.to_dict("records")
+            ]
+            tables.append(("pair", (columns[4:-1], pairs)))
+        return tables
 
     @property
     def title(self) -> str:
@@ -207,6 +253,25 @@ def _classes(values: pd.Series) -> pd.Series:
     rank = values.rank(method="min") - 1  # ties stay together
     medians = values.groupby((rank * CLASSES / len(values)).astype(int)).transform("median")
     return medians.map(lambda median: float(f"{median:.2g}"))
+
+
+def _outcome(row: Mapping[Any, Any]) -> list[str]:
+    """What the alarms of a column or a pair came to."""
+    return [
+        f"{row['hits']} of {row['grokked']}",
+        *(_steps(row[name]) for name in ("lead", "lead_min", "lead_max")),
+        f"{row['false_alarms']} of {row['never']}",
+        f"{100 * row['false_low']:.0f} to {row['false_high']:.0%}" if math.isfinite(row["false_low"]) else "",
+        _fraction(row["gain"]),
+    ]
+
+
+def _fraction(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else ""
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.2f} to {high:.2f}" if math.isfinite(low) else ""
 
 
 def _steps(value: float) -> str:
