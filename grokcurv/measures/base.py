@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from grokcurv.commutator import CommutatorProbe
-    from grokcurv.pairs import PairOfRuns
+    from grokcurv.pairs import PairGradients, PairOfRuns
 
 VERDICT_LAG = 2
 """On an accelerator, after how many more measurements the host learns of a verdict on one."""
@@ -30,11 +30,14 @@ class Measure:
         name: under which the monitor says what it took.
         columns: what it records, each a number.
         needs_pairs: whether it cannot be had without pairs of batches.
+        from_pairs: whether its numbers come from the commutator's own gradients, in :meth:`observe_pairs`, and stand
+            among the commutator's columns.
     """
 
     name: str
     columns: tuple[str, ...]
     needs_pairs = False
+    from_pairs = False
 
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """Learn of the loop's optimisers, before ``bind``, where somebody knows them."""
@@ -49,6 +52,13 @@ class Measure:
         """
         raise NotImplementedError  # each measure has its own; there is nothing that all could do
 
+    def observe_pairs(self, pairs: Sequence[PairOfRuns], gradients: PairGradients) -> Tensor:
+        """(R, columns) float64 on the device, of the pairs of a row and what was found of their gradients.
+
+        Called once a row, after the commutators are measured, of a measure that is ``from_pairs``.
+        """
+        raise NotImplementedError
+
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """What a run needs to go on in another process: tensors and plain values."""
         return {}
@@ -60,10 +70,10 @@ class Measure:
         """Go on with these runs alone, in this order."""
 
 
-def unclear(value: Tensor, bound: Tensor) -> Tensor:
-    """Whether an error may be too large for the value to say anything."""
+def unclear(value: Tensor, bound: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+    """Whether an error may be too large for the value to say anything; ``unit`` is the size of a large value."""
     absolute, relative = CLEAR
-    return bound > (relative * value.abs()).clamp(min=absolute)
+    return bound > (relative * value.abs()).clamp(min=absolute * unit)
 
 
 def quantiles(values: Tensor, *levels: float, dim: int = 0) -> list[Tensor]:
