@@ -76,7 +76,7 @@ class Budget:
         def took(method: Method, check: bool) -> float:
             self.synchronize()
             begun = time.perf_counter()
-            options: dict[str, Any] = {"design": self._commutator.design, "keep_delta": self._commutator.alignment}
+            options: dict[str, Any] = {"design": self._commutator.design, "keep_delta": self._commutator.looks_back}
             probe.measure_runs(pairs, method=method, check=check, seed=step, **options)
             self.synchronize()
             return time.perf_counter() - begun

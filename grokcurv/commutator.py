@@ -87,6 +87,10 @@ class CommutatorStats:
         reference: (N,) the defect by the published float32 formula, from the gradients in the model's own precision
             (NaN for ``"bracket"``).
         delta: (N, P) in the order of ``model.parameters()``, or None.
+        product_norm_a, product_norm_b: with ``anatomy``, (N,) ``|H_A g_B|`` and ``|H_B g_A|``, the lengths of the two
+            vectors whose difference is the bracket: exactly so for ``"bracket"``, and to first order in eta otherwise.
+        product_error_a, product_error_b: (N,) the lengths that rounding may have given to the errors of these vectors.
+        rayleigh_a, rayleigh_b: (N,) ``g_B' H_A g_B / |g_B|^2`` and ``g_A' H_B g_A / |g_A|^2``, likewise.
     """
 
     method: Method
@@ -106,6 +110,12 @@ class CommutatorStats:
     support: Tensor | None = None
     energies: Tensor | None = None
     delta: Tensor | None = None
+    product_norm_a: Tensor | None = None
+    product_norm_b: Tensor | None = None
+    product_error_a: Tensor | None = None
+    product_error_b: Tensor | None = None
+    rayleigh_a: Tensor | None = None
+    rayleigh_b: Tensor | None = None
 
     @cached_property
     def reliable(self) -> Tensor:
@@ -181,6 +191,8 @@ class CommutatorProbe:
             products; exact, has no eta), or ``"published"`` (the float32 formula of the paper).
         basis: an optional subspace on which every ``delta`` is projected.
         segments: optional segments of the parameter vector whose share of ``delta`` is wanted.
+        anatomy: also say what the bracket is the difference of: ``product_norm_a`` and so on. No gradient more; two
+            passes over two of the four vectors.
         noise_floor: ``False`` saves the float64 evaluations; nothing is then called reliable, as where the model cannot
             be evaluated in float64.
         strategy: of the gradients, see :class:`grokcurv.gradients.GradientEngine`.
@@ -199,6 +211,7 @@ class CommutatorProbe:
         method: Method = "difference",
         basis: Subspace | None = None,
         segments: Sequence[Segment] | None = None,
+        anatomy: bool = False,
         noise_floor: bool = True,
         strategy: Strategy = "auto",
     ) -> None:
@@ -214,7 +227,7 @@ class CommutatorProbe:
         self.checks = Checks(self.gradients)
         self._refresh: Callable[[], object] | None = None
         self.basis = basis
-        self.segments = segments or ()
+        self.segments, self.anatomy = segments or (), anatomy
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -693,9 +706,18 @@ class CommutatorProbe:
             segments=pairs.segments,
             keep_delta=keep_delta,
         )
-        own = out.sums, out.coefficients, self._with_pieces(out.energies, pairs, eta)
-        sums, coefficients, energies = self.gradients.partition.all_reduce_sum(*own)
-        return Sums(eta, sums, coefficients, energies, out.delta if keep_delta else None)
+        own = [out.sums, out.coefficients, self._with_pieces(out.energies, pairs, eta)]
+        own += self._inner(pairs) if self.anatomy else ()
+        sums, coefficients, energies, *inner = self.gradients.partition.all_reduce_sum(*own)
+        return Sums(eta, sums, coefficients, energies, out.delta if keep_delta else None, *inner)
+
+    @staticmethod
+    def _inner(pairs: Pairs) -> list[Tensor]:
+        """(2, N) float64: inner products of the third vectors with the second, and of the fourth with the first."""
+        count, size = pairs.work.shape[1:]
+        spans = torch.tensor([(v * size, size) for v in range(count)])
+        g_a, g_b, a2, b2 = (rows.reshape(1, -1) for rows in pairs.work)
+        return [torch.stack([ops.gram(*two, segments=spans)[:, 0, 0] for two in ((g_b, a2), (g_a, b2))])]
 
     def _with_pieces(self, energies: Tensor, pairs: Pairs, eta: Tensor) -> Tensor:
         """(N, S) the energies that the kernel found, and those on segments in pieces, each in its place."""
@@ -762,6 +784,8 @@ class CommutatorProbe:
             energies=energies[:, :count] if count else None,
             delta=sums.delta,
         )
+        if sums.inner is not None:
+            stats = replace(stats, **self._products(sums, errors, torch.stack([s_b, s_a]), bracket))
         if not self._basis:
             return stats
         inside = sums.coefficients.square().sum(1)
@@ -772,6 +796,25 @@ class CommutatorProbe:
             coefficients=sums.coefficients,
             support=energies[:, count:].sum(1).sqrt(),
         )
+
+    @staticmethod
+    def _products(sums: Sums, errors: Tensor, directions: Tensor, bracket: bool) -> dict[str, Any]:
+        """H_A g_B and H_B g_A: lengths, the lengths of their errors, and their parts along g_B and g_A.
+
+        ``directions`` (2, N) are the relative errors of what they are along.
+        """
+        assert sums.inner is not None
+        products, inner, rounding = sums.lengths[4:6], sums.inner, errors[2:]
+        if not bracket:
+            # The change past a step is -eta times the product, to first order. Its part along the step is a difference
+            # of two inner products in float64: they round too, which counts where the vectors are float64 themselves.
+            summing = torch.finfo(torch.float64).eps * sums.lengths[:2]
+            products, inner = products / sums.eta, (sums.sums[:, 2] - inner) / sums.eta
+            rounding = torch.hypot(torch.hypot(errors[:2], rounding), summing) / sums.eta
+        rounding = FLOOR_MARGIN * torch.hypot(rounding, directions * products)
+        along = inner / sums.sums[:, :2].T.flip(0)
+        found = {"product_norm": products, "product_error": rounding, "rayleigh": along}
+        return {f"{name}_{batch}": row for name, rows in found.items() for batch, row in zip("ab", rows, strict=True)}
 
 
 def commutator_defect(

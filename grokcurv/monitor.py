@@ -77,6 +77,8 @@ class CurvatureMonitor:
         alignment: set the training step that led to a measurement, theta_t - theta_(t-1), beside its commutators:
             :data:`ALIGNMENT_FIELDS`. One vector of P is kept for it from the call before on, and up to 2 n + 1 more for
             n pairs while they are measured. Such a step cannot be captured.
+        anatomy: also say what a bracket is made of, at no gradient more: :data:`ANATOMY_FIELDS`. It keeps a vector of P
+            as ``alignment`` does, the same one, and another; it cannot be captured either.
         noise_floor: ``False`` saves the float64 evaluations: rows are then numbers that nobody vouches for, none of
             them ``reliable``, and none is repeated as a bracket.
         gradient: ``"own"``: all four are computed. The other two save one and take ``.grad``, which must be that of
@@ -93,8 +95,8 @@ class CurvatureMonitor:
             has settled them; passing any makes each measurement read back.
 
     Attributes:
-        fields: names of the numbers that a measurement records: :data:`FIELDS`, those of ``alignment``, of ``measures``
-            and of ``budget``.
+        fields: names of the numbers that a measurement records: :data:`FIELDS`, those of ``alignment``, of ``anatomy``,
+            of ``measures`` and of ``budget``.
         memory: copies of the batches that training was given last, for losses that write to them.
 
     Raises:
@@ -117,6 +119,7 @@ class CurvatureMonitor:
         strategy: Strategy = "auto",
         check_every: int = CHECK_EVERY,
         alignment: bool = False,
+        anatomy: bool = False,
         method: Method = "difference",
         eta: float | Literal["auto"] = 1e-3,
         noise_floor: bool = True,
@@ -160,6 +163,8 @@ class CurvatureMonitor:
             design=design,
             check_every=check_every,
             alignment=alignment,
+            anatomy=anatomy,
+            measures=[measure for measure in measures if measure.from_pairs],
         )
         self.every, self.pca_every, self.pairs = every, pca_every, pairs
         self.sampler, self.design = sampler, design
@@ -170,7 +175,7 @@ class CurvatureMonitor:
             measure.bind(self.probe)
         self._has_pairless = any(not measure.needs_pairs for measure in self.measures)
         self.budget = None if budget is None else Budget(budget, self.commutator)
-        more = [name for measure in self.measures for name in measure.columns]
+        more = [name for measure in self.measures if not measure.from_pairs for name in measure.columns]
         self.fields = (*self.commutator.columns, *more, *(BUDGET_FIELDS if self.budget else ()))
         if len(set(self.fields)) < len(self.fields):
             raise ValueError(f"measures: two of them record a column of one name, among {', '.join(self.fields)}")
@@ -222,15 +227,16 @@ class CurvatureMonitor:
 
         Raises:
             ValueError: no sampler and no batch; or ``.grad`` is not the gradient of ``loss_fn`` on ``batch``.
-            RuntimeError: captured in a CUDA graph, with ``alignment=True`` or a measure that remembers.
+            RuntimeError: captured in a CUDA graph, with ``alignment=True``, ``anatomy=True`` or a measure that
+                remembers.
         """
         # A captured step is recorded once and replayed many times: it measures whatever the counters of the host say,
         # leaves the PCA alone (which folds rows at times that depend on their number) and counts on the device.
         captured = capturing(self.probe.gradients.device)
-        if captured and self.commutator.alignment:
+        if captured and self.commutator.looks_back:
             raise RuntimeError(
-                "alignment=True looks back on the call before, which a CUDA graph does not know: "
-                "capture a monitor with alignment=False"
+                "alignment=True and anatomy=True look back on the call before, which a CUDA graph does not know: "
+                "capture a monitor with alignment=False and anatomy=False"
             )
         if captured and self.budget is not None:
             raise RuntimeError(
@@ -481,7 +487,7 @@ class CurvatureMonitor:
         """:attr:`last`, of one of several runs."""
         row = self._records.last() if self._open is None else self._open.cpu()
         rows = self._history[run][-1:] if row is None else row.view(self.runs, -1)[run][None]
-        return self._record(settled(rows)[0]) if len(rows) else None
+        return self._record(settled(rows, self.commutator.columns)[0]) if len(rows) else None
 
     def records(self, run: int = 0) -> pd.DataFrame:
         """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :attr:`fields`.
@@ -493,13 +499,15 @@ class CurvatureMonitor:
         ``exec_matched_ratio`` does so within the coordinates on which the basis lives. ``step_alignment`` is the mean
         over the pairs of ``|cos|`` between the last training step and ``delta``, ``step_share`` the length of the
         step's part in the span of all deltas over its own (Xu, arXiv 2602.16746); their ratios divide them by their
-        exact means for random directions (:class:`grokcurv.subspace.RandomBaseline`). NaN where there was no basis or
+        exact means for random directions (:class:`grokcurv.subspace.RandomBaseline`). Those of ``anatomy`` are said in
+        :mod:`grokcurv.measures.anatomy`. NaN where there was no basis or
         no step yet, or nothing trustworthy.
         """
         import pandas as pd
 
         self.training_gradient.refuse_another()
-        frame = pd.DataFrame(settled(self._rows(run)).numpy(), columns=[*HEAD, *self.fields])
+        rows = settled(self._rows(run), self.commutator.columns)
+        frame = pd.DataFrame(rows.numpy(), columns=[*HEAD, *self.fields])
         methods = pd.Series(np.array(METHODS, dtype=object)[frame["method"].astype("int64")], dtype="str")
         frame = frame.assign(step=frame["step"].astype("int64"), method=methods, reliable=frame["reliable"] == 1.0)
         return frame[["step", *self.fields[:4], "method", *self.fields[4:], "measure_seconds"]]
@@ -615,7 +623,7 @@ class CurvatureMonitor:
         # here.
         if USED in gradients and gradients[-1] not in (CONFIRMED, REFUTED):
             return
-        rows, self._unlogged = settled(torch.stack(self._unlogged)), []
+        rows, self._unlogged = settled(torch.stack(self._unlogged), self.commutator.columns), []
         for row in rows:
             record = self._record(row)
             for logger in self.loggers:
@@ -643,8 +651,8 @@ class CurvatureMonitor:
         return {"step": int(step), "method": METHODS[int(method)], **record, "measure_seconds": seconds}
 
 
-def settled(rows: Tensor) -> Tensor:
-    """Rows of records as far as they are known to be true.
+def settled(rows: Tensor, columns: Sequence[str]) -> Tensor:
+    """Rows of records as far as they are known to be true; ``columns`` are the commutator's, which come first.
 
     One that rests on a ``.grad`` is reliable if the next check has found that right, NaN if wrong, and until then a
     number that is not called reliable.
@@ -655,13 +663,13 @@ def settled(rows: Tensor) -> Tensor:
     # Backwards: each row takes the verdict of the first check after it.
     rows, verdict = rows.clone(), USED
     reliable = len(HEAD) + FIELDS.index("reliable")
-    measured = [len(HEAD) + i for i, name in enumerate((*FIELDS, *ALIGNMENT_FIELDS)) if name not in REFERENCE_FIELDS]
+    measured = [len(HEAD) + i for i, name in enumerate(columns) if name not in REFERENCE_FIELDS]
     for row in reversed(range(len(rows))):
         gradient = int(gradients[row])
         if gradient in (CONFIRMED, REFUTED):
             verdict = gradient
         elif gradient == USED and verdict != CONFIRMED:
             if verdict == REFUTED:
-                rows[row, [column for column in measured if column < rows.shape[1]]] = math.nan
+                rows[row, measured] = math.nan
             rows[row, reliable] = 0.0
     return rows

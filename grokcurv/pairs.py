@@ -31,6 +31,18 @@ def rows_of(table: Tensor, runs: Sequence[int]) -> Tensor:
     return table if len(runs) == len(table) else torch.stack([table[run] for run in runs])
 
 
+class PairGradients(NamedTuple):
+    """What a measurement of K pairs of R runs finds of their gradients, (K, R) float64 each."""
+
+    norm_a: Tensor
+    """Length of the gradient on the first batch."""
+    norm_b: Tensor
+    cosine: Tensor
+    """Of the angle between the two."""
+    cosine_error: Tensor
+    """What rounding may have changed of it, and of either length in proportion."""
+
+
 class NumberedPair(NamedTuple):
     """A pair of batches of every run, its number, and the seeds of the batches' randomness."""
 
@@ -130,6 +142,8 @@ class Sums:
     coefficients: Tensor
     energies: Tensor
     delta: Tensor | None
+    inner: Tensor | None = None
+    """(2, N) the third vector's inner products with the second, and the fourth's with the first, where asked for."""
 
     @cached_property
     def lengths(self) -> Tensor:

@@ -14,7 +14,7 @@ from grokcurv.flat import Segment, select_segments
 if TYPE_CHECKING:
     from grokcurv.commutator import CommutatorProbe
     from grokcurv.measures.training_gradient import TrainingGradient
-    from grokcurv.pairs import PairOfRuns
+    from grokcurv.pairs import PairGradients, PairOfRuns
     from grokcurv.steps import OptimizerRow
 
 CLEAR = (0.01, 0.1)
@@ -33,11 +33,13 @@ class Measure:
         needs_pairs: whether it cannot be had without pairs of batches.
         capturable: whether it is right in a captured step too, which is replayed without the host: it remembers
             nothing there.
+        from_pairs: whether its numbers come from the commutator's own gradients, in :meth:`observe_pairs`, and stand
+            among the commutator's columns.
     """
 
     name: str
     columns: tuple[str, ...]
-    needs_pairs = capturable = False
+    needs_pairs = from_pairs = capturable = False
 
     def follow(self, optimizers: Sequence[Optimizer | OptimizerRow]) -> None:
         """Learn of the loop's optimisers, before ``bind``, where somebody knows them.
@@ -72,6 +74,13 @@ class Measure:
         """
         return None
 
+    def observe_pairs(self, pairs: Sequence[PairOfRuns], gradients: PairGradients) -> Tensor:
+        """(R, columns) float64 on the device, of the pairs of a row and what was found of their gradients.
+
+        Called once a row, after the commutators are measured, of a measure that is ``from_pairs``.
+        """
+        raise NotImplementedError
+
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """What a run needs to go on in another process: tensors and plain values."""
         return {}
@@ -91,10 +100,10 @@ def wanted_segments(model: nn.Module, wanted: str | Sequence[str | Segment]) -> 
     return (*found, *(each for each in several if isinstance(each, Segment)))
 
 
-def unclear(value: Tensor, bound: Tensor) -> Tensor:
-    """Whether an error may be too large for the value to say anything."""
+def unclear(value: Tensor, bound: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+    """Whether an error may be too large for the value to say anything; ``unit`` is the size of a large value."""
     absolute, relative = CLEAR
-    return bound > (relative * value.abs()).clamp(min=absolute)
+    return bound > (relative * value.abs()).clamp(min=absolute * unit)
 
 
 def quantiles(values: Tensor, *levels: float, dim: int = 0) -> list[Tensor]:

@@ -14,10 +14,19 @@ from torch import Tensor
 from grokcurv import ops
 from grokcurv.commutator import METHODS, CommutatorProbe, CommutatorStats, Design, Method
 from grokcurv.device_buffer import capturing, copy_to_host_async, is_asynchronous
-from grokcurv.measures.base import quantiles, unclear
+from grokcurv.measures.anatomy import (
+    ANATOMY_BOUNDS,
+    ANATOMY_FIELDS,
+    COSINE_FIELDS,
+    UNITS,
+    Bracket,
+    median_cosine,
+    products,
+)
+from grokcurv.measures.base import Measure, quantiles, unclear
 from grokcurv.measures.training_gradient import VERDICT_LAG, TrainingGradient
 from grokcurv.measures.trajectory import Trajectory
-from grokcurv.pairs import PairOfRuns, rows_of
+from grokcurv.pairs import PairGradients, PairOfRuns, rows_of
 from grokcurv.subspace import RandomBaseline, alignment
 
 CHECK_EVERY = 25
@@ -74,12 +83,17 @@ BOUNDS = {
     "exec_matched_ratio": "exec_matched_error",
     **dict.fromkeys(("step_alignment", "step_alignment_ratio"), "step_alignment_error"),
     **dict.fromkeys(("step_share", "step_share_ratio"), "step_share_error"),
+    **ANATOMY_BOUNDS,
 }
 """Columns that are NaN alone where an error is too wide for them, and that error."""
 
-KEPT = ("noise_floor", "reliable", "grad_norm", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS)
-"""Columns that are true whatever became of delta: the floor itself, the gradients' length and angle, which has an error
-of its own, and the published formula, which is reported with its faults."""
+KEPT = (
+    *("noise_floor", "reliable", "grad_norm", "grad_cosine", "grad_cosine_error", "share_error", *REFERENCE_FIELDS),
+    *(name for name in ANATOMY_FIELDS if name not in COSINE_FIELDS),
+)
+"""Columns that are true whatever became of delta: the floor itself, the gradients' length and angle and the products
+that delta is the difference of, which have errors of their own, and the published formula, which is reported with its
+faults."""
 
 
 Plan = tuple[tuple[Method, bool, tuple[int, ...]], ...]
@@ -97,9 +111,12 @@ class Commutator:
         probe: of R runs.
         trajectory: on whose execution bases the probe projects, if there is one.
         training_gradient: what is known of the gradients that training leaves.
-        design, check_every, alignment: as for :class:`grokcurv.CurvatureMonitor`.
+        design, check_every, alignment, anatomy: as for :class:`grokcurv.CurvatureMonitor`.
+        measures: those whose numbers come from the pairs' gradients.
 
     Attributes:
+        columns: what a row has: :data:`FIELDS`, those of ``alignment``, of ``anatomy`` and of ``measures``.
+        looks_back: whether a row looks back on the call before, and on every delta: for its alignment or its anatomy.
         seconds: of the host that the latest measurement took by a method, checked or not, brackets that took its rows
             aside.
     """
@@ -113,14 +130,21 @@ class Commutator:
         design: Design,
         check_every: int,
         alignment: bool,
+        anatomy: bool = False,
+        measures: Sequence[Measure] = (),
     ) -> None:
         self.probe, self.trajectory, self.training_gradient = probe, trajectory, training_gradient
         self.design, self.check_every, self.alignment = design, check_every, alignment
-        self.columns = FIELDS + ALIGNMENT_FIELDS if alignment else FIELDS
+        self.looks_back, self.measures = alignment or anatomy, tuple(measures)
+        self._own = FIELDS + alignment * ALIGNMENT_FIELDS + anatomy * ANATOMY_FIELDS
+        self.columns = (*self._own, *(name for measure in self.measures for name in measure.columns))
+        probe.anatomy = anatomy
+        self._bracket = Bracket(probe.gradients) if anatomy else None
+        self._gradients: dict[int, Tensor] = {}  # (K, 4) of each run, for the measures
         # Constants of every row, on the device, where none is copied while it measures.
         self._missing = torch.full((), math.nan, dtype=torch.float64, device=probe.gradients.device)
         self._method = torch.arange(len(METHODS), dtype=torch.float64, device=probe.gradients.device)
-        self._rests = torch.tensor([[name not in KEPT] for name in self.columns], device=probe.gradients.device)
+        self._rests = torch.tensor([[name not in KEPT] for name in self._own], device=probe.gradients.device)
         self.seconds: dict[tuple[Method, bool], float] = {}
         self._floored = probe.noise_floor  # otherwise rows are numbers that nobody vouches for
         self.falls_back = probe.method == "difference" and probe.gradients.brackets and probe.noise_floor
@@ -128,12 +152,12 @@ class Commutator:
         self._gave_up = [False] * runs  # the difference form
         self._verdicts: deque[Callable[[], Tensor]] = deque()  # (R,) of the latest rows, whether they were reliable
         self._checked: list[dict[str, int]] = [{} for _ in range(runs)]  # the step of the latest check, by method
-        self._before: Tensor | None = None  # for alignment: (R, P) at the call before one that measures
+        self._before: Tensor | None = None  # to look back on: (R, P) at the call before one that measures
 
     def remember(self, wanted: bool) -> None:
-        """Keep the parameters as they are, for the alignment of the training step that follows."""
+        """Keep the parameters as they are, for what the training step that follows is set beside."""
         engine, self._before = self.probe.gradients, None
-        if wanted and self.alignment:
+        if wanted and self.looks_back:
             theta = engine.thetas(range(engine.runs))
             self._before = theta.clone() if engine.shared else theta  # a copy already
 
@@ -175,14 +199,20 @@ class Commutator:
         rows: dict[int, Tensor] = {}
         for method, check, runs in plan:
             rows |= zip(runs, self._observe(step, pairs, list(runs), method, check).unbind(0), strict=True)
-        return torch.stack([rows[run] for run in range(len(rows))])
+        if self._bracket is not None:
+            self._bracket.advance()
+        found = torch.stack([rows[run] for run in range(len(rows))])
+        if not self.measures:
+            return found
+        gradients = PairGradients(*torch.stack([self._gradients[run] for run in range(len(rows))], 1).unbind(-1))
+        return torch.cat([found, *(measure.observe_pairs(pairs, gradients) for measure in self.measures)], 1)
 
     def _observe(self, step: int, pairs: Sequence[PairOfRuns], runs: list[int], method: Method, check: bool) -> Tensor:
         """The rows of some runs, all by one method."""
         probe, engine = self.probe, self.probe.gradients
         source = pairs if len(runs) == engine.runs else [_of_runs(pair, runs) for pair in pairs]
         known = () if method == "bracket" else self.training_gradient.offered(runs, check)
-        options: dict[str, Any] = {"design": self.design, "seed": step, "keep_delta": self.alignment}
+        options: dict[str, Any] = {"design": self.design, "seed": step, "keep_delta": self.looks_back}
         begun = time.perf_counter()
         stats = probe.measure_runs(source, runs, method=method, check=check, first_gradients=known, **options)
         self.seconds[method, check] = time.perf_counter() - begun
@@ -255,6 +285,9 @@ class Commutator:
         # share_error is of a unit vector along delta, and so of the length of any part of it.
         share_error = of.noise_floor / of.defect
         errors = {"grad_cosine_error": of.grad_cosine_error, "share_error": share_error}
+        if of.product_norm_a is not None:
+            of_products, their_errors = products(of, self._floored)
+            pairs, errors = pairs | of_products, errors | their_errors
         if of.energies is not None:
             pairs["attention_fraction"] = of.energies.sum(2).sqrt() / delta
         baselines = self.trajectory and self.trajectory.baselines
@@ -276,28 +309,50 @@ class Commutator:
         for name, low, high in zip(("defect", "reference"), lower, upper, strict=False):
             row |= {f"{name}_p25": low, f"{name}_p75": high}
         if of.delta is not None and self._before is not None:
-            row |= self._aligned(of.delta, self._before, runs, row["share_error"])
+            row |= self._beside_the_step(of.delta, self._before, runs, row["share_error"])
+        if self._bracket is not None:
+            row |= self._bracket.cosine(of, runs, row["share_error"])
+        if self.measures:
+            gradients = PairGradients(of.grad_norm_a, of.grad_norm_b, of.grad_cosine, of.grad_cosine_error)
+            self._gradients |= zip(runs, torch.stack(gradients, -1).unbind(1), strict=True)
         row["reliable"] = reliable
         (row["grad_norm"],) = quantiles(torch.cat([of.grad_norm_a, of.grad_norm_b]), 0.5)
 
         def table(of: Mapping[str, str]) -> Tensor:
             """(columns, R): what stands for each."""
-            return torch.stack([row.get(of.get(name, name), missing) for name in self.columns])
+            return torch.stack([row.get(of.get(name, name), missing) for name in self._own])
 
         missing = self._missing.expand(len(runs))
         values = table({})
         # A row is a number or NaN: what rests on a delta that drowned is not shown, nor what an error is too wide for;
         # a ratio is not where the share is not that it is of.
         if self._floored:
-            bounds = table({name: BOUNDS.get(name, "none") for name in self.columns})
-            values = values.masked_fill(unclear(table(SHARES), bounds) | (self._rests & ~reliable), math.nan)
+            bounds = table({name: BOUNDS.get(name, "none") for name in self._own})
+            units: Tensor | float = 1.0
+            if self._bracket is not None:
+                row["one"] = torch.ones_like(missing)
+                units = table({name: UNITS.get(name, "one") for name in self._own})
+            values = values.masked_fill(unclear(table(SHARES), bounds, units) | (self._rests & ~reliable), math.nan)
         method = self._method[METHODS.index(stats.method)].expand(len(runs))
         return torch.stack([method, gradient, *values], 1)
 
-    def _aligned(self, delta: Tensor, before: Tensor, runs: list[int], share_error: Tensor) -> dict[str, Tensor]:
-        """:data:`ALIGNMENT_FIELDS` of the steps to the parameters as they are, (R,) each."""
-        engine = self.probe.gradients
+    def _beside_the_step(
+        self, delta: Tensor, before: Tensor, runs: list[int], share_error: Tensor
+    ) -> dict[str, Tensor]:
+        """What sets delta beside the steps to the parameters as they are, (R,) each."""
+        engine, found = self.probe.gradients, dict[str, Tensor]()
         steps = engine.thetas(runs).to(delta.dtype) - rows_of(before, runs)
+        if self.alignment:
+            found |= self._aligned(delta, steps, share_error)
+        if self._bracket is not None:
+            cosine = median_cosine(steps, delta, engine.partition)
+            error = share_error.masked_fill(cosine.isnan(), math.nan)
+            found |= {"bracket_update_cosine": cosine, "bracket_update_cosine_error": error}
+        return found
+
+    def _aligned(self, delta: Tensor, steps: Tensor, share_error: Tensor) -> dict[str, Tensor]:
+        """:data:`ALIGNMENT_FIELDS`."""
+        engine = self.probe.gradients
         cosines, shares, correlations = alignment(steps, delta, engine.partition)
         count, size = len(delta), engine.segments[-1].stop
         mean = cosines.abs().mean(1)
@@ -316,7 +371,8 @@ class Commutator:
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         before = None if self._before is None else self._before[run].clone()
-        return {"checked": dict(self._checked[run]), "before": before, **self.probe.checks.state_dict(run)}
+        bracket = {} if self._bracket is None else {"bracket": self._bracket.state_dict(run)}
+        return {"checked": dict(self._checked[run]), "before": before, **bracket, **self.probe.checks.state_dict(run)}
 
     def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
         """Restore :meth:`state_dict`; ``reliable`` says of all rows so far whether they were."""
@@ -329,6 +385,8 @@ class Commutator:
             self._before[run] = state["before"].to(engine.device)
         elif engine.runs == 1:
             self._before = None
+        if self._bracket is not None:
+            self._bracket.load_state_dict(state["bracket"], run)
         self._recall(state["reliable"], run)
 
     def _recall(self, reliable: Sequence[bool], run: int) -> None:
@@ -350,6 +408,9 @@ class Commutator:
         self._verdicts = deque(verdict()[runs].clone for verdict in self._verdicts)
         if self._before is not None:
             self._before = self._before[runs]
+        if self._bracket is not None:
+            self._bracket.keep(runs)
+        self._gradients.clear()
         self.probe.keep(runs)
 
 

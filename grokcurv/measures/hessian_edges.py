@@ -185,7 +185,9 @@ class HessianEdges(Measure):
         self.batch, self.k, self.ends, self.probes, self.seed = batch, k, ends, probes, seed
         self.preconditioned, self.lanczos_steps = preconditioned, lanczos_steps
         self.lanczos_every, self.check_every = lanczos_every, check_every
-        self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        self._given = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        self._optimizers: tuple[Optimizer | OptimizerRow, ...] = self._given
+        self._divides = False  # whether there is a preconditioner
         self._along = along.to_dense() if isinstance(along, Subspace) else along
         if self._along is not None and self._along.ndim != 2:
             raise ValueError(f"along must be a Subspace or vectors (n, P), got shape {tuple(self._along.shape)}")
@@ -198,9 +200,11 @@ class HessianEdges(Measure):
         self._count_along = 0 if self._along is None else len(self._along)
         self.columns = (*COLUMNS, *more, *(f"curvature_{n + 1}" for n in range(self._count_along)))
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+    def follow(self, optimizers: Sequence[Optimizer | OptimizerRow]) -> None:
         """Those of the loop, unless others were given."""
-        self._optimizers = self._optimizers or tuple(optimizers)
+        self._optimizers = self._given or tuple(optimizers)
+        if hasattr(self, "_engine"):  # the trainer has rows once there is a monitor, and other ones later
+            self._divides = self._adam()
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Look at the sizes and at the optimisers; says in a ValueError what is wrong with them."""
@@ -215,7 +219,8 @@ class HessianEdges(Measure):
         self._missing = torch.full((), math.nan, dtype=torch.float64, device=engine.device)
         self._directions = [] if self._along is None else list(self._along.detach().to(like))
         signs_of = {"lambda_max": 1.0} | ({"lambda_min": -1.0} if self.ends == "both" else {})
-        if self._adam():
+        self._divides = bool(self._optimizers or not engine.shared) and self._adam()
+        if self._divides or (engine.shared and self.preconditioned is not False):
             signs_of["sharpness_preconditioned"] = 1.0
         size = engine.size
         self._tracked = {
@@ -258,7 +263,7 @@ class HessianEdges(Measure):
             )
         row = {name: self._missing.expand(engine.runs).clone() for name in self.columns}
         scale: Tensor | None = None
-        if "sharpness_preconditioned" in self._tracked:
+        if self._divides:
             state = self._state()
             row["stability_threshold"] = state.stability_threshold()
             if all("exp_avg_sq" in block.state for block in state.blocks):
