@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from grokcurv.measures.base import Measure
+from grokcurv.measures.hessian_edges import HessianEdges
+from grokcurv.measures.optimizer_commutator import OptimizerCommutator
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.measures.weight_spectra import WeightSpectra
 
@@ -20,8 +22,10 @@ class Given(NamedTuple):
 
 
 MEASURES: dict[str, Callable[[Given], Measure]] = {
-    "update_gram": lambda given: UpdateGram(given.window, every=given.every),
-    "weight_spectra": lambda given: WeightSpectra(every=given.every),
+    UpdateGram.name: lambda given: UpdateGram(given.window, every=given.every),
+    OptimizerCommutator.name: lambda _: OptimizerCommutator(),
+    HessianEdges.name: lambda given: HessianEdges(given.batch),
+    WeightSpectra.name: lambda given: WeightSpectra(every=given.every),
 }
 """Measures that settings and command lines can name, and how each is made there."""
 

@@ -117,6 +117,11 @@ class Group(Measured):
         first, config, task = runs[0], runs[0].config, runs[0].task
         pca = StreamingPCA(segments=task.followed(first.model), runs=len(runs)) if config.pca_every else None
 
+        fixed = [
+            (run.data.train_pairs[: config.measure_rows], run.data.train_answers[: config.measure_rows]) for run in runs
+        ]
+        measures = named_measures(config.measures, Given(config.update_window, config.update_every, fixed))
+
         def engine(loss: LossFn, strategy: Strategy) -> RunsEngine:
             self.engine = RunsEngine(first.model, loss, strategy, config.compile, len(runs))
             return self.engine
@@ -136,16 +141,15 @@ class Group(Measured):
             eta=config.eta,
             strategy=strategy,
             gradient="trusted",  # it is that of this very loss, before clipping
-            measures=named_measures(config.measures, Given(config.update_window, config.update_every)),
+            measures=measures,
         )
-        self.capturable = not (config.alignment or config.measures)
+        self.capturable = not config.alignment and all(measure.capturable for measure in measures)
         for place, run in enumerate(runs):
             run.attach(self.monitor, place)
 
     def adopt(self, runs: Sequence[Training], batches: Batches, *buffers: Tensor) -> None:
         super().adopt(runs, batches, *buffers)
         self.engine.adopt(self.places, *buffers)
-        self.capturable = self.capturable and all(measure.capturable for measure in self.monitor.measures)
         self._follow()
 
     def _follow(self) -> None:
