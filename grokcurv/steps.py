@@ -37,6 +37,9 @@ OptimizerRow = tuple[optim.Optimizer, int]
 UNDERSTOOD = "AdamW, Adam, SGD and Muon"
 """Optimisers, of torch and of :mod:`grokcurv.optim`."""
 
+DECOUPLED = ("AdamW", "Muon")
+"""Optimisers that shrink the parameters themselves, whatever their groups say."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -102,16 +105,39 @@ class OptimizerState:
         after has the settings of this step.
         """
         gradient = self.clipped(gradient)
-        everything = [(slice(0, len(theta)), (slice(0, theta.shape[1]),))]
         update, blocks = torch.zeros_like(theta), []
         for block in self.blocks:
             part, moments = block.rule(block, block.of(theta), block.of(gradient))
             blocks.append(replace(block, state={"count": block.state.get("count", 0.0) + 1, **moments}))
-            if [(b.rows, b.columns) for b in self.blocks] == everything:
+            if self.covers(block):
                 update = part
             else:
                 block.put(update, part)
         return update, replace(self, blocks=tuple(blocks))
+
+    @property
+    def layout(self) -> list[Any]:
+        """Names and coordinates of what torch's optimisers move, as plain values; that of rows stays what it is."""
+        blocks = () if self.engine.shared else self.blocks
+        return [[block.name, [[there.start, there.stop] for there in block.columns]] for block in blocks]
+
+    @property
+    def settings(self) -> list[dict[str, Any]] | None:
+        """Those of the blocks, as plain values, which a schedule may change; None where they are tensors."""
+        if any(isinstance(x, Tensor) for block in self.blocks for x in block.settings.values()):
+            return None
+        return [dict(block.settings) for block in self.blocks]
+
+    def with_settings(self, settings: list[dict[str, Any]] | None) -> OptimizerState:
+        """The same state with other settings, such as those of the step before; None: with its own."""
+        if settings is None:
+            return self
+        blocks = (replace(block, settings=each) for block, each in zip(self.blocks, settings, strict=True))
+        return replace(self, blocks=tuple(blocks))
+
+    def covers(self, block: Block) -> bool:
+        """Whether a block has all rows and coordinates, one after the other."""
+        return (block.rows, block.columns) == (slice(0, self.engine.runs), (slice(0, self.engine.size),))
 
     def clipped(self, gradient: Tensor) -> Tensor:
         """(R, P) the gradient as it is after clipping."""
@@ -140,7 +166,7 @@ class OptimizerState:
         for block in self._adams("preconditioner"):
             if "exp_avg_sq" in block.state:
                 square = block.state.get("max_exp_avg_sq", block.state["exp_avg_sq"])
-                root, eps = _like(
+                root, eps = like(
                     found, (1 - block.settings["beta_2"] ** block.state["count"]) ** 0.5, block.settings["eps"]
                 )
                 block.put(found, square.sqrt().div_(root).add_(eps))
@@ -174,7 +200,11 @@ class OptimizerState:
 
 
 def read_state(
-    optimizers: Sequence[torch.optim.Optimizer | OptimizerRow], engine: GradientEngine, max_norm: float | None = None
+    optimizers: Sequence[torch.optim.Optimizer | OptimizerRow],
+    engine: GradientEngine,
+    max_norm: float | None = None,
+    *,
+    partly: bool = False,
 ) -> OptimizerState:
     """The state that optimisers are in now, for the parameters of an engine; it may share their memory.
 
@@ -184,6 +214,7 @@ def read_state(
         optimizers: those of ``torch.optim`` that train the one run of the engine, or the row of an optimiser of rows
             for each of its runs.
         max_norm: to which the loop clips gradients by ``torch.nn.utils.clip_grad_norm_``; optimisers of rows know.
+        partly: an optimiser that is not understood has blocks too, of settings alone, which cannot step.
 
     Raises:
         ValueError: an optimiser that is not understood, by its name; a model of which this process has a part.
@@ -195,7 +226,7 @@ def read_state(
     rows = [each if isinstance(each, tuple) else (each, 0) for each in optimizers]
     for optimizer, members in groupby(rows, key=lambda each: each[0]):
         if isinstance(optimizer, torch.optim.Optimizer):
-            blocks += _read_torch(optimizer, engine)
+            blocks += _read_torch(optimizer, engine, partly)
             continue
         places = [place for _, place in members]
         here = slice(number, number + len(places))
@@ -211,25 +242,25 @@ def adam(block: Block, theta: Tensor, gradient: Tensor) -> tuple[Tensor, dict[st
     settings, lr, count = block.settings, block.lr, block.state.get("count", 0.0) + 1
     beta_1, beta_2, decay = settings["beta_1"], settings["beta_2"], settings["weight_decay"]
     bias, square_bias = 1 - beta_1**count, 1 - beta_2**count
-    new, old_square, new_square, length, root, coupled, shrink = _like(
+    new, old_square, new_square, length, root, coupled, shrink = like(
         theta, 1 - beta_1, beta_2, 1 - beta_2, -lr / bias, square_bias**0.5, decay, -lr * decay
     )
     gradient = -gradient if settings["maximize"] else gradient
-    gradient = gradient if settings["decoupled"] else _plus(gradient, coupled, theta)
+    gradient = gradient if settings["decoupled"] else plus(gradient, coupled, theta)
     mean = block.moment("exp_avg", theta).lerp(gradient, new)
     square = (block.moment("exp_avg_sq", theta) * old_square).addcmul_(gradient * new_square, gradient)
     moments, top = {"exp_avg": mean, "exp_avg_sq": square}, square
     if settings["amsgrad"]:
         moments["max_exp_avg_sq"] = top = torch.maximum(block.moment("max_exp_avg_sq", theta), square)
     update = (mean * length).div_(top.sqrt().div_(root).add_(settings["eps"]))
-    return _plus(update, shrink, theta) if settings["decoupled"] else update, moments
+    return plus(update, shrink, theta) if settings["decoupled"] else update, moments
 
 
 def sgd(block: Block, theta: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Gradient descent with momentum, heavy-ball or Nesterov's, whose decay is part of the gradient."""
     settings = block.settings
     momentum, ahead = settings["momentum"], settings["nesterov"]
-    decay, old, new, along, extra = _like(
+    decay, old, new, along, extra = like(
         theta,
         settings["weight_decay"],
         momentum,
@@ -237,20 +268,20 @@ def sgd(block: Block, theta: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str
         -block.lr * (1 - ahead + ahead * momentum),
         -block.lr * ahead,
     )
-    direction = _plus(-gradient if settings["maximize"] else gradient, decay, theta)
+    direction = plus(-gradient if settings["maximize"] else gradient, decay, theta)
     if not isinstance(momentum, Tensor) and momentum == 0:
-        return direction * _like(theta, -block.lr)[0], {}
+        return direction * like(theta, -block.lr)[0], {}
     # The first gradient is not dampened.
     known = "momentum_buffer" in block.state
-    buffer = _plus(block.moment("momentum_buffer", theta) * old, new, direction) if known else direction
-    return _plus(buffer * along, extra, direction), {"momentum_buffer": buffer}
+    buffer = plus(block.moment("momentum_buffer", theta) * old, new, direction) if known else direction
+    return plus(buffer * along, extra, direction), {"momentum_buffer": buffer}
 
 
 def muon(block: Block, theta: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Muon of matrices, orthogonalised in the dtype of theta, where torch's takes bfloat16."""
     settings = block.settings
     momentum, lr = settings["momentum"], block.lr
-    new, ahead, length, shrink = _like(
+    new, ahead, length, shrink = like(
         theta, 1 - momentum, 1 - settings["nesterov"] * (1 - momentum), -lr, -lr * settings["weight_decay"]
     )
     buffer = block.moment("momentum_buffer", theta).lerp(gradient, new)
@@ -259,7 +290,12 @@ def muon(block: Block, theta: Tensor, gradient: Tensor) -> tuple[Tensor, dict[st
     for (a, b, count), part in zip(settings["shapes"], direction.split(widths, 1), strict=True):
         matrices = optim.orthogonalize(part.reshape(-1, a, b)).reshape(len(part), count * a * b)
         moves.append(matrices * (length * optim.ADJUSTMENTS[settings["adjust_lr_fn"]](a, b)))
-    return _plus(torch.cat(moves, 1), shrink, theta), {"momentum_buffer": buffer}
+    return plus(torch.cat(moves, 1), shrink, theta), {"momentum_buffer": buffer}
+
+
+def other(block: Block, theta: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """A step that is not understood."""
+    raise ValueError(f"optimizer: {block.name} is not understood; {UNDERSTOOD} are")
 
 
 Rule = Callable[[Block, Tensor, Tensor], tuple[Tensor, dict[str, Any]]]
@@ -269,6 +305,7 @@ MOMENTS: Mapping[Rule, tuple[str, ...]] = {
     adam: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     sgd: ("momentum_buffer",),
     muon: ("momentum_buffer",),
+    other: (),
 }
 """What optimisers keep, by the names it has in torch and in :mod:`grokcurv.optim`."""
 
@@ -290,14 +327,20 @@ def rule_of(optimizer: torch.optim.Optimizer | optim.Optimizer) -> Rule:
     raise ValueError(f"optimizer: {type(optimizer).__name__} is not understood; {UNDERSTOOD} are")
 
 
-def _read_torch(optimizer: torch.optim.Optimizer, engine: GradientEngine) -> Iterator[Block]:
+def _read_torch(optimizer: torch.optim.Optimizer, engine: GradientEngine, partly: bool) -> Iterator[Block]:
     """The blocks of an optimiser of torch: of a group, parameters that have moments, and that have none."""
-    rule = rule_of(optimizer)
+    try:
+        rule = rule_of(optimizer)
+    except ValueError:
+        if not partly:
+            raise
+        rule = other
     there = {id(p): (s, p) for s, p in zip(engine.segments, engine.evaluator.parameters(), strict=True)}
     given = {key for key, (_, parameter) in there.items() if parameter.grad is not None} or set(there)
 
     def begun(member: tuple[Segment, nn.Parameter]) -> bool:
-        return optimizer.state.get(member[1], {}).get(MOMENTS[rule][0]) is not None
+        state = optimizer.state.get(member[1], {})
+        return any(state.get(name) is not None for name in MOMENTS[rule])
 
     for group in optimizer.param_groups:
         members = [there[id(p)] for p in group["params"] if id(p) in there and id(p) in given]
@@ -320,13 +363,13 @@ def _settings(
     rule: Rule, optimizer: torch.optim.Optimizer, given: Mapping[str, Any], segments: Sequence[Segment]
 ) -> dict[str, Any]:
     group = {name: _number(value) for name, value in given.items()}
-    settings = {name: group[name] for name in ("lr", "weight_decay")}
+    settings = {name: group.get(name, 0.0) for name in ("lr", "weight_decay")}
     settings |= {name: float(group.get(name, 0.0)) for name in ("maximize", "nesterov")}
+    settings["decoupled"] = type(optimizer).__name__ in DECOUPLED or group.get("decoupled_weight_decay", False)
+    if rule is other:
+        return settings
     if rule is adam:
-        decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-        settings |= dict(zip(("beta_1", "beta_2"), map(_number, group["betas"]), strict=True)) | {
-            "decoupled": decoupled
-        }
+        settings |= dict(zip(("beta_1", "beta_2"), map(_number, group["betas"]), strict=True))
         return settings | {name: group[name] for name in ("eps", "amsgrad")}
     settings["momentum"] = group["momentum"]
     if rule is sgd:
@@ -349,7 +392,8 @@ def _read_rows(optimizer: optim.Optimizer, places: Sequence[int], here: slice) -
         found = {name: _of(getattr(optimizer, name), places) for name in MOMENTS[rule] if hasattr(optimizer, name)}
         return {**found, **each("count")}
 
-    common: dict[str, Any] = {**each("weight_decay", "warmup"), "maximize": 0.0}
+    decoupled = name in DECOUPLED
+    common: dict[str, Any] = {**each("weight_decay", "warmup"), "maximize": 0.0, "decoupled": decoupled}
     others: tuple[slice, ...] = (everything,)
     lr = "lr"
     if isinstance(optimizer, optim.Muon):
@@ -365,7 +409,7 @@ def _read_rows(optimizer: optim.Optimizer, places: Sequence[int], here: slice) -
     if isinstance(optimizer, optim.AdamW | optim.Muon) and others:
         beta_1, beta_2 = _of(optimizer.betas, places)[..., None].unbind(1)
         settings = {**common, "lr": each(lr)[lr], "beta_1": beta_1, "beta_2": beta_2, "eps": optim.EPSILON}
-        yield Block(adam, name, here, others, {**settings, "decoupled": True, "amsgrad": False}, state(adam))
+        yield Block(adam, name, here, others, {**settings, "amsgrad": False}, state(adam))
 
 
 def _of(table: Tensor, places: Sequence[int]) -> Tensor:
@@ -400,13 +444,13 @@ def _number(x: Any) -> Any:
     return float(x) if x.device.type == "cpu" else x.detach().to(torch.float64)
 
 
-def _like(rows: Tensor, *values: Any) -> tuple[Any, ...]:
+def like(rows: Tensor, *values: Any) -> tuple[Any, ...]:
     """Numbers as they are, and tensors in the dtype of the rows."""
     return tuple(x.to(rows.dtype) if isinstance(x, Tensor) else x for x in values)
 
 
-def _plus(x: Tensor, value: Any, y: Tensor) -> Tensor:
+def plus(x: Tensor, value: Any, y: Tensor) -> Tensor:
     """``x + value y``, and x itself where the value is the number zero."""
     if isinstance(value, Tensor):
-        return x + value * y
+        return x + value.to(x.dtype) * y
     return x if value == 0 else torch.add(x, y, alpha=value)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from models import TINY
 from test_update_gram import attention, conv, loss_fn, mlp
 from torch import Tensor, nn
 
 import grokcurv as gc
+from grokcurv.flat import select_segments
+from grokcurv.training import TrainConfig
+from grokcurv.training.program import Program
+from grokcurv.training.run import Training
 
 Norms = dict[str, float]
 STEPS = 7
@@ -184,6 +191,93 @@ def test_a_run_that_goes_on_has_the_same_rows() -> None:
             loop(model, shape, optimizer, 1)
         rows.append(monitor.records()[list(gc.UpdateDecomposition.columns)])
     assert rows[0].equals(rows[1])
+
+
+@pytest.mark.parametrize("make", [mlp, attention, conv])
+def test_angles_and_shares(make: Callable[[], tuple[nn.Module, tuple[int, ...]]]) -> None:
+    """Of the vectors themselves, formed in float64 by the definition of AdamW."""
+    model, shape = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
+    size = flat(model.parameters()).numel()
+    basis = gc.Subspace(torch.linalg.qr(torch.randn(size, 3))[0].T.contiguous())
+    wanted = select_segments(model, "*weight")
+    measure = gc.UpdateDecomposition(optimizer, cosines=True, segments="*weight", basis=basis)
+    monitor = gc.CurvatureMonitor(model, loss_fn, measures=[measure])
+    batch = torch.randn(24, *shape), torch.randint(4, (24,))
+    m, v = torch.zeros(size).double(), torch.zeros(size).double()
+    truths: dict[str, float] = {}
+    for t in range(1, 5):
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        monitor.step(batch, (batch[0].flip(0), batch[1].flip(0)))
+        theta, g = flat(model.parameters()), flat(x.grad for x in model.parameters())
+        if t > 1:
+            row = monitor.records().iloc[-1]
+            for name, value in truths.items():
+                assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, t)
+        earlier, m, v = 0.9 * m, 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        scale = -1e-2 / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        parts = {"decay": -3e-3 * theta, "momentum": scale * earlier, "gradient_part": scale * 0.1 * g}
+        cosine = torch.nn.CosineSimilarity(0, 0.0)
+        truths = {
+            "decay_momentum_cosine": float(cosine(parts["decay"], parts["momentum"])),
+            "decay_gradient_cosine": float(cosine(parts["decay"], parts["gradient_part"])),
+            "momentum_gradient_cosine": float(cosine(parts["momentum"], parts["gradient_part"])),
+        }
+        for name, part in ({"update": sum(parts.values())} | parts).items():
+            on = sum(float(segment.of(part[None]).square().sum()) for segment in wanted)
+            truths[f"{name}_segment_share"] = on / float(part.square().sum()) if part.any() else math.nan
+            inside = (basis.to_dense().double() @ part).square().sum()
+            truths[f"{name}_basis_share"] = float(inside / part.square().sum()) if part.any() else math.nan
+        truths = {name: value for name, value in truths.items() if t > 1 or "momentum" not in name}
+        optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"successive": True, "pairs": 1, "measure_every": 1}])
+def test_each_run_of_a_program_has_the_parts_it_has_alone(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of several optimisers, one of which ends; and AdamW's parts add up to what it did."""
+    own = [
+        {"optimizer": "adamw", "clip": 0.5, "warmup": 9},
+        {"optimizer": "muon"},
+        {"optimizer": "sgd", "momentum": 0.9},
+    ]
+    base = dataclasses.replace(TINY, **{"pca_every": 0, "measure_every": 5} | settings)
+    configs = [dataclasses.replace(base, seed=seed, **each) for seed, each in enumerate(own)]
+
+    def trained(configs: list[TrainConfig], **options: Any) -> Program:
+        def made(*of: Any, **given: Any) -> gc.CurvatureMonitor:
+            return gc.CurvatureMonitor(*of, measures=[gc.UpdateDecomposition(**options)], **given)
+
+        monkeypatch.setattr("grokcurv.training.measured.CurvatureMonitor", made)
+        program = Program([Training(config) for config in configs])
+        program.observe(program.runs)
+        for step in range(21):
+            if step == 11 and len(program.runs) == 3:
+                program.keep([run for run in program.runs if run.config.optimizer != "muon"])
+            assert not program.update()
+            assert not program.observe(program.runs)
+        return program
+
+    def rows(program: Program) -> dict[str, pd.DataFrame]:
+        group = program.groups[0]
+        found = {run.config.optimizer: group.monitor.records(place) for place, run in enumerate(group.runs)}
+        return {name: frame[["step", *group.monitor.measures[0].columns]] for name, frame in found.items()}
+
+    together = rows(trained(configs))
+    for config in (configs[0], configs[2]):
+        name = config.optimizer
+        alone = rows(trained([config], cosines=True))[name]
+        pd.testing.assert_frame_equal(together[name], alone[together[name].columns], check_exact=True)
+        last = alone.iloc[-1]
+        a, b, c = (last[f"{part}_norm"] for part in ("decay", "momentum", "gradient_part"))
+        ab, ac, bc = (last[f"{pair}_cosine"] for pair in ("decay_momentum", "decay_gradient", "momentum_gradient"))
+        ab, ac = (0.0, 0.0) if name == "sgd" and not a else (ab, ac)
+        whole = math.sqrt(a * a + b * b + c * c + 2 * (a * b * ab + a * c * ac + b * c * bc))
+        assert whole == pytest.approx(last["update_norm"], rel=1e-3)
+        assert math.isnan(last["clip_factor"]) == (not settings)
+        assert not settings or last["clip_factor"] <= 1.0 + 1e-5
 
 
 def test_no_optimiser_is_an_error() -> None:

@@ -200,10 +200,8 @@ class OptimizerCommutator(Measure):
             astray = (ASTRAY_MUON if muons else ASTRAY) * lengths[:, 0]
             astray = astray + 4 * torch.finfo(engine.dtype).eps * row_norms(theta)
             lengths = torch.cat([lengths, astray[:, None]], 1)
-            plain = not any(isinstance(x, Tensor) for block in state.blocks for x in block.settings.values())
-            settings = [dict(block.settings) for block in state.blocks] if plain else None
             announced = [[x.clone() for x in _numbers(batch)] for batch in b]
-            half = Half(rest, order, past_a, lengths, floor, settings, self._layout(state), announced)
+            half = Half(rest, order, past_a, lengths, floor, state.settings, state.layout, announced)
             if not successive:
                 return self._row(half, s_a.step(past_a, self._gradients(past_a, b, seeds[1]))[0])
         self._half = half
@@ -219,21 +217,12 @@ class OptimizerCommutator(Measure):
                 g_b, now, theta = self._here = self._arrive(list(batches), self._step + 1)
         except ReferencedError:
             return None
-        if self._layout(now) != half.layout:
+        if now.layout != half.layout:
             return None
-        before = now
-        if half.settings is not None:
-            blocks = (replace(x, settings=y) for x, y in zip(now.blocks, half.settings, strict=True))
-            before = replace(now, blocks=tuple(blocks))
-        row = self._row(half, before.step(theta, g_b)[0])
+        row = self._row(half, now.with_settings(half.settings).step(theta, g_b)[0])
         arrived = row_norms(theta - half.point) <= half.lengths[:, 2]
         same = [_same(kept, batch, self._engine.device) for kept, batch in zip(half.announced, batches, strict=True)]
         return row.masked_fill(~(arrived & torch.stack(same))[:, None], math.nan)
-
-    def _layout(self, state: OptimizerState) -> list[Any]:
-        """Names and coordinates of what optimisers move, as plain values; those of rows stay what they are."""
-        blocks = () if self._engine.shared else state.blocks
-        return [[block.name, [[there.start, there.stop] for there in block.columns]] for block in blocks]
 
     @contextmanager
     def _evaluation(self, batches: Sequence[Any], step: int) -> Iterator[None]:

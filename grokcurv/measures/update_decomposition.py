@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from grokcurv import ops
 from grokcurv.commutator import CommutatorProbe
+from grokcurv.flat import Segment, select_segments
 from grokcurv.measures.base import Measure
+from grokcurv.measures.training_gradient import TrainingGradient
+from grokcurv.optim import row_norms
 from grokcurv.pairs import PairOfRuns
-from grokcurv.steps import OptimizerRow
+from grokcurv.steps import MOMENTS, Block, OptimizerRow, OptimizerState, adam, like, plus, read_state, sgd
+from grokcurv.subspace import Subspace
 
-MOMENTS = {torch.optim.Adam: "exp_avg", torch.optim.SGD: "momentum_buffer"}
-"""What optimisers call the average of gradients. ``AdamW`` is an ``Adam``, or behaves as one that decouples decay."""
+Scaled = tuple[Any, Tensor]
+"""A number, or (r, 1), and the vectors (r, n) that it multiplies."""
 
-DECOUPLED = ("AdamW", "Muon")
-"""Optimisers that shrink the parameters themselves, whatever their groups say."""
+PARTS = ("update", "decay", "momentum", "gradient_part")
 
-SETTINGS = (
-    *("lr", "weight_decay", "decoupled_weight_decay", "betas", "eps", "amsgrad"),
-    *("momentum", "dampening", "nesterov"),
-)
-"""Of a group, what the parts depend on."""
+COSINES = ("decay_momentum_cosine", "decay_gradient_cosine", "momentum_gradient_cosine")
 
 
-class Before(NamedTuple):
-    """Of a parameter, as it was before an update."""
+@dataclass
+class Before:
+    """What an update is told from that has been made since.
 
-    value: Tensor
-    moment: Tensor | None
-    """The average of earlier gradients; None where there is none yet, or none that is known."""
-    group: dict[str, Any]
-    """:data:`SETTINGS` of its group: a scheduler may have changed them when the update is looked at."""
+    Attributes:
+        theta: (R, P) the parameters.
+        moments: (R, P) the average of earlier gradients; zero where there is none.
+        settings: of the optimisers' blocks, which a scheduler may have changed since; None where they are tensors.
+        begun: of each block of torch's optimisers, whether there were moments.
+        layout: what the blocks were.
+    """
+
+    theta: Tensor
+    moments: Tensor
+    settings: list[dict[str, Any]] | None
+    begun: list[bool]
+    layout: list[Any]
 
 
 class UpdateDecomposition(Measure):
@@ -62,156 +70,231 @@ class UpdateDecomposition(Measure):
     parameters themselves, and the rest is NaN. A step that the optimiser skipped has no parts, and no row before the
     first update.
 
-    A step costs no gradient; two vectors of P are kept, and seven read or written.
+    With ``cosines`` there are also ``decay_momentum_cosine``, ``decay_gradient_cosine`` and
+    ``momentum_gradient_cosine``, between the parts; with ``segments`` each of ``update_segment_share``,
+    ``decay_segment_share``, ``momentum_segment_share`` and ``gradient_part_segment_share``: the squared length on the
+    segments over the whole; and with ``basis`` the same four ``_basis_share``, in the span of a subspace.
+
+    A step costs no gradient; two vectors of P are kept, and nine read or written where there is a row.
 
     Args:
-        optimizer: that of the loop, or several; :func:`grokcurv.attach` tells its own.
+        optimizer: that of the loop, or several; :func:`grokcurv.attach` and the trainer of many runs tell their own.
+        cosines: record the angles between the parts.
+        segments: patterns of :func:`grokcurv.select_segments`, one or several, or segments.
+        basis: a subspace of R^P, the same for all runs.
 
     Raises:
-        ValueError: when the monitor is made, if no optimiser is known.
+        ValueError: when the monitor is made, if no optimiser is known, segments match nothing or a basis is of another
+            R^P.
     """
 
     name = "update_decomposition"
     columns = ("update_norm", "decay_norm", "momentum_norm", "gradient_part_norm", "clip_factor")
 
-    def __init__(self, optimizer: Optimizer | Iterable[Optimizer] = ()) -> None:
-        self._optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-        self._sees_clipped = False
+    def __init__(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] = (),
+        *,
+        cosines: bool = False,
+        segments: str | Sequence[str | Segment] | None = None,
+        basis: Subspace | None = None,
+    ) -> None:
+        several = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        self._optimizers: tuple[Optimizer | OptimizerRow, ...] = several
+        self._sees_clipped: bool | None = None  # where nobody has said, what the monitor sees is not clipped yet
+        self.cosines, self._wanted, self.basis = cosines, segments, basis
+        more = COSINES if cosines else ()
+        for name in [name for name, given in (("segment", segments), ("basis", basis)) if given is not None]:
+            more = (*more, *(f"{part}_{name}_share" for part in PARTS))
+        self.columns = (*type(self).columns, *more)
 
     def follow(self, optimizers: Sequence[Optimizer | OptimizerRow]) -> None:
-        """Those of the loop, before whose updates it is looked, when gradients have been clipped."""
-        self._optimizers = tuple(each for each in optimizers if isinstance(each, Optimizer))
-        self._sees_clipped = True
+        """Those of the loop, before whose updates it is looked, when gradients have been clipped; or rows."""
+        self._optimizers = tuple(optimizers)
+        if optimizers and isinstance(optimizers[0], Optimizer):
+            self._sees_clipped = True
+
+    def follow_training(self, gradient: TrainingGradient) -> None:
+        if self._sees_clipped is None:
+            self._sees_clipped = False
 
     def bind(self, probe: CommutatorProbe) -> None:
-        """Find each parameter's optimiser."""
-        if not self._optimizers:
+        """Find the parameters' optimisers."""
+        self._engine = engine = probe.gradients
+        if not self._optimizers and not engine.shared:
             raise ValueError("UpdateDecomposition: no optimiser is known; pass optimizer=, or use grokcurv.attach")
-        if probe.gradients.runs > 1:
-            raise ValueError(f"UpdateDecomposition: it measures one run, and these are {probe.gradients.runs}")
-        model = probe.gradients.model
-        self._parameters: dict[str, nn.Parameter] = {
-            segment.name: model.get_parameter(segment.name) for segment in probe.gradients.segments
-        }
-        self._owner = {
-            id(parameter): (optimizer, group)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        self._before: dict[str, Before] = {}
-        self._engine = probe.gradients
-        self._unknown = torch.full((), math.nan, dtype=torch.float64, device=self._engine.device)
-        self._seen = self._unknown  # the length of .grad
+        if self._sees_clipped is None:
+            # Runs with pairs of their own are measured between two steps, when what is in .grad has been used.
+            self._sees_clipped = engine.shared
+        several = [self._wanted] if isinstance(self._wanted, str) else list(self._wanted or ())
+        patterns = [each for each in several if isinstance(each, str)]
+        found = select_segments(engine.model, *patterns) if patterns else ()
+        self.segments = (*found, *(each for each in several if isinstance(each, Segment)))
+        if self.basis is not None:
+            if self.basis.size != engine.size:
+                raise ValueError(f"basis lives in R^{self.basis.size}, the model has P = {engine.size} parameters")
+            self.basis = self.basis.to(engine.device)
+        self._before: Before | None = None
+        self._seen = torch.full((engine.runs,), math.nan, dtype=torch.float64, device=engine.device)
         self._taken = 0
         for optimizer in self._optimizers:
-            optimizer.register_step_post_hook(self._count)
+            if isinstance(optimizer, Optimizer):
+                optimizer.register_step_post_hook(self._count)
 
     def _count(self, *_: Any) -> None:
         self._taken += 1
 
+    @torch.no_grad()
     def observe(self, step: int, pairs: Sequence[PairOfRuns], due: bool) -> Tensor | None:
         """Look at the update that led here, and remember what the next one will change."""
+        engine = self._engine
+        theta, state = engine.thetas(range(engine.runs)), read_state(self._optimizers, engine, partly=True)
         found = None
         if due:
-            stepped = self._before and self._taken == len(self._optimizers)
-            found = torch.stack(self._lengths() if stepped else [self._unknown] * len(self.columns))[None]
-        gradients = [x.grad for x in self._parameters.values() if x.grad is not None]
-        self._seen = self._unknown if self._sees_clipped or not gradients else _length(gradients)
-        self._before, self._taken = {name: self._now(x) for name, x in self._parameters.items()}, 0
+            stepped = engine.shared or self._taken == len(self._optimizers)
+            known = self._before if stepped and self._before and self._before.layout == state.layout else None
+            if known is None:
+                found = self._seen.new_full((engine.runs, len(self.columns)), math.nan)
+            else:
+                found = self._row(known, state, theta)
+        if not self._sees_clipped:
+            seen = row_norms(engine.training_gradients(range(engine.runs)))
+            self._seen = seen.masked_fill(seen == 0, math.nan)
+        moments = _moments(state, theta)
+        if engine.shared:  # theirs is the memory that the step writes to
+            theta, moments = theta.clone(), moments.clone()
+        begun = [any(name in block.state for name in MOMENTS[block.rule]) for block in state.blocks]
+        self._before = Before(theta, moments, state.settings, begun, state.layout)
+        self._taken = 0
         return found
 
-    def _now(self, parameter: nn.Parameter) -> Before:
-        optimizer, group = self._owner.get(id(parameter), (None, {}))
-        moment = optimizer.state.get(parameter, {}).get(_moment_of(optimizer)) if optimizer is not None else None
-        settings = {name: group[name] for name in SETTINGS if name in group}
-        return Before(parameter.detach().clone(), None if moment is None else moment.clone(), settings)
+    def _row(self, before: Before, after: OptimizerState, theta: Tensor) -> Tensor:
+        """(R, columns) of the update from there to here."""
+        update, more = theta - before.theta, len(self.columns) > 5
+        squares = self._seen.new_zeros(5, len(theta))
+        squares[0] = row_norms(update) ** 2
+        whole = update.new_zeros(4, *update.shape) if more else None
+        # Blocks of rows, which have begun with zeros, may be fewer now: runs end.
+        begun = [True] * len(after.blocks) if self._engine.shared else before.begun
+        for block, known in zip(after.with_settings(before.settings).blocks, begun, strict=True):
+            old, moment, moved = map(block.of, (before.theta, before.moments, update))
+            for place, part in enumerate(_parts(block, old, moment if known else None, moved), 1):
+                squares[place, block.rows] += math.nan if part is None else _square(*part)
+                if whole is not None and place < 4:
+                    vector = torch.full_like(moved, math.nan) if part is None else _times(*part)
+                    block.put(whole[place], vector)
+        lengths = squares.sqrt()
+        columns = [*lengths[:4], lengths[4] / self._seen]
+        if whole is not None:
+            whole[0] = update
+            columns += self._more(whole, lengths)
+        return torch.stack(columns, 1)
+
+    def _more(self, parts: Tensor, lengths: Tensor) -> list[Tensor]:
+        """The columns that were asked for besides, of update, decay, momentum and gradient (4, R, P)."""
+        found: list[Tensor] = []
+        if self.cosines:
+            for i, j in ((1, 2), (1, 3), (2, 3)):
+                inner = (parts[i].double() * parts[j]).sum(1)
+                found.append(inner / (lengths[i] * lengths[j]))
+        if self._wanted is not None:
+            found += [row_norms(torch.cat([s.of(x) for s in self.segments], 1)) ** 2 / row_norms(x) ** 2 for x in parts]
+        if self.basis is not None:
+            found += [self.basis.split(x).coefficients.double().square().sum(1) / row_norms(x) ** 2 for x in parts]
+        return found
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
-        before = {name: tuple(each) for name, each in self._before.items()}
-        return {"before": before, "seen": self._seen, "taken": self._taken}
+        kept = None
+        if (before := self._before) is not None:
+            kept = {"theta": before.theta[run].clone(), "moments": before.moments[run].clone()}
+            kept |= {name: getattr(before, name) for name in ("settings", "begun", "layout")}
+        return {"before": kept, "seen": self._seen[run].clone(), "taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
         """Restore :meth:`state_dict`; ValueError if it is of other parameters."""
-        if state["before"] and state["before"].keys() != self._parameters.keys():
-            raise ValueError(f"UpdateDecomposition: state has the parameters {', '.join(state['before'])}")
+        engine, kept = self._engine, state["before"]
+        self._seen[run], self._taken = state["seen"].to(engine.device), state["taken"]
+        if run == 0:
+            self._before = None
+        if kept is None:
+            return
+        if kept["theta"].shape != (engine.size,):
+            raise ValueError(f"UpdateDecomposition: state has {len(kept['theta'])} parameters, the model {engine.size}")
+        if self._before is None:
+            empty = [kept[name].to(engine.device).new_zeros(engine.runs, engine.size) for name in ("theta", "moments")]
+            self._before = Before(empty[0], empty[1], kept["settings"], kept["begun"], kept["layout"])
+        self._before.theta[run], self._before.moments[run] = kept["theta"], kept["moments"]
 
-        def here(x: Tensor | None, name: str) -> Tensor | None:
-            return None if x is None else x.to(self._parameters[name].device)
-
-        self._before = {
-            name: Before(value.to(self._parameters[name].device), here(moment, name), dict(group))
-            for name, (value, moment, group) in state["before"].items()
-        }
-        self._seen, self._taken = state["seen"].to(self._engine.device), state["taken"]
-
-    def _lengths(self) -> list[Tensor]:
-        sums = torch.zeros(5, dtype=torch.float64, device=self._engine.device)
-        for name, parameter in self._parameters.items():
-            before = self._before[name]
-            update = parameter.detach() - before.value
-            optimizer, _ = self._owner.get(id(parameter), (None, None))
-            rows = [update, *_parts(optimizer, parameter, before, update)]
-            known = [update if row is None else row for row in rows]
-            squares = ops.gram(torch.stack(known).reshape(len(known), -1))[0].diagonal()
-            # By multiplying: a mask of the host's would have to go to the device.
-            sums += torch.stack([x * (math.nan if row is None else 1.0) for x, row in zip(squares, rows, strict=True)])
-        update, decay, momentum, gradient, given = sums.sqrt()
-        return [update, decay, momentum, gradient, given / self._seen]
+    def keep(self, runs: list[int]) -> None:
+        self._seen = self._seen[runs]
+        if (before := self._before) is not None:
+            self._before = replace(before, theta=before.theta[runs], moments=before.moments[runs])
 
 
-def _moment_of(optimizer: Optimizer) -> str | None:
-    return next((name for kind, name in MOMENTS.items() if isinstance(optimizer, kind)), None)
+def _moments(state: OptimizerState, theta: Tensor) -> Tensor:
+    """(R, P) what Adam and SGD average gradients in, zero where nobody does."""
+    found: Tensor | None = None
+    for block in state.blocks:
+        if block.rule not in (adam, sgd) or MOMENTS[block.rule][0] not in block.state:
+            continue
+        moment = block.moment(MOMENTS[block.rule][0], theta)
+        if state.covers(block):
+            return moment
+        found = torch.zeros_like(theta) if found is None else found
+        block.put(found, moment)
+    return torch.zeros_like(theta) if found is None else found
 
 
-def _parts(
-    optimizer: Optimizer | None, parameter: nn.Parameter, before: Before, update: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Decay, momentum, this step's gradient in an update; and that gradient. None of what is not known."""
-    zero = torch.zeros_like(update)
-    state: Mapping[str, Any] = {} if optimizer is None else optimizer.state.get(parameter, {})
-    if optimizer is None or (parameter.grad is None and not state):  # nobody has moved it
-        return zero, zero, zero, zero
-    group = before.group
-    decay = group.get("weight_decay", 0.0)
-    decoupled = type(optimizer).__name__ in DECOUPLED or group.get("decoupled_weight_decay", False)
-    if isinstance(optimizer, torch.optim.SGD):
-        return _sgd(state.get("momentum_buffer"), before, update)
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and (decoupled or not decay):
-        return _adam(state, before)
-    return -group["lr"] * decay * before.value if decoupled or not decay else None, None, None, None
+def _parts(block: Block, old: Tensor, moment: Tensor | None, moved: Tensor) -> tuple[Scaled | None, ...]:
+    """Decay, momentum and this step's gradient in the update of a block, and that gradient. None of what is not known.
+
+    Of the block as it is after the update, with the settings of before, and rows (r, n) of the parameters and of the
+    average of gradients before the update, None if there was none, and of the update.
+    """
+    settings, decay = block.settings, block.settings["weight_decay"]
+    lr = replace(block, state={"count": block.state.get("count", 1.0) - 1}).lr
+    without = not isinstance(decay, Tensor) and decay == 0
+    shrinks: Scaled | None = (-lr * decay, old) if settings["decoupled"] or without else None
+    if block.rule is sgd:
+        return _sgd(block, lr, old, moment, moved)
+    if block.rule is not adam or shrinks is None or "exp_avg" not in block.state:
+        return shrinks, None, None, None
+    beta_1, count = settings["beta_1"], block.state["count"]
+    root = (1 - settings["beta_2"] ** count) ** 0.5
+    length, top = -lr / (1 - beta_1**count) * root, block.moment("exp_avg_sq", old)
+    if settings["amsgrad"]:
+        top = block.moment("max_exp_avg_sq", old)
+    divisor = top.sqrt().add_(*like(old, settings["eps"] * root))
+    mean = block.moment("exp_avg", old)
+    fresh = mean if moment is None else plus(mean, -beta_1, moment)
+    earlier = torch.zeros_like(mean) if moment is None else moment / divisor
+    return shrinks, (length * beta_1, earlier), (length, fresh / divisor), (1 / (1 - beta_1), fresh)
 
 
-def _adam(state: Mapping[str, Any], before: Before) -> tuple[Tensor, ...]:
-    group, step = before.group, state["step"].to(before.value.device)
-    beta_1, beta_2 = group["betas"]
-    second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    scale = -group["lr"] / (1 - beta_1**step) / ((second / (1 - beta_2**step)).sqrt() + group["eps"])
-    earlier = torch.zeros_like(second) if before.moment is None else beta_1 * before.moment
-    fresh = state["exp_avg"] - earlier
-    return -group["lr"] * group["weight_decay"] * before.value, scale * earlier, scale * fresh, fresh / (1 - beta_1)
-
-
-def _sgd(moment: Tensor | None, before: Before, update: Tensor) -> tuple[Tensor, ...]:
-    group = before.group
-    mu, lr = group["momentum"], group["lr"]
+def _sgd(block: Block, lr: Any, old: Tensor, moment: Tensor | None, moved: Tensor) -> tuple[Scaled, ...]:
+    settings = block.settings
+    momentum, ahead, decay = settings["momentum"], settings["nesterov"], settings["weight_decay"]
     # The first gradient is not dampened.
-    kept = 1.0 if before.moment is None else 1 - group["dampening"]
-    share, earlier = 1.0, torch.zeros_like(update)
-    if mu:
-        share = 1 + mu * kept if group["nesterov"] else kept
-        if before.moment is not None:
-            earlier = mu * before.moment
-    along = -update / lr if moment is None else (moment - earlier) / kept  # g + wd theta
-    given = along - group["weight_decay"] * before.value
-    return (
-        -lr * share * group["weight_decay"] * before.value,
-        -lr * (mu if group["nesterov"] else 1.0) * earlier,
-        -lr * share * given,
-        given,
-    )
+    kept = 1.0 if moment is None else 1 - settings["dampening"]
+    now, share = block.state.get("momentum_buffer"), kept * (1 - ahead) + ahead * (1 + momentum * kept)
+    earlier = torch.zeros_like(old) if moment is None else moment
+    if now is None:  # no momentum
+        along, share = _times(-1 / lr, moved), 1.0
+    else:
+        along = _times(1 / kept, plus(block.moment("momentum_buffer", old), -momentum, earlier))
+    given = plus(along, -decay, old)
+    before = -lr * momentum * (1 - ahead + ahead * momentum)
+    return (-lr * share * decay, old), (before, earlier), (-lr * share, given), (1.0, given)
 
 
-def _length(tensors: Iterable[Tensor]) -> Tensor:
-    length: Tensor = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]).norm()
-    return length
+def _times(scale: Any, vectors: Tensor) -> Tensor:
+    """(r, n) the vectors themselves."""
+    return vectors * (scale.to(vectors.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _square(scale: Any, vectors: Tensor) -> Tensor:
+    """(r,) float64 squared lengths."""
+    if isinstance(scale, Tensor) and scale.numel() > len(vectors):  # another number for each coordinate
+        scale, vectors = 1.0, _times(scale, vectors)
+    lengths: Tensor = row_norms(vectors) * (scale.reshape(-1) if isinstance(scale, Tensor) else scale)
+    return lengths.square()
