@@ -17,6 +17,7 @@ from grokcurv.attachment import attach
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.losses import cross_entropy64
+from grokcurv.measures.gradient_noise import GradientNoise
 from grokcurv.measures.update_decomposition import UpdateDecomposition
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.monitor import CurvatureMonitor
@@ -34,6 +35,7 @@ __all__ = [
     "CurvatureMonitor",
     "Finding",
     "FlatParameters",
+    "GradientNoise",
     "Segment",
     "StreamingPCA",
     "Subspace",
