@@ -18,6 +18,7 @@ from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_def
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.hessian import hessian_edges, hessian_trace
 from grokcurv.losses import cross_entropy64
+from grokcurv.measures.gradient_noise import GradientNoise
 from grokcurv.measures.hessian_edges import HessianEdges
 from grokcurv.measures.optimizer_commutator import OptimizerCommutator
 from grokcurv.measures.update_decomposition import UpdateDecomposition
@@ -38,6 +39,7 @@ __all__ = [
     "CurvatureMonitor",
     "Finding",
     "FlatParameters",
+    "GradientNoise",
     "HessianEdges",
     "OptimizerCommutator",
     "Segment",
