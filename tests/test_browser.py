@@ -58,7 +58,7 @@ addEventListener("load", () => {
 
 EXPECTED = {
     "run": ("add mod 97, seed 42", 5),
-    "lr": ("lr", 2),
+    "lr": ("lr", 3),
     "reproduction": ("The claims, measured again", 10),
 }
 """By the folder's name: the heading and the number of pictures."""

@@ -19,7 +19,15 @@ from scipy.stats import binomtest
 from synthetic_sweep import Sweep
 from test_report import PNG, Page, assert_pictures
 
-from grokcurv.analysis import grok_step, lead_time, onset_step, settled_step, sweep_results, sweep_settings
+from grokcurv.analysis import (
+    grok_step,
+    lead_time,
+    onset_step,
+    predictors,
+    settled_step,
+    sweep_results,
+    sweep_settings,
+)
 from grokcurv.report import figures, sweep_figures, write_report
 from grokcurv.report.figures import DARK, LIGHT
 from grokcurv.report.sweep_summary import SweepSummary
@@ -213,9 +221,9 @@ def page(sweep: Sweep) -> Page:
 
 def test_figures_are_written_and_embedded(sweep: Sweep, page: Page) -> None:
     written = {path.stem: path.read_bytes() for path in (sweep.path / "figures").iterdir()}
-    assert set(written) == {"phase", "trajectories"}
+    assert set(written) == {"phase", "trajectories", "signals"}
     assert all(data.startswith(PNG) for data in written.values())
-    assert_pictures(page, 2)
+    assert_pictures(page, 3)
 
 
 def test_the_page_needs_nothing_else(page: Page) -> None:
@@ -367,6 +375,69 @@ def test_runs_of_a_single_row(tmp_path: Path) -> None:
     sweep = small(tmp_path, op=("add", "x3_xy"), lr=(1e-3, 3e-3))
     first = {name: table[table["step"] == 0] for name, table in sweep.tables.items()}
     write_report(replace(sweep, tables=first))
+
+
+def signals(tmp_path: Path, seeds: int = 3) -> Sweep:
+    """Four operations of which two never grok, with columns beside the defect."""
+    sweep = small(tmp_path, op=("add", "mul", "x2_xy_y2", "x3_xy"), seed=tuple(range(seeds)))
+    curvature, generator = sweep.tables["curvature"], np.random.default_rng()
+    grok = {name: rows["step"][rows["test_acc"] >= 0.9].min() for name, rows in sweep.tables["metrics"].groupby("run")}
+    before = curvature["step"] >= curvature["run"].map(grok) - 600
+    curvature["signal"] = np.exp(3.0 * before + 0.01 * generator.standard_normal(len(curvature)))
+    curvature["noise"] = generator.standard_normal(len(curvature))
+    return sweep
+
+
+def test_which_signal_comes_first(tmp_path: Path) -> None:
+    sweep = signals(tmp_path)
+    page, found = Page(write_report(sweep)), predictors(sweep)
+    assert "Which signal comes first column moves" not in page.text  # a figure is between
+    for words in (
+        "Which signal comes first",
+        "signal rises 1.00 1.00 to 1.00 0.00 to 0.00 6 of 6 400 400 400 0 of 6 0 to 46% 1.00",
+        "6 runs of 2 operations grok, 6 runs of 2 operations never do",
+        "test_acc (reference)",
+        *found.notes,
+    ):
+        assert words in page.text, words
+    assert page.text.count(" or signal ") + page.text.count("signal or ") == 2  # pairs with noise and with the defect
+    assert "without weight decay" not in page.text
+    for theme in (LIGHT, DARK):
+        for width in (figures.WIDE, figures.NARROW):
+            with figures.style(theme, width):
+                auroc, leads = sweep_figures.signals(found, theme).axes
+            assert auroc.get_yticklabels()[0].get_text() == "signal ↑"
+            assert len(auroc.get_yticklabels()) == len(found.table)
+            small_dots, medians = (dots.get_offsets() for dots in leads.collections)
+            assert len(small_dots) == found.alarms["lead"].notna().sum()
+            assert len(medians) == len(found.table)
+
+
+def test_signals_need_both_outcomes_and_others_are_not_read(tmp_path: Path) -> None:
+    read: list[object] = []
+
+    class Counting(Sweep):
+        def table(self, name: str, columns: object = None) -> pd.DataFrame:
+            read.append(columns)
+            return super().table(name, columns)
+
+    sweep = signals(tmp_path)
+    for runs in (
+        sweep.runs.assign(status="failed"),
+        sweep.runs[sweep.runs["op"].isin(["add", "mul"])],
+        sweep.runs.assign(status=["finished"] * 7 + ["running"] * 5),  # one that never groks
+    ):
+        assert not SweepSummary(Counting(sweep.path, sweep.varied, runs, sweep.tables)).signals
+    assert len(read) == 3 * 2
+    assert None not in read
+    both = SweepSummary(Counting(sweep.path, sweep.varied, sweep.runs, sweep.tables)).signals
+    assert list(both) == ["signals"]
+    without = SweepSummary(replace(sweep, runs=sweep.runs.assign(weight_decay=0.0))).signals
+    assert list(without) == ["signals-without-decay"]
+    pd.testing.assert_frame_equal(without["signals-without-decay"].table, both["signals"].table)
+    text = Page(write_report(replace(sweep, runs=sweep.runs.assign(weight_decay=0.0)))).text
+    assert "Which signal comes first, without weight decay" in text
+    assert "signal rises 1.00" in text
 
 
 def drawn(sweep: Sweep, theme: figures.Theme = LIGHT) -> Figure:

@@ -27,6 +27,9 @@ CLASSES = 8
 
 Row = tuple[str, str, list[str]]  # a run's id, the address of its report or "", its cells
 
+FEWEST = 3
+"""Runs that grok, and runs that never do, from which on columns are judged as signals."""
+
 SIGNALS: dict[str, float | None] = {"signals": None, "signals-without-decay": 0.0}
 """By figure, the weight decay of the runs that it is of; None: any above 0."""
 
@@ -49,7 +52,7 @@ class SweepSummary:
         results: one row a run, from ``analysis.sweep_results``; grouped: the same with classes for values.
         lines: what tells the lines of the runs apart, as fields do.
         settings: one row a setting, from ``analysis.sweep_settings``, over all seeds; total: the same over all runs.
-        signals: by figure, what ``analysis.predictors`` found, where some runs have grokked and others have not.
+        signals: by figure, what ``analysis.predictors`` found, where some runs grok and others never do.
     """
 
     def __init__(self, sweep: Sweep | Beside, folder: Path | None = None) -> None:
@@ -79,7 +82,8 @@ class SweepSummary:
         decays = done["weight_decay"] > 0 if "weight_decay" in done else pd.Series(True, index=done.index)
         signals = {}
         for name, decay in SIGNALS.items():
-            if done.loc[decays == (decay is None), "grok_step"].isna().nunique() == 2:
+            grokked = done.loc[decays == (decay is None), "grok_step"].notna()
+            if min(grokked.sum(), (~grokked).sum()) >= FEWEST:
                 found = predictors(sweep, weight_decay=decay, threshold=GROKKED)
                 if found.table.loc[~found.table["reference"].astype(bool), "auroc"].notna().any():
                     signals[name] = found
