@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grokcurv.admission import Finding
 from grokcurv.budget import FIELDS as BUDGET_FIELDS
 from grokcurv.budget import Budget
 from grokcurv.commutator import DESIGNS, METHODS, RENAMED, CommutatorProbe, Design, Method
@@ -202,6 +203,11 @@ class CurvatureMonitor:
     @gradient.setter
     def gradient(self, gradient: Gradient) -> None:
         self.training_gradient.use = gradient if self.sampler is None else "own"
+
+    @property
+    def admission(self) -> tuple[Finding, ...]:
+        """What has been found out about the model so far."""
+        return self.probe.gradients.admission
 
     @property
     def pca(self) -> StreamingPCA | None:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from grokcurv.measures.base import Measure
+from grokcurv.measures.gradient_noise import GradientNoise
 from grokcurv.measures.hessian_edges import HessianEdges
 from grokcurv.measures.optimizer_commutator import OptimizerCommutator
+from grokcurv.measures.update_decomposition import UpdateDecomposition
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.measures.weight_spectra import WeightSpectra
 
@@ -23,9 +25,11 @@ class Given(NamedTuple):
 
 MEASURES: dict[str, Callable[[Given], Measure]] = {
     UpdateGram.name: lambda given: UpdateGram(given.window, every=given.every),
+    UpdateDecomposition.name: lambda _: UpdateDecomposition(),
     OptimizerCommutator.name: lambda _: OptimizerCommutator(),
     HessianEdges.name: lambda given: HessianEdges(given.batch),
     WeightSpectra.name: lambda given: WeightSpectra(every=given.every),
+    GradientNoise.name: lambda _: GradientNoise(),
 }
 """Measures that settings and command lines can name, and how each is made there."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class GradientNoise(Measure):
     def observe_pairs(self, pairs: Sequence[PairOfRuns], gradients: PairGradients) -> Tensor:
         """(R, columns) of the pairs of a row, and the means that it has become a part of."""
         trace, square = moments(gradients, self._shares(pairs, gradients.norm_a))
-        row = [trace.mean(0), square.mean(0)]
+        row = [_mean(trace), _mean(square)]
         known = row[0].isfinite() & row[1].isfinite()
         one = torch.ones_like(row[0])
         t, s = (torch.where(known, x, 0.0) for x in row)
@@ -169,10 +170,17 @@ def rows_of_batch(batch: Any) -> int:
     raise ValueError("GradientNoise: batch must hold a tensor with a row for each sample; pass rows, their number")
 
 
+def _mean(values: Tensor) -> Tensor:
+    """(R,) over the pairs (K, R), one after the other: a reduction's order would depend on how many runs there are."""
+    return reduce(torch.add, values.unbind()) / len(values)
+
+
 def _standard_error(values: Tensor) -> Tensor:
     """(R,) of the mean over the pairs (K, R)."""
     count = len(values)
-    return values.std(0) / math.sqrt(count) if count > 1 else torch.full_like(values[0], math.nan)
+    if count == 1:
+        return torch.full_like(values[0], math.nan)
+    return (_mean((values - _mean(values)).square()) / (count - 1)).sqrt()
 
 
 def _ratio(sums: Tensor) -> tuple[Tensor, Tensor]:
