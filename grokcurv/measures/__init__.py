@@ -27,7 +27,7 @@ MEASURES: dict[str, Callable[[Given], Measure]] = {
     UpdateGram.name: lambda given: UpdateGram(given.window, every=given.every),
     UpdateDecomposition.name: lambda _: UpdateDecomposition(),
     OptimizerCommutator.name: lambda _: OptimizerCommutator(),
-    HessianEdges.name: lambda given: HessianEdges(given.batch),
+    HessianEdges.name: lambda given: HessianEdges(given.batch, probes=2),
     WeightSpectra.name: lambda given: WeightSpectra(every=given.every),
     GradientNoise.name: lambda _: GradientNoise(),
 }
