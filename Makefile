@@ -40,7 +40,7 @@ gpu:
 gpu-check:
 	$(PYTHON) benches/record_gpu.py check
 
-# The tables of docs/numerics.md, about an hour on one core.
+# The tables of docs/measurements/numerics.md, about an hour on one core.
 numerics: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benches/numerics.py
 

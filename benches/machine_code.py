@@ -1,8 +1,8 @@
 """What the machine code of the kernels promises on a Hopper GPU: loads in flight, instructions, share of the floor.
 
 ``python benches/machine_code.py`` compiles the CUDA sources for sm_90, reads what ``cuobjdump`` and ``nvdisasm`` say of
-them and prints the table of docs/cuda.md; no GPU is needed. It wants nvcc, and the two tools, which are on PyPI
-(``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or ``grokcurv[dev]``).
+them and prints a table, as in docs/measurements/machine-code.md; no GPU is needed. It wants nvcc, and the two tools,
+which are on PyPI (``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or ``grokcurv[dev]``).
 
 How it reads. A function is cut into basic blocks; an edge to a block that dominates its start closes a loop. The loop
 that :data:`CASES` asks for is the smallest that holds the opcodes named there, so the innermost that streams what they

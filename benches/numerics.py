@@ -1,4 +1,4 @@
-"""How many digits do commutator defects have? Regenerates the tables of docs/numerics.md.
+"""How many digits do commutator defects have? Regenerates the tables of docs/measurements/numerics.md.
 
 Trains modular addition and multiplication with and without weight decay by the paper's recipe, stops at checkpoints
 from step 0 to long after grokking, and measures the same pairs of batches there with every method in both precisions.
@@ -48,7 +48,7 @@ POINT = ["op", "weight_decay", "step"]
 
 @dataclass
 class Options:
-    """How many digits do commutator defects have? Trains, measures, and prints the tables of docs/numerics.md."""
+    """How many digits do commutator defects have? Trains, measures, prints those of docs/measurements/numerics.md."""
 
     ops: tuple[str, ...] = ("add", "mul")
     pairs: int = 12

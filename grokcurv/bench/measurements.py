@@ -167,7 +167,7 @@ def bracket(pairs: int) -> Case:
         both = Implementation(OURS, ours), Implementation("curvlinops", theirs, needs=("curvlinops",))
         errors = {"vector, relative error of the worst": lambda got: max(map(relative, got, truth))}
         work = pairs * flops(lambda: bracket_by_autograd(model, batches[0]))
-        # The tolerance is five times the worst in docs/numerics.md.
+        # The tolerance is five times the worst in docs/measurements/numerics.md.
         return Comparison(both, errors, tolerance=1e-4, flops=work)
 
     return _case("bracket", f"exact bracket, {_pairs(pairs)}", build)
