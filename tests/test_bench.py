@@ -94,6 +94,7 @@ def test_cases(case: Case, generator: torch.Generator, small: None) -> None:
         measurements.bracket(2),
         measurements.training(),
         measurements.training(measurements.SHORTER),
+        measurements.updates(4),
         measurements.program(2, measured=True),
     ],
     ids=lambda case: case.name,

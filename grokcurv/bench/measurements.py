@@ -28,6 +28,7 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import Strategy, capture
 from grokcurv.measures.commutator import CHECK_EVERY
+from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
 from grokcurv.subspace import Subspace
@@ -201,6 +202,66 @@ def training(forward: Forward = MODULE) -> Case:
         return Comparison(loops, errors, tolerance=1e-2, flops=work)
 
     return _case("step", "training step with a defect", build, forward)
+
+
+def updates(window: int = 10) -> Case:
+    """Singular values of the last updates of the attention matrices at a step, beside a decomposition at each."""
+
+    def build(generator: Generator) -> Comparison:
+        model = network(seed_from(generator), generator.device)
+        matrices: list[Tensor] = [
+            p for name, p in model.named_parameters() if "self_attn" in name and name.endswith("weight")
+        ]
+        moves = [[1e-3 * torch.randn_like(p) for p in matrices] for _ in range(window + 1)]
+
+        def measure() -> Callable[[], Tensor]:
+            found = UpdateGram(window, spectrum=True)
+            CurvatureMonitor(model, loss(MODULE), measures=[found])
+            first = found.columns.index("sigma_1")
+
+            def step() -> Tensor:
+                row = found.observe(0, (), True)
+                assert row is not None
+                return row[0, first : first + window]
+
+            return step
+
+        def plain() -> Callable[[], Tensor]:
+            return naive.UpdateSpectrum([*matrices], window).step
+
+        def run(step: Callable[[], Tensor], count: int, back: bool) -> Tensor:
+            """What a step says after some moves, which may be taken back."""
+            before = [p.detach().clone() for p in matrices] if back else []
+            for move in moves[:count]:
+                with torch.no_grad():
+                    torch._foreach_add_(matrices, move)
+                found = step()
+            with torch.no_grad():
+                for parameter, value in zip(matrices, before, strict=False):
+                    parameter.copy_(value)
+            return found
+
+        def implementation(name: str, make: Callable[[], Callable[[], Tensor]], note: str = "") -> Implementation:
+            step = make()
+            run(step, window + 1, True)
+            checked = lambda: run(make(), window + 1, True)  # noqa: E731
+            return Implementation(name, lambda: run(step, 1, False), checked, note=note)
+
+        thetas: list[Tensor] = []
+
+        def kept() -> Tensor:
+            thetas.append(torch.cat([p.detach().double().flatten() for p in matrices]))
+            return thetas[-1]
+
+        run(kept, window + 1, True)
+        truth = torch.linalg.svdvals(torch.stack(thetas).diff(dim=0))
+        ours, other = implementation(OURS, measure, "also gaps, k*, rotations, r90"), implementation("naive", plain)
+        errors = {"singular values, relative error of the worst": lambda got: worst(got, truth)}
+        size = sum(p.numel() for p in matrices)
+        moved = (window + 5) * matrices[0].element_size() * size
+        return Comparison((ours, other), errors, tolerance=1e-5, moved=moved, flops64=2 * window * size)
+
+    return _case("updates", f"singular values of {window} updates at a step", build)
 
 
 def program(runs: int, measured: bool) -> Case:

@@ -57,6 +57,22 @@ def measure(
     return rows
 
 
+class UpdateSpectrum:
+    """Singular values of the last updates, at every step: flat copies, stacked and decomposed anew."""
+
+    def __init__(self, parameters: list[Tensor], window: int) -> None:
+        self.parameters, self.window = parameters, window
+        self.before: Tensor | None = None
+        self.updates: list[Tensor] = []
+
+    def step(self) -> Tensor:
+        theta = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        if self.before is not None:
+            self.updates = [*self.updates, theta - self.before][-self.window :]
+        self.before = theta
+        return torch.linalg.svdvals(torch.stack(self.updates)) if self.updates else theta.new_zeros(0)
+
+
 def share(delta: Tensor, basis: Tensor) -> Tensor:
     """The length of delta inside the span of orthonormal columns (P, K), over its own."""
     ratio: Tensor = (basis.T @ delta).norm() / delta.norm()

@@ -81,6 +81,7 @@ def of_table(large: int, streamed: int, shrink: int = 1) -> tuple[Case, ...]:
         measurements.whole(9, measurements.SHORTER),
         measurements.training(),
         measurements.training(measurements.SHORTER),
+        measurements.updates(),
         pca.whole(300, matrix),
         pca.history(300, matrix),
         pca.incremental(streamed, demo),

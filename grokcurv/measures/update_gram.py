@@ -124,6 +124,7 @@ class UpdateGram(Measure):
         self._count = 0
         self._gram = torch.zeros(runs, self.window, self.window, dtype=torch.float64, device=engine.device)
         self._spans = torch.tensor([(run * self.size, self.size) for run in range(runs)])
+        _halves(self.window, engine.device)  # goes to the device here, and in no step
 
     def _check_memory(self) -> None:
         engine = self._engine

@@ -189,6 +189,17 @@ class GramPrefixes(Prefixes):
         return vectors - vectors.sum(2, keepdim=True) / count[:, None] * inside
 
 
+class PlainPrefixes(GramPrefixes):
+    """Those of rows about a point that does not depend on how many there are: of the Gram matrices as they stand."""
+
+    def _means(self, sizes: range) -> tuple[Tensor, Tensor]:
+        _, inside = self._inside(sizes)
+        return inside.new_zeros(len(self.gram), *inside.shape), inside.new_zeros(len(self.gram), len(sizes))
+
+    def _about_mean(self, sizes: range, vectors: Tensor) -> Tensor:
+        return vectors * self._inside(sizes)[1]
+
+
 class ScatterPrefixes(Prefixes):
     """By the scatter matrices of coordinates about the mean, each from the one before.
 

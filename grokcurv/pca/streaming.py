@@ -15,12 +15,13 @@ from grokcurv.device_buffer import capturing, is_asynchronous
 from grokcurv.flat import Segment
 from grokcurv.partition import WHOLE, Partition
 from grokcurv.pca.common import Layout, Method, Spectrum, fed_alike, joined, of_run
-from grokcurv.pca.gram import Gram
+from grokcurv.pca.gram import About, Gram
 from grokcurv.pca.incremental import Incremental
 from grokcurv.pca.sketch import FAILURE, Sketch
 from grokcurv.reference import compute_type
 
 METHODS = ("auto", "gram", "incremental", "sketch")
+REFERENCES = ("mean", "first", "none")
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 GIB = 1 << 30
 
@@ -68,7 +69,16 @@ class StreamingPCA:
         sketch_size: M, a power of two from 64 to 2**20; the bound of ``sketch`` is about ``20 / sqrt(M)`` of the total
             variance.
         seed: of the sketch, the same for every run.
+        window: W: rows that are older than the last W are forgotten; ``n_samples_seen_`` counts those that are left.
+        reference: what rows are about. ``"mean"``: their mean, as in scikit-learn. ``"first"``: the first row ever fed,
+            theta_0, in a window too. ``"none"``: the origin. About the last two, variances are mean squares, with n in
+            the denominator.
+        normalize: make each row of length one, about its reference, in each segment (a row at the reference is left
+            out); the reference must not be the mean, which would move with every row.
         runs: R, how many trajectories are fed together.
+
+    ``window``, ``reference`` and ``normalize`` are the same rows' Gram matrix seen in other ways, and need ``gram``:
+    ``"auto"`` then stays with it.
 
     Attributes:
         segments: tuple of :class:`grokcurv.Segment`, or None.
@@ -95,6 +105,9 @@ class StreamingPCA:
         scratch: str | os.PathLike[str] | None = None,
         sketch_size: int = 1 << 16,
         seed: int = 0,
+        window: int | None = None,
+        reference: str = "mean",
+        normalize: bool = False,
         runs: int = 1,
     ) -> None:
         if method not in METHODS:
@@ -108,6 +121,8 @@ class StreamingPCA:
         self.store_dtype = store_dtype
         self.scratch = None if scratch is None else os.fspath(scratch)
         self.sketch_size, self.seed, self.runs = sketch_size, seed, runs
+        self.window, self.reference, self.normalize = window, reference, normalize
+        self._check_about()
         least = {"n_components": 1, "memory_limit": 0, "oversampling": 0, "block": 1, "sketch_size": 64, "seed": 0}
         for name, value in {**least, "runs": 1}.items():
             if getattr(self, name) < value:
@@ -126,6 +141,24 @@ class StreamingPCA:
         self._counts: Tensor | None = None
         self._replays = False  # whether rows may arrive without a call, by replays of a captured one
         self._apart: list[dict[str, Any]] = []  # the states of runs that were loaded and cannot be fed together
+
+    @property
+    def _about(self) -> About:
+        return About(self.reference, self.normalize, self.window)
+
+    def _check_about(self) -> None:
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.method not in ("auto", "gram") and not self._about.plain:
+            raise ValueError(
+                f"window, reference and normalize need the rows, which method='gram' keeps; got method={self.method!r}"
+            )
+        if self.normalize and self.reference == "mean":
+            raise ValueError("normalize=True needs reference='first' or 'none': the mean moves with every row")
+        if self.normalize and self.store_dtype is not None:
+            raise ValueError("normalize=True takes rows as they are given: leave store_dtype out")
 
     def partial_fit(self, x: Tensor) -> StreamingPCA:
         """Add one row (P,) or several (n, P), of several runs (R, P) or (R, n, P), and return the PCA itself.
@@ -189,10 +222,12 @@ class StreamingPCA:
         With ``gram`` the result is that of all rows in one PCA, to the bit; otherwise within its bound.
 
         Raises:
-            ValueError: ``other`` has other settings or runs, or rows of another length, dtype or device.
+            ValueError: ``other`` has other settings or runs, or rows of another length, dtype or device; or a window.
         """
         for pca in (self, other):
             pca._raise_if_apart()
+        if self.window is not None:
+            raise ValueError("a PCA with a window cannot be merged: what it has forgotten is no row of the result")
         if other.runs != self.runs:
             raise ValueError(f"other has {other.runs} runs, this PCA {self.runs}")
         for name, value in self._settings().items():
@@ -244,9 +279,13 @@ class StreamingPCA:
         return 0 if self._method is None else self._method.n_samples_seen
 
     @property
+    def _divisor(self) -> int:
+        return self.n_samples_seen_ - (self.reference == "mean")
+
+    @property
     def explained_variance_(self) -> Tensor:
         """(k,) or (S, k) float64: variance along each component, descending, with n - 1 in the denominator."""
-        return self._shaped(self._spectrum.values / (self.n_samples_seen_ - 1))
+        return self._shaped(self._spectrum.values / self._divisor)
 
     @property
     def explained_variance_ratio_(self) -> Tensor:
@@ -256,7 +295,7 @@ class StreamingPCA:
     @property
     def total_variance_(self) -> Tensor:
         """() or (S,) float64: the variance of all rows in all directions; an estimate with ``sketch``."""
-        return self._shaped(self._spectrum.total / (self.n_samples_seen_ - 1))
+        return self._shaped(self._spectrum.total / self._divisor)
 
     @property
     def error_bound_(self) -> Tensor:
@@ -267,7 +306,7 @@ class StreamingPCA:
         more than the sum plus k times this: the residual is within 2 k times this of the least. :attr:`error_kind_`
         says what stands behind it.
         """
-        return self._shaped(self._spectrum.bound / (self.n_samples_seen_ - 1))
+        return self._shaped(self._spectrum.bound / self._divisor)
 
     @property
     def error_kind_(self) -> str:
@@ -312,8 +351,9 @@ class StreamingPCA:
         """(n,) or (n, S) float64: the first component's share of the variance of the first 1, 2, ... n rows.
 
         The first is NaN, since one row has no variance. With ``incremental`` and ``sketch`` it is known where a block
-        ended, and NaN elsewhere; ``"auto"`` knows it of the rows that it kept at first, too. Every prefix is solved
-        once, at the first reading.
+        ended, and NaN elsewhere; ``"auto"`` knows it of the rows that it kept at first, too. With a ``window`` each is
+        that of the last W rows at the time, and is found when the row comes; else every prefix is solved once, at the
+        first reading. About another ``reference`` than the mean it is a share of the mean square.
         """
         return self._over_rows("history")
 
@@ -347,7 +387,8 @@ class StreamingPCA:
         return self._by_run(rows.unflatten(1, (self.runs, -1)))
 
     def transform(self, x: Tensor) -> Tensor:
-        """Coordinates of the rows ``x`` along the components, about the mean; ``x`` is as for :meth:`partial_fit`.
+        """Coordinates of the rows ``x`` along the components, about the reference, of length one if
+        ``normalize``; ``x`` is as for :meth:`partial_fit`.
 
         Returns:
             float64: (k,) or (n, k); with segments (S, k) or (S, n, k).
@@ -391,6 +432,8 @@ class StreamingPCA:
             alone.load_state_dict(state)
             self._go_on_with([alone.state_dict() if r == run else self.state_dict(r) for r in range(self.runs)])
             return
+        if state.keys().isdisjoint(About._fields):  # older versions had nothing else
+            state = {**About()._asdict(), **state}
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state is damaged: it lacks {', '.join(sorted(missing))}")
@@ -455,13 +498,15 @@ class StreamingPCA:
         self._layout = self._new_layout(features, like.device)
         if self.method != "auto":
             return self._begin(self.method, "it was asked for")
+        if not self._about.plain:
+            return self._begin("gram", "window, reference and normalize need the rows")
         if self._incremental_bytes() > self.memory_limit:
             return self._begin("sketch", f"incremental would take {_gib(self._incremental_bytes())}, {self._limit()}")
         return self._begin("gram", f"exact, and the rows are within memory_limit = {_gib(self.memory_limit)} so far")
 
     def _outgrown(self, count: int) -> bool:
         """Whether "auto" must not keep so many rows more."""
-        leaves = self.method == "auto" and isinstance(self._method, Gram)
+        leaves = self.method == "auto" and self._about.plain and isinstance(self._method, Gram)
         return leaves and self._rows_taken + count > self._kept_rows
 
     @property
@@ -509,7 +554,7 @@ class StreamingPCA:
     def _new_method(self, name: str, layout: Layout, dtype: torch.dtype) -> Method:
         rank = self.n_components + self.oversampling
         if name == "gram":
-            return Gram(self.n_components, layout, dtype, self.store_dtype, self.scratch)
+            return Gram(self.n_components, layout, dtype, self.store_dtype, self.scratch, self._about)
         if name == "incremental":
             return Incremental(self.n_components, rank, self.block, self.shrinkage, layout, dtype)
         return Sketch(self.n_components, rank, self.block, self.shrinkage, layout, self.sketch_size, self.seed)
@@ -670,7 +715,7 @@ class StreamingPCA:
 
     def _settings(self) -> dict[str, Any]:
         """What makes results, as plain values."""
-        names = ("n_components", "method", "oversampling", "block", "shrinkage", "sketch_size", "seed")
+        names = ("n_components", "method", "oversampling", "block", "shrinkage", "sketch_size", "seed", *About._fields)
         return {name: getattr(self, name) for name in names} | {
             "segments": None if self.segments is None else [_written(s) for s in self.segments],
             "store_dtype": None if self.store_dtype is None else str(self.store_dtype),
