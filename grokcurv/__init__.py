@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 from grokcurv.admission import AdmissionWarning, Finding
 from grokcurv.attachment import attach
+from grokcurv.bracket_scores import BracketScores, bracket_scores
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.losses import cross_entropy64
@@ -30,6 +31,7 @@ __version__ = version("grokcurv")
 
 __all__ = [
     "AdmissionWarning",
+    "BracketScores",
     "CommutatorProbe",
     "CommutatorStats",
     "CurvatureMonitor",
@@ -43,6 +45,7 @@ __all__ = [
     "UpdateGram",
     "attach",
     "attention_segments",
+    "bracket_scores",
     "commutator_defect",
     "cross_entropy64",
     "from_loader",
