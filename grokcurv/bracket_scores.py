@@ -46,9 +46,12 @@ def bracket_scores(
         ``<H_t g_i - H_i g_t, w> = g_i . (H_t w) - g_t . (H_i w)``,
 
     for instance with w the gradient of a held-out loss: times eta^2 what the order changes of that loss, positive where
-    the target should come first. It takes N + 1 Hessian-vector products, each of which gives a gradient too. Without w
-    the scores are the lengths ``|H_t g_i - H_i g_t|``, of 2 N products. Either way six vectors of P are kept, whatever
-    N is, and the target and the first source are evaluated once more, in float64, for the errors.
+    the target should come first.
+
+    That takes N + 1 Hessian-vector products, each of which gives a gradient too. Without w the scores are the lengths
+    ``|H_t g_i - H_i g_t|``, of 2 N products and one gradient. Either way six vectors of P are kept, whatever N is, and
+    one in float64 while that is evaluated: the target and the first source are, once more, for the errors; those of the
+    other sources are taken to be alike, and up to four times as large.
 
     This is a score of training order for plain SGD. Momentum, AdamW's scaling and weight decay have commutators of
     their own, even without curvature; the OptimizerCommutator measures those.
