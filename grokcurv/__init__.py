@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 from grokcurv.admission import AdmissionWarning, Finding
 from grokcurv.attachment import attach
+from grokcurv.bracket_scores import BracketScores, bracket_scores
 from grokcurv.commutator import CommutatorProbe, CommutatorStats, commutator_defect
 from grokcurv.flat import FlatParameters, Segment, attention_segments, select_segments
 from grokcurv.hessian import hessian_edges, hessian_trace
@@ -34,6 +35,7 @@ __version__ = version("grokcurv")
 
 __all__ = [
     "AdmissionWarning",
+    "BracketScores",
     "CommutatorProbe",
     "CommutatorStats",
     "CurvatureMonitor",
@@ -50,6 +52,7 @@ __all__ = [
     "WeightSpectra",
     "attach",
     "attention_segments",
+    "bracket_scores",
     "commutator_defect",
     "cross_entropy64",
     "from_loader",

@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reference", "flat", "partition", "device", "device_buffer", "storage", "progress", "random_subspace", "losses"),
     ("ops",),
     ("state", "intercept", "evaluation", "gradients", "admission", "pca", "subspace", "optim", "draws"),
-    ("pairs", "checks", "commutator", "hessian", "steps", "measures", "samplers", "lookahead"),
+    ("pairs", "checks", "commutator", "bracket_scores", "hessian", "steps", "measures", "samplers", "lookahead"),
     ("loggers", "budget", "monitor", "attachment", "checkpoints", "replays", "interventions", "runs"),
     ("tasks", "training", "modular", "integrations"),
     ("sweep", "analysis", "upstream"),

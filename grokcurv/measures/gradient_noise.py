@@ -68,6 +68,7 @@ class GradientNoise(Measure):
             without ``rows``; at a measurement, a batch without a tensor that has rows.
 
     Example:
+        >>> import torch, grokcurv as gc
         >>> model = torch.nn.Linear(3, 1)
         >>> x = torch.randn(256, 3)
         >>> loss_fn = lambda model, x: (model(x)[:, 0] - x[:, 0]).square().mean()
