@@ -389,10 +389,11 @@ def test_a_bracket_is_paid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_of_measures_runs() -> None:
     page = (LOOPS.parents[1] / "docs" / "measures.md").read_text()
-    attached, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    attached, *more, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     problem = Problem()
     names: dict[str, Any] = {
         "gc": gc,
+        "torch": torch,
         "model": problem.model,
         "loss_fn": problem.loss_fn,
         "optimizer": problem.optimizer,
@@ -400,7 +401,8 @@ def test_the_page_of_measures_runs() -> None:
     }
     exec(attached, names)
     assert names["monitor"].records()["g23"].notna().tolist() == [False] * 5 + [True] * 3
-    exec(own, names)
+    for block in [*more, own]:
+        exec(block, names)
     with problem.attach(measures=[names["WeightNorm"]()]) as monitor:
         problem.step()
     assert monitor.records()["weight_norm"].item() > 0
