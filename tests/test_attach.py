@@ -393,6 +393,7 @@ def test_the_page_of_measures_runs() -> None:
     problem = Problem()
     names: dict[str, Any] = {
         "gc": gc,
+        "torch": torch,
         "model": problem.model,
         "loss_fn": problem.loss_fn,
         "optimizer": problem.optimizer,

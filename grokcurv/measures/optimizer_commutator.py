@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,15 @@ class Half:
     settings: list[dict[str, Any]] | None
     layout: list[Any]
     announced: list[list[Tensor]]
+
+
+class Here(NamedTuple):
+    """Where training is: this step's gradient (R, P), the optimisers' state, the parameters (R, P), and their step."""
+
+    gradient: Tensor
+    state: OptimizerState
+    theta: Tensor
+    stepped: tuple[Tensor, OptimizerState]
 
 
 class OptimizerCommutator(Measure):
@@ -136,7 +145,7 @@ class OptimizerCommutator(Measure):
         self.max_norm, self.check_every = max_norm, check_every
         self._training: TrainingGradient | None = None
         self._half: Half | None = None
-        self._here: tuple[Tensor, OptimizerState, Tensor] | None = None  # of this step: gradient, state, theta
+        self._here: Here | None = None
 
     def follow(self, optimizers: Sequence[torch.optim.Optimizer | OptimizerRow]) -> None:
         self._optimizers = list(optimizers)
@@ -152,7 +161,7 @@ class OptimizerCommutator(Measure):
         self._probe, self._engine = probe, engine
         if self._optimizers:
             try:
-                self._state()
+                read_state(self._optimizers, engine)
             except ValueError as error:
                 raise ValueError(
                     f"OptimizerCommutator: {error}. What does not ask for the optimiser can be had: the monitor's own "
@@ -178,15 +187,15 @@ class OptimizerCommutator(Measure):
         except ReferencedError:  # nothing can be evaluated while somebody holds the graph; the monitor notes it
             return self._unknown.clone()
 
-    def _observe(self, step: int, pair: PairOfRuns, here: tuple[Tensor, OptimizerState, Tensor] | None) -> Tensor:
+    def _observe(self, step: int, pair: PairOfRuns, here: Here | None) -> Tensor:
         a, b = map(list, pair)
         with self._evaluation(a, step):
             engine, successive = self._engine, self._training is not None
             seeds = (step, step + 1) if successive else (2 * step, 2 * step + 1)  # of A and of B
-            g_a, state, theta = here or self._arrive(a, seeds[0])
+            g_a, state, theta, (u_a, s_a) = here or self._arrive(a, seeds[0])
             following = self._trusted(following=True)
             g_b = self._gradients(theta, b, seeds[1]) if following is None else following
-            (u_a, s_a), (u_b, s_b) = state.step(theta, g_a), state.step(theta, g_b)
+            u_b, s_b = state.step(theta, g_b)
             past_a, past_b = theta + u_a, theta + u_b
             g_a2 = self._gradients(past_b, a, seeds[0])
             rest, frozen = u_a - (u_b + s_b.step(past_b, g_a2)[0]), s_a.step(past_a, g_b)[0]
@@ -214,12 +223,15 @@ class OptimizerCommutator(Measure):
             return None
         try:
             with self._evaluation(batches, self._step + 1):
-                g_b, now, theta = self._here = self._arrive(list(batches), self._step + 1)
+                self._here = here = self._arrive(list(batches), self._step + 1)
         except ReferencedError:
             return None
+        g_b, now, theta, (last, _) = here
         if now.layout != half.layout:
             return None
-        row = self._row(half, now.with_settings(half.settings).step(theta, g_b)[0])
+        if now.settings != half.settings:
+            last, _ = now.with_settings(half.settings).step(theta, g_b)
+        row = self._row(half, last)
         arrived = row_norms(theta - half.point) <= half.lengths[:, 2]
         same = [_same(kept, batch, self._engine.device) for kept, batch in zip(half.announced, batches, strict=True)]
         return row.masked_fill(~(arrived & torch.stack(same))[:, None], math.nan)
@@ -232,16 +244,12 @@ class OptimizerCommutator(Measure):
             engine.admit(batches[0], seed=2 * step, exact=self._probe.noise_floor)
             yield
 
-    def _state(self) -> OptimizerState:
-        return read_state(self._optimizers, self._engine, self.max_norm)
-
-    def _arrive(self, batches: list[Any], seed: int) -> tuple[Tensor, OptimizerState, Tensor]:
-        """The gradient (R, P) on this step's batches, the optimisers' state and the parameters (R, P)."""
+    def _arrive(self, batches: list[Any], seed: int) -> Here:
         theta = self._engine.thetas(range(self._engine.runs)).to(compute_type(self._engine.dtype))
-        gradient = self._trusted()
+        gradient, state = self._trusted(), read_state(self._optimizers, self._engine, self.max_norm)
         if gradient is None:
             gradient = self._gradients(theta, batches, seed)
-        return gradient, self._state(), theta
+        return Here(gradient, state, theta, state.step(theta, gradient))
 
     def _trusted(self, following: bool = False) -> Tensor | None:
         """(R, P) the gradient that training has left, on this step's batches or on those of the next, if it counts."""

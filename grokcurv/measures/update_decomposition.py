@@ -158,7 +158,7 @@ class UpdateDecomposition(Measure):
             else:
                 found = self._row(known, state, theta)
         if not self._sees_clipped:
-            seen = row_norms(engine.training_gradients(range(engine.runs)))
+            seen = self._lengths_of_grad()
             self._seen = seen.masked_fill(seen == 0, math.nan)
         moments = _moments(state, theta)
         if engine.shared:  # theirs is the memory that the step writes to
@@ -167,6 +167,13 @@ class UpdateDecomposition(Measure):
         self._before = Before(theta, moments, state.settings, begun, state.layout)
         self._taken = 0
         return found
+
+    def _lengths_of_grad(self) -> Tensor:
+        engine = self._engine
+        if engine.shared:
+            return row_norms(engine.training_gradients(range(engine.runs)))
+        gradients = [x.grad.detach() for x in engine.evaluator.parameters() if x.grad is not None]
+        return engine.partition.norm(*gradients)[None].to(self._seen.device) if gradients else self._seen * math.nan
 
     def _row(self, before: Before, after: OptimizerState, theta: Tensor) -> Tensor:
         """(R, columns) of the update from there to here."""
