@@ -11,7 +11,17 @@ import torch
 from torch import Generator, Tensor
 
 from grokcurv.tasks import MLP, OPERATIONS, Transformer, table
-from grokcurv.tasks.modular.fourier import GROUPS, FourierShares, elements, embedding_of, energies, random_share
+from grokcurv.tasks.modular.fourier import (
+    GROUPS,
+    FourierShares,
+    elements,
+    embedding_of,
+    energies,
+    excluded_loss,
+    key_frequencies,
+    random_share,
+    restricted_loss,
+)
 from grokcurv.training import TrainConfig, load_model, train
 from grokcurv.training.network import task_of
 
@@ -196,6 +206,131 @@ def test_embeddings() -> None:
     assert embedding.shape == (5, 6)
     for token in range(5):
         assert embedding[token].equal(torch.cat([weight[:, token], weight[:, 5 + token]]))
+
+
+# Restricted and excluded loss
+
+
+def losses_by_definition(
+    op: str, p: int, logits: Tensor, frequencies: list[int], train: set[int]
+) -> tuple[float, float]:
+    """Both losses by a discrete Fourier transform of the logits (pairs, p) over both operands, in float64.
+
+    The transform is over the places of a and b in the group. Of its components (0, 0), (f, f) and (-f, -f) are kept, or
+    (f, -f) and (-f, f) where the answer is that of the inverse operation; or all but those of the frequencies.
+    """
+    n, places = group(op, p)
+    pairs, answers = table(op, p)
+    at = {(places[a], places[b]): row for row, (a, b) in enumerate(pairs.tolist()) if a in places and b in places}
+    grid = torch.stack([torch.stack([logits[at[i, j]] for j in range(n)]) for i in range(n)]).to(F64)
+    sign = -1 if op in ("sub", "div") else 1
+    transform = torch.fft.fft2(grid, dim=(0, 1))
+    waves = torch.zeros_like(transform)
+    for f in frequencies:
+        for i in {f % n, -f % n}:
+            waves[i, sign * i % n] = transform[i, sign * i % n]
+    waves = torch.fft.ifft2(waves, dim=(0, 1)).real
+    mean = grid.mean((0, 1))
+
+    def loss(values: Tensor, rows: set[int]) -> float:
+        total = [
+            math.log(sum(math.exp(x) for x in values[i, j].tolist())) - values[i, j, answers[row]].item()
+            for (i, j), row in at.items()
+            if row in rows
+        ]
+        return sum(total) / len(total)
+
+    return loss(waves + mean, set(range(len(pairs)))), loss(grid - waves, train)
+
+
+@pytest.mark.parametrize(("op", "p"), [(op, p) for op in GROUPS for p in (2, 3, 7, 12) if defined(op, p)])
+def test_losses_against_the_transform(op: str, p: int, generator: Generator) -> None:
+    pairs, answers = table(op, p)
+    n, places = group(op, p)
+    logits = torch.randn(len(pairs), p, generator=generator) + torch.randn(p, generator=generator)
+    inside = [row for row, (a, b) in enumerate(pairs.tolist()) if a in places and b in places]
+    train = torch.randperm(len(pairs), generator=generator)[: 1 + len(pairs) // 2]
+    train = torch.cat([train, torch.tensor(inside[:1])])  # at least one of the group
+    chosen = (torch.randperm(max(n // 2, 1), generator=generator)[: n // 4 + 1] + 1).tolist() if n > 1 else None
+    wanted = losses_by_definition(op, p, logits, chosen or [], set(train.tolist()))
+    mask = torch.zeros(len(pairs), dtype=torch.bool)
+    mask[train] = True
+    found = restricted_loss(logits, answers, chosen, op), excluded_loss(logits, answers, mask, chosen, op)
+    assert [loss.dtype for loss in found] == [F64, F64]
+    assert [loss.item() for loss in found] == pytest.approx(wanted, rel=1e-12)
+    # Rows in any order, and pairs as a square.
+    order = torch.randperm(len(pairs), generator=generator)
+    again = restricted_loss(logits[order], answers[order], chosen, op)
+    torch.testing.assert_close(again, found[0], rtol=1e-12, atol=0)
+    sides = (p - 1, p - 1) if op == "mul" else (p, p - 1) if op == "div" else (p, p)
+    square = logits.view(*sides, p), answers.view(sides)
+    assert excluded_loss(*square, mask.view(sides), chosen, op).equal(found[1])
+    if n > 3:
+        every = list(range(1, n // 2 + 1))
+        means = torch.stack([logits[answers == r].to(F64).mean(0) for r in sorted(places)])
+        wanted_loss = torch.nn.functional.cross_entropy(means, torch.tensor(sorted(places)))
+        torch.testing.assert_close(restricted_loss(logits, answers, every, op), wanted_loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("op", "p"), [("add", 13), ("sub", 12), ("mul", 13), ("div", 11)])
+def test_key_frequencies(op: str, p: int, generator: Generator) -> None:
+    n, places = group(op, p)
+    _, answers = table(op, p)
+    logits = torch.randn(len(answers), 1, generator=generator, dtype=F64) + 9 * torch.rand(p, generator=generator)
+    strengths = torch.randperm(n // 2, generator=generator) + 1.0
+    place = torch.tensor([places.get(a, 0) for a in range(p)], dtype=F64)
+    for f, strength in enumerate(strengths.tolist(), 1):
+        logits = logits + strength * torch.cos(2 * math.pi * f * (place[answers][:, None] - place) / n)
+    for k in (1, 3, 50):
+        wanted = sorted((strengths.square() * (1 + (2 * torch.arange(1, n // 2 + 1) == n))).argsort()[-k:] + 1)
+        if op in ("add", "sub"):  # elsewhere the answer 0, outside the group, has waves of another's
+            assert key_frequencies(logits, answers, k, op).tolist() == [int(f) for f in wanted]
+        given = key_frequencies(logits, answers, k, op)
+        assert given.tolist() == sorted(given.tolist())
+        assert len(given) == min(k, n // 2)
+    by_default = key_frequencies(logits, answers, op=op)
+    assert restricted_loss(logits, answers, op=op).equal(restricted_loss(logits, answers, by_default, op))
+    assert excluded_loss(logits, answers, slice(20, 40), op=op).equal(
+        excluded_loss(logits, answers, slice(20, 40), by_default, op)
+    )
+
+
+def test_a_network_that_adds_by_angles_and_one_that_has_memorised(generator: Generator) -> None:
+    p = 23
+    _, answers = table("add", p)
+    angle = 2 * math.pi * (answers[:, None] - torch.arange(p)).to(F64) / p
+    adds = 8 * ((2 * angle).cos() + (5 * angle).cos() + (9 * angle).cos())
+    train = torch.randperm(p * p, generator=generator)[:150]
+    chance = math.log(p)
+    assert restricted_loss(adds, answers, [2, 5, 9]) < 1e-3
+    assert excluded_loss(adds, answers, train, [2, 5, 9]).item() == pytest.approx(chance)
+    memorised = torch.randn(p * p, p, generator=generator)
+    memorised[train, answers[train]] += 20
+    assert restricted_loss(memorised, answers, [2, 5, 9]) > 0.5 * chance
+    assert excluded_loss(memorised, answers, train, [2, 5, 9]) < 0.05
+
+
+def test_losses_that_are_not_defined(generator: Generator) -> None:
+    pairs, answers = table("add", 7)
+    logits = torch.randn(49, 7, generator=generator)
+    for arguments, said in (
+        ((logits, answers, None, "x2_y2"), "op must be one of add, sub, mul, div, .* got 'x2_y2'"),
+        ((logits[:48], answers[:48]), r"all 7\^2 pairs of the group of 'add', 7 of each answer; got from 6 to 7"),
+        ((logits, answers[:48]), r"got \(49, 7\) and \(48,\)"),
+        ((logits[0], answers[0]), r"got \(7,\) and \(\)"),
+        ((logits, answers, [0, 1]), r"whole numbers from 1 to 3, \(k,\); got \[0, 1\]"),
+        ((logits, answers, [4]), "from 1 to 3"),
+        ((logits, answers, torch.tensor([1.0])), "whole numbers"),
+        ((torch.zeros(64, 9), torch.zeros(64, dtype=torch.int64), None, "mul"), "p must be prime for op 'mul'.* got 9"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            restricted_loss(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="train chooses no pair"):
+        excluded_loss(logits, answers, torch.zeros(49, dtype=torch.bool))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        key_frequencies(logits, answers, 0)
+    assert len(pairs) == 49
+    assert restricted_loss(torch.full((49, 7), torch.nan), answers, [1]).isnan()
 
 
 TINY = TrainConfig(

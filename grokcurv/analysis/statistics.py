@@ -161,8 +161,10 @@ def clopper_pearson(successes: ArrayLike, trials: ArrayLike) -> tuple[NDArray[np
     Assumes independent trials of one probability, which the interval then holds in 95 % at least, however few there
     are (Clopper & Pearson 1934). NaN where there was no trial.
 
-    >>> [round(float(end), 3) for end in clopper_pearson(0, 12)]
-    [0.0, 0.0, 0.265]
+    Example:
+        >>> fraction, low, high = clopper_pearson(0, 12)
+        >>> print(f"{low:.3f} to {high:.3f}")
+        0.000 to 0.265
     """
     from scipy.special import betaincinv
 

@@ -18,6 +18,13 @@ group of order n a network can add by angles: it embeds a and b by the cosines a
     through its answer alone have no others. Logits without structure have 2 k / (n^2 - 1) of their energy on those of k
     frequencies: 1.1e-3 for p = 97.
 
+From logits alone, two losses of Nanda et al. (section 5) say what the key frequencies do. The logit of each answer is,
+over all pairs of the group, projected on 1 and on the waves of the pair's right answer at the key frequencies. The
+restricted loss (:func:`restricted_loss`) is the cross-entropy of what is left; it falls while the network learns to add
+by angles. The excluded loss (:func:`excluded_loss`) is that of the logits without the waves, on the training pairs; it
+rises once the training pairs are answered by angles, too, and not by heart. Which frequencies are key is a matter of
+the network that has grokked: its own (:func:`key_frequencies`) are given for every earlier step.
+
 Numbers outside the group (0, with ``mul`` and ``div``) are left out, as operands and as answers. The quadratic and the
 cubic operations have no ``fourier_logits``: exp(2 pi i f a^2 / p) is, transformed over a, equally large at every
 frequency (a Gauss sum), so that no few components can stand for their answers.
@@ -29,6 +36,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from grokcurv.tasks.modular.model import MLP, Transformer
 
@@ -37,6 +45,9 @@ KEY_FREQUENCIES = 5
 
 GROUPS = ("add", "sub", "mul", "div")
 """The operations of a cyclic group."""
+
+PIECE = 16_384
+"""Rows that are held in float64 at a time."""
 
 ROUNDING = 1e-12
 """Energy that is left without the means counts as rounding if it is no more than this part of what was there."""
@@ -145,6 +156,110 @@ class FourierShares:
         return torch.stack([self._embedding, logits])
 
 
+def key_frequencies(logits: Tensor, answers: Tensor, k: int = KEY_FREQUENCIES, op: str = "add") -> Tensor:
+    """The k frequencies on whose waves the logits have the most energy, ascending; (k,) int64 on the logits' device.
+
+    Less their mean over the answers, which the soft-max cannot see. All, where there are no more. Logits without
+    structure have strongest frequencies too.
+
+    Args and errors as of :func:`restricted_loss`.
+    """
+    order, means = _means(logits, answers, op)
+    means = means - means.mean(1, keepdim=True)
+    frequencies = torch.arange(1, len(order) // 2 + 1, device=means.device)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    parts = waves(order, frequencies, means.shape[1])[1:] @ means
+    energy = parts.square().sum(1).view(2, len(frequencies)).sum(0)  # of cosine and sine
+    found: Tensor = frequencies[energy.topk(min(k, len(frequencies))).indices].sort().values
+    return found
+
+
+def restricted_loss(
+    logits: Tensor, answers: Tensor, frequencies: Tensor | list[int] | None = None, op: str = "add"
+) -> Tensor:
+    """Mean cross-entropy (nats) of the logits restricted to 1 and the waves of the key frequencies; () float64.
+
+    Nanda et al., arXiv 2301.05217, section 5: over all pairs (a, b), of each answer's logits only the parts along 1 and
+    along the cosine and the sine of 2 pi f (a + b) / p are kept, f a key frequency. Here a + b is the right answer of
+    the group: a - b for ``sub``; for ``mul`` and ``div``, with p prime, the exponent of the answer to a primitive root,
+    modulo p - 1, and pairs that are outside the group (a = 0, with ``div``) do not count. The soft-max is over all p
+    answers. With all frequencies this is the loss of the mean logits of each right answer.
+
+    Args:
+        logits: (..., p), at all pairs of the operation, in any order: (p, p, p), or (rows, p) as at the pairs of
+            ``table``.
+        answers: (...) int64, the right answers.
+        frequencies: (k,) between 1 and n / 2, n the order of the group; by default the logits' own
+            :func:`key_frequencies`.
+        op: add, sub, mul or div; the answers of others spread evenly over all frequencies.
+
+    Raises:
+        ValueError: an operation that is no group's, p that is not prime for ``mul`` or ``div``, shapes that do not fit,
+            pairs that are not all there, or frequencies that are none.
+
+    Example:
+        A network that adds by the angles of frequencies 1 and 3, and knows some answers by heart:
+
+        >>> import torch
+        >>> from grokcurv.tasks import table
+        >>> from grokcurv.tasks.modular.fourier import excluded_loss, key_frequencies, restricted_loss
+        >>> pairs, answers = table("add", 13)
+        >>> apart = (pairs.sum(1, keepdim=True) - torch.arange(13)) * (2 * torch.pi / 13)
+        >>> logits = 6 * (apart.cos() + (3 * apart).cos())
+        >>> train = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:60]
+        >>> logits[train, answers[train]] += 5
+        >>> key = key_frequencies(logits, answers, k=2)
+        >>> key.tolist()
+        [1, 3]
+        >>> loss = torch.nn.functional.cross_entropy(logits, answers)
+        >>> bool(restricted_loss(logits, answers, key) < 1.5 * loss)  # these two frequencies are enough
+        True
+        >>> bool(excluded_loss(logits, answers, train, key) < 1)  # what it knows by heart is enough for these pairs
+        True
+        >>> bool(excluded_loss(logits, answers, slice(None), key) > 1)  # and not for all
+        True
+    """
+    order, means = _means(logits, answers, op)
+    kept = waves(order, _checked(frequencies, logits, answers, op, len(order)), means.shape[1])
+    # Every answer of the group has as many pairs, so that the mean over answers is that over pairs.
+    parts = kept.T @ (kept @ means) / len(order)
+    return functional.cross_entropy(parts[order], order)
+
+
+def excluded_loss(
+    logits: Tensor,
+    answers: Tensor,
+    train: Tensor | slice,
+    frequencies: Tensor | list[int] | None = None,
+    op: str = "add",
+) -> Tensor:
+    """Mean cross-entropy (nats), on the training pairs, of the logits without the waves of the key frequencies.
+
+    () float64. Nanda et al., arXiv 2301.05217, section 5; all key frequencies are taken away at once. The projection is
+    over all pairs, as in :func:`restricted_loss`, where arguments, errors and an example are; what is constant over the
+    pairs stays.
+
+    Args:
+        train: which of the rows count: (...) bool, as ``answers`` is, or their numbers (m,), as of the flattened
+            rows. Those outside the group do not.
+    """
+    order, means = _means(logits, answers, op)
+    taken = waves(order, _checked(frequencies, logits, answers, op, len(order)), means.shape[1])[1:]
+    parts = taken.T @ (taken @ means) / len(order)
+    rows, right = logits.reshape(-1, logits.shape[-1]), answers.reshape(-1)
+    train = train.reshape(-1) if isinstance(train, Tensor) else train
+    rows, right = rows[train], right[train]
+    inside = torch.isin(right, order)
+    rows, right = rows[inside], right[inside]
+    if not len(right):
+        raise ValueError("train chooses no pair of the group")
+    total = parts.new_zeros(())
+    for x, y in zip(rows.split(PIECE), right.split(PIECE), strict=True):
+        total += functional.cross_entropy(x.to(torch.float64) - parts[y], y, reduction="sum")
+    return total / len(right)
+
+
 def random_share(n: int, width: int, k: int = KEY_FREQUENCIES) -> float:
     r"""Mean of ``fourier_embedding`` over embeddings of independent normal numbers, in a group of odd order n.
 
@@ -171,3 +286,43 @@ def random_share(n: int, width: int, k: int = KEY_FREQUENCIES) -> float:
 def _share(part: Tensor, whole: Tensor, before: Tensor) -> Tensor:
     """``part / whole``; NaN where ``whole``, what is left of ``before`` without the means, is rounding."""
     return torch.where(whole > ROUNDING * before, part / whole, math.nan)
+
+
+def _means(logits: Tensor, answers: Tensor, op: str) -> tuple[Tensor, Tensor]:
+    """The group's elements (n,) and, by right answer, the mean logits over its pairs: (p, p) float64, 0 outside."""
+    p = logits.shape[-1] if logits.dim() else 0
+    if op not in GROUPS:
+        raise ValueError(f"op must be one of {', '.join(GROUPS)}, the operations of a group; got {op!r}")
+    if logits.dim() < 2 or logits.shape[:-1] != answers.shape:
+        raise ValueError(
+            f"logits must be (..., p) and answers (...), got {tuple(logits.shape)} and {tuple(answers.shape)}"
+        )
+    if (order := elements(op, p)) is None:
+        raise ValueError(f"p must be prime for op {op!r}, or its numbers are no cyclic group; got {p} logits")
+    order = order.to(logits.device)
+    sums = torch.zeros(p, p, dtype=torch.float64, device=logits.device)
+    counts = torch.zeros(p, dtype=torch.int64, device=logits.device)
+    rows, right = logits.reshape(-1, p), answers.reshape(-1)
+    for x, y in zip(rows.split(PIECE), right.split(PIECE), strict=True):
+        sums.index_add_(0, y, x.to(torch.float64))
+        counts += torch.bincount(y, minlength=p)
+    n = len(order)
+    if not bool((counts[order] == n).all()):
+        raise ValueError(
+            f"logits must be at all {n}^2 pairs of the group of {op!r}, {n} of each answer; "
+            f"got from {int(counts[order].min())} to {int(counts[order].max())}"
+        )
+    means = torch.zeros_like(sums)
+    means[order] = sums[order] / n
+    return order, means
+
+
+def _checked(frequencies: Tensor | list[int] | None, logits: Tensor, answers: Tensor, op: str, n: int) -> Tensor:
+    """The frequencies that are given, or the logits' own."""
+    if frequencies is None:
+        return key_frequencies(logits, answers, op=op)
+    given = torch.as_tensor(frequencies, device=logits.device)
+    if given.dim() != 1 or given.is_floating_point() or not bool(((given >= 1) & (given <= n // 2)).all()):
+        raise ValueError(f"frequencies must be whole numbers from 1 to {n // 2}, (k,); got {given.tolist()}")
+    unique: Tensor = given.unique()
+    return unique
