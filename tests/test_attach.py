@@ -389,7 +389,7 @@ def test_a_bracket_is_paid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_of_measures_runs() -> None:
     page = (LOOPS.parents[1] / "docs" / "measures.md").read_text()
-    attached, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    attached, *others, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     problem = Problem()
     names: dict[str, Any] = {
         "gc": gc,
@@ -400,6 +400,8 @@ def test_the_page_of_measures_runs() -> None:
     }
     exec(attached, names)
     assert names["monitor"].records()["g23"].notna().tolist() == [False] * 5 + [True] * 3
+    for other in others:
+        exec(other, {"gc": gc, "torch": torch})
     exec(own, names)
     with problem.attach(measures=[names["WeightNorm"]()]) as monitor:
         problem.step()
