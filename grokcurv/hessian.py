@@ -86,8 +86,8 @@ def hessian_edges(
     >>> model = torch.nn.Linear(3, 1, bias=False)
     >>> loss_fn = lambda model, x: (model(x) ** 2).mean()
     >>> edges = hessian_edges(model, loss_fn, torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=2)
-    >>> edges.values.tolist()  # the Hessian is 2 x'x / 3
-    [6.0, 2.66...]
+    >>> [round(value, 4) for value in edges.values.tolist()]  # the Hessian is 2 x'x / 3
+    [6.0, 2.6667]
 
     Lanczos' method with full reorthogonalisation (Golub & Van Loan, Matrix Computations, 4th ed., section 10.3). It
     ends when each value is known to ``tol`` of itself: a Ritz value whose residual is r, and whose nearest neighbour is

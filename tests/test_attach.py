@@ -402,7 +402,7 @@ def test_the_page_of_measures_runs() -> None:
     exec(attached, names)
     assert names["monitor"].records()["g23"].notna().tolist() == [False] * 5 + [True] * 3
     for block in others:
-        exec(block, names)
+        exec(block, dict(names))
     exec(own, names)
     with problem.attach(measures=[names["WeightNorm"]()]) as monitor:
         problem.step()

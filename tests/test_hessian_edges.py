@@ -202,7 +202,7 @@ def train(
     """What is true at each step, the monitor, and the parameters before each; stopped and gone on with at a step."""
     torch.manual_seed(seed)
     model, batch = drawn(make)
-    fixed, optimizer = drawn_like(batch), torch.optim.AdamW(model.parameters(), lr=0.01)
+    fixed, optimizer = drawn_like(batch), torch.optim.AdamW(model.parameters(), lr=0.002)
     along = torch.randn(2, len(flatten(model)))
 
     def attached() -> gc.CurvatureMonitor:
@@ -234,7 +234,7 @@ def drawn_like(batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("make", MODELS)
 def test_rows_are_those_of_the_dense_hessian(make: Any) -> None:
-    truth, monitor, _ = train(make, 12, seed=int(torch.randint(1 << 30, ())), k=2, lanczos_every=6, probes=20)
+    truth, monitor, _ = train(make, 8, seed=int(torch.randint(1 << 30, ())), k=2, lanczos_every=4, probes=20)
     assert monitor is not None
     rows = monitor.records()
     for step, row in rows.iterrows():
@@ -244,8 +244,8 @@ def test_rows_are_those_of_the_dense_hessian(make: Any) -> None:
         rounding = 1e-7 * float(values.abs().max())
         for name in ("lambda_max", "lambda_min", "lambda_max_2", "lambda_min_2"):
             assert float((values - row[name]).abs().min()) <= row[f"{name}_residual"] + rounding, (step, name)
-        lanczos = step % 6 == 0  # type: ignore[operator]
-        assert row["gap_checked"] == step - step % 6  # type: ignore[operator]
+        lanczos = step % 4 == 0  # type: ignore[operator]
+        assert row["gap_checked"] == step - step % 4  # type: ignore[operator]
         # At a Lanczos run the edge itself is found; in between it is followed.
         near = 1e-4 if lanczos else 0.1
         assert row["lambda_max"] == pytest.approx(float(values[-1]), rel=near)
@@ -258,7 +258,7 @@ def test_rows_are_those_of_the_dense_hessian(make: Any) -> None:
             assert math.isnan(row["sharpness_preconditioned"])
         else:
             assert row["sharpness_preconditioned"] == pytest.approx(exact["sharpness"], rel=1e-3 if step < 4 else 0.2)
-        assert row["stability_threshold"] == pytest.approx(38 / 0.01)
+        assert row["stability_threshold"] == pytest.approx(38 / 0.002)
 
 
 @pytest.mark.parametrize("at", [1, 7])
@@ -370,7 +370,7 @@ def test_another_optimiser_and_no_second_derivatives() -> None:
 def test_residuals_cover_the_errors() -> None:
     """Of 500 draws of a quadratic loss whose Hessian is known, at vectors that are anywhere but converged."""
     covered = []
-    for draw in range(50):
+    for draw in range(25):
         torch.manual_seed(1000 + draw)
         matrix = torch.randn(6, 6, dtype=torch.float64)
         matrix = (matrix + matrix.T).float() * 10.0 ** float(torch.empty(()).uniform_(-4, 4))
@@ -382,7 +382,7 @@ def test_residuals_cover_the_errors() -> None:
         values = torch.linalg.eigvalsh(matrix.double())
         measure = gc.HessianEdges(matrix, probes=0, lanczos_steps=2, check_every=1, preconditioned=False)
         monitor = gc.CurvatureMonitor(model, loss, measures=[measure])
-        for _ in range(5):
+        for _ in range(10):
             monitor.step()
         for _, row in monitor.records().iterrows():
             for name in ("lambda_max", "lambda_min"):
@@ -396,7 +396,7 @@ def test_a_converged_residual_covers_rounding() -> None:
     is sampled."""
     covered = []
     for dtype in (torch.float32, torch.float64):
-        for draw in range(10):
+        for draw in range(5):
             torch.manual_seed(draw)
             model, (x, y) = drawn(mlp)
             model, batch = model.to(dtype), (x.to(dtype), y)
@@ -406,5 +406,6 @@ def test_a_converged_residual_covers_rounding() -> None:
             monitor.step()
             row, values = monitor.records().iloc[0], torch.linalg.eigvalsh(dense(model, batch))
             assert row["lambda_max_residual"] < 1e-4 * row["lambda_max"]
-            covered.append(abs(float(values[-1]) - row["lambda_max"]) <= row["lambda_max_residual"] + 1e-15)
+            for name, edge in (("lambda_max", values[-1]), ("lambda_min", values[0])):
+                covered.append(abs(float(edge) - row[name]) <= row[f"{name}_residual"] + 1e-15)
     assert sum(covered) >= 0.95 * len(covered)

@@ -14,6 +14,8 @@ OURS = "grokcurv"
 
 PEERS = {
     "curvlinops": "curvlinops-for-pytorch",
+    "hessian_eigenthings": "hessian-eigenthings",
+    "pyhessian": "pyhessian",
     "sklearn": "scikit-learn",
     "threadpoolctl": "threadpoolctl",
     "torchdr": "torchdr",

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +31,9 @@ from grokcurv.bench.comparison import OURS, Case, Comparison, Implementation, re
 from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.gradients import Strategy, capture
+from grokcurv.hessian import hessian_edges, hessian_trace
 from grokcurv.measures.commutator import CHECK_EVERY
+from grokcurv.measures.hessian_edges import HessianEdges
 from grokcurv.measures.update_gram import UpdateGram
 from grokcurv.monitor import CurvatureMonitor
 from grokcurv.pca import StreamingPCA
@@ -45,6 +51,11 @@ MEMORY = 1 << 30
 DEMO = "demo's model"
 COMPARED = 5
 """Training steps whose defects are compared with float64 truth."""
+
+PROBES = 32
+"""Of a trace."""
+TRUE_PROBES = 128
+"""Of what it is held against."""
 
 ADMITTED = 14
 """Gradients whose time admission may take."""
@@ -172,6 +183,119 @@ def bracket(pairs: int) -> Case:
         return Comparison(both, errors, tolerance=1e-4, flops=work)
 
     return _case("bracket", f"exact bracket, {_pairs(pairs)}", build)
+
+
+def hessian_edge(steps: int) -> Case:
+    """The largest eigenvalue of a batch's Hessian, to 1e-4 of itself."""
+
+    def build(generator: Generator) -> Comparison:
+        model, one = Loop(seed_from(generator), generator.device).run(steps).model, batch(generator)
+        loss_fn = loss(MODULE)
+        with products(in_float64(model), one) as (multiply, size):
+            matrix = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
+            truth = float(eigsh(matrix, k=1, which="LA", tol=1e-6, return_eigenvectors=False)[0])
+        ours = hessian_edges(model, loss_fn, one)
+
+        def eigenthings() -> float:
+            from hessian_eigenthings import lanczos
+
+            operator = eigenthings_operator(model, one)
+            # It takes as many products as it is told to: here as many as ours found to be enough.
+            with sdpa_kernel(SDPBackend.MATH):
+                return float(lanczos(operator, k=1, max_iter=ours.products, which="LA", seed=0).eigenvalues[0])
+
+        def curvlinops() -> float:
+            with sdpa_kernel(SDPBackend.MATH):
+                matrix = curvlinops_hessian(model, one).to_scipy()
+                return float(eigsh(matrix, k=1, which="LA", tol=1e-3, return_eigenvectors=False)[0])
+
+        def pyhessian() -> float:
+            with sdpa_kernel(SDPBackend.MATH):
+                return float(pyhessian_of(model, one).eigenvalues(maxIter=1000, tol=1e-5)[0][0])
+
+        implementations = (
+            Implementation(OURS, lambda: float(hessian_edges(model, loss_fn, one).values[0])),
+            Implementation("hessian-eigenthings", eigenthings, needs=("hessian_eigenthings",)),
+            Implementation("curvlinops and SciPy", curvlinops, needs=("curvlinops",)),
+            Implementation("PyHessian", pyhessian, needs=("pyhessian",), note="of the largest magnitude"),
+        )
+        errors = {"eigenvalue, relative error": lambda got: abs(got / truth - 1)}
+        return Comparison(implementations, errors, tolerance=1e-4, flops=3 * gradient_flops(model, one))
+
+    return _case("edge", f"largest Hessian eigenvalue, {_after(steps)}", build)
+
+
+def hessian_sum(steps: int) -> Case:
+    """The trace of a batch's Hessian, from :data:`PROBES` probes, within 2 % of |tr| + |H|_F / 10."""
+
+    def build(generator: Generator) -> Comparison:
+        model, one = Loop(seed_from(generator), generator.device).run(steps).model, batch(generator)
+        loss_fn = loss(MODULE)
+        with products(model, one) as (multiply, size):
+            signs = torch.randint(2, (TRUE_PROBES, size), generator=generator, device=generator.device) * 2.0 - 1.0
+            found = np.array([(float(z @ (h := torch.from_numpy(multiply(z)))), float(h.norm())) for z in signs])
+        truth, frobenius = found[:, 0].mean(), np.sqrt(np.square(found[:, 1]).mean())
+        allowed = 0.02 * abs(truth) + frobenius / 10
+
+        def eigenthings() -> float:
+            from hessian_eigenthings import hutchinson
+
+            with sdpa_kernel(SDPBackend.MATH):
+                return float(hutchinson(eigenthings_operator(model, one), num_samples=PROBES, seed=0).estimate)
+
+        def curvlinops() -> float:
+            from curvlinops import hutchinson_trace
+
+            with sdpa_kernel(SDPBackend.MATH):
+                return float(hutchinson_trace(curvlinops_hessian(model, one), PROBES))
+
+        def pyhessian() -> float:
+            with sdpa_kernel(SDPBackend.MATH):
+                return float(np.mean(pyhessian_of(model, one).trace(maxIter=PROBES, tol=0.0)))
+
+        implementations = (
+            Implementation(OURS, lambda: hessian_trace(model, loss_fn, one, PROBES).value),
+            Implementation("hessian-eigenthings", eigenthings, needs=("hessian_eigenthings",)),
+            Implementation("curvlinops", curvlinops, needs=("curvlinops",)),
+            Implementation("PyHessian", pyhessian, needs=("pyhessian",)),
+        )
+        errors = {"trace, error over what is allowed": lambda got: abs(got - truth) / allowed}
+        # Four standard errors, where the probes vary by the whole of the Frobenius norm.
+        return Comparison(implementations, errors, tolerance=4.0, flops=gradient_flops(model, one))
+
+    return _case("trace", f"trace of the Hessian, {PROBES} probes, {_after(steps)}", build)
+
+
+def followed() -> Case:
+    """Training steps with one tracked edge of the Hessian at every one, beside the plain loop of the module."""
+
+    def build(generator: Generator) -> Comparison:
+        seed, device = seed_from(generator), generator.device
+        fixed = batch(generator)
+
+        def implementation(name: str, forward: Forward, edge: bool) -> Implementation:
+            loop = Loop(seed, device, forward=forward, edge_of=fixed if edge else None).run(1)
+            return Implementation(name, partial(loop.run, 1), lambda: loop)
+
+        def error(loop: Loop) -> float:
+            """How far the edge that is followed is from that of the same weights, in the residual it gives."""
+            if loop.monitor is None:
+                return math.nan
+            loop.monitor.step()
+            row = loop.monitor.latest()
+            assert row is not None
+            edge = hessian_edges(loop.model, loop.loss, fixed, tol=1e-5).values[0]
+            return abs(float(row["lambda_max"]) / float(edge) - 1)
+
+        implementations = (
+            implementation(OURS, SHORTER, True),
+            implementation(f"{OURS}, the module", MODULE, True),
+            implementation("torch.optim, the module", MODULE, False),
+        )
+        errors = {"edge, relative error": error}
+        return Comparison(implementations, errors, tolerance=0.1, flops=4 * gradient_flops(network(0, device), fixed))
+
+    return _case("edge-step", "training step with a tracked Hessian edge", build)
 
 
 def training(forward: Forward = MODULE) -> Case:
@@ -309,6 +433,8 @@ class Loop:
     forward: Forward = MODULE
     monitored: bool = False
     """Whether a monitor measures the defect at every step."""
+    edge_of: Any = None
+    """A batch of which the largest eigenvalue of the Hessian is followed, if there is one."""
     naive_on: Callable[[nn.Module], nn.Module] | None = None
     """What makes, of the model at a step, that on which the defect is measured the naive way; it is not if None."""
 
@@ -318,6 +444,9 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1.0)
         # What stands in .grad is the gradient of this very loss.
         self.monitor = CurvatureMonitor(self.model, self.loss, gradient="trusted") if self.monitored else None
+        if self.edge_of is not None:
+            edge = HessianEdges(self.edge_of, ends="largest", probes=0, preconditioned=False)
+            self.monitor = CurvatureMonitor(self.model, self.loss, measures=[edge])
         self.naive_defects: list[float] = []
         self.following = batch(self.generator)
 
@@ -329,7 +458,9 @@ class Loop:
                 self.naive_defects.append(float(defect))
             self.optimizer.zero_grad()
             self.loss(self.model, now).backward()
-            if self.monitor is not None:
+            if self.edge_of is not None and self.monitor is not None:
+                self.monitor.step()
+            elif self.monitor is not None:
                 self.monitor.step(now, self.following)
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -395,6 +526,10 @@ def _bare(model: nn.Module, batches: list[Any], times: int = 1) -> Implementatio
     return Implementation(f"{times * len(batches)} bare gradients", run, note="measures nothing", times=times)
 
 
+def _after(steps: int) -> str:
+    return f"after {steps} steps" if steps else "at the beginning"
+
+
 def _pairs(count: int) -> str:
     return "one pair" if count == 1 else f"{count} pairs"
 
@@ -411,7 +546,45 @@ def curvlinops_bracket(model: nn.Module, pair: tuple[Any, Any]) -> Tensor:
     return vector
 
 
+def curvlinops_hessian(model: nn.Module, one: Any) -> Any:
+    from curvlinops import HessianLinearOperator
+
+    return HessianLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), [one], check_deterministic=False
+    )
+
+
+def eigenthings_operator(model: nn.Module, one: Any) -> Any:
+    from hessian_eigenthings import HessianOperator
+
+    return HessianOperator(model, [one], loss(MODULE))
+
+
+def pyhessian_of(model: nn.Module, one: Any) -> Any:
+    """Of a copy: it leaves gradients with their graphs in the model."""
+    from pyhessian import hessian
+
+    return hessian(copy.deepcopy(model), nn.CrossEntropyLoss(), data=one, cuda=False)
+
+
 # ------------------------------------------------------------------------------------------------------ truth and floor
+
+
+@contextmanager
+def products(model: nn.Module, one: Any) -> Iterator[tuple[Callable[[Any], NDArray[Any]], int]]:
+    """Products with the Hessian by autograd alone, of NumPy's vectors or torch's, and its size."""
+    parameters = list(model.parameters())
+    sizes = [p.numel() for p in parameters]
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = torch.autograd.grad(loss(MODULE)(model, one), parameters, create_graph=True)
+
+        def multiply(vector: Any) -> NDArray[Any]:
+            parts = torch.as_tensor(vector).to(parameters[0]).flatten().split(sizes)
+            along = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+            rows = torch.autograd.grad(grads, parameters, along, retain_graph=True)
+            return parameters_to_vector(rows).cpu().numpy()
+
+        yield multiply, sum(sizes)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
