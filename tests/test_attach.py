@@ -398,6 +398,7 @@ def test_the_page_of_measures_runs() -> None:
         "loss_fn": problem.loss_fn,
         "optimizer": problem.optimizer,
         "loader": [problem.batch] * 8,
+        **dict(zip("xy", (torch.cat([part] * 4) for part in problem.batch), strict=True)),
     }
     exec(attached, names)
     assert names["monitor"].records()["g23"].notna().tolist() == [False] * 5 + [True] * 3
