@@ -62,7 +62,7 @@ def test_rows_are_those_of_the_matrices(make: Any, steps_of_update: int) -> None
                     named = [row[f"{kind}_{name}[{segment.name}]"] for segment in measure.matrices]
                     assert named == pytest.approx(values, rel=2e-6)
             lengths = [np.linalg.norm(matrix_of(segment, thetas[step, run])) for segment in measure.matrices]
-            assert row["weight_norm"] == pytest.approx(float(thetas[step, run].double().norm()), rel=1e-6)
+            assert row["parameter_norm"] == pytest.approx(float(thetas[step, run].double().norm()), rel=1e-6)
             assert row["weight_spectra_floor"] == pytest.approx(2**-24 * max(lengths), rel=1e-6)
 
 

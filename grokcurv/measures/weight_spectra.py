@@ -36,7 +36,7 @@ class WeightSpectra(Measure):
     """Singular values sigma_1 >= sigma_2 >= ... of weight matrices W, and of their updates.
 
     =========================  ==================================================================================
-    ``weight_norm``            |theta|, of all parameters
+    ``parameter_norm``         |theta|, of all parameters
     ``weight_spectral_norm``   sigma_1, in units of theta
     ``weight_stable_rank``     |W|_F^2 / sigma_1^2, from 1 to the rank
     ``weight_entropy_rank``    exp(-sum p log p), p = sigma / sum sigma: the effective rank of Roy & Vetterli
@@ -94,7 +94,7 @@ class WeightSpectra(Measure):
             raise ValueError(f"every must be at least 1, in steps; got {every}")
         self._wanted, self.every, self.per_matrix = segments, every, per_matrix
         self._of_each = tuple(f"{kind}_{what}" for kind in ("weight", "update") for what in OF_MATRICES)
-        self.columns = ("weight_norm", *self._of_each, "weight_spectra_floor")
+        self.columns = ("parameter_norm", *self._of_each, "weight_spectra_floor")
 
     def bind(self, probe: CommutatorProbe) -> None:
         """Find the matrices in the model; says in a ValueError what is wrong with them."""
