@@ -55,6 +55,14 @@ def test_cost_model() -> None:
     assert printed.count("|") == 6 * 8  # of its table
 
 
+def test_measures() -> None:
+    printed = run("measures.py", "--seconds", "0.1", "--only", "Gram", "OptimizerCommutator(), the shorter")
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines()[1:]]
+    assert [name.partition("(")[0] for name, *_ in rows] == ["`UpdateGram", "`UpdateGram", "`OptimizerCommutator"]
+    assert [float(gradients) for *_, gradients in rows[:2]] == [0, 0]
+    assert 1 < float(rows[2][2]) <= 2  # two gradients by the shorter way
+
+
 def test_operators_of_a_step_are_few_and_as_many_for_any_number_of_runs() -> None:
     printed = run("operators.py", "--runs", "1", "2", "5", "--p", "7", "--d-model", "16")
     one, few, many = (list(map(int, line.split()))[1:] for line in printed.splitlines()[1:])
