@@ -51,6 +51,7 @@ class Loop:
             self.measure = make(self.optimizer, batch(self.generator))
             probe = gc.CommutatorProbe(self.model, self.loss)
             probe.gradients.admit(self.following)
+            self.evaluator = probe.gradients.evaluator
             self.measure.follow_training(TrainingGradient(probe, "trusted"))
             self.measure.bind(probe)
 
@@ -59,9 +60,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.loss(self.model, now).backward()
         if self.measure is not None:
-            if self.measure.pending:
-                self.measure.complete([now])
-            self.measure.observe(self.step, [([now], [self.following])], True)
+            with self.evaluator.held():  # as in a monitor
+                if self.measure.pending:
+                    self.measure.complete([now])
+                self.measure.observe(self.step, [([now], [self.following])], True)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1

@@ -114,6 +114,7 @@ class Evaluator:
         self._evaluated = False
         self._not_ours: set[str] = set()  # generators that something else draws from meanwhile
         self._snapshot: Snapshot | None = None
+        self._held: ExitStack | None = None  # what keeps the first session open
         self._parameters: list[nn.Parameter] = []
         self._sparse: list[nn.Embedding | nn.EmbeddingBag] = []
         self._ends: dict[tuple[str, int, int], Any] = {}
@@ -173,21 +174,33 @@ class Evaluator:
     @contextmanager
     def session(self) -> Iterator[Snapshot]:
         """Looks once at what could change, for all evaluations inside, between which nobody else changes the model."""
-        with LOCK, torch.inference_mode(False):
-            if self._snapshot is not None:
-                yield self._snapshot
-                return
-            self._parameters = self.parameters()
-            self._check_kind(self._parameters)
-            self._sparse = [
-                m for m in self.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse
-            ]
-            self._snapshot = self._look()
+        with LOCK, torch.inference_mode(False), ExitStack() as alone:
+            if self._snapshot is None:
+                (self._held or alone).enter_context(self._opened())
+            assert self._snapshot is not None
+            yield self._snapshot
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Sessions inside are one, if there are any: nobody else changes the model between them."""
+        with LOCK, ExitStack() as held:
+            outer, self._held = self._held, self._held or held
             try:
-                yield self._snapshot
+                yield
             finally:
-                self._snapshot = None
-                self._ends.clear()
+                self._held = outer
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        self._parameters = self.parameters()
+        self._check_kind(self._parameters)
+        self._sparse = [m for m in self.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        self._snapshot = self._look()
+        try:
+            yield
+        finally:
+            self._snapshot = None
+            self._ends.clear()
 
     def _look(self) -> Snapshot:
         return Snapshot([self.model], [self.loss_fn], self._parameters)

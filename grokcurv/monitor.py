@@ -291,6 +291,12 @@ class CurvatureMonitor:
         plan is the same. ``regardless``: there is a row even where no commutator is measured. ``met``: the batches that
         the runs have been trained on in this step, by which a row that is open is completed.
         """
+        with self.probe.gradients.evaluator.held():  # what several of them look at is looked at once
+            return self._launch(pairs, plan, start, regardless, met)
+
+    def _launch(
+        self, pairs: Sequence[PairOfRuns], plan: Plan, start: float, regardless: bool, met: Sequence[Any]
+    ) -> Tensor | None:
         self._close(met)
         due = bool(plan) or regardless
         if not due and not self.measures:

@@ -359,8 +359,7 @@ def test_each_run_of_a_program_is_measured_as_it_is_alone(
     configs = [dataclasses.replace(base, seed=seed, **each) for seed, each in enumerate(own)]
 
     def trained(configs: Sequence[TrainConfig], measures: Callable[[], list[Any]]) -> Program:
-        made = lambda *of, **options: gc.CurvatureMonitor(*of, measures=measures(), **options)  # noqa: E731
-        monkeypatch.setattr("grokcurv.training.measured.CurvatureMonitor", made)
+        monkeypatch.setattr("grokcurv.training.measured.named_measures", lambda *_: tuple(measures()))
         program = Program([Training(config) for config in configs])
         program.observe(program.runs)
         for step in range(22):

@@ -247,10 +247,8 @@ def test_each_run_of_a_program_has_the_parts_it_has_alone(
     configs = [dataclasses.replace(base, seed=seed, **each) for seed, each in enumerate(own)]
 
     def trained(configs: list[TrainConfig], **options: Any) -> Program:
-        def made(*of: Any, **given: Any) -> gc.CurvatureMonitor:
-            return gc.CurvatureMonitor(*of, measures=[gc.UpdateDecomposition(**options)], **given)
-
-        monkeypatch.setattr("grokcurv.training.measured.CurvatureMonitor", made)
+        made = lambda *_: (gc.UpdateDecomposition(**options),)  # noqa: E731
+        monkeypatch.setattr("grokcurv.training.measured.named_measures", made)
         program = Program([Training(config) for config in configs])
         program.observe(program.runs)
         for step in range(21):
