@@ -24,12 +24,12 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return gc.cross_entropy64(model(batch[0]), batch[1])
 
 
-def main(steps: int = 3000, walks: int = 200, out: Path = Path("chance.png")) -> dict[str, Any]:
-    """Train for so many steps, and set the path so far beside so many random walks of steps as long as its own."""
+def main(steps: int = 3000, every: int = 50, walks: int = 200, out: Path = Path("chance.png")) -> dict[str, Any]:
+    """Train, and at every so many steps set the path so far beside random walks of steps as long as its own."""
     pca = gc.StreamingPCA(n_components=2, segments=gc.attention_segments(build_model(NETWORK)))
 
     def watch(model: nn.Module, sampler: Callable[[], Any]) -> gc.CurvatureMonitor:
-        return gc.CurvatureMonitor(model, loss_fn, sampler=sampler, every=50, pairs=3, pca=pca, pca_every=50)
+        return gc.CurvatureMonitor(model, loss_fn, sampler=sampler, every=every, pairs=3, pca=pca, pca_every=every)
 
     rows = train(replace(NETWORK, steps=steps), watch).curvature
     at, ratio = rows["step"][2:], rows["exec_matched_ratio"]  # with three rows there is a path to speak of

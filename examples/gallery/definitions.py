@@ -38,6 +38,8 @@ def main(eta: float = 0.6, out: Path = Path("definitions.png"), points: int = 10
     ab, ba = walk(model, [a, b], eta), walk(model, [b, a], eta)
     stats = gc.commutator_defect(model, loss_fn, a, b, eta=eta)
     exact = gc.commutator_defect(model, loss_fn, a, b, eta=eta, method="bracket")
+    assert stats.delta is not None  # a row for each pair, of which there is one
+    assert exact.delta is not None
     delta, bracket = stats.delta[0].numpy(), exact.delta[0].numpy() / eta**2
     print(f"by hand: {ab[-1] - ba[-1]}, by grokcurv: {delta}")
     print(f"delta / eta^2: {delta / eta**2}, bracket: {bracket}")
@@ -62,11 +64,11 @@ def main(eta: float = 0.6, out: Path = Path("definitions.png"), points: int = 10
     zoom.spines[:].set_visible(True)
     zoom.text(0.5, -0.75, "delta", weight="bold")
     zoom.text(0.33, -0.83, "eta$^2$ bracket", color="C3", weight="bold")
-    for x, y, text, colour in (
-        *((-0.56, -0.79, "A", "C0"), (-0.15, -0.74, "then B", "C1")),
-        *((-0.3, -1.02, "B", "C1"), (0.17, -0.92, "then A", "C0"), (-0.7, -0.97, "start", "black")),
-    ):
-        axes.text(x, y, text, color=colour, weight="bold")
+    axes.text(-0.7, -0.97, "start", weight="bold")
+    axes.text(-0.56, -0.79, "A", color="C0", weight="bold")
+    axes.text(-0.15, -0.74, "then B", color="C1", weight="bold")
+    axes.text(-0.3, -1.02, "B", color="C1", weight="bold")
+    axes.text(0.17, -0.92, "then A", color="C0", weight="bold")
     axes.set_title(
         "Two gradient steps, on batches A and B, in both orders\n(contours: the loss on A, blue; on B, orange)"
     )

@@ -36,7 +36,9 @@ def main(steps: int = 20, eta: float = 0.6, out: Path = Path("rho.png")) -> dict
         pca.partial_fit(path[-1])
 
     basis = gc.Subspace.from_pca(pca)
-    delta = gc.commutator_defect(model, loss_fn, *batches, eta=eta).delta[0]
+    stats = gc.commutator_defect(model, loss_fn, *batches, eta=eta)
+    assert stats.delta is not None  # a row for each pair, of which there is one
+    delta = stats.delta[0]
     _, parallel, residual = basis.split(delta)
     print(f"PC1 holds {float(pca.explained_variance_ratio_[0]):.1%} of the variance of the trajectory")
     print(f"|delta| {delta.norm():.4f}: {parallel:.4f} inside the basis, {residual:.4f} outside")
