@@ -88,7 +88,7 @@ def test_nothing_is_fetched(site: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here; on Debian: apt-get install chromium")
-@pytest.mark.parametrize("name", ["index.html", "tutorial.html", "api/measuring.html"])
+@pytest.mark.parametrize("name", ["index.html", "tutorial.html", "gallery.html", "api/measuring.html"])
 def test_in_a_browser(site: Path, name: str) -> None:
     """What its scripts do is seen as well: every address asked for is the site's own, and pictures decode."""
     page = site / name
