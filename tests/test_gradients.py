@@ -249,3 +249,31 @@ def test_looking_for_kinks_leaves_everything_alone(generator: torch.Generator) -
     assert not GradientEngine(model, lambda m, x: m(x).sum()).is_nonsmooth(torch.randn(4, 8, generator=generator))
     torch.testing.assert_close(before, model.state_dict(), rtol=0, atol=0)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_model_is_looked_at_once_while_sessions_are_held(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """And anew afterwards, for training goes on; nor does one that is refused leave it open."""
+    problem = PROBLEMS["tied attention"]
+    model = problem.model()
+    engine = GradientEngine(model, problem.loss_fn)
+    theta, batch, looks = flatten(model), problem.batch(generator), list[None]()
+    look = engine.evaluator._look
+    monkeypatch.setattr(engine.evaluator, "_look", lambda: looks.append(None) or look())
+
+    def twice() -> Tensor:
+        first, second = (engine.gradient(theta, batch, torch.empty_like(theta)) for _ in range(2))
+        return torch.testing.assert_close(first, second, rtol=0, atol=0) or first
+
+    apart = twice()
+    assert len(looks) == 2
+    with engine.evaluator.held(), engine.evaluator.held():
+        assert torch.equal(twice(), apart)
+        assert len(looks) == 3
+    with engine.evaluator.held():
+        pass
+    with pytest.raises(RuntimeError, match="no"), engine.evaluator.held(), engine.evaluator.session():
+        raise RuntimeError("no")
+    twice()
+    assert len(looks) == 6
