@@ -94,9 +94,9 @@ def hessian_edges(
     a gap away, errs by no more than min(r, r^2 / gap) (Parlett, The Symmetric Eigenvalue Problem, section 11.7). Of an
     eigenvalue that occurs several times more than one is found only where the others' directions are exhausted.
 
-    It takes a product an iteration and k more for the residuals, one gradient's graph (:meth:`GradientEngine.hessian
-    <grokcurv.gradients.GradientEngine.hessian>`) and memory for a vector of P an iteration. The model is left as it
-    was; what it draws at random comes from ``seed``, as the vector to start from.
+    It takes a product an iteration and k more for the residuals, one gradient's graph
+    (:meth:`grokcurv.gradients.GradientEngine.hessian`) and memory for a vector of P an iteration. The model is left as
+    it was; what it draws at random comes from ``seed``, as the vector to start from.
 
     Raises:
         ValueError: k is not in 1..P, ``tol`` is not positive, ``max_products`` is below 1, another ``which``; a model

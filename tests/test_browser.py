@@ -59,7 +59,7 @@ addEventListener("load", () => {
 EXPECTED = {
     "run": ("add mod 97, seed 42", 5),
     "lr": ("lr", 3),
-    "reproduction": ("The claims, measured again", 10),
+    "reproduction": ("The claims, measured again", 11),
 }
 """By the folder's name: the heading and the number of pictures."""
 

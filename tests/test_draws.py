@@ -20,6 +20,7 @@ def test_purposes_keep_their_numbers() -> None:
         "TRAINING": 3,
         "MEASUREMENT": 4,
         "INTERVENTION": 5,
+        "HESSIAN": 6,
     }
 
 

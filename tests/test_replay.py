@@ -303,7 +303,7 @@ def test_the_command(trained: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
     assert main([*again, "update_gram"]) == 2  # a perceptron has no attention
     assert "UpdateGram: model has no" in capsys.readouterr().err
     assert main([*again, "nothing"]) == 2
-    assert "no measure 'nothing'; there are update_gram" in capsys.readouterr().err
+    assert "there is none called 'nothing'; there are update_gram" in capsys.readouterr().err
     assert main(["replay", str(tmp_path)]) == 2
     assert "--model MODULE:FUNCTION" in capsys.readouterr().err
     assert main(["replay", str(tmp_path), "--model", "mine:nobody"]) == 2

@@ -65,7 +65,12 @@ def test_the_quick_profile_is_quick() -> None:
 
 def test_the_paper_profile_is_the_paper() -> None:
     plan = make_plan(PROFILES["paper"], "root").runs
-    base = [c for c in plan.plan.values() if c.lr == 1e-3]
+    regimes = [plan.plan[run] for run in plan.sets["regimes"]]
+    assert {(c.batch_size, c.weight_decay, c.lr) for c in regimes} == {
+        *((rows, 1.0, 1e-3) for rows in (256, 1024)),
+        (512, 0.3, 1e-3),
+    }
+    base = [c for c in plan.plan.values() if c.lr == 1e-3 and c not in regimes]
     assert len(base) == 36
     assert {(c.op, c.weight_decay, c.seed) for c in base} == {
         (op, decay, seed)
@@ -73,7 +78,7 @@ def test_the_paper_profile_is_the_paper() -> None:
         for decay in (0.0, 1.0)
         for seed in (42, 137, 2024)
     }
-    rates = [c for c in plan.plan.values() if c.preset == "paper" and c.weight_decay == 1]
+    rates = [c for c in plan.plan.values() if c.preset == "paper" and c.weight_decay == 1 and c not in regimes]
     assert len(rates) == 54
     assert {c.lr for c in rates} == {1e-4, 1e-3, 1e-2}
 
@@ -666,10 +671,10 @@ def test_bad_arguments(arguments: dict[str, Any], said: str, tmp_path: Path) -> 
 
 def test_the_page(tmp_path: Path) -> None:
     page = Page(synthetic.page(tmp_path))
-    assert len(page.of("img")) == 10
+    assert len(page.of("img")) == 11
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(CLAIMS) - {"slow-regime"}
     for words in (
-        "Holds 10",
+        "Holds 11",
         "Not run 1 slow-regime",
         "pc1: holds",
         "71.7 (68.0 to 83.0) 71.0 71.0",

@@ -25,7 +25,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def train(steps: int = 40, watch: Any = gc.attach) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"act_fn": "gelu", "normalization_type": None, "d_vocab": P + 1, "d_vocab_out": P}
-    config = HookedTransformerConfig(n_layers=1, d_model=24, d_head=6, n_heads=4, d_mlp=48, seed=0, **settings)
+    config = HookedTransformerConfig(n_layers=1, n_ctx=3, d_model=24, d_head=6, n_heads=4, d_mlp=48, seed=0, **settings)
     model = HookedTransformer(config, move_to_device=False)
     pairs = torch.cartesian_prod(torch.arange(P), torch.arange(P), torch.tensor([P]))
     batch = pairs, (pairs[:, 0] + pairs[:, 1]) % P
