@@ -115,6 +115,7 @@ class Evaluator:
         self._not_ours: set[str] = set()  # generators that something else draws from meanwhile
         self._snapshot: Snapshot | None = None
         self._held: ExitStack | None = None  # what keeps the first session open
+        self._met: list[nn.Parameter] = []  # the parameters, once they were asked for while sessions are held
         self._parameters: list[nn.Parameter] = []
         self._sparse: list[nn.Embedding | nn.EmbeddingBag] = []
         self._ends: dict[tuple[str, int, int], Any] = {}
@@ -133,6 +134,8 @@ class Evaluator:
         """
         if self._snapshot is not None:
             return self._parameters  # of this session
+        if self._met:
+            return self._met
         found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         names = {segment.name for segment in self.segments}
         changed = sorted(found.keys() ^ names)
@@ -148,7 +151,10 @@ class Evaluator:
                     f"model: parameter {segment.name!r} has now shape {tuple(found[segment.name].shape)} and had "
                     f"{segment.shape} when the measurement was set up: make a new one"
                 )
-        return [found[segment.name] for segment in self.segments]
+        several = [found[segment.name] for segment in self.segments]
+        if self._held is not None:
+            self._met = several
+        return several
 
     def local(self, tensor: Tensor) -> Tensor:
         """What is here of a parameter, or of a gradient: its memory, without a history."""
@@ -188,7 +194,7 @@ class Evaluator:
             try:
                 yield
             finally:
-                self._held = outer
+                self._held, self._met = outer, self._met if outer else []
 
     @contextmanager
     def _opened(self) -> Iterator[None]:

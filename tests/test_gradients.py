@@ -277,3 +277,6 @@ def test_a_model_is_looked_at_once_while_sessions_are_held(
         raise RuntimeError("no")
     twice()
     assert len(looks) == 6
+    model.register_parameter("late", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ValueError, match="'late' was unfrozen or added"), engine.evaluator.held():
+        engine.evaluator.parameters()
