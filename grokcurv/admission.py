@@ -57,7 +57,8 @@ class Finding:
 
     Attributes:
         check: its name: ``"gradient"``, ``"repeat"``, ``"second derivative"``, ``"float64"``, ``"device"``,
-            ``"batches"``, ``"parameters"``, ``"vmap"``, ``"graph"``, ``"optimizer"``, ``"HessianEdges"``.
+            ``"batches"``, ``".grad"``, ``"references"``, ``"basis"``, ``"vmap"``, ``"graph"``, ``"optimizer"``,
+            ``"HessianEdges"``.
         passed: whether all is as one would wish.
         detail: what was found.
         consequence: what the measurements do about it; empty if the check passed.

@@ -47,7 +47,7 @@ class Plan:
 
 def make_plan(quick: bool) -> Plan:
     """The plan; ``quick`` ends within ten minutes on one core, without it P goes up to 1e8 and T to 1000."""
-    table = of_table(10_000_000, streamed=96) if quick else of_table(30_000_000, streamed=400)
+    table = of_table(10_000_000, streamed=96) if quick else (*of_table(30_000_000, streamed=400), *hessians())
     parameters = (100_000, 1_000_000, 10_000_000) + (() if quick else (100_000_000,))
     # Peers take a minute a round for 24 rows of 1e7.
     streamed = (100_000, 300_000, 1_000_000) if quick else parameters
@@ -83,9 +83,6 @@ def of_table(large: int, streamed: int, shrink: int = 1) -> tuple[Case, ...]:
         measurements.training(measurements.SHORTER),
         measurements.updates(),
         measurements.hessian_edge(0),
-        measurements.hessian_edge(300),
-        measurements.hessian_sum(0),
-        measurements.hessian_sum(300),
         measurements.followed(),
         pca.whole(300, matrix),
         pca.history(300, matrix),
@@ -104,6 +101,12 @@ def of_table(large: int, streamed: int, shrink: int = 1) -> tuple[Case, ...]:
         kernels.sketch(1, 1 << 16, large),
         kernels.draw(64, large // 64),
     )
+
+
+def hessians() -> tuple[Case, ...]:
+    """More of the Hessian, minutes each."""
+    late = measurements.hessian_edge(300), measurements.hessian_sum(300)
+    return measurements.hessian_sum(0), *late
 
 
 def curve(axis: str, title: str, sizes: Sequence[int], case: Callable[[int], Case]) -> Curve:
@@ -133,6 +136,7 @@ def every_size(device: str, shrink: int = 1) -> tuple[Case, ...]:
     )
     cases = (
         *(() if gpu else of_table(30_000_000, 400, shrink)),
+        *(() if gpu or rehearsed else hessians()),
         *(case(size) for size in (large, demo) for case in by_size),
         kernels.perturb(demo, runs=64),
         kernels.gram_matrix(32, wide),
