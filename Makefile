@@ -10,8 +10,11 @@ KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.
 
 .PHONY: demo test check docs bench gpu gpu-check numerics trajectory sanitize wheel clean
 
+# Every measure, at every hundredth step.
+MEASURES := update_gram,update_decomposition,optimizer_commutator,hessian_edges,weight_spectra,gradient_noise
 demo: .venv/ready
-	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --out runs/demo $(if $(wildcard runs/demo),--resume)
+	$(BIN)/grokcurv train --op add --weight-decay 1.0 --seed 42 --anatomy --measures $(MEASURES) --out runs/demo \
+		$(if $(wildcard runs/demo),--resume)
 	$(BIN)/grokcurv report runs/demo
 
 # On two workers, of one thread each.

@@ -14,9 +14,14 @@ from grokcurv.measures import MEASURES, Given, measure_names, named_measures
 from grokcurv.runs import Run
 from grokcurv.training import TrainConfig, load_model, train, train_ensemble
 
-CASES = [*((name, "drawn") for name in MEASURES), ("optimizer_commutator", "successive")]
+CASES = [
+    *((name, "drawn") for name in MEASURES),
+    ("optimizer_commutator", "successive"),
+    ("gradient_noise", "with anatomy"),
+]
 MODES = {
     "drawn": {"pairs": 2, "measure_every": 2},
+    "with anatomy": {"pairs": 2, "measure_every": 2, "anatomy": True},
     "successive": {"pairs": 1, "measure_every": 1, "successive": True},
 }
 

@@ -135,6 +135,8 @@ class MeasurementSettings:
     four: for a measurement at every step. Needs pairs = 1."""
     alignment: bool = False
     """Set the last training step beside the commutators of every measurement."""
+    anatomy: bool = False
+    """Record the two products of every bracket, and what they are along the gradients."""
     measure_every: int = 100
     """Steps between measurements; 0 measures nothing and keeps no PCA."""
     pca_every: int = 100

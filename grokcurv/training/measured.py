@@ -137,13 +137,14 @@ class Group(Measured):
             design=config.design,
             check_every=config.check_every,
             alignment=config.alignment,
+            anatomy=config.anatomy,
             method=config.method,
             eta=config.eta,
             strategy=strategy,
             gradient="trusted",  # it is that of this very loss, before clipping
             measures=measures,
         )
-        self.capturable = not config.alignment and all(measure.capturable for measure in measures)
+        self.capturable = not (config.alignment or config.anatomy) and all(measure.capturable for measure in measures)
         for place, run in enumerate(runs):
             run.attach(self.monitor, place)
 

@@ -28,7 +28,7 @@ from grokcurv.training.run import Training
 
 MEASURED_ALIKE = (
     *("measure_every", "measure_rows", "pairs", "design", "method", "eta", "alignment", "pca_every", "check_every"),
-    *("measures", "update_window", "update_every"),
+    *("anatomy", "measures", "update_window", "update_every"),
 )
 """Settings in which runs must agree to be measured together."""
 
