@@ -342,6 +342,8 @@ class CurvatureMonitor:
             return
         place = len(HEAD) + len(self.commutator.columns)
         for measure in self.measures:
+            if measure.from_pairs:
+                continue  # its columns are among the commutator's
             there = slice(place, place := place + len(measure.columns))
             begun = time.perf_counter()
             if measure.pending and (completed := measure.complete(met)) is not None:

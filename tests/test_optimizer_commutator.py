@@ -93,6 +93,7 @@ def train(
     steps: int = 5,
     max_norm: float | None = None,
     stop: int | None = None,
+    beside: Callable[[], list[Any]] = list,
     **options: Any,
 ) -> tuple[gc.CurvatureMonitor, list[dict[str, float]]]:
     """A loop that is measured, and the truth of each pair; stopped and gone on with at a step."""
@@ -100,7 +101,7 @@ def train(
     optimizer = kind(model.parameters())
 
     def fresh() -> gc.CurvatureMonitor:
-        measures = [gc.OptimizerCommutator(optimizer, max_norm)]
+        measures = [*beside(), gc.OptimizerCommutator(optimizer, max_norm)]
         return gc.CurvatureMonitor(model, loss_fn, measures=measures, **options)
 
     monitor, wanted = fresh(), []
@@ -382,6 +383,15 @@ def test_each_run_of_a_program_is_measured_as_it_is_alone(
             found = rows(together)[config.optimizer]
             assert found["opt_defect"].notna().sum() >= len(found) - 1 > 3
             pd.testing.assert_frame_equal(found[["step", *COLUMNS]], alone[["step", *COLUMNS]], check_exact=True)
+
+
+def test_a_row_is_completed_beside_those_of_other_measures() -> None:
+    """Of which some stand among the commutator's columns, and some before its own."""
+    monitor, wanted = train(mlp, OPTIMIZERS["adamw"], beside=lambda: [gc.GradientNoise(), gc.UpdateGram(3, "*")])
+    found = monitor.records()
+    assert_rows(found[["step", *COLUMNS]].iloc[:-1], wanted[:-1])
+    assert found["gradient_noise_trace"].gt(0).all()
+    assert found["g23"].notna().tolist() == [False] * 3 + [True] * (len(found) - 3)
 
 
 def test_loggers_get_rows_when_they_are_complete() -> None:

@@ -144,11 +144,12 @@ class MeasurementSettings:
     check_every: int = CHECK_EVERY
     """Steps after which a measurement makes the float64 evaluations behind its noise floor anew; 1 for all of them."""
     measures: str = ""
-    """What is recorded besides commutators, with commas between names: update_gram (docs/measures.md)."""
+    """What is recorded besides commutators, with commas between names: update_gram, update_decomposition,
+    optimizer_commutator, hessian_edges, weight_spectra, gradient_noise (docs/measures.md)."""
     update_window: int = 10
     """Updates in the window of update_gram."""
     update_every: int = 1
-    """Steps of each of these updates."""
+    """Steps of each update of update_gram and weight_spectra."""
 
 
 @dataclass(frozen=True)
