@@ -378,7 +378,7 @@ def _replay(arguments: list[str]) -> int:
     options = tyro.cli(Options, prog="grokcurv replay", args=arguments)
     out = options.out or options.folder / "replay.parquet"
     with _asked_for("the same command"):
-        given: dict[str, Any] = {"out": out, "measures": named_measures(options.measures)}
+        given: dict[str, Any] = {"out": out}
         if options.pairs is not None:
             given["pairs"] = options.pairs
         if options.model is None:
@@ -386,9 +386,10 @@ def _replay(arguments: list[str]) -> int:
                 raise ValueError(
                     f"{options.folder} is no run of grokcurv train: --model MODULE:FUNCTION says what it is of"
                 )
-            frame = training.replay_run(open_run(options.folder), **given)
+            frame = training.replay_run(open_run(options.folder), measures=options.measures, **given)
         else:
-            frame = replay(*_made_by(options.model, options.folder), **given)
+            measures = named_measures(options.measures)
+            frame = replay(*_made_by(options.model, options.folder), measures=measures, **given)
     print(f"{out}: {len(frame):,} rows, {len(frame.attrs['skipped']):,} checkpoints left out")
     for reason in frame.attrs["skipped"].values():
         print(f"  {reason}")

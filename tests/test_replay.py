@@ -263,6 +263,21 @@ def test_a_run_of_the_trainer(settings: dict[str, Any], tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(found[alike], records[alike].reset_index(drop=True), check_exact=True)
 
 
+def test_a_run_has_measures_by_their_names(tmp_path: Path) -> None:
+    """Those of one batch are of that on which the run was measured."""
+    from dataclasses import replace
+
+    train(replace(SMALL, pca_every=0, measures="hessian_edges"), out=tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    found = replay_run(run, measures="hessian_edges,weight_spectra", progress=False)
+    both = found.merge(run.curvature, on="step")
+    assert len(both) >= 4
+    first = both.iloc[0]  # later ones are followed through other steps
+    for end in ("lambda_max", "lambda_min"):
+        assert abs(first[f"{end}_x"] - first[f"{end}_y"]) <= first[f"{end}_residual_x"] + first[f"{end}_residual_y"]
+    assert found["weight_stable_rank"].gt(1).all()
+
+
 def test_a_run_without_snapshots(tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -302,6 +317,8 @@ def test_the_command(trained: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
     again = ["replay", str(tmp_path), "--model", "mine:made", "--out", "wide.parquet", "--measures"]
     assert main([*again, "update_gram"]) == 2  # a perceptron has no attention
     assert "UpdateGram: model has no" in capsys.readouterr().err
+    assert main([*again, "hessian_edges"]) == 2  # of which batch?
+    assert "HessianEdges: batch is needed" in capsys.readouterr().err
     assert main([*again, "nothing"]) == 2
     assert "there is none called 'nothing'; there are update_gram" in capsys.readouterr().err
     assert main(["replay", str(tmp_path)]) == 2

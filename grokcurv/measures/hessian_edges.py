@@ -153,8 +153,8 @@ class HessianEdges(Measure):
         seed: of probes, starting vectors, and what the model draws at random.
 
     Raises:
-        ValueError: settings below 1 (``probes`` below 0), another ``ends``; when the monitor is made, k > P, vectors of
-            another length, or ``preconditioned=True`` with an optimiser that has none.
+        ValueError: no batch; settings below 1 (``probes`` below 0), another ``ends``; when the monitor is made, k > P,
+            vectors of another length, or ``preconditioned=True`` with an optimiser that has none.
     """
 
     name = "hessian_edges"
@@ -174,6 +174,8 @@ class HessianEdges(Measure):
         check_every: int = CHECK_EVERY,
         seed: int = 0,
     ) -> None:
+        if batch is None:
+            raise ValueError("HessianEdges: batch is needed, that whose Hessian is meant; got None")
         counts = {"k": k, "lanczos_every": lanczos_every, "lanczos_steps": lanczos_steps, "check_every": check_every}
         for name, value in counts.items():
             if value < 1:

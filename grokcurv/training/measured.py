@@ -117,10 +117,8 @@ class Group(Measured):
         first, config, task = runs[0], runs[0].config, runs[0].task
         pca = StreamingPCA(segments=task.followed(first.model), runs=len(runs)) if config.pca_every else None
 
-        fixed = [
-            (run.data.train_pairs[: config.measure_rows], run.data.train_answers[: config.measure_rows]) for run in runs
-        ]
-        measures = named_measures(config.measures, Given(config.update_window, config.update_every, fixed))
+        given = Given(config.update_window, config.update_every, [run.fixed_batch for run in runs])
+        measures = named_measures(config.measures, given)
 
         def engine(loss: LossFn, strategy: Strategy) -> RunsEngine:
             self.engine = RunsEngine(first.model, loss, strategy, config.compile, len(runs))

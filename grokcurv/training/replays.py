@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
+from grokcurv.measures import Given, named_measures
 from grokcurv.measures.base import Measure
 from grokcurv.pairs import Pair
 from grokcurv.replays import replay
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def replay_run(
     run: Run,
     *,
-    measures: Iterable[Measure] = (),
+    measures: str | Iterable[Measure] = (),
     out: str | PathLike[str] | None = None,
     on_error: Literal["skip", "raise"] = "skip",
     progress: bool = True,
@@ -32,7 +33,8 @@ def replay_run(
 
     Args:
         run: of a folder.
-        measures, out, on_error, progress: as for :func:`grokcurv.replay`.
+        measures: as for :func:`grokcurv.replay`, or names as in the setting.
+        out, on_error, progress: as for :func:`grokcurv.replay`.
         options: of :class:`grokcurv.CurvatureMonitor`; ``pairs``, ``design``, ``method`` and ``eta`` are the run's if
             not given.
 
@@ -55,6 +57,9 @@ def replay_run(
         )
     training = Training(config)
     task = training.task
+    if isinstance(measures, str):
+        given = Given(config.update_window, config.update_every, training.fixed_batch)
+        measures = named_measures(measures, given)
     kept = {"pairs": config.pairs, "design": config.design, "method": config.method, "eta": config.eta}
     return replay(
         training.model,

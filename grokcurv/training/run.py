@@ -107,6 +107,12 @@ class Training:
         self._tables, self.monitor = self.tables(), None
 
     @property
+    def fixed_batch(self) -> Batch:
+        """For measures of one batch: the first of the training set."""
+        rows = self.config.measure_rows
+        return self.data.train_pairs[:rows], self.data.train_answers[:rows]
+
+    @property
     def last_step(self) -> int:
         if self.settled_step is None:
             return self.config.steps
