@@ -26,7 +26,7 @@ MODES = {
 }
 
 
-def settings(name: str, mode: str = "drawn", seed: int = 0, steps: int = 9) -> TrainConfig:
+def settings(name: str, mode: str = "drawn", seed: int = 0, steps: int = 7) -> TrainConfig:
     shared = {"pca_every": 0, "eval_every": 7, "checkpoint_every": 100, "update_window": 3, "update_every": 2}
     return dataclasses.replace(TINY, **shared, **MODES[mode], measures=name, seed=seed, steps=steps)
 
@@ -51,7 +51,7 @@ def test_of_three_runs_each_has_what_it_has_alone(name: str, mode: str, tmp_path
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_stopped_and_gone_on_with_it_is_never_stopped(name: str, mode: str, tmp_path: Path) -> None:
     whole = rows(train(settings(name, mode)))
-    train(settings(name, mode, steps=5), out=tmp_path / "run")
+    train(settings(name, mode, steps=4), out=tmp_path / "run")
     pd.testing.assert_frame_equal(rows(train(settings(name, mode), out=tmp_path / "run", resume=True)), whole)
 
 
