@@ -38,6 +38,9 @@ BACK = 0.5
 """Where the other end of the spectrum is not followed, it is taken to be no farther than this share of the edge, on the
 other side of zero, unless Lanczos' method has found it farther."""
 
+SHORT = 12
+"""Products of the Lanczos run that a row begins with where the row before is more than a step away."""
+
 SETTLING = 2
 """Rows after the first with a preconditioner in which it still changes so much that its edge is searched for anew."""
 
@@ -108,11 +111,12 @@ class HessianEdges(Measure):
     that is confirmed by a Lanczos run (full reorthogonalisation, started from what is followed and a random vector), in
     the first row and every ``lanczos_every`` rows, whose vectors take over where they are farther out.
 
-    In between each edge costs one product a row. The vector moves by a step of the second-order Richardson iteration
-    (Golub & Varga, Numer. Math. 3, 1961) for the shifted matrix, ``v + = (H - c) v - (d / 2)^2 v_before``, c and d the
-    middle and half the width of the rest of the spectrum: the other edge, and the gap that the Lanczos run saw. Its
-    error shrinks by exp(-2 sqrt(gap / width)) a row, where the power method's does by exp(-2 gap / width). e is renewed
-    every ``check_every`` rows, and grows with the product in between.
+    In between each edge costs one product a row where rows are a step apart. (Where they are farther apart the edge may
+    have moved on: a row then begins with a Lanczos run of 12 products, from what was followed.) The vector moves by a
+    step of the second-order Richardson iteration (Golub & Varga, Numer. Math. 3, 1961) for the shifted matrix, ``v + =
+    (H - c) v - (d / 2)^2 v_before``, c and d the middle and half the width of the rest of the spectrum: the other edge,
+    and the gap that the Lanczos run saw. Its error shrinks by exp(-2 sqrt(gap / width)) a row, where the power method's
+    does by exp(-2 gap / width). e is renewed every ``check_every`` rows, and grows with the product in between.
 
     The stability of Adam is that of Cohen et al. (arXiv 2207.14484). A model without second derivatives gets NaN and
     one warning, as the preconditioned sharpness does with another optimiser.
@@ -230,6 +234,7 @@ class HessianEdges(Measure):
             for name, sign in signs_of.items()
         }
         self._confirmed = self._missing.expand(engine.runs).clone()
+        self._latest: int | None = None  # the step of the row before
 
     def _adam(self) -> bool:
         """Whether there is a preconditioner to divide by."""
@@ -274,6 +279,8 @@ class HessianEdges(Measure):
         followed = {
             name: each for name, each in self._tracked.items() if name.startswith("lambda") or scale is not None
         }
+        self._apart = self._latest is None or step - self._latest > 1
+        self._latest = step
         for run in range(engine.runs):
             self._observe(run, step, thetas[run], None if scale is None else scale[run], followed, row)
         for each in followed.values():
@@ -331,8 +338,10 @@ class HessianEdges(Measure):
             for plain in (True, False):  # both ends of H come from one run
                 names = [name for name in followed if name.startswith("lambda") == plain and searched[name]]
                 if names:
-                    fresh |= self._search(run, scaled(names[0]), {name: followed[name] for name in names})
-                    self._confirmed[run] = float(step) if plain else self._confirmed[run]
+                    steps = max(searched[name] for name in names)
+                    fresh |= self._search(run, scaled(names[0]), {name: followed[name] for name in names}, steps)
+                    if plain and steps == self.lanczos_steps:
+                        self._confirmed[run] = float(step)
             pairs: dict[str, Pairs] = {}
             for name, each in followed.items():
                 if each.rows:
@@ -369,20 +378,21 @@ class HessianEdges(Measure):
         each.before[run] = torch.where(farther, 0.0, each.before[run])
         return Pairs(*(torch.where(farther, x, y) for x, y in zip(found, followed, strict=True)))
 
-    def _searched(self, each: Tracked) -> bool:
-        """Whether a Lanczos run is due."""
-        return each.rows % self.lanczos_every == 0 or (
-            self._tracked.get("sharpness_preconditioned") is each and each.rows <= SETTLING
-        )
+    def _searched(self, each: Tracked) -> int:
+        """Products of the Lanczos run that is due; 0 for none."""
+        settles = self._tracked.get("sharpness_preconditioned") is each and each.rows <= SETTLING
+        if each.rows % self.lanczos_every == 0 or settles:
+            return self.lanczos_steps
+        return min(SHORT, self.lanczos_steps) if self._apart else 0
 
-    def _search(self, run: int, multiply: Multiply, wanted: dict[str, Tracked]) -> dict[str, Tensor]:
+    def _search(self, run: int, multiply: Multiply, wanted: dict[str, Tracked], steps: int) -> dict[str, Tensor]:
         """Vectors (k, P) of the edges that a Lanczos run finds, and of each how far the spectrum goes on."""
         engine = self._engine
         start = random_vector(engine, self.seed)
         start = start / start.norm()
         for each in wanted.values():
             start = start + each.vectors[run].sum(0)
-        krylov = Lanczos(multiply, start, min(max(self.lanczos_steps, self.k + 1), engine.size))
+        krylov = Lanczos(multiply, start, min(max(steps, self.k + 1), engine.size))
         while not krylov.full:
             krylov.extend()
         found = {}
@@ -425,7 +435,7 @@ class HessianEdges(Measure):
             name: {"rows": each.rows} | {key: x[run].clone() for key, x in each.tables().items()}
             for name, each in self._tracked.items()
         }
-        return {"tracked": tracked, "confirmed": self._confirmed[run].clone()}
+        return {"tracked": tracked, "confirmed": self._confirmed[run].clone(), "latest": self._latest}
 
     def load_state_dict(self, state: Mapping[str, Any], run: int = 0) -> None:
         """Restore :meth:`state_dict`; ValueError if it is of other edges, or of another P."""
@@ -438,7 +448,7 @@ class HessianEdges(Measure):
             each.rows = saved["rows"]
             for key, x in each.tables().items():
                 x[run] = saved[key].to(x)
-        self._confirmed[run] = state["confirmed"].to(self._confirmed)
+        self._confirmed[run], self._latest = state["confirmed"].to(self._confirmed), state["latest"]
 
     def keep(self, runs: list[int]) -> None:
         if isinstance(self.batch, list) and self._engine.shared:
