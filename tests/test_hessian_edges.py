@@ -261,6 +261,26 @@ def test_rows_are_those_of_the_dense_hessian(make: Any) -> None:
         assert row["stability_threshold"] == pytest.approx(38 / 0.002)
 
 
+def test_rows_far_apart_find_the_edge_again() -> None:
+    """By twelve products from what was followed, which by then may be far from it."""
+    model, batch = drawn(mlp)
+    optimizer, truth = torch.optim.AdamW(model.parameters(), lr=0.05), list[Tensor]()
+    edges = gc.HessianEdges(batch, probes=0, preconditioned=False)
+    with gc.attach(model, loss_fn, optimizer, every=15, measures=[edges]) as monitor:
+        for step in range(46):
+            if step % 15 == 0:
+                truth.append(torch.linalg.eigvalsh(dense(model, batch)))
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+    rows = monitor.records()
+    assert rows["gap_checked"].tolist() == [0.0] * 4  # by sixty
+    for (_, row), values in zip(rows.iterrows(), truth, strict=True):
+        width = float(values[-1] - values[0])
+        assert abs(row["lambda_max"] - float(values[-1])) < 0.02 * width
+        assert abs(row["lambda_min"] - float(values[0])) < 0.02 * width
+
+
 @pytest.mark.parametrize("at", [1, 7])
 def test_a_killed_run_goes_on_bitwise(at: int) -> None:
     options: dict[str, Any] = {"k": 2, "lanczos_every": 5, "check_every": 3, "probes": 2}
