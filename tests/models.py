@@ -15,6 +15,40 @@ from grokcurv.training import TrainConfig
 
 Batch = dict[str, Tensor]
 
+
+class OnceDifferentiable(torch.autograd.Function):
+    """A square whose derivative cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def stopped_and_whole(
+    new: Callable[[int], gc.CurvatureMonitor], model: nn.Module, trajectory: list[Tensor], cut: int
+) -> tuple[gc.CurvatureMonitor, gc.CurvatureMonitor, dict[str, Any]]:
+    """Monitors of a trajectory: one that goes on at a step with the state of another, and one of all of it; that state.
+
+    ``new`` makes one that begins at a step.
+    """
+    whole, first, second, state = new(0), new(0), new(cut), dict[str, Any]()
+    for step, theta in enumerate(trajectory):
+        nn.utils.vector_to_parameters(theta, model.parameters())
+        whole.step()
+        if step == cut:
+            state = first.state_dict()
+            second.load_state_dict(state)
+            first.step()  # the state is a copy
+        (first if step < cut else second).step()
+    return second, whole, state
+
+
 TINY = TrainConfig(
     p=7,
     layers=1,

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import truth
-from models import PROBLEMS, Attention, Problem, cross_entropy
+from models import PROBLEMS, Attention, Problem, cross_entropy, stopped_and_whole
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -258,15 +258,7 @@ def test_a_state_goes_on(cut: int, generator: torch.Generator) -> None:
         drawn = iter(batches[2 * start :])
         return gc.CurvatureMonitor(model, problem.loss_fn, sampler=lambda: (next(drawn), next(drawn)), anatomy=True)
 
-    whole, first, second = new(0), new(0), new(cut)
-    for step, theta in enumerate(trajectory):
-        nn.utils.vector_to_parameters(theta, model.parameters())
-        whole.step()
-        if step == cut:
-            state = first.state_dict()
-            second.load_state_dict(state)
-            first.step()  # the state is a copy
-        (first if step < cut else second).step()
+    second, whole, state = stopped_and_whole(new, model, trajectory, cut)
     frames = [monitor.records().drop(columns="measure_seconds") for monitor in (whole, second)]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
     assert frames[0]["bracket_before_cosine"].notna().sum() == 6

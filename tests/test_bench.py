@@ -412,7 +412,8 @@ def test_a_bench_on_a_busy_machine_says_so(
 def test_plans() -> None:
     """Names do not depend on the size, titles tell cases apart, and the quick plan, a part, fits into 8 GiB."""
     quick, full = make_plan(quick=True), make_plan(quick=False)
-    assert [case.name for case in quick.table] == [case.name for case in full.table][: len(quick.table)]
+    # Those of the Hessian that take minutes would not fit into the ten that the quick bench promises.
+    assert [case.name for case in full.table] == [*(case.name for case in quick.table), "trace", "edge", "trace"]
     assert max(size for one in full.curves if one.axis == "P" for size, _ in one.points) == 100_000_000
     for device in ("cpu", "cuda"):
         titles = [case.title for case in every_size(device)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import OnceDifferentiable
 from test_anatomy import MODELS, Exact, made
 from torch import Tensor, nn
 from truth import assert_same, kept, widened
@@ -152,20 +153,6 @@ def test_kinks_and_flat_losses(generator: torch.Generator) -> None:
     assert flat.scores.tolist() == [0.0, 0.0]
 
 
-class Straight(torch.autograd.Function):
-    """A square whose gradient forgets what it is a function of."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
-
-
 @pytest.mark.filterwarnings("ignore::grokcurv.AdmissionWarning")
 def test_bad_input(generator: torch.Generator) -> None:
     problem = MODELS["perceptron"]
@@ -180,5 +167,9 @@ def test_bad_input(generator: torch.Generator) -> None:
         gc.bracket_scores(model, problem.loss_fn, [source], target, along=torch.full((size,), torch.nan))
     with pytest.raises(ValueError, match="bracket_scores: model has no true second derivatives"):
         gc.bracket_scores(
-            model, lambda m, batch: Straight.apply(m(batch["x"])).mean(), [source], target, along=torch.ones(size)
+            model,
+            lambda m, batch: OnceDifferentiable.apply(m(batch["x"])).mean(),
+            [source],
+            target,
+            along=torch.ones(size),
         )

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import truth
+from models import stopped_and_whole
 from test_anatomy import MODELS, engine_of, made
 from torch import Tensor, nn
 
@@ -228,15 +229,9 @@ def test_a_state_goes_on(cut: int, generator: torch.Generator) -> None:
     problem = MODELS["perceptron"]
     model, batches = made(problem, generator, 10, torch.float32)
     trajectory = [torch.randn(len(flatten(model)), generator=generator) for _ in range(5)]
-    whole, first, second = (alone(model, problem.loss_fn, batches[2 * start :]) for start in (0, 0, cut))
-    for step, theta in enumerate(trajectory):
-        nn.utils.vector_to_parameters(theta, model.parameters())
-        whole.step()
-        if step == cut:
-            state = first.state_dict()
-            second.load_state_dict(state)
-            first.step()  # the state is a copy
-        (first if step < cut else second).step()
+    second, whole, state = stopped_and_whole(
+        lambda start: alone(model, problem.loss_fn, batches[2 * start :]), model, trajectory, cut
+    )
     frames = [monitor.records().drop(columns="measure_seconds") for monitor in (whole, second)]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
     other = gc.CurvatureMonitor(model, problem.loss_fn, measures=[gc.GradientNoise(0.5)])

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from models import Attention
+from models import Attention, OnceDifferentiable
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -142,22 +142,8 @@ def test_a_kept_graph_gives_the_products(make: Any) -> None:
     assert not found.requires_grad
 
 
-class Crooked(torch.autograd.Function):
-    """A square whose derivative cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad
-
-
 def crooked_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return Crooked.apply(model(batch[0])).mean()
+    return OnceDifferentiable.apply(model(batch[0])).mean()
 
 
 def test_bad_input() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models import PROBLEMS, cross_entropy, cross_entropy64
+from models import PROBLEMS, cross_entropy, cross_entropy64, stopped_and_whole
 from torch import nn
 
 import grokcurv as gc
@@ -550,15 +550,7 @@ def test_alignment_resumes_bitwise(generator, every, cut):
             model, problem.loss_fn, every=every, sampler=lambda: (next(drawn), next(drawn)), alignment=True
         )
 
-    whole, first, second = new(0), new(0), new(cut)
-    for step, theta in enumerate(trajectory):
-        nn.utils.vector_to_parameters(theta, model.parameters())
-        whole.step()
-        if step == cut:
-            state = first.state_dict()
-            second.load_state_dict(state)
-            first.step()  # the state is a copy
-        (first if step < cut else second).step()
+    second, whole, state = stopped_and_whole(new, model, trajectory, cut)
     drop = "measure_seconds"
     pd.testing.assert_frame_equal(
         whole.records().drop(columns=drop), second.records().drop(columns=drop), check_exact=True

@@ -23,6 +23,7 @@ def test_the_loop_prints_what_the_page_says(capsys: pytest.CaptureFixture[str]) 
     exec(loop, names)
     found, wanted = table(capsys.readouterr().out), table(said)
     assert list(found) == list(wanted)
+    assert len(names["monitor"].records()) == 8
     assert found[["step", "reliable"]].equals(wanted[["step", "reliable"]])
     # Another processor rounds otherwise: the defects are known to their floors, and the floors to a factor.
     error = (found["defect_median"] - wanted["defect_median"]).abs()

@@ -79,7 +79,7 @@ class Measure:
 
         Called once a row, after the commutators are measured, of a measure that is ``from_pairs``.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # only measures that say they are ``from_pairs`` have it
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """What a run needs to go on in another process: tensors and plain values."""

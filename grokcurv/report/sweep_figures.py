@@ -152,7 +152,7 @@ def signals(found: Predictors, theme: Theme) -> Figure:
     labels = [_label(row["column"]) + arrows.get(row["direction"], "") for _, row in table.iterrows()]
     left, right, between, top, bottom, high = 0.2 + CHARACTER * max(map(len, labels)), 0.14, 0.3, 0.3, 0.5, 0.21
     width = (page_width() - left - right - between) / 2
-    tall = high * len(table) + 0.1
+    tall = max(high * len(table) + 0.1, 1.8)
     figure = blank(top + tall + bottom)
     axes, leads = (axes_at(figure, (left + k * (width + between), bottom, width, tall)) for k in range(2))
     leads.sharey(axes)
