@@ -31,7 +31,7 @@ from grokcurv.device_buffer import is_asynchronous
 from grokcurv.evaluation import LOCK, Check, LossFn
 from grokcurv.flat import Segment
 from grokcurv.gradients import PIECE, Distributed, GradientEngine, Model, Strategy, repeated
-from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums, rows_of
+from grokcurv.pairs import NumberedPair, PairOfRuns, Pairs, Sums, in_quadrature, rows_of
 from grokcurv.pairs import Pair as Pair
 from grokcurv.pairs import Sampler as Sampler
 from grokcurv.reference import Form, compute_type
@@ -761,11 +761,11 @@ class CommutatorProbe:
         # Rounding enters through the vectors that are subtracted, through the lengths that are divided by, and through
         # the directions of the steps; an error of a direction changes its difference, or product, in proportion.
         scale = area if bracket else eta * area
-        rounding = (errors[2:] if bracket else errors).norm(dim=0)
+        rounding = in_quadrature(*(errors[2:] if bracket else errors))
         n_a, n_b = relative = errors[:2] / lengths[:2]
         s_a, s_b = relative if steps is None else steps / lengths[:2]
-        directions = torch.hypot(s_b * changes[0], s_a * changes[1]) / scale
-        floor = FLOOR_MARGIN * torch.hypot(torch.hypot(rounding / scale, directions), defect * torch.hypot(n_a, n_b))
+        directions = in_quadrature(s_b * changes[0], s_a * changes[1]) / scale
+        floor = FLOOR_MARGIN * in_quadrature(rounding / scale, directions, defect * in_quadrature(n_a, n_b))
         if method == "published":
             defect, floor = sums.published, floor + lengths[7] / unit
         energies, count = sums.energies, len(self.segments)
@@ -810,8 +810,8 @@ class CommutatorProbe:
             # of two inner products in float64: they round too, which counts where the vectors are float64 themselves.
             summing = torch.finfo(torch.float64).eps * sums.lengths[:2]
             products, inner = products / sums.eta, (sums.sums[:, 2] - inner) / sums.eta
-            rounding = torch.hypot(torch.hypot(errors[:2], rounding), summing) / sums.eta
-        rounding = FLOOR_MARGIN * torch.hypot(rounding, directions * products)
+            rounding = in_quadrature(errors[:2], rounding, summing) / sums.eta
+        rounding = FLOOR_MARGIN * in_quadrature(rounding, directions * products)
         along = inner / sums.sums[:, :2].T.flip(0)
         found = {"product_norm": products, "product_error": rounding, "rayleigh": along}
         return {f"{name}_{batch}": row for name, rows in found.items() for batch, row in zip("ab", rows, strict=True)}

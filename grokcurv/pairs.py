@@ -23,6 +23,18 @@ PairOfRuns = tuple[Sequence[Any], Sequence[Any]]
 """The first batches of a pair, one for each run, and the second ones."""
 
 
+def in_quadrature(*errors: Tensor) -> Tensor:
+    """The square root of the sum of squares, entry by entry.
+
+    Written as operations that each round in one way: a hypot or a norm of torch rounds a number by where it stands in
+    its tensor, and a run is to give among others what it gives alone.
+    """
+    total = errors[0] * errors[0]
+    for error in errors[1:]:
+        total = total + error * error
+    return total.sqrt()
+
+
 def rows_of(table: Tensor, runs: Sequence[int]) -> Tensor:
     """Those of some runs, and if these are all, the table itself.
 

@@ -90,7 +90,8 @@ def power_law(x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0) -> 
         return PowerLaw(math.nan, math.nan, math.nan, math.nan)
     xs, ys = np.log(xs), np.log(ys)
     exponent = float(_slope(xs, ys))
-    prefactor = float(np.exp(ys.mean() - exponent * xs.mean()))
+    with np.errstate(over="ignore"):  # where x hardly differ, y at x = 1 may be beyond any number: infinite
+        prefactor = float(np.exp(ys.mean() - exponent * xs.mean()))
     if xs.size < 3:
         return PowerLaw(exponent, prefactor, math.nan, math.nan)
     rows = np.random.default_rng(seed).integers(xs.size, size=(trials, xs.size))

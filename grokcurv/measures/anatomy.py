@@ -33,7 +33,7 @@ from grokcurv import ops
 from grokcurv.commutator import CommutatorStats
 from grokcurv.gradients import GradientEngine
 from grokcurv.measures.base import quantiles
-from grokcurv.pairs import rows_of
+from grokcurv.pairs import in_quadrature, rows_of
 from grokcurv.partition import Partition
 
 PRODUCT_FIELDS = (
@@ -72,10 +72,10 @@ def products(of: CommutatorStats, floored: bool) -> tuple[dict[str, Tensor], dic
         # A relative error of the gradient changes the quotient by so much again, and once more through its square.
         found = {
             "product_norm": (norm, error),
-            "amplification": (amplification, torch.hypot(error / length, of.grad_cosine_error * amplification)),
+            "amplification": (amplification, in_quadrature(error / length, of.grad_cosine_error * amplification)),
             "rayleigh": (
                 rayleigh,
-                torch.hypot(error / length, of.grad_cosine_error * (amplification + 2.0 * rayleigh.abs())),
+                in_quadrature(error / length, of.grad_cosine_error * (amplification + 2.0 * rayleigh.abs())),
             ),
         }
         for name, (value, bound) in found.items():
