@@ -1,8 +1,8 @@
 """What the machine code of the kernels promises on a Hopper GPU: loads in flight, instructions, share of the floor.
 
-``python benches/machine_code.py`` compiles the CUDA sources for sm_90, reads what ``cuobjdump`` and ``nvdisasm`` say of
-them and prints a table, as in docs/measurements/machine-code.md; no GPU is needed. It wants nvcc, and the two tools,
-which are on PyPI (``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or ``grokcurv[dev]``).
+``python benches/machine_code.py`` reads what ``cuobjdump`` and ``nvdisasm`` say of the code for sm_90 in the extension
+that was built, and prints a table, as in docs/measurements/machine-code.md; no GPU is needed. The two tools are on PyPI
+(``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or ``grokcurv[dev]``).
 
 How it reads. A function is cut into basic blocks; an edge to a block that dominates its start closes a loop. The loop
 that :data:`CASES` asks for is the smallest that holds the opcodes named there, so the innermost that streams what they
@@ -31,7 +31,6 @@ dealt unevenly to the four schedulers, shared memory, latencies of anything but 
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shutil
 import subprocess
@@ -41,16 +40,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from math import hypot
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
-
-CORE = Path(__file__).parents[1] / "csrc"
-FLAGS = ("-std=c++20", "-O3", "-fmad=false")
-"""Those of CMakeLists.txt that machine code depends on."""
 
 # ---------------------------------------------------------------------------------------------------------- the machine
 
@@ -74,7 +70,7 @@ class Loop:
 
     Attributes:
         name: what it does.
-        kernel: the end of the template's name and arguments, mangled, that no other kernel of the source has.
+        kernel: the end of the template's name and arguments, mangled, that no other kernel has.
         holds: opcodes that it holds, as often as they are named here.
         times: how often the first of them is executed for a coordinate, by all threads together: this tells how many
             coordinates an iteration handles, however it is unrolled.
@@ -99,7 +95,6 @@ class Case:
     """A kernel at work: its loops, one after the other, and the floor of a coordinate as docs/cuda.md has it."""
 
     name: str
-    source: str
     bytes: float
     flops: float
     loops: tuple[Loop, ...]
@@ -139,7 +134,7 @@ def rotated(outputs: int) -> Case:
     kernel, shared = f"RotateColumnsIffLi{groups}ELb1E", 4 * 8 * (4 * (512 // groups + 4) + 8 * outputs)
     parts = Loop("three parts", kernel, (COPY, TILE), 3 / 4 * 32 / 4, shared, 128, 128)
     last = Loop("last part, outputs", kernel, (COPY, TILE, "STG.E.128"), 1 / 4 * 32 / 4, shared, 128, 128)
-    return Case(f"rotate_, 32 rows to {outputs}", "rotate", 4 * (32 + outputs), 64 * outputs, (parts, last))
+    return Case(f"rotate_, 32 rows to {outputs}", 4 * (32 + outputs), 64 * outputs, (parts, last))
 
 
 SPLIT = Loop("stage", "SplitRangeIfLb1E", (QUAD, *("STS.64",) * 4), 1 / 4, ROOM + CHUNK)
@@ -157,27 +152,26 @@ SKETCH = Loop("coordinates", "SketchRangeIfE", ("LDG.E",) * 8, 1, 4 * 32 + 16 * 
 SKETCH_SIGNS = Loop("signs", "SketchRangeIfE", ("STS.128",), 9 / 1024, 4 * 32 + 16 * 32 * 9)
 
 CASES = (
-    Case("commutator", "commutator", 16, 16, (vectors(PLAIN, 4, 384),)),
-    Case("commutator with theta", "commutator", 20, 31, (vectors(WITH_THETA, 5, 640),)),
+    Case("commutator", 16, 16, (vectors(PLAIN, 4, 384),)),
+    Case("commutator with theta", 20, 31, (vectors(WITH_THETA, 5, 640),)),
     # Pairs of directions that live on one matrix each: two rows meet every chunk, the other 14 cost next to nothing.
     # The nine vectors of a measurement share their values, which memory has to give once. A block has two vectors and
     # loads them once, so that five blocks load what nine vectors need.
     Case(
         "commutator on a basis of 16",
-        "commutator",
         16 + 8 / 9,
         20,
         (vectors(ON_BASIS, 4, 2 * (ROOM + CHUNK)), project(ON_BASIS, 2 * 5 / 9, 2 * (ROOM + CHUNK))),
     ),
-    Case("perturb", "perturb", 12, 0, (PERTURB,)),
-    Case("perturb, many from one theta", "perturb", 8, 0, (PERTURB_SHARED,)),
+    Case("perturb", 12, 0, (PERTURB,)),
+    Case("perturb, many from one theta", 8, 0, (PERTURB_SHARED,)),
     # Four rows of an eighth of the coordinates each, as in the bench.
-    Case("subspace_split", "subspace", 6, 3, (SPLIT, project("SplitRangeIfLb1E", 1 / 2, ROOM + CHUNK))),
-    Case("subspace_filter_", "subspace", 12, 3, (SPLIT, FILTER, FILTER_ROWS)),
-    Case("gram, 32 rows", "gram", 4 * 32, 32 * 33, (GRAM,)),
+    Case("subspace_split", 6, 3, (SPLIT, project("SplitRangeIfLb1E", 1 / 2, ROOM + CHUNK))),
+    Case("subspace_filter_", 12, 3, (SPLIT, FILTER, FILTER_ROWS)),
+    Case("gram, 32 rows", 4 * 32, 32 * 33, (GRAM,)),
     rotated(32),
     rotated(16),
-    Case("sketch", "sketch", 4, 1, (SKETCH, SKETCH_SIGNS)),
+    Case("sketch", 4, 1, (SKETCH, SKETCH_SIGNS)),
 )
 
 # ----------------------------------------------------------------------------------------------- the code and its loops
@@ -299,10 +293,10 @@ class Function:
         return [one for block in way.blocks for one in self.blocks[block]]
 
 
-def parse(listing: str) -> Iterator[tuple[str, Function]]:
+def sections(listing: str) -> Iterator[tuple[str, str]]:
     """The kernels, by mangled name, in what ``nvdisasm -c`` prints."""
     for section in re.split(r"^\t\.section\t\.text\.", listing, flags=re.MULTILINE)[1:]:
-        yield section.split(",")[0], function(section)
+        yield section.split(",")[0], section
 
 
 def function(section: str) -> Function:
@@ -495,9 +489,7 @@ def read(loop: Loop, code: Function, registers: int, stack: int) -> Reading:
 
 
 def tool(name: str) -> str | None:
-    """Where a tool of NVIDIA's is: on the path, or in its wheel; a compiler must be installed as a whole."""
-    if name == "nvcc":
-        return os.environ.get("CUDACXX") or shutil.which(name)
+    """Where a tool of NVIDIA's is: on the path, or in its wheel."""
     package = find_spec("nvidia")
     places = (package.submodule_search_locations or ()) if package else ()
     in_wheel = (str(path) for place in places for path in Path(place).glob(f"*/bin/{name}"))
@@ -505,36 +497,49 @@ def tool(name: str) -> str | None:
 
 
 def missing() -> str | None:
-    """What is not there of the tools, if anything."""
-    if tool("nvcc") is None:
-        return "no nvcc on the path"
+    """What is not there, if anything."""
+    if find_spec("grokcurv._cuda") is None:
+        return "grokcurv._cuda was not built"
     absent = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
     return f"no {absent[0]} here: pip install nvidia-cuda-{absent[0]}" if absent else None
 
 
-def compiled(source: str) -> dict[str, tuple[Function, int, int]]:
-    """For each kernel of a source, by mangled name: its code, registers, and bytes of stack."""
+def said(name: str, *arguments: str | Path, folder: str | Path | None = None) -> str:
+    """What a tool of NVIDIA's prints."""
+    command = [tool(name) or name, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
-    def output(name: str, *arguments: str) -> str:
-        return subprocess.run([tool(name) or name, *arguments], capture_output=True, text=True, check=True).stdout
 
+def module() -> Path:
+    """The extension that was built."""
+    return Path(import_module("grokcurv._cuda").__file__ or "")
+
+
+@cache
+def listings() -> dict[str, tuple[str, int, int]]:
+    """For each kernel of the extension, by mangled name: its code for sm_90, registers, and bytes of stack."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin, place = f"{folder}/kernels.cubin", str(CORE / "cuda" / f"{source}.cu")
-        output("nvcc", *FLAGS, f"-I{CORE}", f"-I{CORE / 'include'}", "-arch=sm_90", "-cubin", "-o", cubin, place)
-        usage, listing = output("cuobjdump", "-res-usage", cubin), output("nvdisasm", "-c", cubin)
-    resources = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
-    sizes = {name: (int(registers), int(stack)) for name, registers, stack in resources}
-    return {name: (code, *sizes[name]) for name, code in parse(listing) if name in sizes}
+        said("cuobjdump", "-xelf", "sm_90", module(), folder=folder)
+        for cubin in Path(folder).iterdir():
+            resources = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", said("cuobjdump", "-res-usage", cubin))
+            sizes = {name: (int(registers), int(stack)) for name, registers, stack in resources}
+            code = sections(said("nvdisasm", "-c", cubin))
+            found.update({name: (section, *sizes[name]) for name, section in code if name in sizes})
+    return found
+
+
+def kernels(part: str) -> list[tuple[Function, int, int]]:
+    """Code, registers and bytes of stack of those with this part in their mangled names."""
+    return [(function(section), *sizes) for name, (section, *sizes) in listings().items() if part in name]
 
 
 def predict(cases: Sequence[Case] = CASES) -> list[Prediction]:
-    """Each source is compiled once."""
-    sources = {source: compiled(source) for source in dict.fromkeys(case.source for case in cases)}
     predictions = []
     for case in cases:
         readings = []
         for loop in case.loops:
-            (found,) = (kernel for name, kernel in sources[case.source].items() if loop.kernel in name)
+            (found,) = kernels(loop.kernel)
             readings.append(read(loop, *found))
         predictions.append(Prediction(case, readings, max(case.bytes / BANDWIDTH, case.flops / 2 / FLOAT64)))
     return predictions

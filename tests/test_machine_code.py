@@ -91,8 +91,11 @@ def test_a_loop_is_found_by_what_it_holds() -> None:
 
 
 def test_kernels_of_a_listing() -> None:
-    sections = "\n".join(f'\t.section\t.text.{name},"ax",@progbits\n.text.{name}:\n{listed(QUADS)}' for name in "fg")
-    assert [(name, len(code.blocks)) for name, code in machine_code.parse(sections)] == [("f", 11), ("g", 11)]
+    listing = "\n".join(f'\t.section\t.text.{name},"ax",@progbits\n.text.{name}:\n{listed(QUADS)}' for name in "fg")
+    assert [(name, len(function(section).blocks)) for name, section in machine_code.sections(listing)] == [
+        ("f", 11),
+        ("g", 11),
+    ]
 
 
 LOAD = "LDG.E R{0}, desc[UR4][R2.64]"
@@ -205,18 +208,12 @@ def predictions() -> dict[str, Prediction]:
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_code, "tool", {"nvcc": "nvcc", "cuobjdump": "cuobjdump"}.get)
+    monkeypatch.setattr(machine_code, "find_spec", lambda name: name)
+    monkeypatch.setattr(machine_code, "tool", {"cuobjdump": "cuobjdump"}.get)
     assert machine_code.missing() == "no nvdisasm here: pip install nvidia-cuda-nvdisasm"
-    monkeypatch.setattr(machine_code, "tool", lambda name: None)
-    with pytest.raises(SystemExit, match="no nvcc on the path"):
+    monkeypatch.setattr(machine_code, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"grokcurv\._cuda was not built"):
         machine_code.main()
-
-
-def test_they_are_compiled_as_the_build_compiles_them() -> None:
-    build = (machine_code.CORE.parent / "CMakeLists.txt").read_text()
-    assert "set(cuda_flags -fmad=false -Xcompiler=" in build
-    assert "set(CMAKE_CUDA_STANDARD 20)" in build
-    assert machine_code.FLAGS == ("-std=c++20", "-O3", "-fmad=false")
 
 
 def test_every_case_is_held_to_something() -> None:
@@ -236,9 +233,9 @@ def test_kernels_keep_what_they_have(predictions: dict[str, Prediction]) -> None
 
 def test_eigh_knows_which_memory_it_reads(predictions: dict[str, Prediction]) -> None:
     """It streams nothing, so that it is no case; but a load whose memory is not known would lengthen its chains."""
-    found = machine_code.compiled("eigh")
+    found = machine_code.kernels("EighMatrix")
     assert len(found) == 2  # all of a matrix in shared memory, or nothing
-    for code, _, stack in found.values():
+    for code, _, stack in found:
         assert not stack
         assert {"LD", "ST", "LDL", "STL"}.isdisjoint(one.base for block in code.blocks for one in block)
 
