@@ -306,12 +306,13 @@ def test_a_column_that_reads_the_operation() -> None:
 
 def test_pairs_of_signals() -> None:
     def half(first: bool) -> Column:
-        """Rises before grokking, and in every third run that never does: each of two in others."""
+        """Rises before grokking, and less in every third run that never does: each of two in others."""
         turns = cycle([first, not first, False])
 
         def make(generator: np.random.Generator, steps: np.ndarray, grok: float, _: str) -> Any:
             at = grok - 400 if grok < math.inf else 600 if next(turns) else math.inf
-            return np.exp(0.01 * generator.standard_normal(len(steps)) + 5.0 * (steps >= at))
+            height = 5.0 if grok < math.inf else 1.5
+            return np.exp(0.01 * generator.standard_normal(len(steps)) + height * (steps >= at))
 
         return make
 
