@@ -315,7 +315,7 @@ print(peak() - before, row.nbytes, 2 * (k + pca.oversampling) + pca.block + 2)
 
 
 @pytest.mark.parametrize(
-    ("size", "k"), [(4_000_000, 8), (4_000_000, 32), pytest.param(100_000_000, 4, marks=pytest.mark.long)]
+    ("size", "k"), [(1_000_000, 8), (1_000_000, 32), pytest.param(100_000_000, 4, marks=pytest.mark.long)]
 )
 def test_memory_of_all_it_keeps(size: int, k: int) -> None:
     """In vectors of P, beyond the row itself: a block and three rows, then everything read."""

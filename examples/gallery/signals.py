@@ -32,15 +32,15 @@ def main(steps: int = 2500, threshold: float = 0.9, out: Path = Path("signals.pn
     for reference, colour, label in ((False, "C0", "of the measures"), (True, "C1", "of the evaluations")):
         rows = table[table["reference"] == reference]
         left.hlines(rows.index, rows["auroc_low"], rows["auroc_high"], color=colour, linewidth=1)
-        left.plot(rows["auroc"], rows.index, "o", color=colour, label=label)
+        left.plot(rows["auroc"], rows.index, "o", color=colour)
         right.hlines(rows.index, rows["lead_min"], rows["lead_max"], color=colour, linewidth=1)
-        right.plot(rows["lead"], rows.index, "o", color=colour)
+        right.plot(rows["lead"], rows.index, "o", color=colour, label=label)
     left.axvline(0.5, color="C4", linewidth=1)
     left.set(xlabel="AUROC", yticks=range(len(table)))
     left.set_yticklabels(table["column"], fontsize=8)
     left.invert_yaxis()
     right.set(xlabel="lead (steps)")
-    left.legend(loc="lower left")
+    right.legend(loc="lower right")
     figure.savefig(out)
     return table
 
