@@ -180,6 +180,17 @@ class CommutatorProbe:
     unit, which changes one gradient of the four by a jump that no check of others shows. A ``first_gradient`` is not
     used.
 
+    With the losses ``(w'a)^2 / 2`` and ``(w'b)^2 / 2`` the bracket is ``(a'b) ((w'a) b - (w'b) a)``, here w turned by a
+    right angle:
+
+    >>> import torch, grokcurv as gc
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> loss_fn = lambda model, x: 0.5 * model(x).square().sum()
+    >>> probe = gc.CommutatorProbe(model, loss_fn, method="bracket")
+    >>> stats = probe.measure([(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))])
+    >>> (stats.bracket_norm / model.weight.norm()).round(decimals=5).tolist()
+    [1.0]
+
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps; of one that is trained on
             several processes give :func:`grokcurv.integrations.sharded.distributed`.

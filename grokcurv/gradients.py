@@ -58,6 +58,12 @@ PIECE = 1 << 18
 class GradientEngine:
     """Gradients of ``loss_fn(model, batch)`` at any parameter vectors.
 
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> engine = GradientEngine(model, lambda model, x: 0.5 * model(x).square().sum())
+    >>> theta, x = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])
+    >>> engine.gradient(theta, x, torch.empty(2))  # (theta'x) x
+    tensor([11., 22.])
+
     Args:
         model: any module with at least one trainable parameter; all trainable parameters on one device (a CPU, a CUDA
             device or an Apple GPU) and of one real floating dtype. What is compiled in it or in the loss runs

@@ -60,6 +60,19 @@ class CurvatureMonitor:
     CUDA graph, once a step was measured without: a captured step measures whatever ``every`` says, each replay adds a
     record and counts as a step, and the PCA is fed by :meth:`feed`, between replays.
 
+    >>> import torch, grokcurv as gc
+    >>> model, loader = torch.nn.Linear(3, 2), [torch.randn(8, 3) for _ in range(4)]
+    >>> loss_fn = lambda model, x: model(x).square().mean()
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> monitor = gc.CurvatureMonitor(model, loss_fn)
+    >>> for batch, next_batch in monitor.lookahead(loader):
+    ...     optimizer.zero_grad()
+    ...     loss_fn(model, batch).backward()
+    ...     monitor.step(batch, next_batch)
+    ...     optimizer.step()
+    >>> monitor.records()[["step", "reliable"]].values.tolist()
+    [[0, True], [1, True], [2, True]]
+
     Args:
         model, loss_fn, eta, method: as for :class:`grokcurv.CommutatorProbe`.
         every: measure at every this many steps, from the first (step 0) on.

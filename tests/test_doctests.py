@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import doctest
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
+from pydoc import locate
+from typing import Any
 
 import pytest
+from test_names import OPTIONAL, PUBLIC
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "grokcurv"
@@ -29,3 +36,36 @@ def test_no_example_is_skipped() -> None:
     files = [*HOUSE.rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
     assert len(files) > len(FILES)
     assert [path for path in files if "+SKIP" in path.read_text()] == []
+
+
+def shown() -> Iterator[Any]:
+    """What the pages of the API name, and what their modules have of their own."""
+    names = {
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall("^::: (.+)", page.read_text(), re.M)
+    }
+    for name in sorted({*names, *PUBLIC}):
+        if name in OPTIONAL:
+            pytest.importorskip(OPTIONAL[name])
+        thing: Any = locate(name)
+        assert thing is not None, name
+        yield thing
+        if inspect.ismodule(thing):
+            own = [n for n, x in vars(thing).items() if n[0] != "_" and getattr(x, "__module__", None) == name]
+            yield from (getattr(thing, n) for n in getattr(thing, "__all__", own))
+
+
+def test_each_class_has_an_example() -> None:
+    """In its docstring, or in that of its module.
+
+    Not needed: of what a function returns (dataclasses and tuples), which that function's example looks at; of what is
+    raised; of protocols, of which the classes that follow them have one.
+    """
+    classes = {thing for thing in shown() if inspect.isclass(thing)}
+    assert len(classes) > 60
+    for each in classes:
+        recorded = is_dataclass(each) or issubclass(each, tuple | BaseException) or getattr(each, "_is_protocol", False)
+        module = inspect.getdoc(import_module(each.__module__)) or ""
+        by_module = ">>>" in module and re.search(rf"\b{each.__name__}\b", module.partition(">>>")[2])
+        assert recorded or ">>>" in (each.__doc__ or "") or by_module, f"{each.__module__}.{each.__name__}"
