@@ -3,9 +3,11 @@
 The model is evaluated by :mod:`grokcurv.evaluation`, which leaves it as it was. Three strategies give the same
 gradients:
 
+=========  ============================================================================================================
 ``loop``   one forward and one backward pass at a time, for any module; autograd accumulates into the flat buffer
 ``vmap``   one batched program for several parameter vectors and batches (:func:`torch.func.vmap`)
 ``graph``  the loop, launched from CUDA graphs, which a small model's hundreds of tiny kernels gain most from
+=========  ============================================================================================================
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ A group of one process measures what a process without a group does:
 >>> model, (a, b) = torch.nn.Linear(3, 2), torch.randn(2, 8, 3)
 >>> loss_fn = lambda model, batch: model(batch).square().mean()
 >>> probe = gc.CommutatorProbe(distributed(DistributedDataParallel(model)), loss_fn)
->>> torch.equal(probe.measure([(a, b)]).defect, gc.commutator_defect(model, loss_fn, a, b).defect)
+>>> defect = probe.measure([(a, b)]).defect
+>>> torch.equal(defect, gc.commutator_defect(model, loss_fn, a, b).defect)
 True
 >>> dist.destroy_process_group()
 
