@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 import synthetic_run
 from test_browser import BROWSER, probe, serve
+from test_names import PUBLIC
 from test_report import Page
 
 from grokcurv import cli
@@ -72,6 +73,13 @@ def test_modules_and_columns_are_shown(site: Path) -> None:
     cells = r"<td><code>bracket_norm</code></td>\s*(<td>\(N,\)</td>\s*)?<td>loss\^2 / theta\^3</td>"
     assert len(re.findall(cells, page)) == 2  # of the records and of the probe's
     assert "&lt;v_j, w_j" in page  # no tag
+
+
+def test_public_names_are_on_a_page_of_the_api(site: Path) -> None:
+    ids = {e["id"] for path in (site / "api").glob("*.html") for _, e in Page(path).elements if "id" in e}
+    shown = {(each or "").rpartition(".")[2] for each in ids}
+    for module, names in PUBLIC.items():
+        assert {*names} <= shown, (module, {*names} - shown)
 
 
 def test_every_link_leads_somewhere(site: Path) -> None:
