@@ -81,7 +81,19 @@ def attach(
 
 
 class AttachedMonitor(CurvatureMonitor):
-    """A :class:`grokcurv.CurvatureMonitor` that steps before the optimisers do; :func:`attach` makes it."""
+    """A :class:`grokcurv.CurvatureMonitor` that steps before the optimisers do; :func:`attach` makes it.
+
+    >>> import torch, grokcurv as gc
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> loss_fn = lambda model, x: model(x).square().mean()
+    >>> monitor = gc.attach(model, loss_fn, optimizer, sampler=gc.halves(torch.randn(8, 3)))
+    >>> optimizer.step()
+    >>> monitor.detach()
+    >>> optimizer.step()
+    >>> len(monitor.records())
+    1
+    """
 
     _hooks: tuple[RemovableHandle, ...] = ()
     _first: Optimizer | None = None  # of several optimisers, that whose steps are counted

@@ -34,6 +34,17 @@ class Budget:
     on the frozen prices and on what the rows were, on no clock: a run that is resumed from a state measures the steps
     that an undisturbed one does. What admission takes is not counted.
 
+    A loop that does nothing but measure earns nothing after its first row:
+
+    >>> import torch, grokcurv as gc
+    >>> loss_fn = lambda model, x: model(x).square().mean()
+    >>> sampler = gc.halves(torch.randn(8, 3))
+    >>> monitor = gc.CurvatureMonitor(torch.nn.Linear(3, 1), loss_fn, sampler=sampler, budget=0.05)
+    >>> for _ in range(20):
+    ...     monitor.step()
+    >>> len(monitor.records())
+    1
+
     Args:
         share: of the time of training; 0.05 is a twentieth.
         commutator: what is measured.

@@ -70,27 +70,37 @@ TOGETHER = 1 << 25
 class CommutatorStats:
     """What was measured, one entry per pair of batches. Tensors are float64 and live where the model's vectors do.
 
-    Attributes:
-        method: ``"difference"``, ``"bracket"`` or ``"published"``: what ``defect`` is.
-        eta: (N,) step length of each pair.
-        defect: (N,) ``D = |delta| / (|eta g_A| |eta g_B|)``, in units of one over the loss.
-        grad_norm_a, grad_norm_b: (N,) ``|g_A|``, ``|g_B|``.
-        grad_cosine: (N,) cosine of the angle between the two gradients; ``grad_cosine_error`` bounds its error.
-        bracket_norm: (N,) ``|delta| / eta^2``; the length of ``H_B g_A - H_A g_B``, exactly so for ``"bracket"``.
-        noise_floor: (N,) predicted size of the error vector of ``delta`` due to rounding, in units of the defect;
-            NaN when the probe was told not to estimate it.
-        parallel, residual: (N,) lengths of the parts of ``delta`` inside and outside the basis, or None without one.
-        coefficients: (N, K) inner products of ``delta`` with the basis, or None.
-        support: (N,) length of ``delta`` on the coordinates where the basis lives, or None.
-        energies: (N, S) squared length of ``delta`` on each of the probe's segments, or None.
-        exact: (N,) bool, whether the pair was evaluated in float64.
-        reference: (N,) the defect by the published float32 formula, from the gradients in the model's own precision
-            (NaN for ``"bracket"``).
-        delta: (N, P) in the order of ``model.parameters()``, or None.
-        product_norm_a, product_norm_b: with ``anatomy``, (N,) ``|H_A g_B|`` and ``|H_B g_A|``, the lengths of the two
-            vectors whose difference is the bracket: exactly so for ``"bracket"``, and to first order in eta otherwise.
-        product_error_a, product_error_b: (N,) the lengths that rounding may have given to the errors of these vectors.
-        rayleigh_a, rayleigh_b: (N,) ``g_B' H_A g_B / |g_B|^2`` and ``g_A' H_B g_A / |g_A|^2``, likewise.
+    ==========================  =======  ================  ===========================================================
+    attribute                   shape    unit              what it is
+    ==========================  =======  ================  ===========================================================
+    ``method``                                             ``"difference"``, ``"bracket"`` or ``"published"``
+    ``eta``                     (N,)     theta^2 / loss    step length of each pair
+    ``defect``                  (N,)     1 / theta         ``D = |delta| / (|eta g_A| |eta g_B|)``
+    ``noise_floor``             (N,)     1 / theta         predicted size of the error vector of delta due to rounding,
+                                                           over the same; NaN if the probe does not estimate it
+    ``reference``               (N,)     1 / theta         the defect by the published float32 formula, from gradients
+                                                           in the model's own precision (NaN for ``"bracket"``)
+    ``exact``                   (N,)     bool              whether the pair was evaluated in float64
+    ``grad_norm_a``, ``_b``     (N,)     loss / theta      ``|g_A|``, ``|g_B|``
+    ``grad_cosine``             (N,)     1                 of the angle between the two gradients
+    ``grad_cosine_error``       (N,)     1                 bounds its error
+    ``bracket_norm``            (N,)     loss^2 / theta^3  ``|delta| / eta^2``; the length of ``H_B g_A - H_A g_B``,
+                                                           exactly so for ``"bracket"``
+    ``delta``                   (N, P)   theta             in the order of ``model.parameters()``
+    ``parallel``, ``residual``  (N,)     theta             lengths of the parts of delta inside and outside the basis
+    ``coefficients``            (N, K)   theta             inner products of delta with the basis
+    ``support``                 (N,)     theta             length of delta on the coordinates where the basis lives
+    ``energies``                (N, S)   theta^2           squared length of delta on each of the probe's segments
+    ``product_norm_a``, ``_b``  (N,)     loss^2 / theta^3  ``|H_A g_B|``, ``|H_B g_A|``, of the two vectors whose
+                                                           difference is the bracket: exactly so for ``"bracket"``, to
+                                                           first order in eta otherwise
+    ``product_error_a``,        (N,)     loss^2 / theta^3  lengths that rounding may have given to their errors
+    ``_b``
+    ``rayleigh_a``, ``_b``      (N,)     loss / theta^2    ``g_B' H_A g_B / |g_B|^2``, ``g_A' H_B g_A / |g_A|^2``,
+                                                           likewise
+    ==========================  =======  ================  ===========================================================
+
+    What needs a basis, segments, ``anatomy`` or ``keep_delta`` is None without.
     """
 
     method: Method
@@ -179,6 +189,17 @@ class CommutatorProbe:
     float64 throughout, and its gradients are rounded afterwards: near a kink the rounding of an evaluation may switch a
     unit, which changes one gradient of the four by a jump that no check of others shows. A ``first_gradient`` is not
     used.
+
+    With the losses ``(w'a)^2 / 2`` and ``(w'b)^2 / 2`` the bracket is ``(a'b) ((w'a) b - (w'b) a)``, here w turned by a
+    right angle:
+
+    >>> import torch, grokcurv as gc
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> loss_fn = lambda model, x: 0.5 * model(x).square().sum()
+    >>> probe = gc.CommutatorProbe(model, loss_fn, method="bracket")
+    >>> stats = probe.measure([(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))])
+    >>> (stats.bracket_norm / model.weight.norm()).round(decimals=5).tolist()
+    [1.0]
 
     Args:
         model: any module. A ``torch.compile``d one is measured through the module it wraps; of one that is trained on

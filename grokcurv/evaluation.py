@@ -91,6 +91,14 @@ class Evaluator:
     numbers and containers that modules, hooks and the loss keep, the batch, and generators: torch's, Python's and
     NumPy's, and those that modules hold. Where the model draws at random, all of them start from ``seed``.
 
+    >>> model = nn.Linear(3, 1)
+    >>> evaluator = Evaluator(model, lambda model, x: model(x).square().mean())
+    >>> zero = evaluator.leaves(torch.zeros(evaluator.size))
+    >>> evaluator.evaluate(zero, torch.ones(3), lambda loss, parameters: loss.item())
+    0.0
+    >>> bool(model.weight.any())
+    True
+
     Args:
         model, loss_fn: as for :class:`grokcurv.gradients.GradientEngine`.
 

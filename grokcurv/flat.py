@@ -26,6 +26,11 @@ class Segment:
 
     They are consecutive, but for a slice that takes some columns of a matrix: that is in ``pieces``, disjoint intervals
     ``(start, length)`` in order.
+
+    >>> import torch, grokcurv as gc
+    >>> model = torch.nn.Linear(4, 3)
+    >>> [(s.name, s.start, s.stop) for s in gc.select_segments(model, "weight[0]", "bias")]
+    [('weight[0]', 0, 4), ('bias', 12, 15)]
     """
 
     name: str
@@ -302,6 +307,14 @@ class FlatParameters:
     Two more consequences of sharing memory: autograd does not notice when :attr:`vector` is changed between a forward
     and its backward pass, and a file written from views may hold the whole buffer or be refused
     (``torch.save(parameter)``, ``safetensors.torch.save_model``): clone what is saved, or release first.
+
+    >>> import torch, grokcurv as gc
+    >>> model = torch.nn.Linear(2, 1)
+    >>> flat = gc.FlatParameters(model)
+    >>> flat.vector.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([1., 2., 3.])
+    >>> model.weight.tolist(), model.bias.tolist()
+    ([[1.0, 2.0]], [3.0])
 
     Args:
         model: any module; only plain, contiguous ``nn.Parameter`` of one dtype on one device can share a buffer. Frozen

@@ -3,9 +3,11 @@
 The model is evaluated by :mod:`grokcurv.evaluation`, which leaves it as it was. Three strategies give the same
 gradients:
 
+=========  ============================================================================================================
 ``loop``   one forward and one backward pass at a time, for any module; autograd accumulates into the flat buffer
 ``vmap``   one batched program for several parameter vectors and batches (:func:`torch.func.vmap`)
 ``graph``  the loop, launched from CUDA graphs, which a small model's hundreds of tiny kernels gain most from
+=========  ============================================================================================================
 """
 
 from __future__ import annotations
@@ -57,6 +59,12 @@ PIECE = 1 << 18
 
 class GradientEngine:
     """Gradients of ``loss_fn(model, batch)`` at any parameter vectors.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> engine = GradientEngine(model, lambda model, x: 0.5 * model(x).square().sum())
+    >>> theta, x = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])
+    >>> engine.gradient(theta, x, torch.empty(2))  # (theta'x) x
+    tensor([11., 22.])
 
     Args:
         model: any module with at least one trainable parameter; all trainable parameters on one device (a CPU, a CUDA

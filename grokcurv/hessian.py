@@ -200,6 +200,13 @@ class Lanczos:
     Where a space is exhausted another one begins, orthogonal to it, so that no more is missing in the end than there is
     room for. On an accelerator nothing waits.
 
+    >>> matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> krylov = Lanczos(lambda v: matrix @ v, torch.ones(3), limit=3)
+    >>> while not krylov.full:
+    ...     krylov.extend()
+    >>> krylov.edge(2)[0].round(decimals=5).tolist()
+    [3.0, 2.0]
+
     Args:
         multiply: the product with a symmetric matrix.
         start: (P,) the vector to start from, of any length but zero.

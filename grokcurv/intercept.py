@@ -54,6 +54,11 @@ def unseen() -> Iterator[None]:
 class Seen(TorchDispatchMode):
     """Notes what passes.
 
+    >>> with Seen() as seen:
+    ...     x = torch.rand(3).exp()
+    >>> seen.names, seen.draws
+    ({'exp'}, True)
+
     Attributes:
         names: operators that met floating tensors, without the mark of those that write in place.
         draws: whether anything was drawn from a generator of torch's own.
@@ -75,7 +80,14 @@ class Seen(TorchDispatchMode):
 
 
 class PrivateDraws(TorchDispatchMode):
-    """What would be drawn from torch's own generators is drawn from others, seeded here, by this thread alone."""
+    """What would be drawn from torch's own generators is drawn from others, seeded here, by this thread alone.
+
+    >>> before = torch.get_rng_state()
+    >>> with PrivateDraws(seed=0):
+    ...     x = torch.rand(3)
+    >>> torch.equal(torch.get_rng_state(), before)
+    True
+    """
 
     supports_higher_order_operators = True
 
@@ -102,6 +114,11 @@ class Apart(TorchDispatchMode):
 
     What would be drawn from torch's default generators is drawn from the CPU's, and moved to where it is wanted. In an
     evaluation at home, what asks for the model's device gets home.
+
+    >>> with Apart(Device(torch.device("meta"), has_float64=False), at_home=True):
+    ...     x = torch.zeros(2, device="meta")
+    >>> x.device
+    device(type='cpu')
     """
 
     supports_higher_order_operators = True
@@ -144,6 +161,12 @@ class Widened(TorchDispatchMode):
     Types asked for (casts, factories, reductions) become float64, what mixes float64 with fewer bits is widened first,
     and what makes floats of other things is widened afterwards. Random numbers are drawn in ``narrow`` and widened:
     an evaluation in fewer bits draws the same.
+
+    >>> x = torch.tensor([1.0, 1e-10], dtype=torch.float64)
+    >>> with Widened(torch.float32):
+    ...     total = x.float().sum()
+    >>> total.dtype, bool(total > 1)
+    (torch.float64, True)
 
     Args:
         narrow: the type of the evaluation that this one is held against.

@@ -46,6 +46,10 @@ Space = Subspace | Callable[[], Subspace | None]
 class Intervention:
     """What all interventions share: when they act, on which subspace, and what is known of it afterwards.
 
+    >>> intervention = Intervention(nn.Linear(2, 1), 1.0, start=10, every=5)
+    >>> [step for step in range(25) if intervention.due(step)]
+    [10, 15, 20]
+
     Args:
         model: any module; its trainable parameters are R^P, in the order of ``model.parameters()``.
         strength: 0 never acts.
@@ -167,6 +171,16 @@ class Intervention:
 class Projection(Intervention):
     """Damps what lies outside a subspace: ``v <- v_par + (1 - strength) v_perp``.
 
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    >>> projection = Projection(model, Subspace(torch.tensor([[1.0, 0.0]])))
+    >>> before = flatten(model)
+    >>> model(torch.ones(2)).sum().backward()
+    >>> with projection.at(0):
+    ...     optimizer.step()
+    >>> (before - flatten(model)).round(decimals=5).tolist(), model.weight.grad.tolist()
+    ([1.0, 0.0], [[1.0, 1.0]])
+
     Args:
         model: as for :class:`Intervention`.
         space: the subspace; while a function returns None nothing happens, and nothing is counted.
@@ -233,6 +247,15 @@ class Kick(Intervention):
     measured where the optimiser's step has led. Where the probe knows a noise floor and the host need not wait for it,
     a commutator that drowns in rounding is measured again as the exact bracket; if that one does too there is no kick,
     and none is counted.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> probe = CommutatorProbe(model, lambda model, x: 0.5 * model(x).square().sum(), eta=0.1)
+    >>> pair = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    >>> kick, before = Kick(probe, lambda: pair, strength=2.0), flatten(model)
+    >>> with kick.at(0):
+    ...     pass  # the optimiser's step
+    >>> round(float((flatten(model) - before).norm() / before[0].abs()), 4)  # |g_A| is |w_1|
+    0.2
 
     Args:
         probe: measures the commutator, with its eta and method; its own basis is not used.
@@ -316,6 +339,13 @@ class Noise(Intervention):
     """Adds noise of a given length outside a subspace, after the optimiser's step.
 
     It is a standard normal vector, less its part inside the subspace (none while there is no subspace), scaled.
+
+    >>> model = nn.Linear(4, 3)
+    >>> noise, before = Noise(model, 0.5, generator=torch.Generator()), flatten(model)
+    >>> with noise.at(0):
+    ...     pass  # the optimiser's step
+    >>> round(float((flatten(model) - before).norm()), 4)
+    0.5
 
     Args:
         model: as for :class:`Intervention`.

@@ -63,7 +63,11 @@ def scalars(record: Mapping[str, object], prefix: str = PREFIX) -> dict[str, flo
 
 
 class CallableLogger:
-    """Hands each record to ``function(record, step)``; what the function raises passes through."""
+    """Hands each record to ``function(record, step)``; what the function raises passes through.
+
+    >>> CallableLogger(lambda record, step: print(step, record)).log({"defect_median": 1.5}, step=7)
+    7 {'defect_median': 1.5}
+    """
 
     def __init__(self, function: Callable[[dict[str, object], int], object]) -> None:
         if not callable(function):
@@ -100,6 +104,12 @@ class ParquetLogger(_Closing):
     Whole numbers and others in one column make it one of floats. An existing file is continued when its columns are
     the same. Two loggers of one file, in one process or two, both keep their records: each puts them after what is
     there when it writes.
+
+    >>> import pandas as pd
+    >>> with ParquetLogger("curvature.parquet") as logger:
+    ...     logger.log({"defect_median": 1.5}, step=7)
+    >>> pd.read_parquet("curvature.parquet").to_dict("records")
+    [{'step': 7, 'defect_median': 1.5}]
 
     Args:
         path: of the file, in a folder that is there; a relative one is of the folder the process is in now.
@@ -198,6 +208,11 @@ class CSVLogger(_Closing):
     but its newline stays; its last value may be cut, and there is a warning too. Two loggers of one file, in one
     process or two, both keep their records. A tensor or array without dimensions counts as the number in it.
 
+    >>> with CSVLogger("curvature.csv") as logger:
+    ...     logger.log({"defect_median": 1.5}, step=7)
+    >>> Path("curvature.csv").read_text().split()
+    ['step,defect_median', '7,1.5']
+
     Args:
         path: of the file, in a folder that is there; a relative one is of the folder the process is in now.
 
@@ -266,6 +281,11 @@ class CSVLogger(_Closing):
 class TensorBoardLogger(_Closing):
     """Draws each number of a record as a curve of TensorBoard, named ``curvature/defect_median`` and so on.
 
+    >>> from types import SimpleNamespace
+    >>> writer = SimpleNamespace(add_scalar=print)  # as a SummaryWriter's
+    >>> TensorBoardLogger(writer).log({"defect_median": 1.5}, step=7)
+    curvature/defect_median 1.5 7
+
     Args:
         target: the folder for the event files, or a ``SummaryWriter`` that is there and stays open on ``close``.
         prefix: of the curves' names.
@@ -301,6 +321,11 @@ class WandbLogger:
 
     A run of Weights & Biases draws them over an axis of their own, ``curvature/step``: its own step counts the calls of
     ``run.log``, others' included, and never goes back. The run stays open.
+
+    >>> from types import SimpleNamespace
+    >>> run = SimpleNamespace(log=lambda values, step: print(step, values))  # as trackio's
+    >>> WandbLogger(run).log({"defect_median": 1.5}, step=7)
+    7 {'curvature/defect_median': 1.5}
 
     Args:
         run: what ``wandb.init`` or ``trackio.init`` returned.

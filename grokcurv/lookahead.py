@@ -36,6 +36,9 @@ class Later:
 
     A loop that moves or converts what it is given does so with :meth:`then`.
 
+    >>> Later(lambda: [1, 2]).then(sum).take()
+    3
+
     Args:
         get: returns the batch, or None if there is none; called at most once.
     """

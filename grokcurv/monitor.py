@@ -60,6 +60,19 @@ class CurvatureMonitor:
     CUDA graph, once a step was measured without: a captured step measures whatever ``every`` says, each replay adds a
     record and counts as a step, and the PCA is fed by :meth:`feed`, between replays.
 
+    >>> import torch, grokcurv as gc
+    >>> model, loader = torch.nn.Linear(3, 2), [torch.randn(8, 3) for _ in range(4)]
+    >>> loss_fn = lambda model, x: model(x).square().mean()
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> monitor = gc.CurvatureMonitor(model, loss_fn)
+    >>> for batch, next_batch in monitor.lookahead(loader):
+    ...     optimizer.zero_grad()
+    ...     loss_fn(model, batch).backward()
+    ...     monitor.step(batch, next_batch)
+    ...     optimizer.step()
+    >>> monitor.records()[["step", "reliable"]].values.tolist()
+    [[0, True], [1, True], [2, True]]
+
     Args:
         model, loss_fn, eta, method: as for :class:`grokcurv.CommutatorProbe`.
         every: measure at every this many steps, from the first (step 0) on.
@@ -506,16 +519,37 @@ class CurvatureMonitor:
     def records(self, run: int = 0) -> pd.DataFrame:
         """One row per measurement: ``step``, ``method``, ``measure_seconds`` and :attr:`fields`.
 
-        Reading is the only point that waits for the device. Units: the defect, its floor and the reference are one
-        over the loss; ``grad_norm`` is the loss per unit of theta; the rest are ratios, except ``bracket_norm``
-        (loss squared over theta cubed). ``rho`` is ``|delta_perp| / |delta|``, ``exec_fraction`` is
-        ``|delta_par| / |delta|``, ``exec_random_ratio`` divides it by its mean over random subspaces of R^P, and
-        ``exec_matched_ratio`` does so within the coordinates on which the basis lives. ``step_alignment`` is the mean
-        over the pairs of ``|cos|`` between the last training step and ``delta``, ``step_share`` the length of the
-        step's part in the span of all deltas over its own (Xu, arXiv 2602.16746); their ratios divide them by their
-        exact means for random directions (:class:`grokcurv.subspace.RandomBaseline`). Those of ``anatomy`` are said in
-        :mod:`grokcurv.measures.anatomy`. NaN where there was no basis or
-        no step yet, or nothing trustworthy.
+        Reading is the only point that waits for the device. A number is the median over the row's pairs unless its
+        name says otherwise, and NaN where there was no basis or no step yet, or nothing trustworthy.
+
+        ===================================  ===================  =====================================================
+        column                               unit                 what it is
+        ===================================  ===================  =====================================================
+        ``defect_median``, ``_p25``,         1 / theta            ``|delta| / (|eta g_A| |eta g_B|)``, and its quartiles
+        ``_p75``
+        ``reference_median``, ``_p25``,      1 / theta            the same by the published float32 formula
+        ``_p75``
+        ``noise_floor``                      1 / theta            what rounding may have made of the defect
+        ``reliable``                                              whether the floor is a tenth of the defect or less
+        ``grad_norm``                        loss / theta         ``|g_A|``
+        ``grad_cosine``                      1                    of the angle between ``g_A`` and ``g_B``
+        ``bracket_norm``                     loss^2 / theta^3     ``|delta| / eta^2``
+        ``rho``                              1                    ``|delta_perp| / |delta|``, outside the basis
+        ``exec_fraction``                    1                    ``|delta_par| / |delta|``, inside it
+        ``exec_random_ratio``                1                    that over its mean for random subspaces of R^P
+        ``exec_matched_ratio``               1                    the same within the coordinates where the basis lives
+        ``attention_fraction``               1                    length of delta on the attention matrices over its own
+        ``step_alignment``                   1                    ``|cos|`` of the last training step and delta, mean
+                                                                  over the pairs (Xu, arXiv 2602.16746)
+        ``step_share``                       1                    length of the step's part in the span of all deltas
+                                                                  over its own
+        ``step_alignment_ratio``,            1                    these over their exact means for random directions
+        ``step_share_ratio``                                      (:class:`grokcurv.analysis.RandomBaseline`)
+        ``..._error``                        of the column        bounds of errors
+        ``measure_seconds``                  seconds              what the measurement took
+        ===================================  ===================  =====================================================
+
+        Columns of ``anatomy`` are in :mod:`grokcurv.measures.anatomy`, those of ``measures`` with each class.
         """
         import pandas as pd
 

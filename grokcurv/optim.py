@@ -61,6 +61,11 @@ class Optimizer:
 
     Every attribute that is a tensor has a row for each of the R runs. Settings are float64; change them in place.
 
+    >>> optimizer = SGD(torch.zeros(2, 3), torch.ones(2, 3), lr=[0.1, 0.2], warmup=[1, 4])
+    >>> optimizer.step()
+    >>> optimizer.theta[:, 0], optimizer.warmup_factor.tolist()
+    (tensor([-0.1000, -0.0500]), [1.0, 0.5])
+
     Args:
         theta: (R, P) parameters, float32 or float64; every step changes them in place.
         gradient: (R, P) of the same dtype, on the same device: where the gradients are found.
@@ -248,6 +253,13 @@ class Muon(Optimizer):
     """Momentum whose update of a matrix is orthogonalised (Jordan et al. 2024), and AdamW for all other coordinates.
 
     As ``torch.optim.Muon``, but :func:`orthogonalize` computes in the dtype of theta where torch takes bfloat16.
+
+    >>> theta, gradient = torch.zeros(1, 4), torch.tensor([[3.0, 0.0, 0.0, 0.1]])
+    >>> optimizer = Muon(theta, gradient, [Segment("W", 0, 4, (2, 2))], lr=1.0)
+    >>> optimizer.step()
+    >>> sigma = torch.linalg.svdvals(theta.view(2, 2))  # near one, both of them
+    >>> bool(((0.6 < sigma) & (sigma < 1.3)).all())
+    True
 
     Args:
         segments: the matrices, disjoint, each of a shape of two numbers. A fused ``in_proj_weight`` is three of them;

@@ -22,6 +22,10 @@ class RandomBaseline:
     squared standard normals, so it is :math:`\mathrm{Beta}(K/2, (M-K)/2)`. Exact for every M, and for every ``v`` that
     was chosen without the subspace (Muirhead, *Aspects of Multivariate Statistical Theory*, 1982, section 1.5).
 
+    >>> baseline = RandomBaseline(dim=8, size=100_000)
+    >>> round(baseline.mean * 100_000**0.5, 2)  # near the root of K
+    2.74
+
     Args:
         dim: K.
         size: M, at least K.

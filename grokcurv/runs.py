@@ -93,6 +93,12 @@ PACKAGES = ("grokcurv", "torch", "numpy", "pandas", "pyarrow", "scipy", "safeten
 class Run:
     """A run, finished or not: read from its folder when asked for, or held in memory when it never had one.
 
+    >>> from grokcurv.training import TrainConfig, train
+    >>> small = TrainConfig(p=7, d_model=8, d_ff=8, heads=2, batch_size=8, steps=2, measure_every=1)
+    >>> run = train(small)
+    >>> run.path, run.status, run.curvature["step"].tolist()
+    (None, 'finished', [0, 1, 2])
+
     Attributes:
         path: the folder, or None.
         config: the settings, by name.
@@ -203,6 +209,14 @@ class RunWriter:
 
     On entering it looks at what is there, before anything is changed. Leaving it by an exception sets the status:
     ``interrupted`` for Ctrl-C, ``failed: ...`` otherwise.
+
+    >>> import pandas as pd
+    >>> with RunWriter("runs/first", {"lr": 1e-3}) as writer:
+    ...     writer.write_table("metrics", pd.DataFrame({"step": [0, 100], "test_acc": [0.1, 0.9]}))
+    ...     writer.set_status("finished")
+    >>> run = open_run("runs/first")
+    >>> run.status, run.config, float(run.metrics["test_acc"].max())
+    ('finished', {'lr': 0.001}, 0.9)
 
     Args:
         path: the folder; made if missing.

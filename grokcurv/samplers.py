@@ -84,6 +84,13 @@ class RowSampler:
 
     What a measurement gets depends on ``seed``, on the step at which it is made and on what was drawn at that step
     before. Without a monitor to tell the step, that is the number of the draw.
+
+    >>> sampler = subsample(torch.arange(100), rows=4)
+    >>> before = sampler.state_dict()
+    >>> a, b = sampler()
+    >>> sampler.load_state_dict(before)
+    >>> torch.equal(sampler()[0], a)
+    True
     """
 
     def __init__(self, tensors: Any, two: Callable[[torch.Generator], Sequence[Tensor]], seed: int) -> None:
@@ -118,6 +125,12 @@ class LoaderSampler:
 
     Each batch depends on ``seed``, on the number of the pass and on its place in it. :meth:`state_dict` says how many
     passes there were and how far the present one is; going on from there means going through that pass again.
+
+    >>> sampler = from_loader([torch.zeros(2), torch.ones(2), torch.ones(2)])
+    >>> sampler()
+    (tensor([0., 0.]), tensor([1., 1.]))
+    >>> sampler.state_dict()
+    {'pass': 0, 'place': 2}
     """
 
     def __init__(self, loader: Iterable[Any], seed: int) -> None:

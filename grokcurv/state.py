@@ -60,6 +60,13 @@ ENTERED = (nn.Module, Tensor, dict, list, set, deque, types.FunctionType, *Gener
 class Snapshot:
     """Everything that can be reached from some objects, as it is now.
 
+    >>> model = nn.Linear(2, 1)
+    >>> model.calls = 0
+    >>> snapshot = Snapshot([model])
+    >>> model.calls += 1
+    >>> snapshot.restore(), model.calls
+    (True, 0)
+
     Args:
         held: where to begin; what is found from here counts as the model's own.
         reached: where to go on from, the loss for one; tensors found only here are data more often than state.
@@ -232,7 +239,18 @@ class Stream:
 
 
 class Streams(dict[str, Stream]):
-    """Several of them, by their names."""
+    """Several of them, by their names.
+
+    >>> generator = torch.Generator()
+    >>> streams = Streams(order=stream_of(generator))
+    >>> before = streams.positions()
+    >>> x = torch.rand(1, generator=generator)
+    >>> list(streams.moved(before))
+    ['order']
+    >>> streams.move_to(before)
+    >>> torch.equal(torch.rand(1, generator=generator), x)
+    True
+    """
 
     def positions(self) -> dict[str, Any]:
         """Where they stand."""

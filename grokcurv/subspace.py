@@ -84,6 +84,11 @@ class Subspace:
     as much memory and time as those. :attr:`values` and :attr:`rows` are the form that :mod:`grokcurv.ops` takes: row j
     is ``values[offset : offset + length]`` from coordinate ``start`` on, with ``(start, length, offset) = rows[j]``.
 
+    >>> space = Subspace(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+    >>> split = space.split(torch.tensor([3.0, 4.0, 12.0]))
+    >>> split.parallel.item(), split.residual.item()
+    (5.0, 12.0)
+
     Args:
         rows: (K, P) float32 or float64, K <= P; kept, not copied, if contiguous. See also :meth:`from_blocks`,
             :meth:`from_pca`, :meth:`from_singular_vectors`, :meth:`random`.

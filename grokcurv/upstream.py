@@ -12,9 +12,19 @@ with ``torch.save``::
 
 Files are read with ``torch.load(weights_only=True)``, which runs no code that a file brings along.
 
->>> from grokcurv.upstream import load
->>> log = load("grok_sweep_results/add_wd1.0_s42.pt")  # doctest: +SKIP
->>> log.pca(n_components=2).explained_variance_ratio_  # doctest: +SKIP
+A file written as that code writes it, of a trajectory along a line, and read again:
+
+>>> import pandas as pd, torch
+>>> from grokcurv import Segment
+>>> from grokcurv.upstream import Log, load
+>>> names = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+>>> segments = [Segment(f"encoder.layers.0.self_attn.{name}", 9 * i, 9, (3, 3)) for i, name in enumerate(names)]
+>>> rows = torch.randn(36) + torch.linspace(0, 1, 5)[:, None] * torch.randn(36)
+>>> metrics = pd.DataFrame({"step": [400], "train_acc": [1.0], "test_acc": [0.3]})
+>>> Log([0, 100, 200, 300, 400], rows, tuple(segments), {"SEED": 42}, metrics, False, 400).save("add_wd1.0_s42.pt")
+>>> log = load("add_wd1.0_s42.pt")
+>>> log.pca(n_components=2).explained_variance_ratio_[:, 0].round(decimals=6).tolist()  # of each matrix
+[1.0, 1.0, 1.0, 1.0]
 """
 
 from __future__ import annotations

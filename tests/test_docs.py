@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 import synthetic_run
 from test_browser import BROWSER, probe, serve
+from test_names import PUBLIC
 from test_report import Page
 
 from grokcurv import cli
@@ -59,7 +60,26 @@ def test_docstrings_are_drawn(site: Path) -> None:
     assert 'href="#grokcurv.CurvatureMonitor.step"' in pages["measuring"]
     assert "<mi>&#x003B8;</mi>" in pages["interventions"]
     for name, source in pages.items():
-        assert not re.search(r":(class|data|func|math|meth|mod):|\.\. math|={8}|&amp;#", source), name
+        assert not re.search(r":(class|data|func|math|meth|mod):|\.\. math|={8}|&amp;#|doctest:", source), name
+        assert "<blockquote>" not in source, name  # what Markdown takes >>> for
+
+
+def test_modules_and_columns_are_shown(site: Path) -> None:
+    """Formulas of modules stand before what is computed by them; a column and its unit are cells of a row."""
+    page = (site / "api" / "measuring.html").read_text()
+    module, probe = (page.index(f'id="grokcurv.{name}"') for name in ("commutator", "CommutatorProbe"))
+    assert "<math" in page[module:probe]
+    assert 'id="grokcurv.integrations.sharded.distributed"' in page
+    cells = r"<td><code>bracket_norm</code></td>\s*(<td>\(N,\)</td>\s*)?<td>loss\^2 / theta\^3</td>"
+    assert len(re.findall(cells, page)) == 2  # of the records and of the probe's
+    assert "&lt;v_j, w_j" in page  # no tag
+
+
+def test_public_names_are_on_a_page_of_the_api(site: Path) -> None:
+    ids = {e["id"] for path in (site / "api").glob("*.html") for _, e in Page(path).elements if "id" in e}
+    shown = {(each or "").rpartition(".")[2] for each in ids}
+    for module, names in PUBLIC.items():
+        assert {*names} <= shown, (module, {*names} - shown)
 
 
 def test_every_link_leads_somewhere(site: Path) -> None:

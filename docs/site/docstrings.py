@@ -1,7 +1,8 @@
 """Docstrings for the site: the reStructuredText that ``help()`` shows becomes Markdown.
 
 Roles become links where the site has their target, and names of pages become links; mathematics becomes MathML, which
-browsers draw without a script, simple tables become tables, and ``a, b: ...`` among the arguments an entry for each.
+browsers draw without a script, simple tables become tables, examples become code, and ``a, b: ...`` among the arguments
+an entry for each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from latex2mathml.converter import convert
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<name>[^`]+)`")
 MATH = re.compile(r":math:`(?P<latex>[^`]+)`")
 BLOCK = re.compile(r"^\.\. math::(?P<latex>.*(?:\n+ {4}.*)*)", re.MULTILINE)
-TABLE = re.compile(r"^(?P<rule>=+ +=+)\n(?P<rows>(?:.+\n)+?)(?P=rule)$", re.MULTILINE)
+TABLE = re.compile(
+    r"^(?P<rule>=+(?: +=+)+)\n(?:(?P<head>.+)\n(?P=rule)\n)?(?P<rows>(?:.+\n)+?)(?P=rule)$", re.MULTILINE
+)
+EXAMPLE = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?P=indent) *\S.*)*", re.MULTILINE)
+OPTION = re.compile(r" +# doctest: .*")
+INLINE = re.compile(r"((?::math:)?`+.+?`+)")
 ITEMS = re.compile(r"^ {4}(?P<names>\w+(?:, \w+)+): (?P<text>.*(?:\n {8}.*)*)", re.MULTILINE)
 PAGE = re.compile(r"(?P<ticks>`*)docs/(?P<page>[\w-]+)\.md(?P=ticks)")
 LITERAL = re.compile(r"::$", re.MULTILINE)
@@ -41,6 +47,7 @@ def markdown(text: str, scope: griffe.Object) -> str:
         lambda found: "\n".join(f"    {name}: {found['text']}" for name in found["names"].split(", ")), text
     )
     text = TABLE.sub(_table, text)
+    text = EXAMPLE.sub(_example, text)
     text = BLOCK.sub(lambda found: f"\n{_mathml(found['latex'], 'block')}\n", text)
     text = MATH.sub(lambda found: _mathml(found["latex"], "inline"), text)
     text = ROLE.sub(lambda found: _link(found["name"], scope), text)
@@ -49,7 +56,9 @@ def markdown(text: str, scope: griffe.Object) -> str:
 
 
 def _mathml(latex: str, display: str) -> str:
-    return convert(" ".join(latex.split()), display=display)
+    mathml: str = convert(" ".join(latex.split()), display=display)
+    # Markdown takes <math> at the beginning of a line for a paragraph.
+    return mathml if display == "block" else f"<span>{mathml}</span>"
 
 
 def _link(name: str, scope: griffe.Object) -> str:
@@ -66,15 +75,29 @@ def _link(name: str, scope: griffe.Object) -> str:
     return f'<autoref optional identifier="{target}"><code>{label}</code></autoref>'
 
 
+def _example(found: re.Match[str]) -> str:
+    indent = found["indent"]
+    return f"{indent}```pycon\n{OPTION.sub('', found[0])}\n{indent}```"
+
+
 def _table(found: re.Match[str]) -> str:
     starts = [mark.start() for mark in re.finditer(r"=+", found["rule"])]
     ends = [*starts[1:], None]
-    rows = [
-        [row[start:end].strip() for start, end in zip(starts, ends, strict=True)] for row in found["rows"].splitlines()
-    ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows)])
+    rows: list[list[str]] = []
+    for line in found["rows"].splitlines():
+        cells = [line[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+        if rows and (not cells[0] or rows[-1][0].endswith(",")):  # goes on with the row above
+            rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)]
+        else:
+            rows.append(cells)
+    head = [(found["head"] or "")[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    marks = ["---"] * len(starts)
+    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in (head, marks, *rows))
 
 
 def _cell(text: str) -> str:
-    """Bars of formulas are no bars of the table."""
-    return MATH.sub(lambda found: _mathml(found["latex"], "inline").replace("|", "&#124;"), text)
+    """Bars are no bars of the table, and angles no tags, but for those in code, which Markdown knows by itself."""
+    parts = INLINE.split(text)
+    plain = [re.sub(r"\\?\|", "&#124;", part).replace("<", "&lt;") for part in parts]
+    plain[1::2] = [MATH.sub(lambda found: _mathml(found["latex"], "inline"), part) for part in parts[1::2]]
+    return "".join(plain)

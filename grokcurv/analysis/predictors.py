@@ -116,10 +116,23 @@ def predictors(
         RunError: a folder without a sweep, or damaged tables.
 
     Example:
+        Two runs grok at step 900, one of another operation never does. In the first two ``alarm`` rises 400 steps
+        before, and the third row in a row comes 50 steps later.
+
+        >>> import numpy as np, pandas as pd
+        >>> from types import SimpleNamespace
         >>> from grokcurv.analysis import predictors
-        >>> found = predictors("runs/signals")  # doctest: +SKIP
-        >>> found.table[["column", "auroc", "auroc_low", "auroc_high", "lead"]]  # doctest: +SKIP
-        >>> found.notes  # doctest: +SKIP
+        >>> step = np.arange(0, 1100, 25)
+        >>> runs = pd.DataFrame({"op": ["add", "mul", "x3"], "status": "finished", "weight_decay": 1.0})
+        >>> groks = {run: 900 if op != "x3" else np.inf for run, op in runs["op"].items()}
+        >>> tables = {name: pd.concat([pd.DataFrame({"run": run, "step": step, **make(groks[run])}) for run in groks])
+        ...     for name, make in {
+        ...         "metrics": lambda grok: {"test_acc": 0.1 + 0.85 * (step >= grok)},
+        ...         "curvature": lambda grok: {"alarm": 1 + step % 2 + 9.0 * (step >= grok - 400), "reliable": True},
+        ...     }.items()}
+        >>> sweep = SimpleNamespace(runs=runs, table=lambda name, columns=None: tables[name])
+        >>> predictors(sweep).table.loc[0, ["column", "hits", "false_alarms", "auroc", "lead"]].to_dict()
+        {'column': 'alarm', 'hits': 2, 'false_alarms': 0, 'auroc': 1.0, 'lead': 350.0}
     """
     import pandas as pd
 

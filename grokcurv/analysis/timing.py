@@ -18,6 +18,7 @@ EARLY = 3
 """Measurements of whose median a rise of the defect is told."""
 
 PHASES = ("early", "memorisation", "pre-grok", "post-grok")
+"""Of a run that groks, in order, as :func:`phases` names them."""
 
 RANK_POWER = 9
 """A bet on rising defects pays rank^9: at most 10 to 1, for a row that tops all before it."""

@@ -3,9 +3,11 @@ r"""What the Gram matrix of updates looks like when updates have no direction: n
 Gaps between the singular values of the last W updates look like structure, and rows without any have them too.
 :class:`grokcurv.UpdateGram` is to be set beside two nulls, both with rows as long as those that were seen:
 
-``independent``   the directions of the W updates are independent and uniform
-``momentum``      each is an average of independent ones, :math:`m_t = \beta m_{t-1} + (1 - \beta) g_t`, which alone
-                  spreads sigma: with beta = 0.9 and W = 10, sigma_1 / sigma_10 is 11.6
+===============  ======================================================================================================
+``independent``  the directions of the W updates are independent and uniform
+``momentum``     each is an average of independent ones, :math:`m_t = \beta m_{t-1} + (1 - \beta) g_t`, which alone
+                 spreads sigma: with beta = 0.9 and W = 10, sigma_1 / sigma_10 is 11.6
+===============  ======================================================================================================
 
 Neither needs a vector of length p. The Gram matrix of W normal rows is :math:`L L^T` with L Bartlett's factor (1933,
 see :mod:`grokcurv.analysis.random_walk`), and averages of rows are a linear map F of theirs: :math:`F L L^T F^T`, where

@@ -412,6 +412,16 @@ class ShardedPCA(StreamingPCA):
     ``load_state_dict`` exchange numbers: call them on all ranks. A row that is not finite on one rank is refused on
     all. Each rank saves and loads its own ``state_dict``.
 
+    >>> import grokcurv as gc
+    >>> from torch.distributed.fsdp import fully_shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> mesh = dist.init_device_mesh("cpu", (1,))
+    >>> model, rows = fully_shard(nn.Linear(3, 2), mesh=mesh), torch.randn(5, 8)
+    >>> shares = ShardedPCA(model, 2).partial_fit(rows).explained_variance_ratio_
+    >>> torch.allclose(shares, gc.StreamingPCA(2).partial_fit(rows).explained_variance_ratio_)
+    True
+    >>> dist.destroy_process_group()
+
     Args:
         model: after ``fully_shard(model)``.
         n_components, store_dtype, scratch: as for :class:`grokcurv.StreamingPCA`.

@@ -1,9 +1,23 @@
 """Curvature of a model that the Trainer of Hugging Face's transformers trains.
 
+>>> import torch
+>>> from transformers import Trainer, TrainingArguments
 >>> from grokcurv.integrations.huggingface import CurvatureCallback
->>> callback = CurvatureCallback(lambda model, batch: model(**batch).loss, sampler, every=10)
->>> Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
->>> callback.monitor.records()  # doctest: +SKIP
+>>> class Regression(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.body = torch.nn.Linear(3, 1)
+...     def forward(self, x):
+...         return {"loss": self.body(x).square().mean()}
+>>> data = [{"x": torch.randn(3)} for _ in range(16)]
+>>> sampler = lambda: ({"x": torch.randn(8, 3)}, {"x": torch.randn(8, 3)})
+>>> callback = CurvatureCallback(lambda model, batch: model(**batch)["loss"], sampler, every=2)
+>>> quiet = dict(save_strategy="no", report_to=[], disable_tqdm=True, log_level="error")
+>>> arguments = TrainingArguments("runs/hf", max_steps=4, use_cpu=True, **quiet)
+>>> output = Trainer(Regression(), arguments, train_dataset=data, callbacks=[callback]).train()  # doctest: +ELLIPSIS
+{...}
+>>> callback.monitor.records()["step"].tolist()
+[0, 2]
 """
 
 from __future__ import annotations

@@ -1,10 +1,22 @@
 """Curvature of a model that PyTorch Lightning trains.
 
->>> from torch.nn.functional import cross_entropy
+>>> import torch
+>>> from lightning.pytorch import LightningModule, Trainer
 >>> from grokcurv.integrations.lightning import CurvatureCallback
->>> callback = CurvatureCallback(lambda module, batch: cross_entropy(module(batch[0]), batch[1]))
->>> Trainer(callbacks=[callback]).fit(module, callback.lookahead(loader))  # doctest: +SKIP
->>> callback.monitor.records()  # doctest: +SKIP
+>>> class Regression(LightningModule):
+...     def __init__(self):
+...         super().__init__()
+...         self.body = torch.nn.Linear(3, 1)
+...     def training_step(self, batch, index):
+...         return self.body(batch).square().mean()
+...     def configure_optimizers(self):
+...         return torch.optim.SGD(self.parameters(), lr=0.1)
+>>> callback = CurvatureCallback(lambda module, batch: module.body(batch).square().mean())
+>>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+>>> trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet)
+>>> trainer.fit(Regression(), callback.lookahead([torch.randn(8, 3) for _ in range(3)]))
+>>> callback.monitor.records()["step"].tolist()  # the last batch has no next one
+[0, 1]
 """
 
 from __future__ import annotations

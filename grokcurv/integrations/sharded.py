@@ -1,7 +1,20 @@
 """Models trained on several processes: DistributedDataParallel and FSDP2 (``torch.distributed.fsdp.fully_shard``).
 
->>> from grokcurv.integrations.sharded import ShardedPCA, distributed
->>> monitor = gc.CurvatureMonitor(distributed(model), loss_fn)  # doctest: +SKIP
+A group of one process measures what a process without a group does:
+
+>>> import torch
+>>> import torch.distributed as dist
+>>> from torch.nn.parallel import DistributedDataParallel
+>>> import grokcurv as gc
+>>> from grokcurv.integrations.sharded import distributed
+>>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+>>> model, (a, b) = torch.nn.Linear(3, 2), torch.randn(2, 8, 3)
+>>> loss_fn = lambda model, batch: model(batch).square().mean()
+>>> probe = gc.CommutatorProbe(distributed(DistributedDataParallel(model)), loss_fn)
+>>> defect = probe.measure([(a, b)]).defect
+>>> torch.equal(defect, gc.commutator_defect(model, loss_fn, a, b).defect)
+True
+>>> dist.destroy_process_group()
 
 Every rank makes the same calls at the same time, each with its own batches; what is measured is the commutator of the
 gradients averaged over the ranks, the ones training steps along. Every rank gets the same numbers, to the bit.

@@ -27,6 +27,20 @@ class Measure:
     A measure belongs to one monitor. It is called at every step, for it may need to see every one, and has a row where
     the monitor has one.
 
+    >>> import grokcurv as gc
+    >>> class LargestParameter(Measure):
+    ...     name, columns = "largest_parameter", ("largest_parameter",)
+    ...     def bind(self, probe):
+    ...         self.engine = probe.gradients
+    ...     def observe(self, step, pairs, due):
+    ...         thetas = self.engine.thetas(range(self.engine.runs))
+    ...         return thetas.abs().amax(1, keepdim=True).double() if due else None
+    >>> model = nn.Linear(3, 2)
+    >>> monitor = gc.CurvatureMonitor(model, lambda model, x: model(x).sum(), measures=[LargestParameter()])
+    >>> monitor.step()
+    >>> monitor.last["largest_parameter"] == max(x.abs().max().item() for x in model.parameters())
+    True
+
     Attributes:
         name: under which the monitor says what it took.
         columns: what it records, each a number.

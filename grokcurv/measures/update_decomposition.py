@@ -77,6 +77,20 @@ class UpdateDecomposition(Measure):
 
     A step costs no gradient; two vectors of P are kept, and nine read or written where there is a row.
 
+    Of gradient descent alone the update is the gradient's part:
+
+    >>> import torch, grokcurv as gc
+    >>> model, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
+    >>> loss_fn = lambda model, x: model(x).square().mean()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> monitor = gc.attach(model, loss_fn, optimizer, measures=[gc.UpdateDecomposition()])
+    >>> for _ in range(2):
+    ...     loss_fn(model, x).backward()
+    ...     optimizer.step()
+    >>> row = monitor.last
+    >>> round(row["gradient_part_norm"] / row["update_norm"], 3), row["decay_norm"], row["momentum_norm"]
+    (1.0, 0.0, 0.0)
+
     Args:
         optimizer: that of the loop, or several; :func:`grokcurv.attach` and the trainer of many runs tell their own.
         cosines: record the angles between the parts.

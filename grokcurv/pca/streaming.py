@@ -53,6 +53,16 @@ class StreamingPCA:
     fed alone, with as many calls of the kernels for all runs as for one. Every attribute below that is a tensor, or a
     list of them, then has R in front of its shape. Runs that are fed together have seen as many rows each.
 
+    >>> import torch, grokcurv as gc
+    >>> rows = torch.randn(20, 1) * torch.randn(50) + 0.5  # along a line
+    >>> pca = gc.StreamingPCA(n_components=2)
+    >>> for row in rows:
+    ...     _ = pca.partial_fit(row[None])
+    >>> pca.explained_variance_ratio_.round(decimals=5).tolist()
+    [1.0, 0.0]
+    >>> round(float(pca.explained_variance_[0] / rows.var(0).sum()), 4)
+    1.0
+
     Args:
         n_components: k, directions kept, at least 1.
         method: ``"auto"``, ``"gram"``, ``"incremental"`` or ``"sketch"``.

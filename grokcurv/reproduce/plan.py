@@ -35,6 +35,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 """By claim, in the order of the page, the sets of runs it reads; an intervention's baseline is one of ``grokking``."""
 
 CLAIMS = tuple(NEEDS)
+"""By name, in the order of the page."""
 
 ASKED_FOR = ("slow-regime",)
 """Claims whose runs are trained only when they are named."""
@@ -200,4 +201,6 @@ def _read(name: str) -> Profile:
 
 
 PROFILES = {name: _read(name) for name in ("quick", "add", "paper")}
+"""By name: ``quick``, ``add`` (seeds of one operation) and ``paper`` (the paper's runs)."""
+
 QUICK = PROFILES["quick"]

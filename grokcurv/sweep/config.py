@@ -46,6 +46,10 @@ class SweepConfig:
     Of the three at least one says something; the grid's last field varies fastest. Settings are those of
     :class:`grokcurv.training.TrainConfig`; a ``preset`` among them is what the run starts from. A run has one thread
     unless ``threads`` says otherwise.
+
+    >>> config = SweepConfig(run={"steps": 10}, grid={"op": ["add", "mul"], "seed": [0, 1]})
+    >>> list(config.plan)
+    ['0000-add-seed0', '0001-add-seed1', '0002-mul-seed0', '0003-mul-seed1']
     """
 
     run: dict[str, Any] = field(default_factory=dict)

@@ -39,6 +39,11 @@ TOGETHER = 64
 class Sweep:
     """A sweep, finished or not; its runs are read from their folders at every use.
 
+    >>> from grokcurv.sweep import SweepConfig, run_sweep
+    >>> sweep = run_sweep(SweepConfig(run={"steps": 10}, grid={"seed": [0, 1]}), "runs/seeds", only=[])
+    >>> sweep.varied, sweep.runs["status"].tolist()
+    (('seed',), ['pending', 'pending'])
+
     Attributes:
         path: the folder.
         config: what the sweep file said.

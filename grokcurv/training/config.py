@@ -209,6 +209,10 @@ class TrainConfig(
     """One run. The defaults are the paper's fast regime (Xu, arXiv 2602.16746).
 
     Its settings are those of its bases, the last one's first.
+
+    >>> config = TrainConfig(op="mul", steps=100)
+    >>> config.p, config.lr, config.weight_decay
+    (97, 0.001, 1.0)
     """
 
     preset: Preset = "paper"

@@ -114,6 +114,16 @@ def waves(order: Tensor, frequencies: Tensor, p: int) -> Tensor:
 class FourierShares:
     """Both shares at one evaluation, whose logits may come in pieces.
 
+    An embedding on one circle, and logits that treat all three frequencies alike:
+
+    >>> from grokcurv.tasks import table
+    >>> pairs, answers = table("add", 7)
+    >>> angle = 2 * math.pi * torch.arange(7) / 7
+    >>> shares = FourierShares("add", 7, torch.stack([angle.cos(), angle.sin()], 1), k=1)
+    >>> shares.add(torch.eye(7)[answers], answers)
+    >>> shares.read().round(decimals=4).tolist()
+    [1.0, 0.3333]
+
     Args:
         op, p: the task.
         embedding: (p, width), as :func:`embedding_of` gives it.

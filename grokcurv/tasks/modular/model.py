@@ -27,6 +27,10 @@ class Transformer(nn.Module):
     The other two sequences end in an ``=`` token and make it a decoder: attention is causal, the answer is read at
     the last position, and the layers start independent of each other.
 
+    >>> model = Transformer(7, layers=1, d_model=8, heads=2, d_ff=16)
+    >>> model(torch.tensor([[3, 4], [5, 6]])).shape
+    torch.Size([2, 7])
+
     Args:
         p: modulus; also the number of classes.
         layer_norm: ``False`` drops every LayerNorm and draws token embeddings from N(0, 1/d), which keeps the
@@ -94,6 +98,12 @@ class MLP(nn.Module):
     """A fully connected ReLU network without biases on the two one-hot numbers, side by side.
 
     The network of Prieto et al. (arXiv 2501.04697).
+
+    >>> model = MLP(7, layers=1, width=8)
+    >>> sum(parameter.numel() for parameter in model.parameters())  # (2 p + p) width
+    168
+    >>> model(torch.tensor([[3, 4], [5, 6]])).shape
+    torch.Size([2, 7])
 
     Args:
         p: modulus; also the number of classes.

@@ -25,7 +25,18 @@ EVALUATION_ROWS = 16_384
 
 
 class ModularArithmetic:
-    """``a op b`` modulo p, learned by a transformer or an MLP: a :class:`grokcurv.tasks.Task`, by a run's settings."""
+    """``a op b`` modulo p, learned by a transformer or an MLP: a :class:`grokcurv.tasks.Task`, by a run's settings.
+
+    >>> import random
+    >>> from grokcurv.training import TrainConfig
+    >>> config = TrainConfig(op="add", p=7, train_fraction=0.5, batch_size=8, d_model=8, d_ff=8, heads=2)
+    >>> task = ModularArithmetic(config)
+    >>> data = task.split(random.Random(0))
+    >>> len(data.train_pairs), len(data.test_pairs), bool((data.test_pairs.sum(1) % 7 == data.test_answers).all())
+    (24, 25, True)
+    >>> task.evaluate(task.model(seed=0), data).shape == (len(task.columns),)
+    True
+    """
 
     columns: tuple[str, ...] = (
         *("train_loss", "train_acc", "test_loss", "test_acc"),
