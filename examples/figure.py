@@ -27,7 +27,7 @@ def draw(title: str, metrics: pd.DataFrame, curvature: pd.DataFrame, pca: pd.Dat
     if len(left_out):
         middle.plot(left_out["step"], left_out["noise_floor"], "x", color=ORANGE, label="not reliable: left out")
     middle.set_yscale("log")
-    middle.set_ylabel("commutator defect\n(1 / loss)")
+    middle.set_ylabel("commutator defect\n(1 / $\\theta$)")
 
     matrices = pca.pivot(index="step", columns="matrix", values="pc1_percent")
     if matrices.shape[1] > 1:

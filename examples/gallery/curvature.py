@@ -35,7 +35,7 @@ def main(steps: int = 4000, out: Path = Path("curvature.png")) -> pd.DataFrame:
     bottom.plot(rows["step"], rows["defect_median"], color="C0", label="defect: median of 3 pairs, and quartiles")
     bottom.fill_between(rows["step"], rows["defect_p25"], rows["defect_p75"], color="C0", alpha=0.2, linewidth=0)
     bottom.plot(rows["step"], rows["noise_floor"], color="C4", linestyle=":", label="its noise floor")
-    bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / loss)")
+    bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / $\\theta$)")
     for axes in (top, bottom):
         for step, name, colour in ((onset, "onset of the defect", "C2"), (grok, "grok step", "C1")):
             if step is not None:

@@ -39,7 +39,7 @@ def main(steps: int = 3000, start: int = 500, out: Path = Path("intervention.png
         bottom.plot(rows["step"], rows["defect_median"])
     top.yaxis.set_major_formatter(PercentFormatter(1))
     top.set_ylabel("test accuracy")
-    bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / loss)")
+    bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / $\\theta$)")
     for axes in (top, bottom):
         axes.axvline(start, color="C4", linestyle=":")
     figure.legend(loc="outside lower center", ncols=2)

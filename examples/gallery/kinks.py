@@ -36,7 +36,7 @@ def main(lengths: int = 31, out: Path = Path("kinks.png")) -> pd.DataFrame:
         print(f"{name}: bracket {bracket:.4f}; difference {found[name].min():.4f} to {found[name].max():.4f}")
         axes.plot(etas, found[name], "o-", color=colour, label=f"{name}: difference form")
         axes.axhline(bracket, color=colour, linestyle="--", label=f"{name}: exact bracket")
-    axes.set(xscale="log", ylim=0, xlabel="eta (step over gradient)", ylabel="defect (1 / loss)")
+    axes.set(xscale="log", ylim=0, xlabel="eta (step over gradient)", ylabel="defect (1 / $\\theta$)")
     axes.legend()
     figure.savefig(out)
     return found

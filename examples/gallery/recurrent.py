@@ -59,7 +59,7 @@ def main(steps: int = 1500, out: Path = Path("recurrent.png")) -> pd.DataFrame:
     bottom.plot(rows["step"], rows["defect_median"], label="defect: median of 5 pairs, and quartiles")
     bottom.fill_between(rows["step"], rows["defect_p25"], rows["defect_p75"], alpha=0.2, linewidth=0)
     bottom.plot(rows["step"], rows["noise_floor"], color="C4", linestyle=":", label="noise floor")
-    bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / loss)")
+    bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / $\\theta$)")
     bottom.legend()
     figure.savefig(out)
     return rows

@@ -30,7 +30,7 @@ def main(steps: int = 1500, out: Path = Path("rounding.png")) -> pd.DataFrame:
     brackets = rows[rows["method"] == "bracket"]
     axes.plot(brackets["step"], brackets["defect_median"], "o", color="C0", mfc="white", label="defect, by the bracket")
     axes.plot(rows["step"], rows["noise_floor"], color="C4", linestyle=":", label="noise floor of the defect")
-    axes.set(yscale="log", xlabel="training step", ylabel="defect (1 / loss)")
+    axes.set(yscale="log", xlabel="training step", ylabel="defect (1 / $\\theta$)")
     axes.set_title("Transformer, addition modulo 31, no weight decay")
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(out)
