@@ -204,7 +204,10 @@ def matrix_label(name: str) -> tuple[str, str]:
 
 
 def spread(middles: list[float], heights: list[float]) -> list[float]:
-    """Nearest places (least squares) to ascending ``middles`` at which boxes of these heights do not overlap."""
+    """Move labels apart: the middles, ascending, of boxes of these heights that touch but do not overlap.
+
+    Their places are the nearest to the ``middles`` that were wanted, by least squares.
+    """
     from scipy.optimize import isotonic_regression
 
     gaps = [(low + high) / 2 for low, high in pairwise(heights)]
