@@ -113,6 +113,7 @@ def test_examples() -> None:
     assert list(lr)[7] == "0007-add-lr0.01-seed137"
     assert lr["0007-add-lr0.01-seed137"] == TrainConfig(lr=0.01, seed=137, threads=1)
     assert len(SweepConfig.from_toml(EXAMPLES / "grokking.toml").plan) == 12
+    assert len(SweepConfig.from_toml(EXAMPLES / "small.toml").plan) == 6
     suppression = SweepConfig.from_toml(EXAMPLES / "suppression.toml").plan
     assert list(suppression)[-1] == "0005-project-update-strength1"
 
