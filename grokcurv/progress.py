@@ -91,7 +91,11 @@ def _time_left(seconds: float) -> str:
 
 
 def of_run(latest: Latest) -> Shown:
-    """What ``train`` reports: loss, accuracies, defect, and where it grokked and settled, once these are known."""
+    """One run's progress in words, from the dict that ``train`` gives to ``on_progress``.
+
+    Pace: steps done, steps a second, time left. State: loss, accuracies, defect, and where it grokked and settled, each
+    once it is known.
+    """
     step, steps, speed = (latest[name] for name in ("step", "steps", "steps_per_second"))
     left = _time_left((steps - step) / speed) if speed else ""
     said = [

@@ -362,6 +362,12 @@ class RunWriter:
     def _compare(self, there: Mapping[str, Any], said: str) -> None:
         differing = differences(there, self.config)
         if wrong := [f"{name} ({values})" for name, values in differing.items() if name not in self.changeable]:
+            lacking = [name for name in self.config if name not in there]
+            if len(lacking) == len(wrong):
+                raise RunError(
+                    f"{self.path} was written by an older version, without {', '.join(lacking)}: it is read and "
+                    "reported, but not gone on with; choose another folder"
+                )
             may = f"; when it is resumed, {', '.join(self.changeable)} may change" if self.changeable else ""
             raise RunError(f"{self.path} {said}: {', '.join(wrong)}{may}")
 

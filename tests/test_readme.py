@@ -40,5 +40,5 @@ def test_it_is_short() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", README.read_text()):
+    for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)", README.read_text()):
         assert target.startswith("https://") or (README.parent / target).exists(), target

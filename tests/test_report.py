@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 
 from grokcurv.report import figures, write_report
-from grokcurv.report.figures import DARK, LIGHT
+from grokcurv.report.figures import DARK, LIGHT, NARROW, WIDE
 from grokcurv.report.format import duration, number
 from grokcurv.report.measures import FIGURED, figured
 from grokcurv.report.summary import Summary
@@ -291,6 +291,24 @@ def test_grokking_draws_the_records(theme: figures.Theme) -> None:
     low, high = bottom.get_ylim()
     assert low < curvature["noise_floor"].min()
     assert high > curvature["reference_median"].max()
+
+
+@pytest.mark.parametrize(("width", "onset", "grok"), [(WIDE, 1800, 3100), (NARROW, 1800, 2900), (NARROW, 100, 400)])
+def test_words_beside_marks_cross_no_mark(width: float, onset: int, grok: int) -> None:
+    """Nor do they leave the panel."""
+    metrics, curvature = synthetic_run.metrics(), synthetic_run.curvature()
+    with figures.style(LIGHT, width):
+        figure = figures.grokking(metrics, curvature, LIGHT, onset=onset, grok=grok)
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            panel = axes.get_window_extent()
+            marks = [axes.transData.transform((step, 1))[0] for step in (onset, grok)]
+            for text in axes.texts:
+                if text.get_text().startswith(("onset", "grok")) or text.get_text().endswith("steps"):
+                    box = text.get_window_extent()
+                    assert panel.x0 <= box.x0
+                    assert box.x1 <= panel.x1
+                    assert grok - onset < 1000 or not any(box.x0 < mark < box.x1 for mark in marks)
 
 
 def test_a_tiny_noise_floor_does_not_flatten_the_defect() -> None:

@@ -173,6 +173,11 @@ def test_another_configuration_names_the_fields(tmp_path: Path) -> None:
             RunWriter(tmp_path, other, resume=resume),
         ):
             pass
+    with (
+        pytest.raises(RunError, match="by an older version, without new, newer: it is read"),
+        RunWriter(tmp_path, {**CONFIG, "new": 1, "newer": 2}, resume=True),
+    ):
+        pass
     assert open_run(tmp_path).config == CONFIG
 
 

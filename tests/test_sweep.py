@@ -113,6 +113,7 @@ def test_examples() -> None:
     assert list(lr)[7] == "0007-add-lr0.01-seed137"
     assert lr["0007-add-lr0.01-seed137"] == TrainConfig(lr=0.01, seed=137, threads=1)
     assert len(SweepConfig.from_toml(EXAMPLES / "grokking.toml").plan) == 12
+    assert len(SweepConfig.from_toml(EXAMPLES / "small.toml").plan) == 6
     suppression = SweepConfig.from_toml(EXAMPLES / "suppression.toml").plan
     assert list(suppression)[-1] == "0005-project-update-strength1"
 
@@ -239,6 +240,13 @@ def test_another_sweep_in_the_folder(tmp_path: Path) -> None:
         folder.claim(tmp_path, dataclasses.replace(SMALL, grid={**SMALL.grid, "op": ["add", "sub"]}))
     with hold(tmp_path, "run"), pytest.raises(RunError, match="is being run by process"):
         run_sweep(SMALL, tmp_path)
+    (old := tmp_path / "old").mkdir()
+    folder.claim(old, dataclasses.replace(SMALL, run={"rng": "torch"}))
+    for grow in (False, True):
+        with pytest.raises(RunError, match="one of an older version"):
+            folder.claim(old, SMALL, grow=grow)
+    with pytest.raises(RunError, match="only there"):  # the file does not ask for today's draws
+        folder.claim(old, dataclasses.replace(SMALL, run={"rng": "torch", "p": 89}), grow=True)
 
 
 def test_a_sweep_grows(script: dict[str, Any], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
-from matplotlib.ticker import PercentFormatter
 
 from grokcurv import analysis
 from grokcurv.training import TrainConfig, train
@@ -21,16 +20,14 @@ def main(steps: int = 4000, out: Path = Path("curvature.png")) -> pd.DataFrame:
     """Train a transformer to add modulo 31, for so many steps at most."""
     run = train(replace(NETWORK, steps=steps, steps_after_grok=500, eval_every=50, measure_every=50, pairs=3))
     rows = run.records()
-    onset, grok = analysis.onset_step(rows), analysis.grok_step(rows)
+    onset, grok, lead = analysis.onset_step(rows), analysis.grok_step(rows), analysis.lead_time(rows)
     print(rows[["step", "train_acc", "test_acc", "defect_median", "noise_floor"]].iloc[::10].to_string(index=False))
-    print(
-        f"onset {onset}, grokked {grok}, lead {analysis.lead_time(rows)}; reliable rows {rows['reliable'].mean():.0%}"
-    )
+    print(f"onset {onset}, grokked {grok}, lead {lead}; reliable rows {rows['reliable'].mean():.0%}")
 
     figure, (top, bottom) = plt.subplots(2, sharex=True, height_ratios=(2, 3))
     top.plot(rows["step"], rows["train_acc"], color="C4", label="train")
     top.plot(rows["step"], rows["test_acc"], color="C0", label="test")
-    top.yaxis.set_major_formatter(PercentFormatter(1))
+    top.yaxis.set_major_formatter("{x:.0%}")
     top.set_ylabel("accuracy")
     bottom.plot(rows["step"], rows["defect_median"], color="C0", label="defect: median of 3 pairs, and quartiles")
     bottom.fill_between(rows["step"], rows["defect_p25"], rows["defect_p75"], color="C0", alpha=0.2, linewidth=0)

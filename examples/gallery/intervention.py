@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
-from matplotlib.ticker import PercentFormatter
 
 from grokcurv import analysis
 from grokcurv.training import TrainConfig, train
@@ -32,12 +31,11 @@ def main(steps: int = 3000, start: int = 500, out: Path = Path("intervention.png
     found = {}
     for name, settings in INTERVENTIONS.items():
         rows = found[name] = train(replace(base, intervene_from=start, **settings)).records()
-        print(
-            f"{name}: grokked at {analysis.grok_step(rows)}, test accuracy {rows['test_acc'].iloc[-1]:.1%} at the end"
-        )
+        grok, last = analysis.grok_step(rows), rows["test_acc"].iloc[-1]
+        print(f"{name}: grokked at {grok}, test accuracy {last:.1%} at the end")
         top.plot(rows["step"], rows["test_acc"], label=name)
         bottom.plot(rows["step"], rows["defect_median"])
-    top.yaxis.set_major_formatter(PercentFormatter(1))
+    top.yaxis.set_major_formatter("{x:.0%}")
     top.set_ylabel("test accuracy")
     bottom.set(yscale="log", xlabel="training step", ylabel="defect (1 / $\\theta$)")
     for axes in (top, bottom):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import grokcurv as gc
 
 plt.style.use(Path(__file__).with_name("gallery.mplstyle"))
-Batch = tuple[Tensor, Tensor]
 
 
 class Adder(nn.Module):
@@ -24,11 +23,11 @@ class Adder(nn.Module):
         return self.head(states[:, -1])[:, 0]
 
 
-def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def draw(rows: int = 64, length: int = 12) -> Batch:
+def draw(rows: int = 64, length: int = 12) -> tuple[Tensor, Tensor]:
     """Sequences of numbers, two of them marked by a one beside them; and the sum of those two."""
     numbers, marks = torch.rand(rows, length), torch.zeros(rows, length)
     marks.scatter_(1, torch.rand(rows, length).argsort(1)[:, :2], 1.0)
@@ -48,8 +47,7 @@ def main(steps: int = 1500, out: Path = Path("recurrent.png")) -> pd.DataFrame:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    rows = monitor.records()
-    rows["loss"] = [losses[step] for step in rows["step"]]
+    rows = monitor.records().assign(loss=losses[::25])
     columns = ["step", "loss", "grad_norm", "defect_median", "noise_floor", "reliable"]
     print(rows[columns].iloc[:: max(1, len(rows) // 8)].to_string(index=False))
 

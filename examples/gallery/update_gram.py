@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
-from matplotlib.ticker import PercentFormatter
 
 from grokcurv.training import TrainConfig, train
 
@@ -27,7 +26,7 @@ def main(steps: int = 3500, out: Path = Path("update_gram.png")) -> dict[str, pd
         top.plot(rows["step"], rows["test_acc"], color=colour, label=f"weight decay {decay:g}")
         middle.plot(rows["step"], rows["g23"], color=colour, linewidth=1)
         bottom.plot(rows["step"], rows["gap_ratio"], color=colour, linewidth=1)
-    top.yaxis.set_major_formatter(PercentFormatter(1))
+    top.yaxis.set_major_formatter("{x:.0%}")
     top.set_ylabel("test accuracy")
     middle.set(yscale="log", ylabel="g23 (weight$^2$)")
     bottom.set(ylim=0, ylabel="gap ratio", xlabel="training step")

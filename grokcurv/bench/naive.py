@@ -18,6 +18,7 @@ RANDOM_SUBSPACES = 5
 
 
 def gradient(model: nn.Module, loss_fn: LossFn, batch: Any) -> Tensor:
+    """(P,) the gradient of the loss on a batch, by one backward pass; it is left in ``.grad`` too."""
     model.zero_grad()
     loss_fn(model, batch).backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])

@@ -91,7 +91,10 @@ class CurvatureCallback(Callback):
         return self._monitor
 
     def lookahead(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """The same batches; the callback learns of each next one."""
+        """Wrap a training loader, to measure each batch against the next: the same batches, each fetched one ahead.
+
+        Give it to ``trainer.fit`` in the loader's place.
+        """
         return _Lookahead(self, loader)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -176,7 +176,10 @@ class Commutator:
         return tuple((method, check, tuple(runs)) for (method, check), runs in groups.items())
 
     def carried_out(self, step: int, plan: Plan, found: Tensor) -> Plan:
-        """What a measurement came to: its plan, and the brackets that took rows of it."""
+        """The plan of a measurement as it was carried out: with an entry more for each run whose row is a bracket's.
+
+        That is where the difference form was not reliable. ``found`` is (R, columns) of the rows measured.
+        """
         if is_asynchronous(self.probe.gradients.device):
             return plan
         # On a CPU the numbers are there; on a device, where looking would wait, no row is taken by another method.

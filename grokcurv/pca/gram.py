@@ -165,6 +165,7 @@ class Gram(Method):
             self.__dict__.pop("_scatters", None)
 
     def forget(self) -> None:
+        """Drop eigenvectors and sums worked out from the rows so far: they are computed anew when next asked for."""
         for name in ("solution", "_along"):
             self.__dict__.pop(name, None)
 

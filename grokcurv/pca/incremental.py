@@ -204,6 +204,10 @@ class Incremental(Method):
     # State
 
     def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` goes on from, bitwise: basis, rows that wait in the buffer, counts and history.
+
+        Of all runs together. Its tensors are those at work and no copies.
+        """
         numbers = {"appended": self.appended, "pending": self.pending, "folds": int(self.folds)}
         tensors = {name: getattr(self, name) for name in TENSORS}
         rings = {name: self._in_order(ring) for name, ring in self._rings.items()}

@@ -37,6 +37,7 @@ LABEL_HEIGHT = 0.15  # inches a line of an end label
 DECADES_BELOW = 2.5  # how far below the lowest defect the noise floor may pull the axis
 STYLES = ("-", "--", ":", "-.")
 DENSE = 4000  # points from which on a curve is a picture within the drawing: nobody could zoom into it
+ROOM = 0.9  # inches that words between two marks take
 MOST_DECADES = 7  # labelled on an axis, about
 
 
@@ -91,14 +92,16 @@ def grokking(
         _accuracy(panels[0], metrics, theme)
     if not curvature.empty:
         _defect(panels[-1], curvature, theme)
+    inch = panels[0].get_xlim()[1] / (panels[0].get_position().width * page_width())  # steps in an inch
     if grok is not None:
         _mark(panels, panels[0], grok, f"grok {grok:,}", 0.1, theme.green)
     if onset is not None:
-        _mark(panels, panels[-1], onset, f"onset {onset:,}", 0.93, theme.blue)
+        beside = grok is not None and 0 < grok - onset < ROOM * inch < onset
+        _mark(panels, panels[-1], onset, f"onset {onset:,}", 0.93, theme.blue, left=beside)
     if grok is not None and onset is not None:
         for axes in panels:
             axes.axvspan(*sorted((onset, grok)), color=theme.blue, alpha=0.06, linewidth=0, zorder=0)
-        if abs(grok - onset) > 0.15 * panels[0].get_xlim()[1]:
+        if abs(grok - onset) > ROOM * inch:
             middle, lead = (onset + grok) / 2, f"{grok - onset:,} steps"
             across = panels[0].get_xaxis_transform()
             panels[0].text(middle, 0.5, lead, transform=across, ha="center", va="center", color=theme.muted)
@@ -201,7 +204,10 @@ def matrix_label(name: str) -> tuple[str, str]:
 
 
 def spread(middles: list[float], heights: list[float]) -> list[float]:
-    """Nearest places (least squares) to ascending ``middles`` at which boxes of these heights do not overlap."""
+    """Move labels apart: the middles, ascending, of boxes of these heights that touch but do not overlap.
+
+    Their places are the nearest to the ``middles`` that were wanted, by least squares.
+    """
     from scipy.optimize import isotonic_regression
 
     gaps = [(low + high) / 2 for low, high in pairwise(heights)]
@@ -309,11 +315,13 @@ def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
     _label_ends(axes, ends)
 
 
-def _mark(panels: list[Axes], where: Axes, step: int, text: str, height: float, colour: str) -> None:
+def _mark(
+    panels: list[Axes], where: Axes, step: int, text: str, height: float, colour: str, left: bool = False
+) -> None:
     """A dashed line at a step through all panels, named in one of them on the side with room."""
     for axes in panels:
         axes.axvline(step, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    left = step > 0.8 * where.get_xlim()[1]
+    left = left or step > 0.8 * where.get_xlim()[1]
     where.annotate(
         text,
         (step, height),

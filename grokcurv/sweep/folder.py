@@ -201,6 +201,8 @@ def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
         if grow:
             plan = _grown(sweep.plan, plan)
         if differing := _differences(sweep.plan, plan, CHANGEABLE if grow else ()):
+            if {"torch"} == {run.rng for run in sweep.plan.values()} - {run.rng for run in plan.values()}:
+                differing = "one of an older version (rng 'torch'), which is read and reported, but not gone on with"
             raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
         if plan == sweep.plan:
             return sweep
