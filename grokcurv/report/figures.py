@@ -204,7 +204,7 @@ def matrix_label(name: str) -> tuple[str, str]:
 
 
 def spread(middles: list[float], heights: list[float]) -> list[float]:
-    """Move labels apart: the middles, ascending, of boxes of these heights that touch but do not overlap.
+    """Move labels apart: the middles, ascending, of boxes of these heights, none of which overlaps another.
 
     Their places are the nearest to the ``middles`` that were wanted, by least squares.
     """
