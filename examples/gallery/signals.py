@@ -40,7 +40,7 @@ def main(steps: int = 2500, threshold: float = 0.9, out: Path = Path("signals.pn
     left.set_yticklabels(table["column"], fontsize=8)
     left.invert_yaxis()
     right.set(xlabel="lead (steps)")
-    right.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(out)
     return table
 
