@@ -364,12 +364,15 @@ def test_random_basis(random: float, matched: float, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("falls", "control", "verdict"),
-    [(20.0, 1.0, HOLDS), (20.0, 20.0, UNDECIDED), (1.5, 1.0, FAILS), (1.5, 20.0, FAILS)],
+    ("falls", "control", "runs", "verdict"),
+    [
+        *((20.0, 1.0, 4, HOLDS), (20.0, 20.0, 4, UNDECIDED), (20.0, 20.0, 5, FAILS)),  # 5 of 5 have p = 1 / 32
+        *((1.5, 1.0, 4, FAILS), (1.5, 20.0, 4, FAILS)),
+    ],
 )
-def test_update_gram(falls: float, control: float, verdict: str) -> None:
+def test_update_gram(falls: float, control: float, runs: int, verdict: str) -> None:
     """A control is read where its baseline grokked, at step 2900 of 4000, where not all of its fall is done."""
-    several = range(4)
+    several = range(runs)
     found = judged(
         "update-gram",
         {
@@ -379,8 +382,8 @@ def test_update_gram(falls: float, control: float, verdict: str) -> None:
     )
     assert found.verdict == verdict
     share, other, factor, same, *_ = (finding.here.trustworthy for finding in found.findings)
-    assert (share.value, share.count) == (falls >= 2, 4)
-    assert (other.value, other.count) == (control >= 2, 4)
+    assert (share.value, share.count) == (falls >= 2, runs)
+    assert (other.value, other.count) == (control >= 2, runs)
     # Windows are full from step 1000 on.
     np.testing.assert_allclose(factor.value, falls ** (1 - 1000 / 2900), rtol=1e-12)
     np.testing.assert_allclose(same.value, control ** (1900 / 4000), rtol=1e-12)

@@ -315,12 +315,16 @@ def update_gram(evidence: Evidence) -> Judgement:
     count = len(falls["grokking"])
 
     def holds() -> bool | None:
-        from scipy.stats import fisher_exact
+        from scipy.stats import binomtest, fisher_exact
 
         if not count or 2 * fell["grokking"] <= count:
             return False if count else None
         counts = [[fell[name], len(falls[name]) - fell[name]] for name in names]
-        return True if fisher_exact(np.array(counts), alternative="greater").pvalue < rules.SIGNIFICANT else None
+        if fisher_exact(np.array(counts), alternative="greater").pvalue < rules.SIGNIFICANT:
+            return True
+        controls = sum(counts[1])
+        most = controls and binomtest(fell["control"], controls, alternative="greater").pvalue < rules.SIGNIFICANT
+        return False if most else None
 
     def share(name: str) -> Finding:
         number = Number.share(fell[name], len(falls[name]))
