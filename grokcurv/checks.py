@@ -115,7 +115,7 @@ class Checks:
         engine = self.engine
         distance, length, lost = found.unbind(-1)
         if exactly and not check:
-            return in_quadrature(lost, self.expected(pairs))
+            return in_quadrature(torch.stack([lost, self.expected(pairs)]))
         wide = engine.dtype == torch.float64
         # float64 errs less than float32 by the ratio of the roundoffs, provided that both lose digits alike. Where
         # float32 has lost most of them (saturated logits), or gradients are so small that both may have underflowed

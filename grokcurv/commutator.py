@@ -782,11 +782,12 @@ class CommutatorProbe:
         # Rounding enters through the vectors that are subtracted, through the lengths that are divided by, and through
         # the directions of the steps; an error of a direction changes its difference, or product, in proportion.
         scale = area if bracket else eta * area
-        rounding = in_quadrature(*(errors[2:] if bracket else errors))
-        n_a, n_b = relative = errors[:2] / lengths[:2]
-        s_a, s_b = relative if steps is None else steps / lengths[:2]
-        directions = in_quadrature(s_b * changes[0], s_a * changes[1]) / scale
-        floor = FLOOR_MARGIN * in_quadrature(rounding / scale, directions, defect * in_quadrature(n_a, n_b))
+        rounding = in_quadrature(errors[2:] if bracket else errors)
+        relative = errors[:2] / lengths[:2]
+        turned = (relative if steps is None else steps / lengths[:2]).flip(0)  # what each difference is along
+        directions = in_quadrature(turned * changes) / scale
+        parts = torch.stack([rounding / scale, directions, defect * in_quadrature(relative)])
+        floor = FLOOR_MARGIN * in_quadrature(parts)
         if method == "published":
             defect, floor = sums.published, floor + lengths[7] / unit
         energies, count = sums.energies, len(self.segments)
@@ -797,7 +798,7 @@ class CommutatorProbe:
             grad_norm_a=lengths[0],
             grad_norm_b=lengths[1],
             grad_cosine=sums.sums[:, 2] / area,
-            grad_cosine_error=FLOOR_MARGIN * (n_a + n_b),
+            grad_cosine_error=FLOOR_MARGIN * (relative[0] + relative[1]),
             bracket_norm=lengths[3] / eta.square(),
             noise_floor=floor,
             exact=torch.full_like(floor, exact, dtype=torch.bool),
@@ -806,7 +807,7 @@ class CommutatorProbe:
             delta=sums.delta,
         )
         if sums.inner is not None:
-            stats = replace(stats, **self._products(sums, errors, torch.stack([s_b, s_a]), bracket))
+            stats = replace(stats, **self._products(sums, errors, turned, bracket))
         if not self._basis:
             return stats
         inside = sums.coefficients.square().sum(1)
@@ -831,8 +832,8 @@ class CommutatorProbe:
             # of two inner products in float64: they round too, which counts where the vectors are float64 themselves.
             summing = torch.finfo(torch.float64).eps * sums.lengths[:2]
             products, inner = products / sums.eta, (sums.sums[:, 2] - inner) / sums.eta
-            rounding = in_quadrature(errors[:2], rounding, summing) / sums.eta
-        rounding = FLOOR_MARGIN * in_quadrature(rounding, directions * products)
+            rounding = in_quadrature(torch.stack([errors[:2], rounding, summing])) / sums.eta
+        rounding = FLOOR_MARGIN * in_quadrature(torch.stack([rounding, directions * products]))
         along = inner / sums.sums[:, :2].T.flip(0)
         found = {"product_norm": products, "product_error": rounding, "rayleigh": along}
         return {f"{name}_{batch}": row for name, rows in found.items() for batch, row in zip("ab", rows, strict=True)}

@@ -23,15 +23,15 @@ PairOfRuns = tuple[Sequence[Any], Sequence[Any]]
 """The first batches of a pair, one for each run, and the second ones."""
 
 
-def in_quadrature(*errors: Tensor) -> Tensor:
-    """The square root of the sum of squares, entry by entry.
+def in_quadrature(errors: Tensor) -> Tensor:
+    """The square root of the sum of the rows' squares: (n, ...) to (...).
 
     Written as operations that each round in one way: a hypot or a norm of torch rounds a number by where it stands in
     its tensor, and a run is to give among others what it gives alone.
     """
-    total = errors[0] * errors[0]
-    for error in errors[1:]:
-        total = total + error * error
+    total, *others = errors.square().unbind()
+    for square in others:
+        total = total + square
     return total.sqrt()
 
 

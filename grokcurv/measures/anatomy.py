@@ -70,14 +70,11 @@ def products(of: CommutatorStats, floored: bool) -> tuple[dict[str, Tensor], dic
         )
         amplification = norm / length
         # A relative error of the gradient changes the quotient by so much again, and once more through its square.
-        found = {
-            "product_norm": (norm, error),
-            "amplification": (amplification, in_quadrature(error / length, of.grad_cosine_error * amplification)),
-            "rayleigh": (
-                rayleigh,
-                in_quadrature(error / length, of.grad_cosine_error * (amplification + 2.0 * rayleigh.abs())),
-            ),
-        }
+        own, turned = (
+            in_quadrature(torch.stack([error / length, of.grad_cosine_error * each]))
+            for each in (amplification, amplification + 2.0 * rayleigh.abs())
+        )
+        found = {"product_norm": (norm, error), "amplification": (amplification, own), "rayleigh": (rayleigh, turned)}
         for name, (value, bound) in found.items():
             values[f"{name}_{batch}"] = value
             # Without a gradient there is no error that could be relative to it.
