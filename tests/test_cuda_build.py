@@ -38,6 +38,7 @@ class Kernel(NamedTuple):
     name: str
     architecture: str
     stack: int
+    local: int
     registers: int
     threads: int
     resident: int
@@ -57,8 +58,9 @@ def kernels(extension: ModuleType) -> list[Kernel]:
     found = []
     for section in report.split("Fatbin elf code:")[1:]:
         architecture = re.findall(r"^arch = (\w+)", section, re.MULTILINE)[0]
-        for name, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", section):
-            found.append(Kernel(name, architecture, int(stack), int(registers), *bounds[name]))
+        usage = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+        for name, registers, stack, local in re.findall(usage, section):
+            found.append(Kernel(name, architecture, int(stack), int(local), int(registers), *bounds[name]))
     assert {kernel.name for kernel in found} == bounds.keys()
     return found
 
@@ -67,6 +69,7 @@ def test_every_block_algorithm_is_compiled_for_every_architecture(kernels: list[
     """Those are the structs that state a number of threads."""
     architectures = {kernel.architecture for kernel in kernels}
     assert architectures == set(extension.ARCHITECTURES.split(", "))
+    assert architectures >= {"sm_80", "sm_90"} or "GROKCURV_CUDA_ARCH" in os.environ
     stated = set()
     for path in (CORE / "block").glob("*.h"):
         for name, body in re.findall(r"^struct (\w+) \{(.*?)^\};", path.read_text(), re.DOTALL | re.MULTILINE):
@@ -84,8 +87,15 @@ def test_every_kernel_of_every_source_is_preloaded(kernels: list[Kernel], extens
 
 
 def test_registers_do_without_the_stack(kernels: list[Kernel]) -> None:
-    """Nothing is spilled, which would be to it, and no array is indexed in memory."""
-    assert [kernel for kernel in kernels if kernel.stack] == []
+    """Nothing is spilled, and no array is indexed in memory: both would be there, or in local memory."""
+    assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
+
+
+def test_nothing_is_fused_but_what_says_so(kernels: list[Kernel]) -> None:
+    options = re.findall(r"^ptxasOptions = (.*)$", machine_code.said("cuobjdump", "-ptx", machine_code.module()), re.M)
+    assert len(options) == len(list(CORE.rglob("*.cu")))
+    assert all("--fmad false" in each for each in options)
+    assert "set(CMAKE_CUDA_STANDARD 20)" in (ROOT / "CMakeLists.txt").read_text()
 
 
 def test_registers_suffice_for_the_blocks_that_are_to_be_resident(kernels: list[Kernel]) -> None:
