@@ -295,17 +295,57 @@ def test_onset_without_grokking() -> None:
 def test_lr_law(exponent: float, expected: str) -> None:
     generator = np.random.default_rng(0)
     made = []
-    for rate, groks in ((1e-4, (28_000, 34_000)), (1e-3, (2600, 3100, 3400)), (1e-2, (1200, 1500))):
+    for rate, groks in ((1e-4, (28_000, 34_000)), (1e-3, (2600, 3100, 3400)), (1e-2, (1200, 1500, 1300))):
         for seed, grok in enumerate(groks):
-            lead = 0.03 * grok**1.3 if exponent == 1.3 else 0.4 * grok**exponent
-            lead *= generator.uniform(0.93, 1.07)
-            made.append(trial({"lr": rate, "seed": seed}, steps=40_000, onset=grok - lead, grok=grok, every=20))
+            for op in ("add", "mul", "sub", "x2_y2"):
+                lead = 0.03 * grok**1.3 if exponent == 1.3 else 0.4 * grok**exponent
+                lead *= generator.uniform(0.93, 1.07)
+                settings = {"lr": rate, "seed": seed, "op": op}
+                made.append(trial(settings, steps=40_000, onset=grok - lead, grok=grok, every=20))
     grokking = [t for t in made if t.config.lr == 1e-3]
     found = judged("lr-law", {"grokking": grokking, "rates": [t for t in made if t.config.lr != 1e-3]})
     assert found.verdict == expected
     assert found.findings[0].here.trustworthy.value == pytest.approx(exponent, abs=0.1)
-    few = judged("lr-law", {"grokking": grokking, "rates": []})
+    few = judged("lr-law", {"grokking": grokking[:8], "rates": []})
     assert few.verdict == UNDECIDED
+
+
+def test_a_rise_that_is_always_at_one_step_is_no_power_law() -> None:
+    """Though between two learning rates it has the published exponent."""
+    generator = np.random.default_rng(1)
+    sets: dict[str, list[Trial]] = {"grokking": [], "rates": []}
+    for name, rate, groks in (("rates", 1e-4, (28_000, 34_000, 31_000)), ("grokking", 1e-3, (2600, 3100, 3400))):
+        for seed, grok in enumerate(groks):
+            for op in ("add", "mul", "sub", "x2_y2"):
+                onset = 1900 + generator.uniform(-60, 60)
+                settings = {"lr": rate, "seed": seed, "op": op}
+                sets[name].append(trial(settings, steps=40_000, onset=onset, grok=grok, every=50))
+    found = judged("lr-law", sets)
+    numbers = {finding.quantity: finding.here.trustworthy for finding in found.findings}
+    assert found.verdict == FAILS
+    assert numbers["exponent over the learning rates alone"].value == pytest.approx(1.3, abs=0.15)
+    assert numbers["second coefficient of a parabola in its place"].high < 0
+    assert numbers["exponent at learning rate 0.001 alone"].value > 2
+    assert numbers["onset, learning rate 0.0001"].value == pytest.approx(1900, abs=60)
+
+
+def test_runs_that_never_grok_count_by_how_long_they_waited() -> None:
+    runs = [
+        trial({"seed": seed, "op": op}, steps=9000, onset=onset, grok=onset * 2, every=50)
+        for seed, onset in enumerate((1000, 1400, 2000, 2800))
+        for op in ("add", "mul", "sub")
+    ]
+    waiting = [trial({"seed": seed, "op": "x3_xy"}, steps=9000, onset=onset, every=50) for seed, onset in ((5, 1000),)]
+    name = "exponent of the lead in the onset, runs that never grok among them"
+
+    def exponent(rates: list[Trial]) -> Number:
+        found = judged("lr-law", {"grokking": runs, "rates": rates})
+        return next(finding for finding in found.findings if finding.quantity == name).here.trustworthy
+
+    alone, beside = exponent([]), exponent(waiting)
+    assert alone.value == pytest.approx(1, abs=0.05)
+    assert beside.value < alone.value - 0.1  # what rose at 1000 waits longest
+    assert (alone.count, beside.count) == (12, 13)
 
 
 @pytest.mark.parametrize(

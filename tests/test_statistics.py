@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from grokcurv.analysis import control_ratio, power_law, sign_test, wilson
+from grokcurv.analysis import censored_power_law, control_ratio, power_law, sign_test, wilson
 
 NAN = math.nan
 
@@ -148,11 +148,111 @@ def test_the_seed_decides(generator: torch.Generator) -> None:
         (dict(x=[1, 2]), r"one shape \(n,\), got \(2,\) and \(3,\)"),
         (dict(x=np.ones((3, 1)), y=np.ones((3, 1))), r"one shape \(n,\), got \(3, 1\)"),
         (dict(trials=0), "trials must be at least 1, got 0"),
+        (dict(groups=[1, 2]), r"groups must have the shape \(3,\) of x, got \(2,\)"),
     ],
 )
 def test_bad_pairs(arguments: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         power_law(**{"x": [1, 2, 3], "y": [1, 2, 4], **arguments})
+
+
+def test_whole_groups_are_resampled(generator: torch.Generator) -> None:
+    """Copies of a pair say nothing new where they are known to be copies."""
+    rng = fresh(generator)
+    x, y = rng.lognormal(8, 1, 9), rng.lognormal(5, 1, 9)
+    four = [np.tile(values, 4) for values in (x, y, np.arange(9))]
+    assert power_law(*four[:2], groups=four[2]) == pytest.approx(power_law(x, y), rel=1e-9)
+    apart = power_law(*four[:2])
+    assert apart.high - apart.low < power_law(x, y).high - power_law(x, y).low
+    labels = np.array(["a", "b"])[np.arange(9) % 2]
+    assert np.isnan(power_law(x, y, groups=labels)[2:]).all()
+
+
+# Power laws of which bounds are known
+
+
+def looked_at(y: np.ndarray, every: float, until: np.ndarray | float = math.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of what is looked at every so often, and no more from some time on."""
+    low = np.floor(y / every) * every
+    late = y > until
+    return np.where(late, until, low), np.where(late, math.inf, low + every)
+
+
+def test_narrow_bounds_are_the_numbers_themselves(generator: torch.Generator) -> None:
+    rng = fresh(generator)
+    x, y = rng.lognormal(8, 1, 12), rng.lognormal(5, 1, 12)
+    found, want = censored_power_law(x, y * (1 - 1e-4), y * (1 + 1e-4), trials=20), power_law(x, y)
+    assert found[:2] == pytest.approx(want[:2], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("every", [1.0, 300.0])
+def test_the_most_likely_line(every: float, generator: torch.Generator) -> None:
+    """No line near by is likelier, by plain probabilities."""
+    rng = fresh(generator)
+    x = rng.lognormal(8, 1, 30)
+    y = 0.02 * x**1.3 * rng.lognormal(0, 0.4, 30)
+    low, high = looked_at(y, every, np.where(rng.random(30) < 0.3, y * rng.lognormal(-0.3, 0.5, 30), math.inf))
+    found = censored_power_law(x, low, high, trials=1)
+    with np.errstate(divide="ignore"):
+        ends = np.log(low), np.log(high)
+
+    def likelihood(exponent: float, constant: float, scatter: float) -> float:
+        law = stats.norm(constant + exponent * np.log(x), scatter)
+        with np.errstate(divide="ignore"):
+            return float(np.log(law.cdf(ends[1]) - law.cdf(ends[0])).sum())
+
+    at = np.array([found.exponent, math.log(found.prefactor)])
+    scatters = np.linspace(0.1, 1.5, 400)
+    best = max(likelihood(*at, scatter) for scatter in scatters)
+    scatter = max(scatters, key=lambda scatter: likelihood(*at, scatter))
+    for _ in range(200):
+        exponent, constant = at + rng.normal(size=2) * [0.05, 0.4] * rng.choice([0.01, 0.1, 1])
+        assert likelihood(exponent, constant, scatter * rng.lognormal(0, 0.1)) <= best + 1e-3
+
+
+def test_what_did_not_come_is_not_left_out(generator: torch.Generator) -> None:
+    """Long waits that are cut off: without them the exponent comes out too small, with them it does not."""
+    rng = fresh(generator)
+    exponents = []
+    for _ in range(20):
+        x = rng.lognormal(8, 1, 60)
+        y = 0.02 * x**1.3 * rng.lognormal(0, 0.8, 60)
+        low, high = looked_at(y, 50, 4000)
+        seen = np.isfinite(high)
+        cut = power_law(x[seen], high[seen], trials=1).exponent
+        exponents.append((censored_power_law(x, low, high, trials=1).exponent, cut))
+    found, cut = np.array(exponents).T
+    error = 5 * found.std() / math.sqrt(20)
+    assert found.mean() == pytest.approx(1.3, abs=error)
+    assert cut.mean() < 1.3 - error
+
+
+def test_bounds_that_say_little() -> None:
+    nothing, inf = [0.0, 0.0, 0.0], math.inf
+    assert np.isnan(censored_power_law([], [], [])).all()
+    assert np.isnan(censored_power_law([1, 2, 3], nothing, [inf, inf, inf])).all()
+    assert np.isnan(censored_power_law([5, 5, 5], [1, 2, 3], [2, 3, 4])).all()
+    between = censored_power_law([1, 2, 4, 8], [0.9, 1.7, 3.5, 7], [1.2, 2.2, 4.5, inf], trials=20)
+    assert 0.9 < between.exponent < 1.1  # every such line passes between the bounds
+    two = censored_power_law([1, 2, NAN], [1, 2, 3], [1.1, 2.1, 4], trials=20)
+    assert np.isfinite(two[:2]).all()
+    assert np.isnan(two[2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(x=[1, 0, 3]), "x must be finite and positive"),
+        (dict(low=[1, 2, 5]), "low must be at least 0 and below high"),
+        (dict(low=[-1, 2, 3]), "low must be at least 0 and below high"),
+        (dict(high=[2, 3]), r"x, low and high must have one shape \(n,\), got \(3,\), \(3,\) and \(2,\)"),
+        (dict(groups=[1]), r"groups must have the shape \(3,\) of x, got \(1,\)"),
+        (dict(trials=0), "trials must be at least 1, got 0"),
+    ],
+)
+def test_bad_bounds(arguments: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        censored_power_law(**{"x": [1, 2, 3], "low": [1, 2, 3], "high": [2, 3, 5], **arguments})
 
 
 # A run beside its control

@@ -10,11 +10,14 @@ from grokcurv.analysis.predictors import Predictors, predictors
 from grokcurv.analysis.random_walk import RandomWalkNull, random_walk_pc1
 from grokcurv.analysis.spectrum import Eigenspectrum, eigenspectrum
 from grokcurv.analysis.statistics import (
+    Bend,
     ControlRatio,
     PowerLaw,
     SignTest,
+    censored_power_law,
     clopper_pearson,
     control_ratio,
+    log_log_bend,
     power_law,
     sign_test,
     wilson,
@@ -36,6 +39,7 @@ from grokcurv.random_subspace import RandomBaseline, alignment_p_value
 
 __all__ = [
     "PHASES",
+    "Bend",
     "ControlRatio",
     "Eigenspectrum",
     "PowerLaw",
@@ -46,6 +50,7 @@ __all__ = [
     "UpdateGramNull",
     "alignment_p_value",
     "by_phase",
+    "censored_power_law",
     "changepoint_step",
     "clopper_pearson",
     "control_ratio",
@@ -53,6 +58,7 @@ __all__ = [
     "grok_step",
     "lead_time",
     "lead_times",
+    "log_log_bend",
     "noise_edge",
     "onset_step",
     "phases",

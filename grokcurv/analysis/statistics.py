@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,7 +55,9 @@ class PowerLaw(NamedTuple):
     high: float
 
 
-def power_law(x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0) -> PowerLaw:
+def power_law(
+    x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0, groups: ArrayLike | None = None
+) -> PowerLaw:
     """Least squares of log y on log x, with a bootstrap interval of the exponent.
 
     Assumes that the pairs are independent draws of one population in which E log y is linear in log x; the scatter may
@@ -64,41 +67,133 @@ def power_law(x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0) -> 
     with 6 or 12, in 93 to 94 % with 60. Resamples that drew a single x have no slope and are left out. The same seed
     gives the same interval.
 
+    Pairs that are not independent, such as runs that share their split of the data, go into ``groups``: whole groups
+    are then resampled (Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8), and groups
+    take the place of pairs in all that was said.
+
     Pairs with a NaN are left out. Exponent and prefactor are NaN when the x left have not two different values, the
-    interval also when fewer than three pairs are left.
+    interval also when fewer than three pairs, or groups, are left.
 
     Args:
         x, y: (n,), positive.
         trials: number of resamples.
         seed: of the resamples.
+        groups: (n,) of any labels; None if every pair is one of its own.
 
     Raises:
         ValueError: shapes differ or are not (n,), a number is infinite or not positive, ``trials`` is below one.
     """
-    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if xs.ndim != 1 or xs.shape != ys.shape:
-        raise ValueError(f"x and y must have one shape (n,), got {xs.shape} and {ys.shape}")
-    trials = operator.index(trials)
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
-    kept = ~(np.isnan(xs) | np.isnan(ys))
-    xs, ys = xs[kept], ys[kept]
-    for name, values in {"x": xs, "y": ys}.items():
-        if not np.all(np.isfinite(values) & (values > 0)):
-            raise ValueError(f"{name} must be finite and positive, got {values}")
+    xs, ys, labels = _logarithms(x, y, groups, trials)
     if xs.size < 2:
         return PowerLaw(math.nan, math.nan, math.nan, math.nan)
-    xs, ys = np.log(xs), np.log(ys)
     exponent = float(_slope(xs, ys))
     with np.errstate(over="ignore"):  # where x hardly differ, y at x = 1 may be beyond any number: infinite
         prefactor = float(np.exp(ys.mean() - exponent * xs.mean()))
-    if xs.size < 3:
-        return PowerLaw(exponent, prefactor, math.nan, math.nan)
-    rows = np.random.default_rng(seed).integers(xs.size, size=(trials, xs.size))
-    slopes = _slope(xs[rows], ys[rows])
-    slopes = slopes[np.isfinite(slopes)]
-    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes.size else (math.nan, math.nan)
-    return PowerLaw(exponent, prefactor, float(low), float(high))
+    return PowerLaw(exponent, prefactor, *_interval(lambda rows: _slope(xs[rows], ys[rows]), labels, trials, seed))
+
+
+class Bend(NamedTuple):
+    """How far a cloud on logarithmic axes is from a line; made by :func:`log_log_bend`. float64."""
+
+    value: float
+    """Coefficient c of the parabola ``log y = a + b log x + c (log x)^2``: 0 for a power law."""
+    low: float
+    """Lower end of its 95 % interval."""
+    high: float
+
+
+def log_log_bend(
+    x: ArrayLike, y: ArrayLike, trials: int = 2000, seed: int = 0, groups: ArrayLike | None = None
+) -> Bend:
+    """Whether y is a power of x at all: the second coefficient of a parabola through log y over log x.
+
+    Least squares; an interval that leaves out 0 rejects the power law. Arguments, assumptions, interval and errors are
+    those of :func:`power_law`. A power with something taken away, ``y = x - c``, bends downwards.
+
+    All is NaN when the x left have not three different values, the interval also when fewer than three pairs, or
+    groups, are left.
+
+    Example:
+        >>> log_log_bend([1, 2, 4, 8], [1, 4, 16, 64]).value
+        0.0
+    """
+    xs, ys, labels = _logarithms(x, y, groups, trials)
+
+    def bends(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Of ys over what a line in xs leaves of their squares."""
+        u = xs[rows] - xs[rows].mean(axis=-1, keepdims=True)
+        square = u**2
+        left = square - square.mean(axis=-1, keepdims=True) - _slope(u, square)[..., None] * u
+        enough = np.count_nonzero(np.diff(np.sort(xs[rows])), axis=-1) > 1
+        with np.errstate(invalid="ignore"):
+            found = np.divide((left * ys[rows]).sum(axis=-1), (left * left).sum(axis=-1))
+        return np.where(enough, found, np.nan)
+
+    if np.unique(xs).size < 3:
+        return Bend(math.nan, math.nan, math.nan)
+    return Bend(float(bends(np.arange(xs.size))), *_interval(bends, labels, trials, seed))
+
+
+def censored_power_law(
+    x: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    trials: int = 200,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+) -> PowerLaw:
+    """A power law in y of which only bounds are known: what was seen between two looks, or had not come by the last.
+
+    Maximum likelihood of ``log y = log prefactor + exponent log x + e``, e normal and independent of x, where y is
+    known to lie between ``low`` and ``high``: a Tobit model with bounds for each pair, in survival analysis the
+    accelerated failure time model with log-normal times and interval censoring (Kalbfleisch & Prentice, *The
+    Statistical Analysis of Failure Time Data*, 2nd ed. 2002, chapter 3). Bounds must not depend on y beyond what they
+    say. There is one maximum: the likelihood's logarithm is concave in the line and 1, all over the scatter (Burridge
+    1981). Where lines pass between all bounds the scatter is zero and any of them is as good. The interval is that of
+    :func:`power_law`, from fewer resamples: it held the exponent of 94 % of
+    400 simulated samples of 40 pairs, a quarter of them cut off.
+
+    Pairs with a NaN are left out. All is NaN when the x left have not two different values or no pair has both
+    bounds, the interval also when fewer than three pairs, or groups, are left.
+
+    Args:
+        x: (n,), positive.
+        low: (n,) bounds of y from below, 0 if there is none.
+        high: (n,) bounds of y from above, infinite if there is none.
+        trials: number of resamples.
+        seed: of the resamples.
+        groups: (n,) of any labels; None if every pair is one of its own.
+
+    Raises:
+        ValueError: shapes differ or are not (n,), an x is infinite or not positive, not ``0 <= low < high``,
+            ``trials`` is below one.
+
+    Example:
+        >>> law = censored_power_law([1, 2, 4, 8], low=[0.9, 1.7, 3.5, 7], high=[1.2, 2.2, 4.5, float("inf")])
+        >>> 0.9 < law.exponent < 1.1
+        True
+    """
+    xs, lows, highs, labels = _columns({"x": x, "low": low, "high": high}, groups, trials)
+    kept = ~(np.isnan(xs) | np.isnan(lows) | np.isnan(highs) | (np.equal(lows, 0) & np.isposinf(highs)))
+    xs, lows, highs, labels = xs[kept], lows[kept], highs[kept], labels[kept]
+    if not np.all(np.isfinite(xs) & (xs > 0)):
+        raise ValueError(f"x must be finite and positive, got {xs}")
+    if not np.all((lows >= 0) & (lows < highs)):
+        raise ValueError(f"low must be at least 0 and below high, got {lows} and {highs}")
+    xs = np.log(xs)
+    with np.errstate(divide="ignore"):
+        lows, highs = np.log(lows), np.log(highs)
+
+    def fit(rows: NDArray[np.intp]) -> tuple[float, float]:
+        """(exponent, logarithm of the prefactor), NaN where these rows determine none."""
+        whole = np.isfinite(lows[rows]) & np.isfinite(highs[rows])
+        if not whole.any() or np.ptp(xs[rows]) == 0:
+            return math.nan, math.nan
+        return _most_likely(xs[rows], lows[rows], highs[rows])
+
+    exponent, constant = fit(np.arange(xs.size))
+    ends = _interval(lambda resamples: np.array([fit(rows)[0] for rows in resamples]), labels, trials, seed)
+    return PowerLaw(exponent, math.exp(constant), *ends)
 
 
 class ControlRatio(NamedTuple):
@@ -176,6 +271,98 @@ def clopper_pearson(successes: ArrayLike, trials: ArrayLike) -> tuple[NDArray[np
     low = betaincinv(np.maximum(hits, 1), count - np.maximum(hits, 1) + 1, 0.025)
     high = betaincinv(np.minimum(hits, count - 1) + 1, np.maximum(count - hits, 1), 0.975)
     return fraction, np.where(fraction == 0, 0, low), np.where(fraction == 1, 1, high)
+
+
+def _logarithms(
+    x: ArrayLike, y: ArrayLike, groups: ArrayLike | None, trials: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[Any]]:
+    """Of the pairs without NaN, and their labels."""
+    xs, ys, labels = _columns({"x": x, "y": y}, groups, trials)
+    kept = ~(np.isnan(xs) | np.isnan(ys))
+    xs, ys, labels = xs[kept], ys[kept], labels[kept]
+    for name, values in {"x": xs, "y": ys}.items():
+        if not np.all(np.isfinite(values) & (values > 0)):
+            raise ValueError(f"{name} must be finite and positive, got {values}")
+    return np.log(xs), np.log(ys), labels
+
+
+def _columns(columns: dict[str, ArrayLike], groups: ArrayLike | None, trials: int) -> tuple[NDArray[Any], ...]:
+    """The columns in float64 and the labels of their rows, once all are (n,)."""
+    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+    first = next(iter(arrays.values()))
+    labels = np.arange(first.size) if groups is None else np.asarray(groups)
+    shapes = [array.shape for array in arrays.values()]
+    if first.ndim != 1 or any(shape != first.shape for shape in shapes):
+        raise ValueError(f"{_and(list(columns))} must have one shape (n,), got {_and(list(map(str, shapes)))}")
+    if labels.shape != first.shape:
+        raise ValueError(f"groups must have the shape {first.shape} of {next(iter(columns))}, got {labels.shape}")
+    if operator.index(trials) < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    return (*arrays.values(), labels)
+
+
+def _and(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _interval(
+    fit: Callable[[NDArray[np.intp]], NDArray[np.float64]], labels: NDArray[Any], trials: int, seed: int
+) -> tuple[float, float]:
+    """The percentile interval of a fit over resamples of whole groups of rows, from three groups on.
+
+    Args:
+        fit: from (m, k) rows of m resamples their (m,) fits, NaN where there is none.
+    """
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if len(groups) < 3:
+        return math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(len(groups), size=(trials, len(groups)))
+    sizes = np.array([len(rows) for rows in groups])[draws].sum(axis=1)
+    alike = (draws[sizes == size] for size in np.unique(sizes))  # so many rows each, to be fitted at once
+    fits = [fit(np.stack([np.concatenate([groups[i] for i in draw]) for draw in some])) for some in alike]
+    slopes = np.concatenate(fits)
+    slopes = slopes[np.isfinite(slopes)]
+    low, high = np.quantile(slopes, [0.025, 0.975]) if slopes.size else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def _most_likely(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> tuple[float, float]:
+    """Slope and constant of a line about which a normal variable is known to lie between low and high."""
+    from scipy.optimize import minimize
+    from scipy.special import log_ndtr
+
+    ends = np.stack([low, high])
+    known = np.isfinite(ends)
+    # Centred, and x of length one, so that the three parameters are of one size and hardly depend on each other.
+    middle, centre, length = x.mean(), ends[known].mean(), np.ptp(x)
+    x, ends = (x - middle) / length, ends - centre
+    values = np.where(known, ends, 0.0)
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Minus the logarithm of the likelihood and its gradient, by constant and slope over the scatter and minus the
+        logarithm of the scatter."""
+        constant, slope, sharpness = *parameters[:2], math.exp(parameters[2])
+        z = np.where(known, sharpness * values - constant - slope * x, ends)
+        # Of the two tails the lower one, where a difference of probabilities keeps its digits. A step too far may find
+        # none left, and is taken back.
+        below, above = log_ndtr(np.where(z[0] > 0, -z[::-1], z))
+        with np.errstate(divide="ignore", over="ignore"):
+            chance = above + np.log1p(-np.exp(below - above))
+            density = np.where(known, np.exp(-(np.where(known, z, 0.0) ** 2) / 2 - chance) / math.sqrt(2 * math.pi), 0)
+        inner = density[1] - density[0]
+        gradient = [inner.sum(), (inner * x).sum(), sharpness * (density[0] * values[0] - density[1] * values[1]).sum()]
+        return -float(chance.sum()), np.array(gradient)
+
+    # From least squares through the middles, and through the bound where there is one.
+    points = values.sum(axis=0) / known.sum(axis=0)
+    slope = float(_slope(x, points))
+    left = points - points.mean() - slope * (x - x.mean())
+    sharpness = -math.log(max(float(left.std()), 0.01))
+    start = [(points.mean() - slope * x.mean()) * math.exp(sharpness), slope * math.exp(sharpness), sharpness]
+    constant, slope, sharpness = minimize(loss, start, jac=True, method="BFGS").x
+    scatter = math.exp(-sharpness)
+    slope *= scatter / length
+    return float(slope), float(centre + constant * scatter - slope * middle)
 
 
 def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,16 @@ Rise = Callable[[pd.DataFrame], int | None]
 """The step from which the defect has risen."""
 
 Rule = Callable[[Number], bool | None]
+
+
+class Led(NamedTuple):
+    """A run that grokked after its defect rose."""
+
+    grok: int
+    lead: int
+    split: str
+    """Operation and seed: runs that share them share their data, and are resampled together."""
+
 
 DIRECTIONS = 3
 """Singular directions of each matrix in the paper's control."""
@@ -196,10 +206,6 @@ def onset(evidence: Evidence) -> Judgement:
         found = [(analysis.grok_step(trial.records, threshold), rise(trial.defects(arithmetic))) for trial in grokked]
         return [-math.inf if step is None else float(grok - step) for grok, step in found if grok is not None]
 
-    def past_memorising(defects: pd.DataFrame) -> int | None:
-        memorised = defects["step"][~np.isin(analysis.phases(defects), ["", "early"])]
-        return analysis.changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
-
     def lead(what: str, *rule: Any, past: Number = Number()) -> Finding:  # noqa: B008
         return Finding(f"lead{what}", _here(lambda a: Number.over(leads(a, *rule))), past, 0)
 
@@ -213,7 +219,7 @@ def onset(evidence: Evidence) -> Judgement:
     forest = [
         lead(", steps, to test accuracy 0.9", past=published.LEAD_TIME),
         *(lead(f" to test accuracy {t:g}", t) for t in (0.5, 0.7, 0.95, 0.98)),
-        lead(" by the changepoint rule, once memorised", rules.GROKKED, past_memorising),
+        lead(" by the changepoint rule, once memorised", rules.GROKKED, _changepoint),
     ]
     return Judgement(
         (holds(tests[0]), holds(tests[1])),
@@ -228,36 +234,104 @@ def onset(evidence: Evidence) -> Judgement:
 
 
 def lr_law(evidence: Evidence) -> Judgement:
-    trials = [*evidence["grokking"], *evidence["rates"]]
+    by_rate = [*evidence["grokking"], *evidence["rates"]]
+    trials = [*by_rate, *evidence["regimes"]]
+    rates = {rate: [trial for trial in by_rate if trial.config.lr == rate] for rate in published.MAX_DEFECT}
+    usual = [trial for trial in trials if trial.config.lr == rules.USUAL_RATE]
 
-    def points(arithmetic: Arithmetic) -> list[tuple[float, float]]:
-        found = ((trial.grok, analysis.lead_time(trial.defects(arithmetic), rules.GROKKED)) for trial in trials)
-        return [(float(grok), float(lead)) for grok, lead in found if grok and lead and lead > 0]
+    def led(its: Sequence[Trial], arithmetic: Arithmetic, rise: Rise = analysis.onset_step) -> list[Led]:
+        """Of the runs that grokked after their defect rose."""
+        found = [(trial, trial.grok, rise(trial.defects(arithmetic))) for trial in its]
+        return [
+            Led(grok, grok - onset, f"{trial.config.op} {trial.config.seed}")
+            for trial, grok, onset in found
+            if grok is not None and onset is not None and grok > onset
+        ]
 
-    laws = {a: analysis.power_law(*np.array(points(a)).reshape(-1, 2).T) for a in ARITHMETICS}
-    here = _here(lambda a: Number(laws[a].exponent, laws[a].low, laws[a].high, len(points(a))))
+    def fit(function: Callable[..., Any], runs: Sequence[Led]) -> Any:
+        grok, lead, split = zip(*runs, strict=True) if runs else ((), (), ())
+        return function(grok, lead, groups=split)
 
-    def holds(number: Number) -> bool | None:
-        if not number.high - number.low <= rules.WIDEST_EXPONENT:  # NaN too
+    def exponent(its: Sequence[Trial], arithmetic: Arithmetic, rise: Rise = analysis.onset_step) -> Number:
+        runs = led(its, arithmetic, rise)
+        law = fit(analysis.power_law, runs)
+        return Number(law.exponent, law.low, law.high, len(runs))
+
+    def bend(arithmetic: Arithmetic) -> Number:
+        runs = led(trials, arithmetic)
+        bent = fit(analysis.log_log_bend, runs)
+        return Number(bent.value, bent.low, bent.high, len(runs))
+
+    def waiting(arithmetic: Arithmetic) -> Number:
+        """Exponent of the wait since the onset in the onset, with the runs that still wait at their end."""
+        known = [bounds for trial in trials if (bounds := _wait(trial, arithmetic)) is not None]
+        onset, low, high, split = zip(*known, strict=True) if known else ((), (), (), ())
+        law = analysis.censored_power_law(onset, low, high, groups=split)
+        return Number(law.exponent, law.low, law.high, len(known))
+
+    def holds(law: Number, bent: Number) -> bool | None:
+        if splits < rules.FEWEST_SPLITS:
             return None
-        return number.low <= published.LEAD_EXPONENT.value <= number.high
+        if bent.low > 0 or bent.high < 0:
+            return False
+        if not law.high - law.low <= rules.WIDEST_EXPONENT:  # NaN too
+            return None
+        return law.low <= published.LEAD_EXPONENT.value <= law.high
 
-    rates = {rate: [trial for trial in trials if trial.config.lr == rate] for rate in published.MAX_DEFECT}
+    def over(rate: float, what: Callable[[Trial, Arithmetic], float | None]) -> Here:
+        return _here(lambda a: Number.over(v for t in rates[rate] if (v := what(t, a)) is not None))
 
-    def highest(arithmetic: Arithmetic, rate: float) -> Number:
-        return Number.over(trial.defects(arithmetic)["defect_median"].max() for trial in rates[rate])
-
-    findings = [Finding("exponent of the lead in the grok step", here, published.LEAD_EXPONENT, 2)]
+    here, bent = _here(partial(exponent, trials)), _here(bend)
+    splits = len({run.split for run in led(trials, "trustworthy")})
+    grokked = [trial for trial in trials if trial.grok is not None]
+    tests = [analysis.sign_test([_lead(trial, a) for trial in grokked]) for a in ARITHMETICS]
+    findings = [
+        Finding("exponent of the lead in the grok step", here, published.LEAD_EXPONENT, 2),
+        Finding("second coefficient of a parabola in its place", bent, decimals=2),
+        Finding("exponent over the learning rates alone", _here(partial(exponent, by_rate)), decimals=2),
+        Finding(
+            f"exponent at learning rate {plain(rules.USUAL_RATE)} alone", _here(partial(exponent, usual)), decimals=2
+        ),
+        Finding(
+            "exponent by the changepoint rule, once memorised",
+            _here(lambda a: exponent(trials, a, _changepoint)),
+            decimals=2,
+        ),
+        Finding("exponent of the lead in the onset, runs that never grok among them", _here(waiting), decimals=2),
+        Finding(
+            "share of runs that grok in which the defect rose first",
+            Here(*(Number.share(test.positive, len(grokked)) for test in tests)),
+            decimals=2,
+        ),
+        Finding("p of the sign test", Here(*(Number(test.p_value) for test in tests))),
+    ]
     for rate, past in published.MAX_DEFECT.items():
-        ours = _here(partial(highest, rate=rate))
-        findings.append(Finding(f"highest defect of a run, learning rate {plain(rate)}", ours, past))
-    for rate, its in rates.items():
+        name = plain(rate)
         known = Number.over(step for (_, lr), step in published.GROK_STEPS.items() if lr == rate)
-        findings.append(_same(f"grok step, learning rate {plain(rate)}", _steps(its), known, 0))
+        findings += [
+            Finding(
+                f"onset, learning rate {name}", over(rate, lambda t, a: analysis.onset_step(t.defects(a))), decimals=0
+            ),
+            _same(f"grok step, learning rate {name}", _steps(rates[rate]), known, 0),
+            _same(
+                f"step at which runs have settled, {name}",
+                over(rate, lambda t, _: t.end)[0],
+                published.SETTLED[rate],
+                0,
+            ),
+            Finding(
+                f"highest defect of a run, learning rate {name}",
+                over(rate, lambda t, a: t.defects(a)["defect_median"].max()),
+                past,
+            ),
+        ]
+    points = {a: [run[:2] for run in led(trials, a)] for a in ARITHMETICS}
+    laws = {a: fit(analysis.power_law, led(trials, a)) for a in ARITHMETICS}
+    onset = Number.over(grok - lead for grok, lead in points["trustworthy"]).value
     return Judgement(
-        _both(holds, here),
+        (holds(here.arithmetic, bent.arithmetic), holds(here.trustworthy, bent.trustworthy)),
         tuple(findings),
-        partial(figures.scatter, {a: points(a) for a in ARITHMETICS}, laws) if any(map(points, ARITHMETICS)) else None,
+        partial(figures.scatter, points, laws, onset) if any(points.values()) else None,
     )
 
 
@@ -495,6 +569,35 @@ def _delays(pairs: Sequence[Pair]) -> Number:
     """Steps by which runs grok later than their baselines; of one that does not, those by which it ended later."""
     ends = ((t.records["step"].max() if t.grok is None else t.grok, baseline.grok) for t, baseline in pairs)
     return Number.over(float(end - usual) for end, usual in ends if usual is not None)
+
+
+def _changepoint(defects: pd.DataFrame) -> int | None:
+    """The step of the changepoint rule among measurements of a network that has memorised."""
+    memorised = defects["step"][~np.isin(analysis.phases(defects), ["", "early"])]
+    return analysis.changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
+
+
+def _lead(trial: Trial, arithmetic: Arithmetic) -> float:
+    """Steps from the onset to grokking; minus infinity where the defect never rose."""
+    onset = analysis.onset_step(trial.defects(arithmetic))
+    return -math.inf if onset is None or trial.grok is None else float(trial.grok - onset)
+
+
+def _wait(trial: Trial, arithmetic: Arithmetic) -> tuple[int, float, float, str] | None:
+    """Onset, bounds of the wait from there to grokking, operation and seed; None without an onset before grokking.
+
+    Onset and grokking came at some step since the last look, and of a run that has not grokked it is known how long it
+    has waited.
+    """
+    config, onset = trial.config, analysis.onset_step(trial.defects(arithmetic))
+    if onset is None or (trial.grok is not None and trial.grok < onset):
+        return None
+    split = f"{config.op} {config.seed}"
+    if trial.grok is None:
+        waited = int(trial.records["step"].max()) - onset
+        return (onset, float(waited), math.inf, split) if waited else None
+    lead = trial.grok - onset
+    return onset, float(max(lead - config.eval_every, 0)), float(lead + config.measure_every), split
 
 
 def _steps(trials: Iterable[Trial]) -> Number:

@@ -123,10 +123,14 @@ def forest(findings: Sequence[Finding], theme: Theme, *, xlabel: str, zero: floa
 
 
 def scatter(
-    points: Mapping[Arithmetic, Sequence[tuple[float, float]]], laws: Mapping[Arithmetic, Any], theme: Theme
+    points: Mapping[Arithmetic, Sequence[tuple[float, float]]],
+    laws: Mapping[Arithmetic, Any],
+    onset: float,
+    theme: Theme,
 ) -> Figure:
-    """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws."""
-    figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=_legend_height(SAID), between=0)
+    """Lead against grok step by arithmetic, on logarithmic axes, with the fitted power laws and, dotted, the lead of an
+    onset that is the same for all."""
+    figure, (axes,) = stack([3.4], left=LEFT, right=RIGHT, top=_legend_height([*SAID, "constant"]), between=0)
     log_scale(axes, both=True)
     known = np.array([point for found in points.values() for point in found])
     (left, low), (right, high) = known.min(axis=0) / 1.4, known.max(axis=0) * 1.4
@@ -144,6 +148,10 @@ def scatter(
             axes.plot(ends, law.prefactor * ends**law.exponent, color=getattr(theme, colour), linewidth=1.2)
             said += f", exponent {law.exponent:.2f}"
         handles[said] = handle
+    if math.isfinite(onset):
+        steps = np.geomspace(max(left, onset * 1.001), right, 400)
+        (handle,) = axes.plot(steps, steps - onset, ":", color=theme.muted, linewidth=1.2)
+        handles[f"onset at step {onset:,.0f}"] = handle
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("grok step")

@@ -74,6 +74,7 @@ CONTROL_RATIO = between(10.0, 1000.0)
 LEAD_TIME = Number(math.nan, 600.0, 1600.0, 12)
 LED = Number(1.0, count=12)
 LEAD_EXPONENT = Number(1.3)
+SETTLED = {1e-4: Number(34_000.0), 1e-3: Number(3000.0), 1e-2: between(500.0, 9900.0)}
 MAX_DEFECT = {1e-4: between(3.7e3, 4.3e4), 1e-3: between(52.0, 4500.0), 1e-2: between(15.0, 122.0)}
 ALIGNMENT = {1e-2: between(1.4, 2.1), 1e-3: between(0.57, 2.2), 1e-4: between(0.18, 0.86)}  # fastest first
 SUPPRESSED = Number(0.0, count=12)

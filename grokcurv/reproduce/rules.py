@@ -35,8 +35,14 @@ LEAST_RATIO = 10.0
 SIGNIFICANT = 0.05
 """Of a test over runs."""
 
-WIDEST_EXPONENT = 1.0
+WIDEST_EXPONENT = 0.6
 """A 95 % interval wider than this does not tell one exponent from another."""
+
+FEWEST_SPLITS = 10
+"""Operations and seeds below which an interval by resampling them is far too short."""
+
+USUAL_RATE = 1e-3
+"""The learning rate at which other hyperparameters were varied."""
 
 SAME_STEP = 100.0
 """Steps by which two runs may differ and still grok at once: the interval between evaluations."""
