@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp
 CXX_SOURCES := $(filter csrc/%,$(SOURCES)) benches/tensor_cores.cu tests/portable.cpp
 KERNEL_TESTS := $(addprefix tests/test_,perturb.py commutator_op.py subspace_op.py gram.py eigh.py rotate.py sketch.py draw.py emulator.py ops.py build.py doctor.py)
 
-.PHONY: demo test check docs bench gpu gpu-check numerics trajectory sanitize wheel clean
+.PHONY: demo test coverage check docs bench gpu gpu-check numerics trajectory sanitize wheel clean
 
 # Every measure, at every hundredth step.
 MEASURES := update_gram,update_decomposition,optimizer_commutator,hessian_edges,weight_spectra,gradient_noise
@@ -20,6 +20,10 @@ demo: .venv/ready
 # On two workers, of one thread each.
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The same, with the share of the package's lines that it reaches.
+coverage: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 check: .venv/ready
 	$(BIN)/ruff check .

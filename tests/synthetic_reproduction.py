@@ -114,6 +114,11 @@ def alignments_of(trustworthy: float, published: float | None = None) -> dict[Ar
     return {"published": three(trustworthy if published is None else published), "trustworthy": three(trustworthy)}
 
 
+def risen(grok: float) -> float:
+    """The onset of a run whose lead follows the published law."""
+    return grok - 0.05 * grok**1.24  # a little below 1.3, for an onset is seen late
+
+
 def trials() -> dict[str, list[Trial]]:
     """Runs of which every claim holds in both arithmetics, the slow regime aside, which has none."""
     grokking = {("add", 42): 2900, ("add", 137): 3100, ("sub", 42): 3400, ("mul", 42): 2600, ("x2_y2", 42): 1900}
@@ -126,7 +131,7 @@ def trials() -> dict[str, list[Trial]]:
         "grokking": [
             trial(
                 {"op": op, "seed": seed},
-                onset=grok - 1000,
+                onset=risen(grok),
                 grok=grok,
                 spread=1 + 0.3 * index,
                 snapshot=snapshot(seed=index),
@@ -142,15 +147,19 @@ def trials() -> dict[str, list[Trial]]:
             trial(
                 {"lr": 1e-4},
                 steps=40_000,
-                onset=10_000,
+                onset=risen(34_000),
                 grok=34_000,
                 alignments=alignments_of(0.5),
                 every=200,
             ),
             *(
-                trial({"op": op, "lr": 1e-2}, onset=700, grok=grok, alignments=alignments_of(1.8))
+                trial({"op": op, "lr": 1e-2}, onset=risen(grok), grok=grok, alignments=alignments_of(1.8))
                 for op, grok in (("add", 900), ("mul", 1000))
             ),
+        ],
+        "regimes": [
+            trial({"seed": seed, "batch_size": 256}, onset=risen(grok), grok=grok)
+            for seed, grok in enumerate(range(2300, 3300, 200))
         ],
         "suppression": [
             intervened(intervention="project", strength=0.75, grok=3600),

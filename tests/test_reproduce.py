@@ -641,6 +641,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
     return reproduce(profile=TINY, out=tmp_path_factory.mktemp("whole") / "out", workers=1)
 
 
+SWEEPS = ("runs", "interventions")
+
+
 def test_the_whole(whole: Reproduction) -> None:
     table = whole.table.set_index("claim")
     assert tuple(table.index) == CLAIMS
@@ -657,9 +660,27 @@ def test_the_whole(whole: Reproduction) -> None:
     page = Page(whole.page)
     assert failed in page.text
     assert len(page.of("img")) == sum(answer.draw is not None for answer in whole.answers) >= 8
-    for name, frame in (("table", whole.table), ("findings", whole.findings)):
+    for name, frame in (("table", whole.table), ("findings", whole.findings), ("runs", whole.runs)):
         pd.testing.assert_frame_equal(pd.read_parquet(whole.path / f"{name}.parquet"), frame)
         assert len(pd.read_csv(whole.path / f"{name}.csv")) == len(frame)
+
+
+def test_what_each_run_came_to(whole: Reproduction) -> None:
+    """One row each, of both sweeps, by the tables in its folder."""
+    table = whole.runs.set_index("run")
+    assert set(table["status"]) == {"finished", "failed"}
+    assert list(table.index) == [f"{part}/{run}" for part in SWEEPS for run in open_sweep(whole.path / part).plan]
+    for name, row in table.iterrows():
+        part, run = str(name).split("/")
+        folder = open_sweep(whole.path / part).run(run)
+        assert (row["op"], row["seed"]) == (folder.config["op"], folder.config["seed"])
+        assert row["last_step"] == folder.metrics["step"].max()
+        grok = folder.metrics.loc[folder.metrics["test_acc"] >= 0.9, "step"].min()
+        assert row["grok_step"] == grok or math.isnan(row["grok_step"] + grok)
+        measured = folder.curvature
+        assert row["measurements"] == row["difference"] + row["bracket"] == len(measured)
+        assert row["unreliable"] == (~measured["reliable"]).sum() if len(measured) else row["unreliable"] == 0
+    assert table["measurements"].max() > 0
 
 
 def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
@@ -667,13 +688,13 @@ def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     first = reproduce(["exec-random"], TINY, folder, workers=1)
     assert list(first.table["claim"]) == ["exec-random"]
-    states = {part: open_sweep(folder / part).runs["status"] for part in ("runs", "interventions")}
+    states = {part: open_sweep(folder / part).runs["status"] for part in SWEEPS}
     assert states["runs"].value_counts().to_dict() == {"pending": 3, "finished": 1}
     assert set(states["interventions"]) == {"pending"}
     seen: list[dict[str, Any]] = []
     second = reproduce(profile=TINY, out=folder, workers=1, on_progress=seen.append)
-    for name in ("table", "findings"):
-        one, other = (getattr(result, name).drop(columns="cost_hours") for result in (whole, second))
+    for name in ("table", "findings", "runs"):
+        one, other = (getattr(result, name).drop(columns="cost_hours", errors="ignore") for result in (whole, second))
         pd.testing.assert_frame_equal(one, other, check_exact=True)
     assert {news["runs"] for news in seen} == {9}
     assert (seen[-1]["finished"], seen[-1]["failed"]) == (8, 1)

@@ -15,6 +15,7 @@ from grokcurv.reproduce.page import Reproduction
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP
 from grokcurv.reproduce.rules import NOT_RUN
+from grokcurv.reproduce.table import table_of
 from grokcurv.runs import describe_environment
 from grokcurv.storage import make_folder, write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
@@ -74,9 +75,9 @@ def reproduce(
     answers = tuple(answer(claim, evidence) for claim in wanted)
     costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
     failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
-    found = Reproduction(path, profile.name, answers, costs, describe_environment(), failed)
+    found = Reproduction(path, profile.name, answers, costs, describe_environment(), failed, table_of(sweeps))
     make_folder(path, parents=True)
-    for name, frame in {"table": found.table, "findings": found.findings}.items():
+    for name, frame in {"table": found.table, "findings": found.findings, "runs": found.runs}.items():
         write_atomically(path / f"{name}.parquet", frame.to_parquet(index=False))
         write_atomically(path / f"{name}.csv", frame.to_csv(index=False).encode())
     found.write()

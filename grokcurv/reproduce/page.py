@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,7 @@ class Reproduction:
         costs: seconds that a claim which was not run would take, by claim.
         environment: where the page was written.
         failed: why runs failed, by id.
+        runs: what each run came to, see :func:`grokcurv.reproduce.table.table_of`.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Reproduction:
     costs: Mapping[str, float]
     environment: Mapping[str, Any]
     failed: Mapping[str, str]
+    runs: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False)
 
     title = "The claims, measured again"
 
