@@ -106,7 +106,7 @@ def writers(out: Path) -> dict[str, int]:
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> Any:
     """What there is of ``what`` as soon as there is something; nothing if the driver ends first."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and not what():
         assert time.monotonic() < deadline
         time.sleep(0.02)
