@@ -356,6 +356,7 @@ def test_a_number_that_no_run_records(sound: Path, tmp_path: Path) -> None:
         write_report(folder)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_can_be_written(sound: Path, tmp_path: Path) -> None:
     folder = copy(sound, tmp_path / "run")
     (folder / "figures").write_bytes(b"")

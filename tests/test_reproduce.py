@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import synthetic_reproduction as synthetic
 import torch
+from engines import Here
 from synthetic_reproduction import snapshot, trial, trials, walks
 from test_report import Page
 
@@ -662,8 +663,10 @@ def test_the_whole(whole: Reproduction) -> None:
         assert len(pd.read_csv(whole.path / f"{name}.csv")) == len(frame)
 
 
-def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
-    """Bit for bit the same, by way of two calls with other claims."""
+@pytest.mark.usefixtures("drawn_once")
+def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same, by way of two calls with other claims, and of another engine."""
+    monkeypatch.setattr("grokcurv.sweep.driver._engine", Here)
     folder = tmp_path / "out"
     first = reproduce(["exec-random"], TINY, folder, workers=1)
     assert list(first.table["claim"]) == ["exec-random"]
@@ -679,6 +682,7 @@ def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
     assert (seen[-1]["finished"], seen[-1]["failed"]) == (8, 1)
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_nothing_is_trained_again_and_a_moved_folder_stays_itself(
     whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,6 +716,7 @@ def test_bad_arguments(arguments: dict[str, Any], said: str, tmp_path: Path) -> 
 # The page and the command
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_the_page(tmp_path: Path) -> None:
     page = Page(synthetic.page(tmp_path))
     assert len(page.of("img")) == 11
@@ -732,6 +737,7 @@ def test_the_page(tmp_path: Path) -> None:
         assert f'id="{link["href"][1:]}"' in page.source
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_the_page_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>\"&"
     page = Page(synthetic.page(tmp_path, {"kicks": [trial({}, status="failed", reason=evil)]}))
