@@ -37,15 +37,21 @@ def draw(problem: Problem, generator: torch.Generator, dtype: torch.dtype = torc
 
 def at(model: nn.Module, theta: Tensor) -> nn.Module:
     """A copy of the model with other parameters."""
-    other = copy.deepcopy(model)
-    nn.utils.vector_to_parameters(theta, [p for p in other.parameters() if p.requires_grad])
-    return other
+    return set_to(copy.deepcopy(model), theta)
+
+
+def set_to(model: nn.Module, theta: Tensor) -> nn.Module:
+    nn.utils.vector_to_parameters(theta, [p for p in model.parameters() if p.requires_grad])
+    return model
 
 
 def gradient(problem: Problem, model: nn.Module, theta: Tensor, batch) -> Tensor:
-    other = at(model, theta)
-    parameters = [p for p in other.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(problem.loss_fn(other, batch), parameters, allow_unused=True)
+    return gradient_of(problem, at(model, theta), batch)
+
+
+def gradient_of(problem: Problem, model: nn.Module, batch) -> Tensor:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(problem.loss_fn(model, batch), parameters, allow_unused=True)
     return torch.cat(
         [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]
     )
@@ -58,12 +64,11 @@ def end_point(problem: Problem, model: nn.Module, theta: Tensor, eta: float, fir
 
 def hessian(problem: Problem, model: nn.Module, theta: Tensor, batch) -> Tensor:
     """By central differences of gradients: nothing shared with the probe's double backward."""
-    step = 1e-5
-    columns = [
-        (gradient(problem, model, theta + step * e, batch) - gradient(problem, model, theta - step * e, batch))
-        / (2 * step)
-        for e in torch.eye(len(theta), dtype=theta.dtype)
-    ]
+    step, moved = 1e-5, copy.deepcopy(model)
+    columns = []
+    for e in torch.eye(len(theta), dtype=theta.dtype):
+        forwards, backwards = (gradient_of(problem, set_to(moved, theta + s * e), batch) for s in (step, -step))
+        columns.append((forwards - backwards) / (2 * step))
     return torch.stack(columns, 1)
 
 

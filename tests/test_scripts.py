@@ -16,6 +16,7 @@ import pytest
 import torch
 from all_cases import Target, judged
 
+from grokcurv.bench import measurements, timing
 from grokcurv.bench.check import Floor, Outcome, Result
 from grokcurv.bench.comparison import Case
 from grokcurv.bench.plan import every_size
@@ -41,6 +42,13 @@ def run(script: str, *arguments: str | Path) -> str:
     return printed.getvalue()
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 16, and short samples."""
+    monkeypatch.setattr(measurements, "ROWS", 16)
+    monkeypatch.setattr(timing, "SAMPLE", 1e-4)
+
+
 def test_trajectory(tmp_path: Path) -> None:
     for folder in ("measurements", "images"):
         (tmp_path / folder).mkdir()
@@ -60,6 +68,7 @@ def test_numerics(tmp_path: Path) -> None:
     assert "| errors below the floor, `bracket` | 100.0% | 100.0% |" in printed
 
 
+@pytest.mark.usefixtures("small")
 def test_cost_model() -> None:
     printed = run("cost_model.py", "--rounds", "1")
     assert printed.count("|") == 6 * 8  # of its table
@@ -109,6 +118,7 @@ def test_sweep_throughput(tmp_path: Path) -> None:
     assert "ratio of runs an hour" in printed
 
 
+@pytest.mark.usefixtures("small")
 def test_bench() -> None:
     """`make bench` but for the whole measurements, which test_bench.py has at small size."""
     slow = ("model", "trainer", "prefix", "program", "PCA")
