@@ -309,7 +309,7 @@ _COMPOSED: dict[str, Callable[..., Tensor]] = {
 
 def _leaves(*trees: Any) -> list[Any]:
     """What is in tuples, lists and dicts: operators are given nothing else, and every operator passes here, for which
-    PyTorch's own walk, over whatever a tree can be made of, takes several times as long."""
+    PyTorch's own walk, over whatever a tree can be made of, takes nearly three times as long."""
     found: list[Any] = []
     for tree in trees:
         if isinstance(tree, tuple | list):
