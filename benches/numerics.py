@@ -31,7 +31,6 @@ from grokcurv.training import TrainConfig, load_model, train
 
 ETA = 1e-3
 SEED = 42
-BATCH = 512
 PUBLISHED = [
     *(("add", 1.0, step) for step in (0, 250, 2000, 3500)),
     *(("add", 0.0, step) for step in (750, 1750, 2500)),
@@ -52,6 +51,8 @@ class Options:
 
     ops: tuple[str, ...] = ("add", "mul")
     pairs: int = 12
+    rows: int = 512
+    """Of a batch; a few show that everything works."""
     out: Path = RECORD
     last: int = 10_000
     """No network is trained beyond this step; a few show that everything works."""
@@ -66,8 +67,8 @@ def cross_entropy64(model: nn.Module, batch: Batch) -> Tensor:
 LOSSES = {"float32 logits": cross_entropy, "float64 logits": cross_entropy64}
 
 
-def draw(data: Dataset, numbers: np.random.RandomState) -> Batch:
-    index = torch.from_numpy(numbers.randint(0, len(data.train_pairs), BATCH))
+def draw(data: Dataset, numbers: np.random.RandomState, rows: int) -> Batch:
+    index = torch.from_numpy(numbers.randint(0, len(data.train_pairs), rows))
     return take((data.train_pairs, data.train_answers), index)
 
 
@@ -118,7 +119,7 @@ def run(options: Options) -> pd.DataFrame:
             trained = train(config, out=folder)
             for step in steps:
                 numbers = np.random.RandomState(SEED + step)  # at step 0: the pairs the paper measured
-                pairs = [(draw(data, numbers), draw(data, numbers)) for _ in range(options.pairs)]
+                pairs = [tuple(draw(data, numbers, options.rows) for _ in range(2)) for _ in range(options.pairs)]
                 model = load_model(trained, step)
                 frames.append(assess(model, pairs, op=op, weight_decay=weight_decay, step=step))
                 norm = frames[-1]["grad_norm"].median()

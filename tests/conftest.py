@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 # One thread in each worker, and in the processes that tests start; those that are about threads say how many.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +15,11 @@ import gpu
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from grokcurv.report.figures import Theme
+
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
@@ -20,6 +27,25 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     seed = int(os.environ.get("GROKCURV_TEST_SEED") or secrets.randbits(31))
     print(f"GROKCURV_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have each figure in one theme and width of four, and the other width is laid out: in a third of the time.
+
+    For tests that are about something else on the page.
+    """
+    from grokcurv.report.figures import DARK, LIGHT, NARROW, WIDE, saved, style
+    from grokcurv.report.page import Drawing
+
+    def draw_all(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Drawing:
+        with style(DARK, NARROW):
+            draw(DARK).draw_without_rendering()
+        with style(LIGHT, WIDE):
+            return Drawing(name, alt, saved(draw(LIGHT), LIGHT, "png"), *[b""] * 4)
+
+    for user in ("report", "reproduce"):
+        monkeypatch.setattr(f"grokcurv.{user}.page.draw_all", draw_all)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

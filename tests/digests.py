@@ -138,7 +138,7 @@ def sweep() -> str:
         grid={"seed": [0, 1], "weight_decay": [0.1, 1.0]},
     )
     with tempfile.TemporaryDirectory() as folder:
-        run_sweep(config, Path(folder))
+        run_sweep(config, Path(folder), workers=1)
         swept = open_sweep(folder)
         files = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
         files = [name for name in files if not name.endswith("progress.json")]  # no record

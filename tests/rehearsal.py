@@ -20,8 +20,9 @@ NEEDS_A_GPU = (
     "test_vectors_left_on_the_cpu_are_refused",
     "test_tables_on_the_gpu_are_refused",
     "test_devices_other_than_the_current_one",
-    "test_a_captured_measurement",  # these two take long here, and are on tape in test_device.py
+    "test_a_captured_measurement",  # these three take long here, and are on tape in test_device.py
     "test_a_captured_step",
+    "test_a_captured_block",
 )
 
 
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item.cls is None and item.originalname not in NEEDS_A_GPU]
     for module in {item.module for item in items}:
         if module.__name__ == "test_gpu":
-            module.SHAPES, module.SMALL = ((2, 37), (1, 1), (0, 5)), ((2, 33),)
+            module.SHAPES, module.SMALL = ((2, 13), (1, 1), (0, 5)), ((2, 9),)
             module.MANY, module.LONG = 3, 20_000
         else:
             module.STEPS = 7

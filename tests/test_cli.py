@@ -347,6 +347,7 @@ def test_training_goes_on_when_nobody_reads_its_lines(monkeypatch: pytest.Monkey
         shown(LATEST)
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_train_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     measuring = ["--steps=30", "--measure-every=10", "--pca-every=5", "--pairs=2", "--threads=1"]

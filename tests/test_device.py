@@ -72,12 +72,12 @@ def test_a_monitored_loop_looks_at_no_number(
     monkeypatch.setattr("grokcurv.measures.commutator.VERDICT_LAG", 100)  # there is no verdict to read
     model = PROBLEM.model().to("meta")
     optimizer = torch.optim.AdamW(model.parameters())
-    loader = [on("meta", PROBLEM.batch(generator)) for _ in range(12)]
+    loader = [on("meta", PROBLEM.batch(generator)) for _ in range(6)]
     draws = iter(loader * 4)
     monitor = gc.CurvatureMonitor(
         model,
         PROBLEM.loss_fn,
-        pca=gc.StreamingPCA(2, method, segments=attention_segments(model), block=5),
+        pca=gc.StreamingPCA(2, method, segments=attention_segments(model), block=2, oversampling=1),
         pca_every=1,
         pairs=2 if sampler else 1,
         sampler=(lambda: (next(draws), next(draws))) if sampler else None,

@@ -49,6 +49,8 @@ REPEATED: dict[ModuleType, set[str]] = {
         "test_rank_below_the_number_of_pairs",
         "test_what_is_not_finite_yields_nan_and_harms_no_other",
         "test_scale_does_not_matter",
+        "test_crowded_eigenvalues",
+        "test_equal_eigenvalues",
     },
     test_sketch: {"test_definition", "test_whole_numbers_are_exact", "test_moments"},
     test_draw: {
@@ -247,6 +249,16 @@ def test_eigh_sizes(n: int, k: int, generator: Generator) -> None:
     test_eigh.assert_leading_pairs(test_eigh.gram_matrices(1, n, n + 2, generator), k)
     x = torch.randn(1, n, n, generator=generator, dtype=FLOAT64)
     test_eigh.assert_leading_pairs(x + x.mT, k)
+
+
+@pytest.mark.parametrize(("n", "spread"), [(24, 1e-15), (24, 1e-13), (24, 1e-10), (24, 1e-6), (120, 1e-13)])
+def test_eigh_of_crowded_eigenvalues(n: int, spread: float, generator: Generator) -> None:
+    test_eigh.test_crowded_eigenvalues(n, spread, generator)
+
+
+@pytest.mark.parametrize(("n", "k"), [(20, 1), (20, 4), (20, 20), (160, 4)])
+def test_eigh_of_equal_eigenvalues(n: int, k: int, generator: Generator) -> None:
+    test_eigh.test_equal_eigenvalues(n, k, generator)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])

@@ -42,14 +42,19 @@ def assert_same(one: Run, other: Run) -> None:
             pd.testing.assert_frame_equal(*(frame.reset_index(drop=True) for frame in frames), check_exact=True)
 
 
-def test_every_run_is_bitwise_what_it_is_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    folder = tmp_path_factory.mktemp("alone")
+    return [train(config, out=folder / str(config.seed)) for config in configs()]
+
+
+def test_every_run_is_bitwise_what_it_is_alone(alone: list[Run], tmp_path: Path) -> None:
     outs = [tmp_path / str(i) for i in range(len(MIXED))]
     runs = train_ensemble(configs(), outs=outs)
-    for config, run in zip(configs(), runs, strict=True):
-        alone = train(config, out=tmp_path / f"alone {config.seed}")
-        assert_same(run, alone)
-        torch.testing.assert_close(run.checkpoint()["model"], alone.checkpoint()["model"], rtol=0, atol=0)
-        torch.testing.assert_close(run.checkpoint()["optimizer"], alone.checkpoint()["optimizer"], rtol=0, atol=0)
+    for one, run in zip(alone, runs, strict=True):
+        assert_same(run, one)
+        torch.testing.assert_close(run.checkpoint()["model"], one.checkpoint()["model"], rtol=0, atol=0)
+        torch.testing.assert_close(run.checkpoint()["optimizer"], one.checkpoint()["optimizer"], rtol=0, atol=0)
 
 
 def test_successive_steps() -> None:
@@ -114,7 +119,7 @@ def test_runs_end_after_they_have_grokked() -> None:
     assert [run.metrics["step"].max() for run in train_ensemble(changed)] == [0, 10, 20]
 
 
-def test_ctrl_c_and_resume_end_the_same(tmp_path: Path) -> None:
+def test_ctrl_c_and_resume_end_the_same(alone: list[Run], tmp_path: Path) -> None:
     outs = [tmp_path / str(i) for i in range(len(MIXED))]
 
     def press(index: int, latest: dict[str, Any]) -> None:
@@ -128,8 +133,8 @@ def test_ctrl_c_and_resume_end_the_same(tmp_path: Path) -> None:
         train_ensemble(configs(), outs=outs)
     # One goes on alone, the others together: an ensemble's checkpoints are a run's own.
     train(configs()[0], out=outs[0], resume=True)
-    for config, run in zip(configs(), train_ensemble(configs(), outs=outs, resume=True), strict=True):
-        assert_same(run, train(config))
+    for one, run in zip(alone, train_ensemble(configs(), outs=outs, resume=True), strict=True):
+        assert_same(run, one)
 
 
 @pytest.mark.long

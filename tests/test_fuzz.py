@@ -340,12 +340,10 @@ def test_numbers_of_every_size(sound: Path, tmp_path: Path, tables: dict[str, pd
     assert outcome(lambda: write_report(write_tables(copy(sound, tmp_path / "run"), tables))) == "read"
 
 
+@pytest.mark.usefixtures("drawn_once")
 @settings(fuzz, max_examples=4, phases=[Phase.generate])  # shrinking would draw for minutes
 @given(tables=numbers_of_every_size())
-def test_pictures_of_numbers_of_every_size(
-    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: dict[str, pd.DataFrame]
-) -> None:
-    monkeypatch.setattr(page.figures, "saved", lambda figure, *_: figure.canvas.draw() or b"saved")
+def test_pictures_of_numbers_of_every_size(sound: Path, tmp_path: Path, tables: dict[str, pd.DataFrame]) -> None:
     assert outcome(lambda: write_report(write_tables(copy(sound, tmp_path / "run"), tables))) == "read"
 
 
@@ -356,6 +354,7 @@ def test_a_number_that_no_run_records(sound: Path, tmp_path: Path) -> None:
         write_report(folder)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_can_be_written(sound: Path, tmp_path: Path) -> None:
     folder = copy(sound, tmp_path / "run")
     (folder / "figures").write_bytes(b"")

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from engines import Here
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.quiver import Quiver
@@ -75,6 +76,7 @@ def test_a_script_draws_what_it_measured(
     sizes, expected = CASES[name]
     figures: list[Figure] = []
     save = Figure.savefig
+    monkeypatch.setattr("grokcurv.sweep.driver._engine", Here)
     monkeypatch.setattr(Figure, "savefig", lambda figure, out: (figures.append(figure), save(figure, out)))
     spec = importlib.util.spec_from_file_location(f"gallery_{name}", SCRIPTS / f"{name}.py")
     with matplotlib.rc_context():  # which the style of the gallery leaves

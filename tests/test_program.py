@@ -159,6 +159,7 @@ def test_draws_are_those_of_the_run_alone() -> None:
         together.batches.steps.add_(1)
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_folders_of_older_draws_are_read_and_not_gone_on_with(tmp_path: Path) -> None:
     run = train(TINY, out=tmp_path)
     assert run.checkpoint()["draws"] == {}

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from all_cases import TARGETS
+from test_scripts import run as in_this_process
 
+from grokcurv.bench import measurements, timing
 from grokcurv.bench.plan import every_size
 
 ROOT = Path(__file__).parent.parent
@@ -31,9 +33,11 @@ def test_gpu_tests() -> None:
     assert re.search(r"GPU tests: \d+ ran on no GPU, but the emulator in its place", printed)
 
 
-def test_gpu_benches() -> None:
+def test_gpu_benches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "ROWS", 16)  # of a batch
+    monkeypatch.setattr(timing, "SAMPLE", 1e-4)
     titles = [case.title for case in every_size("cuda", 1000)]
-    printed = run("benches/all_cases.py", "cuda", "--shrink", "1000")
+    printed = in_this_process("all_cases.py", "cuda", "--shrink", "1000")
     for title in titles:
         assert f"| {title}<br>" in printed
     times = re.findall(r"\d (?:us|ms|s) ± \d+ %<br>", printed)

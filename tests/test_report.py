@@ -23,6 +23,7 @@ from grokcurv.report.measures import FIGURED, figured
 from grokcurv.report.summary import Summary
 from grokcurv.runs import Run, RunError, RunWriter, open_run
 
+pytestmark = pytest.mark.usefixtures("drawn_once")  # but for the whole page of the fixture
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

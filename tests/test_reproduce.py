@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import synthetic_reproduction as synthetic
 import torch
+from engines import Here
 from synthetic_reproduction import snapshot, trial, trials, walks
 from test_report import Page
 
@@ -303,17 +304,18 @@ def test_lr_law(exponent: float, expected: str) -> None:
                 settings = {"lr": rate, "seed": seed, "op": op}
                 made.append(trial(settings, steps=40_000, onset=grok - lead, grok=grok, every=20))
     grokking = [t for t in made if t.config.lr == 1e-3]
-    found = judged("lr-law", {"grokking": grokking, "rates": [t for t in made if t.config.lr != 1e-3]})
+    rates = [t for t in made if t.config.lr != 1e-3]
+    found = judged("lr-law", {"grokking": grokking, "rates": rates, "regimes": []})
     assert found.verdict == expected
     assert found.findings[0].here.trustworthy.value == pytest.approx(exponent, abs=0.1)
-    few = judged("lr-law", {"grokking": grokking[:8], "rates": []})
+    few = judged("lr-law", {"grokking": grokking[:8], "rates": [], "regimes": []})
     assert few.verdict == UNDECIDED
 
 
 def test_a_rise_that_is_always_at_one_step_is_no_power_law() -> None:
     """Though between two learning rates it has the published exponent."""
     generator = np.random.default_rng(1)
-    sets: dict[str, list[Trial]] = {"grokking": [], "rates": []}
+    sets: dict[str, list[Trial]] = {"grokking": [], "rates": [], "regimes": []}
     for name, rate, groks in (("rates", 1e-4, (28_000, 34_000, 31_000)), ("grokking", 1e-3, (2600, 3100, 3400))):
         for seed, grok in enumerate(groks):
             for op in ("add", "mul", "sub", "x2_y2"):
@@ -331,15 +333,15 @@ def test_a_rise_that_is_always_at_one_step_is_no_power_law() -> None:
 
 def test_runs_that_never_grok_count_by_how_long_they_waited() -> None:
     runs = [
-        trial({"seed": seed, "op": op}, steps=9000, onset=onset, grok=onset * 2, every=50)
+        trial({"seed": seed, "op": op}, steps=9000, onset=onset, grok=onset * (1 + wait), every=50)
         for seed, onset in enumerate((1000, 1400, 2000, 2800))
-        for op in ("add", "mul", "sub")
+        for op, wait in {"add": 0.7, "mul": 1.0, "sub": 1.4}.items()
     ]
     waiting = [trial({"seed": seed, "op": "x3_xy"}, steps=9000, onset=onset, every=50) for seed, onset in ((5, 1000),)]
     name = "exponent of the lead in the onset, runs that never grok among them"
 
     def exponent(rates: list[Trial]) -> Number:
-        found = judged("lr-law", {"grokking": runs, "rates": rates})
+        found = judged("lr-law", {"grokking": runs, "rates": rates, "regimes": []})
         return next(finding for finding in found.findings if finding.quantity == name).here.trustworthy
 
     alone, beside = exponent([]), exponent(waiting)
@@ -683,8 +685,10 @@ def test_what_each_run_came_to(whole: Reproduction) -> None:
     assert table["measurements"].max() > 0
 
 
-def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
-    """Bit for bit the same, by way of two calls with other claims."""
+@pytest.mark.usefixtures("drawn_once")
+def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same, by way of two calls with other claims, and of another engine."""
+    monkeypatch.setattr("grokcurv.sweep.driver._engine", Here)
     folder = tmp_path / "out"
     first = reproduce(["exec-random"], TINY, folder, workers=1)
     assert list(first.table["claim"]) == ["exec-random"]
@@ -700,6 +704,7 @@ def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path) -> None:
     assert (seen[-1]["finished"], seen[-1]["failed"]) == (8, 1)
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_nothing_is_trained_again_and_a_moved_folder_stays_itself(
     whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -733,6 +738,7 @@ def test_bad_arguments(arguments: dict[str, Any], said: str, tmp_path: Path) -> 
 # The page and the command
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_the_page(tmp_path: Path) -> None:
     page = Page(synthetic.page(tmp_path))
     assert len(page.of("img")) == 11
@@ -753,6 +759,7 @@ def test_the_page(tmp_path: Path) -> None:
         assert f'id="{link["href"][1:]}"' in page.source
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_the_page_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>\"&"
     page = Page(synthetic.page(tmp_path, {"kicks": [trial({}, status="failed", reason=evil)]}))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 from all_cases import Target, judged
 
+from grokcurv.bench import measurements, timing
 from grokcurv.bench.check import Floor, Outcome, Result
 from grokcurv.bench.comparison import Case
 from grokcurv.bench.plan import every_size
@@ -24,12 +27,26 @@ BENCHES = ROOT / "benches"
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    """What it printed, with one thread."""
-    command = [sys.executable, str(BENCHES / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    """What it printed, with one thread: in this process, since torch takes longer to import than what most measure."""
+    threads, printed = torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            runpy.run_path(str(BENCHES / script), run_name="__main__")
+    except SystemExit as done:
+        if done.code:
+            raise AssertionError(printed.getvalue()) from done
+    finally:
+        torch.set_num_threads(threads)
+    return printed.getvalue()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 16, and short samples."""
+    monkeypatch.setattr(measurements, "ROWS", 16)
+    monkeypatch.setattr(timing, "SAMPLE", 1e-4)
 
 
 def test_trajectory(tmp_path: Path) -> None:
@@ -43,13 +60,15 @@ def test_trajectory(tmp_path: Path) -> None:
 
 
 def test_numerics(tmp_path: Path) -> None:
-    printed = run("numerics.py", "--ops", "add", "--pairs", "2", "--last", "0", "--out", tmp_path / "numerics.csv")
+    small = ("--ops", "add", "--pairs", "2", "--rows", "32", "--last", "0")
+    printed = run("numerics.py", *small, "--out", tmp_path / "numerics.csv")
     record = pd.read_csv(tmp_path / "numerics.csv")
     assert len(record) == 8  # two pairs, losses and weight decays
     assert ((record["difference"] / record["difference_exact"] - 1).abs() < 0.1).all()
     assert "| errors below the floor, `bracket` | 100.0% | 100.0% |" in printed
 
 
+@pytest.mark.usefixtures("small")
 def test_cost_model() -> None:
     printed = run("cost_model.py", "--rounds", "1")
     assert printed.count("|") == 6 * 8  # of its table
@@ -99,6 +118,7 @@ def test_sweep_throughput(tmp_path: Path) -> None:
     assert "ratio of runs an hour" in printed
 
 
+@pytest.mark.usefixtures("small")
 def test_bench() -> None:
     """`make bench` but for the whole measurements, which test_bench.py has at small size."""
     slow = ("model", "trainer", "prefix", "program", "PCA")

@@ -169,7 +169,7 @@ def test_ctrl_c_then_the_same_command(engine: str, file: Path, undisturbed: Swee
     interrupted = sweep.runs.query("status == 'interrupted'").index
     assert any(sweep.run(run).checkpoint()["step"] > 0 for run in interrupted)
     assert (sweep.runs["reason"] == "").all()
-    sweep = run_sweep(sweep.config, out, workers=2)
+    sweep = run_sweep(sweep.config, out, workers=1)
     assert (sweep.runs["status"] == "finished").all()
     assert_same_records(sweep, undisturbed)
 
@@ -235,6 +235,7 @@ def test_runs_as_one_program(config: SweepConfig, undisturbed: Sweep, tmp_path: 
             assert mixed.run(run).metrics["test_loss"].equals(train(settings).metrics["test_loss"])
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_report(undisturbed: Sweep) -> None:
     page = write_report(undisturbed.path).read_text()
     assert all(run in page for run in undisturbed.plan)

@@ -33,6 +33,7 @@ from grokcurv.report.figures import DARK, LIGHT
 from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import RunError
 
+pytestmark = pytest.mark.usefixtures("drawn_once")  # but for the whole page of the fixture
 NAN = float("nan")
 NOTHING = pd.DataFrame()
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mpmath
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trust
+from test_scripts import run
 from torch import nn
 from torch.nn import functional
 
@@ -133,11 +131,8 @@ def test_nothing_of_a_models_truth_is_float32(name: str) -> None:
 def test_the_study_on_a_few_pairs(models: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "gpt2" in models:
         pytest.importorskip("transformers")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     out = tmp_path / "trust.csv.gz"
-    command = [sys.executable, trust.__file__, "--out", str(out), "--small", "--models", *models]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = run("trust.py", "--out", out, "--small", "--models", *models)
     trust.main(trust.Options(out=out, tables=True, against=out))
     record = trust.read(out)
     assert set(record["model"]) == set(models)
@@ -149,5 +144,5 @@ def test_the_study_on_a_few_pairs(models: tuple[str, ...], tmp_path: Path, capsy
     assert plain["reliable"].any()
     assert (plain["relative"][plain["reliable"]] < 0.1).all()
     assert np.isfinite(plain["noise_floor"]).all()
-    assert "(target 99.0%)" in done.stdout
+    assert "(target 99.0%)" in printed
     assert f"{len(record)} pairs in both records, 0 in the other only; 0 with another truth" in capsys.readouterr().out
