@@ -114,8 +114,9 @@ def log_log_bend(
     groups, are left.
 
     Example:
-        >>> log_log_bend([1, 2, 4, 8], [1, 4, 16, 64]).value
-        0.0
+        >>> steps = np.array([10, 20, 40, 80])
+        >>> abs(log_log_bend(steps, steps**1.3).value) < 1e-9, log_log_bend(steps, steps - 9).value < -0.1
+        (True, True)
     """
     xs, ys, labels = _logarithms(x, y, groups, trials)
 
