@@ -34,13 +34,8 @@ def simulated(norms: NDArray[np.float64], size: int, trials: int, seed: int) -> 
 
 
 # Dimensions below, equal to and above the number of steps.
-@pytest.mark.parametrize(
-    ("size", "steps", "lengths"),
-    [
-        *((size, steps, "unequal") for size, steps in ((2, 7), (3, 30), (3, 3), (6, 6), (12, 5), (40, 2))),
-        *((size, steps, lengths) for size, steps in ((2, 7), (6, 6), (12, 5)) for lengths in ("equal", "some zero")),
-    ],
-)
+@pytest.mark.parametrize(("size", "steps"), [(2, 7), (3, 30), (3, 3), (6, 6), (12, 5), (40, 2)])
+@pytest.mark.parametrize("lengths", ["equal", "unequal", "some zero"])
 def test_against_simulated_walks(size: int, steps: int, lengths: str, generator: torch.Generator) -> None:
     norms = np.ones(steps)
     if lengths != "equal":

@@ -108,7 +108,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path, whole: Run, rng: str
     pause = 10 * whole.metrics["seconds"].max() / config.steps  # ten steps: how often the child reports
     arguments = [sys.executable, "-P", "-c", CHILD, json.dumps(dataclasses.asdict(config))]
     reached = []
-    for kill in range(KILLS if rng == "philox" else -(-KILLS // 2)):
+    for kill in range(KILLS):
         folder = tmp_path / f"killed-{kill}"
         child = subprocess.Popen([*arguments, str(folder)], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from grokcurv.analysis import censored_power_law, control_ratio, power_law, sign_test, wilson
+from grokcurv.analysis import censored_power_law, control_ratio, log_log_bend, power_law, sign_test, wilson
 
 NAN = math.nan
 
@@ -166,6 +166,43 @@ def test_whole_groups_are_resampled(generator: torch.Generator) -> None:
     assert apart.high - apart.low < power_law(x, y).high - power_law(x, y).low
     labels = np.array(["a", "b"])[np.arange(9) % 2]
     assert np.isnan(power_law(x, y, groups=labels)[2:]).all()
+
+
+# What only looks like a power law
+
+
+def test_the_parabola_against_numpy(generator: torch.Generator) -> None:
+    rng = fresh(generator)
+    for count in (3, 4, 40):
+        x = np.exp(np.arange(count) / 2 + rng.uniform(0, 0.3, count))  # apart, for the truth's own digits
+        y = rng.lognormal(5, 1, count)
+        found = log_log_bend(x, y, trials=50)
+        assert found.value == pytest.approx(np.polyfit(np.log(x), np.log(y), 2)[0], rel=1e-6, abs=1e-6)
+        assert found.low <= found.high
+
+
+def test_a_difference_bends_and_a_power_does_not() -> None:
+    rng = np.random.default_rng(3)
+    rejected = {"power": 0, "difference": 0}
+    for run in range(100):
+        x = np.exp(rng.uniform(math.log(2500), math.log(34_000), 40))
+        noise = rng.lognormal(0, 0.1, 40)
+        for name, y in {"power": 0.03 * x**1.3 * noise, "difference": (x - 2000) * noise}.items():
+            found = log_log_bend(x, y, trials=200, seed=run)
+            rejected[name] += not found.low <= 0 <= found.high
+    assert stats.binomtest(rejected["power"], 100, 0.05).pvalue > 1e-4
+    assert rejected["difference"] == 100
+
+
+def test_few_x_have_no_parabola() -> None:
+    assert np.isnan(log_log_bend([], [])).all()
+    assert np.isnan(log_log_bend([1, 2, 2, 1], [1, 2, 3, 4])).all()
+    assert np.isnan(log_log_bend([1, 2, NAN], [1, 2, 3])).all()
+    grouped = log_log_bend([1, 2, 4, 8], [1, 2, 3, 4], groups=["a", "a", "b", "b"])
+    assert math.isfinite(grouped.value)
+    assert np.isnan(grouped[1:]).all()
+    with pytest.raises(ValueError, match="x must be finite and positive"):
+        log_log_bend([0, 1, 2], [1, 2, 3])
 
 
 # Power laws of which bounds are known

@@ -105,7 +105,10 @@ def writers(out: Path) -> dict[str, int]:
 
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> Any:
-    """What there is of ``what`` as soon as there is something; nothing if the driver ends first."""
+    """What there is of ``what`` as soon as there is something; nothing if the driver ends first.
+
+    It gives up after five minutes: on a busy machine Ray alone takes two to start.
+    """
     deadline = time.monotonic() + 300
     while process.poll() is None and not what():
         assert time.monotonic() < deadline

@@ -94,8 +94,9 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([x.detach().double().flatten() for x in tensors])
 
 
-@pytest.mark.parametrize(("make", "attached"), [(mlp, True), (mlp, False), (attention, False), (conv, True)])
+@pytest.mark.parametrize("make", [mlp, attention, conv])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("attached", [True, False])
 def test_parts(name: str, make: Callable[[], tuple[nn.Module, tuple[int, ...]]], attached: bool) -> None:
     kind, options, truth, settings = OPTIMIZERS[name]
     model, shape = make()

@@ -151,8 +151,8 @@ def censored_power_law(
     Statistical Analysis of Failure Time Data*, 2nd ed. 2002, chapter 3). Bounds must not depend on y beyond what they
     say. There is one maximum: the likelihood's logarithm is concave in the line and 1, all over the scatter (Burridge
     1981). Where lines pass between all bounds the scatter is zero and any of them is as good. The interval is that of
-    :func:`power_law`, from fewer resamples: it held the exponent of 94 % of
-    400 simulated samples of 40 pairs, a quarter of them cut off.
+    :func:`power_law`, from fewer resamples: with 100 of them it held the exponent in 94 % of 400 simulated samples of
+    40 pairs, a quarter of them cut off.
 
     Pairs with a NaN are left out. All is NaN when the x left have not two different values or no pair has both
     bounds, the interval also when fewer than three pairs, or groups, are left.

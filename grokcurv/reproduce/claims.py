@@ -32,7 +32,7 @@ class Led(NamedTuple):
     """A run that grokked after its defect rose."""
 
     grok: int
-    lead: int
+    lead: float
     split: str
     """Operation and seed: runs that share them share their data, and are resampled together."""
 
@@ -203,8 +203,8 @@ def onset(evidence: Evidence) -> Judgement:
         arithmetic: Arithmetic, threshold: float = rules.GROKKED, rise: Rise = analysis.onset_step
     ) -> list[float]:
         """A lead for each run that passed the threshold; minus infinity where the defect never rose."""
-        found = [(analysis.grok_step(trial.records, threshold), rise(trial.defects(arithmetic))) for trial in grokked]
-        return [-math.inf if step is None else float(grok - step) for grok, step in found if grok is not None]
+        found = (_lead(trial, arithmetic, threshold, rise) for trial in grokked)
+        return [lead for lead in found if lead is not None]
 
     def lead(what: str, *rule: Any, past: Number = Number()) -> Finding:  # noqa: B008
         return Finding(f"lead{what}", _here(lambda a: Number.over(leads(a, *rule))), past, 0)
@@ -241,11 +241,11 @@ def lr_law(evidence: Evidence) -> Judgement:
 
     def led(its: Sequence[Trial], arithmetic: Arithmetic, rise: Rise = analysis.onset_step) -> list[Led]:
         """Of the runs that grokked after their defect rose."""
-        found = [(trial, trial.grok, rise(trial.defects(arithmetic))) for trial in its]
+        found = ((trial, _lead(trial, arithmetic, rise=rise)) for trial in its)
         return [
-            Led(grok, grok - onset, f"{trial.config.op} {trial.config.seed}")
-            for trial, grok, onset in found
-            if grok is not None and onset is not None and grok > onset
+            Led(trial.grok, lead, f"{trial.config.op} {trial.config.seed}")
+            for trial, lead in found
+            if trial.grok is not None and lead is not None and lead > 0
         ]
 
     def fit(function: Callable[..., Any], runs: Sequence[Led]) -> Any:
@@ -284,7 +284,8 @@ def lr_law(evidence: Evidence) -> Judgement:
     here, bent = _here(partial(exponent, trials)), _here(bend)
     splits = len({run.split for run in led(trials, "trustworthy")})
     grokked = [trial for trial in trials if trial.grok is not None]
-    tests = [analysis.sign_test([_lead(trial, a) for trial in grokked]) for a in ARITHMETICS]
+    leads = {a: [lead for trial in grokked if (lead := _lead(trial, a)) is not None] for a in ARITHMETICS}
+    tests = [analysis.sign_test(leads[a]) for a in ARITHMETICS]
     findings = [
         Finding("exponent of the lead in the grok step", here, published.LEAD_EXPONENT, 2),
         Finding("second coefficient of a parabola in its place", bent, decimals=2),
@@ -325,8 +326,9 @@ def lr_law(evidence: Evidence) -> Judgement:
                 past,
             ),
         ]
-    points = {a: [run[:2] for run in led(trials, a)] for a in ARITHMETICS}
-    laws = {a: fit(analysis.power_law, led(trials, a)) for a in ARITHMETICS}
+    risen = {a: led(trials, a) for a in ARITHMETICS}
+    points = {a: [run[:2] for run in runs] for a, runs in risen.items()}
+    laws = {a: fit(analysis.power_law, runs) for a, runs in risen.items()}
     onset = Number.over(grok - lead for grok, lead in points["trustworthy"]).value
     return Judgement(
         (holds(here.arithmetic, bent.arithmetic), holds(here.trustworthy, bent.trustworthy)),
@@ -577,10 +579,15 @@ def _changepoint(defects: pd.DataFrame) -> int | None:
     return analysis.changepoint_step(defects, since=int(memorised.min())) if len(memorised) else None
 
 
-def _lead(trial: Trial, arithmetic: Arithmetic) -> float:
-    """Steps from the onset to grokking; minus infinity where the defect never rose."""
-    onset = analysis.onset_step(trial.defects(arithmetic))
-    return -math.inf if onset is None or trial.grok is None else float(trial.grok - onset)
+def _lead(
+    trial: Trial, arithmetic: Arithmetic, threshold: float = rules.GROKKED, rise: Rise = analysis.onset_step
+) -> float | None:
+    """Steps from the rise to grokking; minus infinity where the defect never rose, None without grokking."""
+    grok = analysis.grok_step(trial.records, threshold)
+    if grok is None:
+        return None
+    step = rise(trial.defects(arithmetic))
+    return -math.inf if step is None else float(grok - step)
 
 
 def _wait(trial: Trial, arithmetic: Arithmetic) -> tuple[int, float, float, str] | None:
