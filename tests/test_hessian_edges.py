@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -248,7 +249,11 @@ def test_rows_are_those_of_the_dense_hessian(make: Any) -> None:
 
 
 def test_rows_far_apart_find_the_edge_again() -> None:
-    """By twelve products from what was followed, which by then may be far from it."""
+    """By twelve products from what was followed, which by then may be far from it.
+
+    From a random vector k products come on average within 0.103 (ln(P (k - 1)^4) / (k - 1))^2 of the spectrum's width
+    of its edge, whatever the spectrum is (Kuczynski & Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992, theorem 3.2).
+    """
     model, batch = drawn(mlp)
     optimizer, truth = torch.optim.AdamW(model.parameters(), lr=0.05), list[Tensor]()
     edges = gc.HessianEdges(batch, probes=0, preconditioned=False)
@@ -261,10 +266,14 @@ def test_rows_far_apart_find_the_edge_again() -> None:
             optimizer.step()
     rows = monitor.records()
     assert rows["gap_checked"].tolist() == [0.0] * 4  # by sixty
-    for (_, row), values in zip(rows.iterrows(), truth, strict=True):
-        width = float(values[-1] - values[0])
-        assert abs(row["lambda_max"] - float(values[-1])) < 0.02 * width
-        assert abs(row["lambda_min"] - float(values[0])) < 0.02 * width
+    for name, end in (("lambda_max", -1), ("lambda_min", 0)):
+        short = []
+        for (_, row), values in zip(rows.iterrows(), truth, strict=True):
+            width = float(values[-1] - values[0])
+            assert float((values - row[name]).abs().min()) <= row[f"{name}_residual"] + 1e-7 * width
+            short.append(abs(row[name] - float(values[end])) / width)
+        assert short[0] < 1e-6  # sixty products of sixty-four dimensions
+        assert statistics.mean(short[1:]) < 0.103 * (math.log(len(values) * 11**4) / 11) ** 2
 
 
 @pytest.mark.parametrize("at", [1, 7])
