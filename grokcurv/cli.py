@@ -252,6 +252,8 @@ def _reproduce(arguments: list[str]) -> int:
         """Worker processes on this machine, or a Ray cluster."""
         workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """Runs at a time; as many as there is room for if not given."""
+        train: tyro.conf.FlagCreatePairsOff[bool] = True
+        """Whether to train what is missing; if not, claims are judged by what there is, also while others train it."""
 
     options = tyro.cli(Options, prog="grokcurv reproduce", args=arguments)
 

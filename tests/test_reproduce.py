@@ -30,6 +30,7 @@ from grokcurv.reproduce.plan import NEEDS, QUICK, WATCHED, expected_seconds, mak
 from grokcurv.reproduce.published import Number
 from grokcurv.reproduce.rules import FAILS, HOLDS, NOT_RUN, ONLY_PUBLISHED, RULES, SENTENCES, UNDECIDED, verdict
 from grokcurv.runs import Run, RunError
+from grokcurv.storage import hold
 from grokcurv.sweep import open_sweep
 from grokcurv.tasks import split, table
 from grokcurv.training import TrainConfig, load_model, train
@@ -453,6 +454,12 @@ def test_slow_regime(published: list[float], trustworthy: list[float], expected:
     curvature["reference_median"] = np.resize(published, len(curvature))
     curvature["defect_median"] = np.resize(trustworthy, len(curvature))
     assert judged("slow-regime", {"slow": [run]}).verdict == expected
+    under_way = trial({"preset": "paper-slow"}, status="interrupted", steps=1000)
+    under_way.run.curvature["reference_median"] = curvature["reference_median"]
+    under_way.run.curvature["defect_median"] = curvature["defect_median"]
+    found = judged("slow-regime", {"slow": [under_way]})
+    assert found.verdict == (UNDECIDED if expected == FAILS else expected)  # what is not there may yet come
+    assert found.remarks[-1] == "Not finished: 1 of 1 runs."
     unreliable = trial({"preset": "paper-slow"}, reliable=False)
     assert judged("slow-regime", {"slow": [unreliable]}).findings[0].here.trustworthy == Number()
 
@@ -643,7 +650,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
     return reproduce(profile=TINY, out=tmp_path_factory.mktemp("whole") / "out", workers=1)
 
 
-SWEEPS = ("runs", "interventions")
+SWEEPS, TABLES = ("runs", "interventions"), ("table", "findings", "runs", "matrices")
 
 
 def test_the_whole(whole: Reproduction) -> None:
@@ -662,7 +669,8 @@ def test_the_whole(whole: Reproduction) -> None:
     page = Page(whole.page)
     assert failed in page.text
     assert len(page.of("img")) == sum(answer.draw is not None for answer in whole.answers) >= 8
-    for name, frame in (("table", whole.table), ("findings", whole.findings), ("runs", whole.runs)):
+    for name in TABLES:
+        frame = getattr(whole, name)
         pd.testing.assert_frame_equal(pd.read_parquet(whole.path / f"{name}.parquet"), frame)
         assert len(pd.read_csv(whole.path / f"{name}.csv")) == len(frame)
 
@@ -685,6 +693,20 @@ def test_what_each_run_came_to(whole: Reproduction) -> None:
     assert table["measurements"].max() > 0
 
 
+def test_what_each_matrix_came_to(whole: Reproduction) -> None:
+    """PC1 where the run had settled, or ended, by the trajectory in its folder."""
+    for run, rows in whole.matrices.groupby("run"):
+        part, name = str(run).split("/")
+        folder = open_sweep(whole.path / part).run(name)
+        (step,) = set(rows["step"])
+        settled = gc.analysis.settled_step(folder.metrics, 0.9, 3)
+        assert step == (folder.metrics["step"].max() if settled is None else settled)
+        history = folder.pca_history
+        expected = history[history["step"] == step].set_index("matrix")["pc1_percent"]
+        pd.testing.assert_series_equal(rows.set_index("matrix")["pc1_percent"].sort_index(), expected.sort_index())
+    assert whole.matrices["run"].nunique() == 2  # the third failed
+
+
 @pytest.mark.usefixtures("drawn_once")
 def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit the same, by way of two calls with other claims, and of another engine."""
@@ -697,7 +719,7 @@ def test_again_in_a_fresh_folder(whole: Reproduction, tmp_path: Path, monkeypatc
     assert set(states["interventions"]) == {"pending"}
     seen: list[dict[str, Any]] = []
     second = reproduce(profile=TINY, out=folder, workers=1, on_progress=seen.append)
-    for name in ("table", "findings", "runs"):
+    for name in TABLES:
         one, other = (getattr(result, name).drop(columns="cost_hours", errors="ignore") for result in (whole, second))
         pd.testing.assert_frame_equal(one, other, check_exact=True)
     assert {news["runs"] for news in seen} == {9}
@@ -717,8 +739,25 @@ def test_nothing_is_trained_again_and_a_moved_folder_stays_itself(
     assert not seen
     pd.testing.assert_frame_equal(again.table.iloc[:1], whole.table.iloc[:1])
     assert again.table["cost_hours"].iloc[1] == 1
-    with pytest.raises(RunError, match="holds another sweep"):
-        reproduce(["pc1"], TINY, moved, seeds=[2])
+    for trains in (True, False):
+        with pytest.raises(RunError, match="holds another sweep"):
+            reproduce(["pc1"], TINY, moved, seeds=[2], train=trains)
+
+
+@pytest.mark.usefixtures("drawn_once")
+def test_judged_by_what_there_is(whole: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while another process trains, and without a trace of a sweep."""
+    monkeypatch.setattr("grokcurv.sweep.driver._engine", None)
+    shutil.copytree(whole.path, tmp_path / "whole")
+    with hold(tmp_path / "whole" / "runs", "run"):
+        again = reproduce(profile=TINY, out=tmp_path / "whole", train=False)
+    for name in TABLES:
+        one, other = (getattr(result, name).drop(columns="cost_hours", errors="ignore") for result in (whole, again))
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    nothing = reproduce(profile=TINY, out=tmp_path / "none", train=False)
+    assert set(nothing.table["verdict"]) == {NOT_RUN}
+    assert nothing.runs.empty
+    assert not any((tmp_path / "none" / part).exists() for part in SWEEPS)
 
 
 @pytest.mark.parametrize(
@@ -790,12 +829,14 @@ def test_the_command(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFix
     rows = {line.split()[0]: line for line in said.splitlines() if line}
     assert rows["pc1"].split()[1:] == ["71.7", "(68.0", "to", "83.0)", "71.0", "71.0", "holds"]
     assert rows["slow-regime"].split()[1:] == ["not", "run"]
-    options = "--claims pc1 onset --profile paper --out x --operations add --seeds 1 2 --engine ray --workers 3"
+    options = (
+        "--claims pc1 onset --profile paper --out x --operations add --seeds 1 2 --engine ray --workers 3 --no-train"
+    )
     assert cli.main(["reproduce", *options.split()]) == 1
     assert asked == [
-        {"profile": "quick", "out": None, "engine": "local", "workers": None},
+        {"profile": "quick", "out": None, "engine": "local", "workers": None, "train": True},
         {"claims": ("pc1", "onset"), "profile": "paper", "out": Path("x"), "operations": ("add",), "seeds": (1, 2)}
-        | {"engine": "ray", "workers": 3},
+        | {"engine": "ray", "workers": 3, "train": False},
     ]
 
 

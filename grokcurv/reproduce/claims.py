@@ -44,16 +44,17 @@ DIRECTIONS = 3
 def answer(claim: str, evidence: Evidence) -> Answer:
     """Judge a claim, or say that none of its runs has been done."""
     trials = evidence.of(claim)
-    finished = sum(trial.status == "finished" for trial in trials)
+    known = sum(len(evidence[name]) for name in NEEDS[claim])
     failed = [trial for trial in trials if trial.status == "failed"]
     remarks = [f"{len(failed)} of {len(trials)} runs failed and count neither way."] if failed else []
     remarks += [f"{trial.id}: {trial.reason}" for trial in failed]
-    if finished and len(trials) > finished + len(failed):
-        remarks.append(f"{len(trials) - finished - len(failed)} of {len(trials)} runs are not finished.")
+    left = sum(trial.status not in ("finished", "failed") for trial in trials)
+    if known and left:
+        remarks.append(f"Not finished: {left} of {len(trials)} runs.")
     settings = {name: _describe(evidence.trials[name]) for name in NEEDS[claim] if evidence.trials[name]}
     if not trials:
         remarks.append("This profile has no run that speaks of it.")
-    if not finished:
+    if not known:
         verdict = rules.UNDECIDED if failed else rules.NOT_RUN
         return Answer(claim=claim, verdict=verdict, settings=settings, remarks=tuple(remarks))
     judged = JUDGES[claim](evidence)
@@ -483,21 +484,26 @@ def kicks(evidence: Evidence) -> Judgement:
 def slow_regime(evidence: Evidence) -> Judgement:
     trials = evidence["slow"]
     values = {a: [v for t in trials for v in t.defects(a)["defect_median"].dropna()] for a in ARITHMETICS}
+    ended = all(trial.status == "finished" for trial in trials)
 
     def holds(defects: Sequence[float]) -> bool | None:
-        return 0.0 in defects and max(defects) >= rules.SPIKE if defects else None
+        if defects and 0.0 in defects and max(defects) >= rules.SPIKE:
+            return True
+        return False if defects and ended else None
 
     zeros = _here(lambda a: Number.share(values[a].count(0.0), len(values[a])))
     highest = _here(lambda a: Number(max(values[a], default=math.nan)))
     lines = [line for trial in trials for line in _defect_lines(trial)]
+    accuracies = [Line(t.records["step"], t.records["test_acc"], "test accuracy", "ink") for t in trials]
     return Judgement(
         (holds(values["published"]), holds(values["trustworthy"])),
         (
             Finding("share of measurements that are exactly 0", zeros, decimals=3),
             Finding("highest defect", highest),
             _same("grok step", _steps(trials), published.SLOW_GROK_STEP, 0),
+            _same("last step", Number.over(trial.records["step"].max() for trial in trials), decimals=0),
         ),
-        partial(figures.lines, [Panel(lines, "defect D", log=True)]),
+        partial(figures.lines, [Panel(lines, "defect D", log=True), Panel(accuracies, "test accuracy")]),
     )
 
 

@@ -14,12 +14,12 @@ from grokcurv.reproduce.evidence import Evidence, Trial
 from grokcurv.reproduce.page import Reproduction
 from grokcurv.reproduce.plan import ASKED_FOR, CLAIMS, PROFILES, Plan, Profile, make_plan
 from grokcurv.reproduce.published import SLOW_GROK_STEP
-from grokcurv.reproduce.rules import NOT_RUN
-from grokcurv.reproduce.table import table_of
+from grokcurv.reproduce.table import matrices_of, table_of
 from grokcurv.runs import describe_environment
 from grokcurv.storage import make_folder, write_atomically
 from grokcurv.sweep import Sweep, open_sweep, run_sweep
 from grokcurv.sweep.estimate import seconds_of
+from grokcurv.sweep.folder import find
 from grokcurv.training import PRESETS
 
 Progress = Callable[[dict[str, Any]], object]
@@ -33,6 +33,7 @@ def reproduce(
     seeds: Collection[int] | None = None,
     engine: str = "local",
     workers: int | None = None,
+    train: bool = True,
     on_progress: Progress | None = None,
 ) -> Reproduction:
     """Judge claims of the paper by runs of one's own, and write a page about it.
@@ -49,11 +50,13 @@ def reproduce(
         operations: to leave out the runs of others.
         seeds: in place of the profile's, for every operation.
         engine, workers: as for :func:`grokcurv.sweep.run_sweep`.
+        train: whether to train what is not trained yet; if not, the claims are judged by the runs that have finished,
+            also while another process trains the rest.
         on_progress: called with what a sweep reports; ``runs``, ``finished`` and ``failed`` count both sweeps.
 
     Raises:
         ValueError: an unknown claim, profile, operation or engine.
-        RunError: a folder that holds other runs, is being written by another process or is damaged.
+        RunError: a folder that holds other runs, is being trained in by another process or is damaged.
     """
     if isinstance(profile, str):
         if profile not in PROFILES:
@@ -66,18 +69,23 @@ def reproduce(
     path = Path(out) if out is not None else Path("runs") / f"reproduce-{profile.name}"
     plan = make_plan(profile, _root(path), operations, seeds)
     to_train = [claim for claim in wanted if claims is not None or claim not in ASKED_FOR]
-    sweeps = _train(plan, path, plan.needed(to_train), on_progress, engine=engine, workers=workers)
+    if train:
+        sweeps = _train(plan, path, plan.needed(to_train), on_progress, engine=engine, workers=workers)
+    else:
+        sweeps = {name: find(path / name, part.config) for name, part in plan.parts.items() if part.config is not None}
     trials = {name: _trials(name, sweep) for name, sweep in sweeps.items()}
-    parts = {"runs": plan.runs, "interventions": plan.interventions}
     evidence = Evidence(
-        {name: [trials[part][run] for run in runs] for part in trials for name, runs in parts[part].sets.items()}
+        {name: [trials[part][run] for run in runs] for part in trials for name, runs in plan.parts[part].sets.items()}
     )
     answers = tuple(answer(claim, evidence) for claim in wanted)
-    costs = {a.claim: _slow_regime_seconds() for a in answers if (a.claim, a.verdict) == ("slow-regime", NOT_RUN)}
+    slow = "slow-regime" in wanted and all(trial.status != "finished" for trial in evidence.of("slow-regime"))
+    costs = {"slow-regime": _slow_regime_seconds()} if slow else {}
     failed = {t.id: t.reason for part in trials.values() for t in part.values() if t.status == "failed"}
-    found = Reproduction(path, profile.name, answers, costs, describe_environment(), failed, table_of(sweeps))
+    matrices = matrices_of(evidence if "pc1" in wanted else Evidence({}))
+    tables = {"runs": table_of(sweeps), "matrices": matrices}
+    found = Reproduction(path, profile.name, answers, costs, describe_environment(), failed, **tables)
     make_folder(path, parents=True)
-    for name, frame in {"table": found.table, "findings": found.findings, "runs": found.runs}.items():
+    for name, frame in {"table": found.table, "findings": found.findings, **tables}.items():
         write_atomically(path / f"{name}.parquet", frame.to_parquet(index=False))
         write_atomically(path / f"{name}.csv", frame.to_csv(index=False).encode())
     found.write()
@@ -103,7 +111,7 @@ def _train(
     sweeps: dict[str, Sweep] = {}
     total, finished, failed = sum(map(len, needed)), 0, 0
     to_come = sum(plan.interventions.plan[run].steps for run in needed[1])
-    for name, part, runs in zip(("runs", "interventions"), (plan.runs, plan.interventions), needed, strict=True):
+    for (name, part), runs in zip(plan.parts.items(), needed, strict=True):
         if part.config is None:
             continue
 

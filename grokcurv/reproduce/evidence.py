@@ -21,7 +21,7 @@ from grokcurv.commutator import CommutatorProbe
 from grokcurv.flat import attention_segments, flatten
 from grokcurv.measures.trajectory import BASIS_COMPONENTS
 from grokcurv.pca import StreamingPCA
-from grokcurv.reproduce.plan import NEEDS
+from grokcurv.reproduce.plan import ASKED_FOR, NEEDS
 from grokcurv.reproduce.rules import GROKKED
 from grokcurv.runs import Run
 from grokcurv.subspace import Subspace, alignment
@@ -33,6 +33,9 @@ from grokcurv.training.process import threads_of
 Arithmetic = Literal["published", "trustworthy"]
 Support = Literal["full", "matched"]
 
+LONG = [name for claim in ASKED_FOR for name in NEEDS[claim]]
+"""Sets of runs that are read as far as they are."""
+
 PAIRS = 12
 """Commutators of a snapshot, as many as the paper takes for alignments."""
 
@@ -41,6 +44,9 @@ DIRECTIONS = (1, 2, 3, 4, 6, 8)
 
 WALKS = 200
 """Random walks behind a z-score."""
+
+WALKED = ["matrix", "pc1_percent", "walk_percent", "z", "p_value"]
+"""Columns of :func:`compare_walks`."""
 
 
 class Evidence:
@@ -54,8 +60,9 @@ class Evidence:
         self.trials = {name: tuple(trials.get(name, ())) for names in NEEDS.values() for name in names}
 
     def __getitem__(self, name: str) -> tuple[Trial, ...]:
-        """The finished runs of a set."""
-        return tuple(trial for trial in self.trials[name] if trial.status == "finished")
+        """The finished runs of a set; of one that takes days, those that have begun."""
+        states = ("finished", "running", "interrupted") if name in LONG else ("finished",)
+        return tuple(trial for trial in self.trials[name] if trial.status in states)
 
     def of(self, claim: str) -> tuple[Trial, ...]:
         """All runs that the claim reads, whatever became of them."""
@@ -275,23 +282,22 @@ def compare_walks(run: Run, until: int | None = None) -> pd.DataFrame:
     Raises:
         RunError: no checkpoint, or a damaged one.
     """
-    columns = ["matrix", "pc1_percent", "walk_percent", "z", "p_value"]
     monitor, history = run.checkpoint()["monitor"], run.pca_history
     if len(history):
         history = history.pivot(index="step", columns="matrix", values="pc1_percent").loc[:until]
     if len(history) < 3:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=WALKED)
     pca = StreamingPCA(segments=attention_segments(build_model(TrainConfig(**run.config))))
     pca.load_state_dict(monitor["pca"])
     if pca.method_ != "gram":
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=WALKED)
     rows = []
     for segment, norms in zip(pca.segments or (), pca.step_norms_[: len(history) - 1].T, strict=True):
         null = random_walk_pc1(norms.numpy(), segment.length, trials=WALKS)
         percent = float(history[segment.name].iloc[-1])
         share = percent / 100
         rows.append((segment.name, percent, 100 * null.mean, null.z_score(share), null.p_value(share)))
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=WALKED)
 
 
 def _lengths(rows: Tensor) -> Tensor:

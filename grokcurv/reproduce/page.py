@@ -35,10 +35,11 @@ class Reproduction:
         path: the folder.
         profile: the name of the plan.
         answers: of the claims, in order.
-        costs: seconds that a claim which was not run would take, by claim.
+        costs: seconds that the runs of a claim which are not done would take, by claim.
         environment: where the page was written.
         failed: why runs failed, by id.
         runs: what each run came to, see :func:`grokcurv.reproduce.table.table_of`.
+        matrices: PC1 of each matrix, see :func:`grokcurv.reproduce.table.matrices_of`; empty unless ``pc1`` was judged.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Reproduction:
     environment: Mapping[str, Any]
     failed: Mapping[str, str]
     runs: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False)
+    matrices: pd.DataFrame = field(default_factory=pd.DataFrame, compare=False)
 
     title = "The claims, measured again"
 
@@ -68,9 +70,9 @@ class Reproduction:
                 numbers = dict(zip(NUMBERS, ends, strict=True))
                 rows.append({**known, "quantity": finding.quantity, **numbers, "runs": finding.here.trustworthy.count})
             if not one.findings:
-                rows.append(known)
+                rows.append({**known, "quantity": "", "runs": 0})
         frame = pd.DataFrame(rows, columns=["claim", "quantity", *NUMBERS, "runs", "verdict", "cost_hours"])
-        return frame.fillna({"quantity": "", "runs": 0}).astype({"runs": int})
+        return frame.astype({"runs": int})
 
     @property
     def table(self) -> pd.DataFrame:
@@ -79,8 +81,8 @@ class Reproduction:
         ``claim``; ``quantity``, what its rule speaks of; ``published``, ``published_arithmetic`` (what that gives here)
         and ``trustworthy``, each with ``_low`` and ``_high`` (for ``trustworthy`` plainly ``low`` and ``high``) and NaN
         where there is none; ``runs``, how many runs or measurements the last is made of; ``verdict``; ``cost_hours``, a
-        timing: what a claim that was not run would take here. The range is that over the runs unless the page says
-        otherwise.
+        timing: what runs of a claim that are not done would take here. The range is that over the runs unless the page
+        says otherwise.
         """
         return self._numbers.drop_duplicates("claim", ignore_index=True)
 

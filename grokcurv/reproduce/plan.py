@@ -38,7 +38,7 @@ CLAIMS = tuple(NEEDS)
 """By name, in the order of the page."""
 
 ASKED_FOR = ("slow-regime",)
-"""Claims whose runs are trained only when they are named."""
+"""Claims whose runs, of a day or more, are trained only when they are named, and read as far as they are."""
 
 SECONDS = {"update": 0.029, "evaluation": 0.17, "measurement": 0.65}
 """Of the paper's transformer, on one of two busy cores; they order the runs, longest first, and no more."""
@@ -97,6 +97,11 @@ class Plan:
     interventions: Part
     baselines: Mapping[str, str]
     """By id of an intervention, that of the plain run that is its baseline."""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """By the name of its folder."""
+        return {"runs": self.runs, "interventions": self.interventions}
 
     def needed(self, claims: Collection[str]) -> tuple[list[str], list[str]]:
         """The plain runs and the interventions that these claims read, by id."""

@@ -1,4 +1,4 @@
-"""What each run came to, as one table."""
+"""What each run came to, and each of its matrices, as tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 
 from grokcurv.analysis import sweep_results
+from grokcurv.reproduce.evidence import WALKED, Evidence
+from grokcurv.reproduce.plan import NEEDS
 from grokcurv.reproduce.rules import GROKKED
 from grokcurv.sweep import Sweep
 
@@ -29,6 +31,18 @@ def table_of(sweeps: Mapping[str, Sweep]) -> pd.DataFrame:
     varied = dict.fromkeys(["op", "seed", *(name for sweep in sweeps.values() for name in sweep.varied)])
     settings = [name for name in varied if name != "basis_from"]  # a path
     return pd.concat([_table(name, sweep, settings) for name, sweep in sweeps.items()], ignore_index=True)
+
+
+def matrices_of(evidence: Evidence) -> pd.DataFrame:
+    """A row for each attention matrix of each run that ``pc1`` reads: ``run``; ``op``, ``weight_decay``, ``seed``;
+    ``step``, at which the trajectory ends, as there; and what :func:`grokcurv.reproduce.evidence.compare_walks` has."""
+    rows = []
+    for trial in (trial for name in NEEDS["pc1"] for trial in evidence[name]):
+        settings = {name: getattr(trial.config, name) for name in ("op", "weight_decay", "seed")}
+        step = trial.records["step"].max() if trial.end is None else trial.end
+        rows.append(trial.walks.assign(run=trial.id, **settings, step=step))
+    columns = ["run", "op", "weight_decay", "seed", "step", *WALKED]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
 
 
 _PUBLISHED = ("onset_step_published", "lead_time_published")

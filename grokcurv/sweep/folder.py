@@ -183,8 +183,8 @@ def _settings(settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: checked("plan:", name, value) for name, value in current_settings(settings).items()})
 
 
-def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
-    """The sweep in ``path``, written there if there is none yet.
+def find(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
+    """The sweep in ``path``, or where there is none yet one of which no run has begun; nothing is written.
 
     Args:
         path: its folder.
@@ -193,21 +193,33 @@ def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
             there keep their ids.
 
     Raises:
-        RunError: the folder holds another sweep (what differs is named) or a run, or cannot be written.
+        RunError: the folder holds another sweep (what differs is named) or a run.
     """
-    plan, sweep = config.plan, None
-    if lexists(path / "sweep.json"):
-        sweep = open_sweep(path)
-        if grow:
-            plan = _grown(sweep.plan, plan)
-        if differing := _differences(sweep.plan, plan, CHANGEABLE if grow else ()):
-            if {"torch"} == {run.rng for run in sweep.plan.values()} - {run.rng for run in plan.values()}:
-                differing = "one of an older version (rng 'torch'), which is read and reported, but not gone on with"
-            raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
-        if plan == sweep.plan:
-            return sweep
-    elif lexists(path / "config.json"):
-        raise RunError(f"{path} holds a run; a sweep needs a folder of its own")
+    plan = config.plan
+    if not lexists(path / "sweep.json"):
+        if lexists(path / "config.json"):
+            raise RunError(f"{path} holds a run; a sweep needs a folder of its own")
+        return Sweep(path, config, plan)
+    sweep = open_sweep(path)
+    if grow:
+        plan = _grown(sweep.plan, plan)
+    if differing := _differences(sweep.plan, plan, CHANGEABLE if grow else ()):
+        if {"torch"} == {run.rng for run in sweep.plan.values()} - {run.rng for run in plan.values()}:
+            differing = "one of an older version (rng 'torch'), which is read and reported, but not gone on with"
+        raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
+    return sweep if plan == sweep.plan else Sweep(path, config, plan, sweep.failures)
+
+
+def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
+    """The sweep in ``path`` as :func:`find` has it, written there where it is not what is there.
+
+    Raises:
+        RunError: as there; or the folder cannot be written.
+    """
+    sweep = find(path, config, grow=grow)
+    if lexists(path / "sweep.json") and open_sweep(path).plan == sweep.plan:
+        return sweep
+    plan = sweep.plan
     configs = [asdict(settings) for settings in plan.values()]
     common = {name: value for name, value in configs[0].items() if all(other[name] == value for other in configs)}
     own = {
@@ -215,7 +227,7 @@ def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
         for run, settings in zip(plan, configs, strict=True)
     }
     write_json(path / "sweep.json", "sweep", {"config": config.to_dict(), "common": common, "plan": own})
-    return Sweep(path, config, plan, sweep.failures if sweep else None)
+    return sweep
 
 
 def _grown(there: dict[str, TrainConfig], here: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
