@@ -263,6 +263,12 @@ def lr_law(evidence: Evidence) -> Judgement:
         bent = fit(analysis.log_log_bend, runs)
         return Number(bent.value, bent.low, bent.high, len(runs))
 
+    def onsets(arithmetic: Arithmetic) -> Number:
+        """Exponent of the onset in the grok step: 0 if the defect always rises at one step."""
+        runs = [run._replace(lead=run.grok - run.lead) for run in led(trials, arithmetic) if run.lead < run.grok]
+        law = fit(analysis.power_law, runs)
+        return Number(law.exponent, law.low, law.high, len(runs))
+
     def waiting(arithmetic: Arithmetic) -> Number:
         """Exponent of the wait since the onset in the onset, with the runs that still wait at their end."""
         known = [bounds for trial in trials if (bounds := _wait(trial, arithmetic)) is not None]
@@ -290,6 +296,7 @@ def lr_law(evidence: Evidence) -> Judgement:
     findings = [
         Finding("exponent of the lead in the grok step", here, published.LEAD_EXPONENT, 2),
         Finding("second coefficient of a parabola in its place", bent, decimals=2),
+        Finding("exponent of the onset in the grok step", _here(onsets), decimals=2),
         Finding("exponent over the learning rates alone", _here(partial(exponent, by_rate)), decimals=2),
         Finding(
             f"exponent at learning rate {plain(rules.USUAL_RATE)} alone", _here(partial(exponent, usual)), decimals=2
