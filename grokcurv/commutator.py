@@ -774,8 +774,16 @@ class CommutatorProbe:
     def _stats(
         self, pairs: Pairs, sums: Sums, errors: Tensor, method: Method, steps: Tensor | None = None, exact: bool = False
     ) -> CommutatorStats:
-        """The rows of some pairs; ``errors`` (4, N) are the lengths of their vectors', ``steps`` (2, N) those of what
-        the steps were along, if it is not the first two."""
+        """The statistics of N pairs, with their noise floors, from sums over their gradients.
+
+        Args:
+            pairs: the N pairs.
+            sums: norms and inner products of each pair's four gradients and of what they come to.
+            errors: (4, N) norms of what rounding may have done to those four.
+            method: whose formula gives the defect.
+            steps: (2, N) the same of the vectors that weights were moved along; the first two of ``errors`` if None.
+            exact: whether the pairs were evaluated in float64.
+        """
         bracket = pairs.form == "bracket"
         eta, area, lengths, unit = sums.eta, sums.area, sums.lengths, sums.unit
         defect, changes = lengths[3] / unit, lengths[4:6]

@@ -125,6 +125,7 @@ class CurvatureCallback(Callback):
             self.monitor.memory.keep(batch)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that ``.grad`` is that of this batch: without a backward pass it would be that of an earlier one."""
         self._has_gradient = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

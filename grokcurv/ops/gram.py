@@ -30,6 +30,7 @@ def _gram_fake(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Ten
 
 
 def _gram_fill(x: Tensor, y: Tensor | None, origin: Tensor | None, segments: Tensor | None, out: Tensor) -> None:
+    """Have the kernel write what :func:`gram` returns into ``out``; the arguments have been checked."""
     n, p = x.shape
     segments = spans_within(segments, p)
     call("gram", x, TYPES[x.dtype], n, out.shape[2], p, x, y, origin, segments, len(segments), out)

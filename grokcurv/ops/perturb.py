@@ -16,10 +16,10 @@ def perturb(theta: Array, directions: Array, eta: Array, *, out: None = None) ->
 @overload
 def perturb(theta: Array, directions: Array, eta: Array, *, out: A) -> A: ...
 def perturb(theta: Array, directions: Array, eta: Array, *, out: Array | None = None) -> Array:
-    """``theta_i - eta_i d_i`` for N directions: theta (N, P), directions (N, P), eta (N,) float64.
+    """Parameters after a step along each of N directions, ``theta_i - eta_i d_i``, in one pass over memory.
 
-    theta (P,) is the same for all, and read once. Returns (N, P) in the dtype of theta, bitwise equal to
-    :func:`grokcurv.reference.perturb`; ``out``, if given, filled.
+    theta (N, P), directions (N, P), eta (N,) float64. theta (P,) is the same for all, and read once. Returns (N, P) in
+    the dtype of theta, bitwise equal to :func:`grokcurv.reference.perturb`; ``out``, if given, filled.
     """
     if out is None:
         return _perturb(theta, directions, eta)

@@ -59,7 +59,7 @@ class Task(Protocol):
         """(columns,) float64 on the device, of both sets whole."""
 
     def matrices(self, model: nn.Module) -> tuple[Segment, ...]:
-        """The 2-D weights that Muon orthogonalises."""
+        """Where in the flat parameter vector the 2-D weights are that Muon trains; AdamW trains all others."""
 
     def followed(self, model: nn.Module) -> tuple[Segment, ...] | None:
         """The weights whose trajectories have a PCA each; None: all of them one."""

@@ -138,6 +138,7 @@ def together(one: TrainConfig, other: TrainConfig) -> bool:
 
 
 def _check(configs: Sequence[TrainConfig], outs: Sequence[object] | None, resume: bool) -> None:
+    """Raise a ValueError unless these runs can be trained as one program, each with a folder of its own if any has."""
     if not configs:
         raise ValueError("configs must hold at least one run")
     for name in SHARED:
