@@ -338,15 +338,25 @@ def _export(arguments: list[str]) -> int:
     ) -> int:
         """Write the tables of a run, or of all runs of a sweep together, for other programs, and print their paths.
 
+        Of a sweep there is also the table runs: the settings in which runs differ, and what each run came to.
+
         Args:
             folder: Of the run or the sweep.
             csv: As CSV instead of Parquet.
             out: Where to; FOLDER/tables if not given.
         """
-        table = sweep.open_sweep(folder).table if lexists(folder / "sweep.json") else open_run(folder).table
+        if lexists(folder / "sweep.json"):
+            from grokcurv.analysis import sweep_results
+
+            whole = sweep.open_sweep(folder)
+            tables = {name: whole.table(name) for name in TABLES}
+            runs = sweep_results(whole.runs, tables["metrics"], tables["curvature"])
+            tables["runs"] = runs[[*whole.varied, *runs.loc[:, "status":]]].reset_index()
+        else:
+            tables = {name: open_run(folder).table(name) for name in TABLES}
         target = make_folder(folder / "tables" if out is None else out, parents=out is not None)
-        for name in TABLES:
-            frame, path = table(name), target / f"{name}.{'csv' if csv else 'parquet'}"
+        for name, frame in tables.items():
+            path = target / f"{name}.{'csv' if csv else 'parquet'}"
             if not frame.empty:
                 write_atomically(path, frame.to_csv(index=False).encode() if csv else frame.to_parquet(index=False))
                 print(path)

@@ -404,9 +404,15 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = ("metrics", "curvature", "pca")
     assert written[:3] == [run / "tables" / f"{name}.csv" for name in names]
-    assert written[3:] == [tmp_path / "there" / "deep" / f"{name}.parquet" for name in names]
+    assert written[3:] == [tmp_path / "there" / "deep" / f"{name}.parquet" for name in (*names, "runs")]
     pd.testing.assert_frame_equal(pd.read_csv(written[0]), open_run(run).metrics, check_dtype=False)
     pd.testing.assert_frame_equal(pd.read_parquet(written[4]), sweep.table("curvature"), check_dtype=False)
+    results = pd.read_parquet(written[6])
+    assert results["run"].tolist() == list(sweep.plan)
+    assert results["lr"].tolist() == [0.1, 0.2]
+    assert set(results["last_step"]) == {open_run(run).metrics["step"].max()}
+    assert {"status", "reason", "grok_step", "settled_step", "onset_step", "lead_time"} < set(results)
+    assert "seed" not in results  # which is the same for both
 
 
 def test_ctrl_c_in_a_process_of_its_own(tmp_path: Path) -> None:
