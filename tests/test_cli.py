@@ -270,7 +270,8 @@ def test_a_sweep_is_foreseen(
 ) -> None:
     """Its runs and their time, of which none is spent."""
     (tmp_path / "ours.toml").write_text(
-        "run = {p = 11, d_model = 8, heads = 2, d_ff = 8, layers = 1, batch_size = 16, steps = 5000}\n"
+        "run = {p = 11, d_model = 8, heads = 2, d_ff = 8, layers = 1, batch_size = 16, steps = 5000, "
+        "measures = 'update_gram'}\n"
         "grid = {lr = [0.1, 0.2], architecture = ['mlp', 'transformer']}"
     )
     config = SweepConfig.from_toml(tmp_path / "ours.toml")

@@ -482,7 +482,8 @@ def test_numbers_in_print() -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    config = TrainConfig(**{**NETWORK, "p": 11, "seed": 5, "steps": 50, "snapshot_every": 10})
+    settings = {"p": 11, "seed": 5, "steps": 50, "snapshot_every": 10, "measures": "update_gram"}
+    config = TrainConfig(**{**NETWORK, **settings})
     return train(config, out=tmp_path_factory.mktemp("finished") / "run")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -239,7 +239,7 @@ def take_snapshot(run: Run, step: int, since: int = 0, pairs: int = PAIRS) -> Sn
     Raises:
         RunError: a snapshot that is not there, or damaged.
     """
-    config = replace(TrainConfig(**run.config), measure_every=0)
+    config = TrainConfig(**run.config)
     with threads_of(1):
         task = task_of(config)
         data = task.split(order_of(config, task.size))

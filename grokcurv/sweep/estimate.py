@@ -43,7 +43,10 @@ def seconds_of(run: TrainConfig) -> tuple[float, float]:
         "basis_from": "",
         "basis": "causal",
         "successive": False,
+        "measures": "",
+        "measure_every": 0,
+        "pca_every": 0,
     }
-    short = replace(run, steps=STEPS, eval_every=STEPS, measure_every=0, pca_every=0, **bare)
+    short = replace(run, steps=STEPS, eval_every=STEPS, **bare)
     seconds = train(short).metrics["seconds"].tolist()  # of the first evaluation, and of all steps and another one
     return max(seconds[1] - 2 * seconds[0], 0.0) / STEPS, seconds[0]
