@@ -463,6 +463,9 @@ def test_slow_regime(published: list[float], trustworthy: list[float], expected:
     found = judged("slow-regime", {"slow": [under_way]})
     assert found.verdict == (UNDECIDED if expected == FAILS else expected)  # what is not there may yet come
     assert found.remarks[-1] == "Not finished: 1 of 1 runs."
+    begun = trial({"preset": "paper-slow"}, status="running")
+    begun.run._tables |= dict.fromkeys(("metrics", "curvature"), pd.DataFrame())  # nothing is written yet
+    assert judged("slow-regime", {"slow": [begun]}).verdict == NOT_RUN
     unreliable = trial({"preset": "paper-slow"}, reliable=False)
     assert judged("slow-regime", {"slow": [unreliable]}).findings[0].here.trustworthy == Number()
 

@@ -60,9 +60,13 @@ class Evidence:
         self.trials = {name: tuple(trials.get(name, ())) for names in NEEDS.values() for name in names}
 
     def __getitem__(self, name: str) -> tuple[Trial, ...]:
-        """The finished runs of a set; of one that takes days, those that have begun."""
-        states = ("finished", "running", "interrupted") if name in LONG else ("finished",)
-        return tuple(trial for trial in self.trials[name] if trial.status in states)
+        """The finished runs of a set; of one that takes a day, also those that have got somewhere."""
+
+        def counts(trial: Trial) -> bool:
+            begun = name in LONG and trial.status in ("running", "interrupted") and "test_acc" in trial.records
+            return trial.status == "finished" or begun
+
+        return tuple(filter(counts, self.trials[name]))
 
     def of(self, claim: str) -> tuple[Trial, ...]:
         """All runs that the claim reads, whatever became of them."""
