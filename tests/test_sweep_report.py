@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import synthetic_sweep
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy.stats import binomtest
 from synthetic_sweep import Sweep
 from test_report import PNG, Page, assert_pictures
@@ -29,7 +30,7 @@ from grokcurv.analysis import (
     sweep_settings,
 )
 from grokcurv.report import figures, sweep_figures, write_report
-from grokcurv.report.figures import DARK, LIGHT
+from grokcurv.report.figures import DARK, LIGHT, NARROW, WIDE
 from grokcurv.report.sweep_summary import SweepSummary
 from grokcurv.runs import RunError
 
@@ -501,6 +502,45 @@ def test_a_lead_below_zero_has_a_colour_of_its_own(tmp_path: Path) -> None:
     assert behind[0] > behind[2]  # orange
     for colour in ahead:
         assert colour[2] > colour[1]  # purple
+
+
+def test_bases_of_runs_own_seeds_are_one_setting(tmp_path: Path) -> None:
+    """Named by whose they are: the run's id without number and seed; one that all have is no setting."""
+    folders = [
+        f"../runs/bases/runs/{number:04}-steps_after_grok{after}-seed{seed}"
+        for number, (after, seed) in enumerate((after, seed) for after in (0, 1000) for seed in (1, 2))
+    ]
+    sweep = small(tmp_path, basis_from=tuple(folders), strength=(0.5, 1.0), seed=(1, 2))
+    ends = zip(sweep.runs["basis_from"], sweep.runs["seed"], strict=True)
+    own = np.array([path.endswith(f"seed{seed}") for path, seed in ends])
+    summary = SweepSummary(replace(sweep, runs=sweep.runs[own]))
+    assert summary.fields == {"basis_from": ["steps_after_grok0", "steps_after_grok1000"], "strength": [0.5, 1.0]}
+    assert summary.settings["runs"].tolist() == [2] * 4
+    first = sweep.runs["basis_from"].str.contains("grok0-")
+    assert list(SweepSummary(replace(sweep, runs=sweep.runs[own & first])).fields) == ["strength"]
+    other = SweepSummary(replace(sweep, runs=sweep.runs[first]))
+    assert other.fields["basis_from"] == ["steps_after_grok0", "steps_after_grok0-seed1", "steps_after_grok0-seed2"]
+    named = small(tmp_path, basis_from=("seed1", "runs/add-seed1"), seed=(1,))
+    assert SweepSummary(named).fields == {"basis_from": ["seed1", "add"]}
+
+
+def test_headings_stay_above_their_panels(tmp_path: Path) -> None:
+    """A value that is too long keeps its end."""
+    sweep = small(
+        tmp_path, basis_from=tuple(f"0000-steps_after_grok1000-weight_decay{n}" for n in "123"), lr=(0.1, 0.2)
+    )
+    summary = SweepSummary(sweep)
+    for width in (WIDE, NARROW):
+        with figures.style(LIGHT, width):
+            figure = sweep_figures.trajectories(
+                summary.results, summary.metrics, summary.curvature, summary.fields, LIGHT
+            )
+            figure.draw_without_rendering()
+            for number, axes in enumerate(figure.axes[::2], 1):
+                heading = axes.get_title(loc="left")
+                assert re.fullmatch(rf"….*decay{number}", heading)
+                (title,) = (t for t in axes.get_children() if isinstance(t, Text) and t.get_text() == heading)
+                assert title.get_window_extent().x1 <= axes.get_window_extent().x1
 
 
 def test_trajectories_draw_every_run_and_leave_gaps(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ Scale = tuple[Colormap, Normalize]
 
 CHARACTER = 0.076  # inches, about the mean of the report's type at 9 points
 SMALL_CHARACTER = 0.07  # at 8 points
+BOLD_CHARACTER = 0.086  # bold, at 9 points
 FACETS = 12  # as many small panels at most
 SIGNALS = 30  # as many columns as signals at most: the best
 LINES = 300  # as many lines in one at most: more tell no more, and take long
@@ -134,7 +135,12 @@ def trajectories(
                 axes.set_ylabel(label)
                 axes.yaxis.set_label_coords(-0.58 / width, 0.5)
         if facet:
-            heading = _label(value) if isinstance(value, str) else f"{facet} {_label(value)}"
+            heading = value if isinstance(value, str) else f"{facet} {plain(value)}"
+            if len(heading) > (
+                most := int(width / BOLD_CHARACTER)
+            ):  # what tells values apart is more often at their end
+                heading = "…" + heading[1 - most :]
+            heading = _label(heading)
             panel[0].set_title(heading, loc="left", fontsize=9, fontweight="bold", pad=4)
     _steps(panels, metrics, curvature)
     figure.text(

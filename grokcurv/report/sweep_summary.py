@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class SweepSummary:
         self.path, self.folder, self.varied = sweep.path, folder or sweep.path, list(sweep.varied)
         self._folder_of = sweep.folder
         runs = sweep.runs  # before the tables: a run that has finished by now has written all its rows
+        if "basis_from" in self.varied:
+            runs = runs.assign(basis_from=_sources(runs))
+            if runs["basis_from"].nunique() == 1:
+                self.varied.remove("basis_from")
         tables = {"metrics": ("test_acc",), "curvature": ("defect_median", "reliable")}
         self.metrics, self.curvature = (
             check_table(sweep.table(name, needed), name, sweep.path, needed) for name, needed in tables.items()
@@ -250,6 +255,18 @@ class BesideSummary(SweepSummary):
     @property
     def subtitle(self) -> list[str]:
         return [f"they differ in {', '.join(self.varied)}" if self.varied else "all of one setting"]
+
+
+def _sources(runs: pd.DataFrame) -> list[str]:
+    """Whose basis each run has: that run's id without its number, and without its seed where both have the same.
+
+    So runs that differ in their seed alone are of one setting, each with the basis of its own.
+    """
+    said = []
+    for path, seed in zip(runs["basis_from"], runs["seed"], strict=True):
+        name = re.sub(r"^\d{4,}-", "", Path(path).name)
+        said.append("-".join(word for word in name.split("-") if word != f"seed{seed}") or name)
+    return said
 
 
 def _classes(values: pd.Series) -> pd.Series:
