@@ -543,6 +543,31 @@ def test_headings_stay_above_their_panels(tmp_path: Path) -> None:
                 assert title.get_window_extent().x1 <= axes.get_window_extent().x1
 
 
+@pytest.mark.parametrize("end", [2000, 9700, 10_000, 20_000, 100_000])
+def test_steps_of_panels_beside_each_other_stay_apart(tmp_path: Path, end: int) -> None:
+    sweep = small(tmp_path, op=("add", "sub", "mul"), lr=(1e-3, 3e-3))
+    summary = SweepSummary(sweep)
+    metrics, curvature = (
+        table.assign(step=(table["step"] / table["step"].max() * end).clip(lower=100 * (table["step"] > 0)))
+        for table in (summary.metrics, summary.curvature)
+    )
+    for width in (WIDE, NARROW):
+        with figures.style(LIGHT, width):
+            figure = sweep_figures.trajectories(summary.results, metrics, curvature, summary.fields, LIGHT)
+            figure.draw_without_rendering()
+            boxes = [
+                label.get_window_extent()
+                for axes in figure.axes
+                for label in axes.get_xticklabels()
+                if label.get_text() and label.get_visible()
+            ]
+            shown = [box for box in boxes if box.width > 0]
+            assert len(shown) > 5
+            assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in shown)
+            for index, box in enumerate(shown):
+                assert not any(box.overlaps(other) for other in shown[index + 1 :]), box
+
+
 def test_trajectories_draw_every_run_and_leave_gaps(tmp_path: Path) -> None:
     sweep = small(tmp_path, op=("add", "x3_xy"), lr=(1e-3, 3e-3), seed=(1, 2))
     curvature = sweep.tables["curvature"]

@@ -34,6 +34,7 @@ Scale = tuple[Colormap, Normalize]
 CHARACTER = 0.076  # inches, about the mean of the report's type at 9 points
 SMALL_CHARACTER = 0.07  # at 8 points
 BOLD_CHARACTER = 0.086  # bold, at 9 points
+END = 0.06  # of an axis: labels so near to its end do not reach beyond it
 FACETS = 12  # as many small panels at most
 SIGNALS = 30  # as many columns as signals at most: the best
 LINES = 300  # as many lines in one at most: more tell no more, and take long
@@ -469,6 +470,23 @@ def _steps(panels: list[list[Axes]], *tables: pd.DataFrame) -> None:
             axes.tick_params(axis="x", labelbottom=axes is panel[-1])
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_locator(NullLocator())
+        _keep_labels_apart(panel[-1])
+
+
+def _keep_labels_apart(axes: Axes) -> None:
+    """Labels at the ends of the axis of steps stay within it, since another panel's may begin there; those that would
+    then touch the next one are left out."""
+    left, right = axes.transScale.transform([(edge, 1.0) for edge in axes.get_xlim()])[:, 0]
+    width = axes.get_position().width * page_width()
+    edge = math.inf
+    for step, label in reversed(list(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))):
+        place = (axes.transScale.transform((step, 1.0))[0] - left) / (right - left)
+        if 0 <= place <= 1:
+            side, before = ("left", 0.0) if place < END else ("right", 1.0) if place > 1 - END else ("center", 0.5)
+            size = CHARACTER * len(f"{step:,.0f}")
+            begin = place * width - before * size
+            label.set(horizontalalignment=side, visible=begin + size < edge)
+            edge = begin if label.get_visible() else edge
 
 
 def _ink_on(fill: Any) -> str:
