@@ -160,10 +160,13 @@ def test_masked_rows_are_not_in_the_scatter(monkeypatch: pytest.MonkeyPatch, gen
 
 
 def prefixes_of(x: Tensor, side: str) -> Prefixes:
-    """Of x (S, n, p), about the first row; Gram matrices by numpy."""
+    """Of x (S, n, p), about the first row; Gram matrices number by number, since bits of a product depend on n."""
     rows = x - x[:, :1]
     if side == "gram":
-        return GramPrefixes(torch.from_numpy(rows.numpy() @ rows.numpy().transpose(0, 2, 1)))
+        gram = rows.new_zeros(len(x), x.shape[1], x.shape[1])
+        for column in rows.unbind(2):
+            gram += column[:, :, None] * column[:, None, :]
+        return GramPrefixes(gram)
     layout = Layout((x.shape[2],) * len(x), x.device)
     packed = Rows(layout.size, x.dtype, x.device, None)
     packed.append(x.transpose(0, 1).flatten(1))
