@@ -25,7 +25,7 @@ import pytest
 
 from grokcurv.report import write_report
 from grokcurv.runs import TABLES
-from grokcurv.storage import holder
+from grokcurv.storage import holder, read_json
 from grokcurv.sweep import Sweep, SweepConfig, folder, open_sweep, run_sweep
 from grokcurv.training import train
 
@@ -159,9 +159,14 @@ def test_ctrl_c_then_the_same_command(engine: str, file: Path, undisturbed: Swee
     rare = tmp_path / "rare.toml"
     rare.write_text(file.read_text().replace("checkpoint_every = 20", "checkpoint_every = 1000"))
     out = tmp_path / "sweep"
+
+    def stepped() -> bool:
+        file = out / "progress.json"
+        running = read_json(file, "progress", dict)["running"] if file.exists() else {}
+        return any(latest.get("step") for latest in running.values())
+
     with driver(rare, out, f"--engine={engine}") as process:
-        assert wait_for(process, lambda: list(out.glob("runs/*/checkpoint.safetensors")))
-        time.sleep(0.5)
+        assert wait_for(process, stepped)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
