@@ -115,10 +115,11 @@ def test_examples() -> None:
     assert len(SweepConfig.from_toml(EXAMPLES / "grokking.toml").plan) == 12
     assert len(SweepConfig.from_toml(EXAMPLES / "small.toml").plan) == 6
     bases = SweepConfig.from_toml(EXAMPLES / "bases.toml").plan
-    for name, runs in (("damped", 24), ("strength", 9)):
-        plan = SweepConfig.from_toml(EXAMPLES / f"{name}.toml").plan
-        assert len(plan) == runs
-        assert all(bases[Path(config.basis_from).name].seed == config.seed for config in plan.values())
+    damped, strength = (SweepConfig.from_toml(EXAMPLES / f"{name}.toml").plan for name in ("damped", "strength"))
+    assert (len(damped), len(strength)) == (24, 9)
+    sources = {Path(config.basis_from).name: config.seed for config in (*damped.values(), *strength.values())}
+    assert sources == {run: config.seed for run, config in bases.items()}
+    assert all(bases[Path(config.basis_from).name].seed == config.seed for config in strength.values())
     suppression = SweepConfig.from_toml(EXAMPLES / "suppression.toml").plan
     assert list(suppression)[-1] == "0005-project-update-strength1"
 
