@@ -68,8 +68,13 @@ def config(file: Path) -> SweepConfig:
 
 @pytest.fixture(scope="module")
 def undisturbed(config: SweepConfig, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """The same runs, done one after another in this process."""
-    sweep = folder.claim(tmp_path_factory.mktemp("undisturbed"), config)
+    return one_after_another(config, tmp_path_factory.mktemp("undisturbed"))
+
+
+def one_after_another(config: SweepConfig, path: Path) -> Sweep:
+    """The sweep's runs, each alone in this process."""
+    path.mkdir(exist_ok=True)
+    sweep = folder.claim(path, config)
     for run, settings in sweep.plan.items():
         train(settings, out=sweep.folder(run))
     return sweep
@@ -110,10 +115,10 @@ def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> Any:
     It gives up after five minutes: on a busy machine Ray alone takes two to start.
     """
     deadline = time.monotonic() + 300
-    while process.poll() is None and not what():
+    while not (there := what()) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return what()
+    return there
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
@@ -154,18 +159,23 @@ def test_workers_killed_and_losses_not_finite(
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_ctrl_c_then_the_same_command(engine: str, file: Path, undisturbed: Sweep, tmp_path: Path) -> None:
-    """Runs under way write a checkpoint, though none is due, and go on from it."""
-    rare = tmp_path / "rare.toml"
-    rare.write_text(file.read_text().replace("checkpoint_every = 20", "checkpoint_every = 1000"))
-    out = tmp_path / "sweep"
+def test_ctrl_c_then_the_same_command(engine: str, tmp_path: Path) -> None:
+    """Runs under way write a checkpoint, though none is due, and go on from it.
+
+    They are long enough for Ctrl-C to find them under way: what each run says of itself is there from its first steps.
+    """
+    file, out = tmp_path / "long.toml", tmp_path / "sweep"
+    file.write_text(
+        SMALL.replace("steps = 120", "steps = 1000")
+        .replace("measure_every = 30", "measure_every = 250")
+        .replace("checkpoint_every = 20", "checkpoint_every = 2000")
+        .replace('op = ["add", "mul"]', 'op = ["add"]')
+    )
 
     def stepped() -> bool:
-        file = out / "progress.json"
-        running = read_json(file, "progress", dict)["running"] if file.exists() else {}
-        return any(latest.get("step") for latest in running.values())
+        return any(read_json(path, "progress", dict).get("step") for path in out.glob("runs/*/progress.json"))
 
-    with driver(rare, out, f"--engine={engine}") as process:
+    with driver(file, out, f"--engine={engine}") as process:
         assert wait_for(process, stepped)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
@@ -175,11 +185,11 @@ def test_ctrl_c_then_the_same_command(engine: str, file: Path, undisturbed: Swee
     assert not writers(out)
     sweep = open_sweep(out)
     interrupted = sweep.runs.query("status == 'interrupted'").index
-    assert any(sweep.run(run).checkpoint()["step"] > 0 for run in interrupted)
+    assert any(0 < sweep.run(run).checkpoint()["step"] < 1000 for run in interrupted)
     assert (sweep.runs["reason"] == "").all()
     sweep = run_sweep(sweep.config, out, workers=1)
     assert (sweep.runs["status"] == "finished").all()
-    assert_same_records(sweep, undisturbed)
+    assert_same_records(sweep, one_after_another(sweep.config, tmp_path / "undisturbed"))
 
 
 def test_a_full_disk(config: SweepConfig, undisturbed: Sweep, tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def reproduce(
     if train:
         sweeps = _train(plan, path, plan.needed(to_train), on_progress, engine=engine, workers=workers)
     else:
-        sweeps = {name: find(path / name, part.config) for name, part in plan.parts.items() if part.config is not None}
+        parts = {name: part.config for name, part in plan.parts.items() if part.config is not None}
+        sweeps = {name: find(path / name, config)[0] for name, config in parts.items()}
     trials = {name: _trials(name, sweep) for name, sweep in sweeps.items()}
     evidence = Evidence(
         {name: [trials[part][run] for run in runs] for part in trials for name, runs in plan.parts[part].sets.items()}

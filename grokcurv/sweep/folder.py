@@ -183,8 +183,8 @@ def _settings(settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: checked("plan:", name, value) for name, value in current_settings(settings).items()})
 
 
-def find(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
-    """The sweep in ``path``, or where there is none yet one of which no run has begun; nothing is written.
+def find(path: Path, config: SweepConfig, *, grow: bool = False) -> tuple[Sweep, bool]:
+    """The sweep that is to be in ``path``, and whether it is there; nothing is written.
 
     Args:
         path: its folder.
@@ -199,7 +199,7 @@ def find(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
     if not lexists(path / "sweep.json"):
         if lexists(path / "config.json"):
             raise RunError(f"{path} holds a run; a sweep needs a folder of its own")
-        return Sweep(path, config, plan)
+        return Sweep(path, config, plan), False
     sweep = open_sweep(path)
     if grow:
         plan = _grown(sweep.plan, plan)
@@ -207,7 +207,7 @@ def find(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
         if {"torch"} == {run.rng for run in sweep.plan.values()} - {run.rng for run in plan.values()}:
             differing = "one of an older version (rng 'torch'), which is read and reported, but not gone on with"
         raise RunError(f"{path} holds another sweep: {differing}; choose another folder")
-    return sweep if plan == sweep.plan else Sweep(path, config, plan, sweep.failures)
+    return (sweep, True) if plan == sweep.plan else (Sweep(path, config, plan, sweep.failures), False)
 
 
 def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
@@ -216,8 +216,8 @@ def claim(path: Path, config: SweepConfig, *, grow: bool = False) -> Sweep:
     Raises:
         RunError: as there; or the folder cannot be written.
     """
-    sweep = find(path, config, grow=grow)
-    if lexists(path / "sweep.json") and open_sweep(path).plan == sweep.plan:
+    sweep, there = find(path, config, grow=grow)
+    if there:
         return sweep
     plan = sweep.plan
     configs = [asdict(settings) for settings in plan.values()]
