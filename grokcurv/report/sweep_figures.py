@@ -137,9 +137,8 @@ def trajectories(
                 axes.yaxis.set_label_coords(-0.58 / width, 0.5)
         if facet:
             heading = value if isinstance(value, str) else f"{facet} {plain(value)}"
-            if len(heading) > (
-                most := int(width / BOLD_CHARACTER)
-            ):  # what tells values apart is more often at their end
+            most = int(width / BOLD_CHARACTER)
+            if len(heading) > most:  # what tells values apart is more often at their end
                 heading = "…" + heading[1 - most :]
             heading = _label(heading)
             panel[0].set_title(heading, loc="left", fontsize=9, fontweight="bold", pad=4)
