@@ -311,6 +311,7 @@ class CommutatorProbe:
             self._basis = self._fitting(bases)
 
     def _fitting(self, basis: Subspace) -> Subspace:
+        """The basis where this probe's vectors are, in the dtype that it computes in."""
         if basis.size != self.gradients.size:
             raise ValueError(f"basis lives in R^{basis.size}, the model has P = {self.gradients.size} parameters")
         return basis.to(self.gradients.device, compute_type(self.gradients.dtype))
@@ -874,6 +875,7 @@ def _note_batches(engine: GradientEngine, pair: Pair) -> None:
 
 
 def _take(source: Iterable[Pair] | Sampler, pairs: int | None) -> Iterable[Pair]:
+    """The first ``pairs`` of an iterable, all if None; or as many calls of a sampler."""
     if pairs is not None and pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
     if not callable(source):

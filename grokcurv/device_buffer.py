@@ -98,6 +98,7 @@ class DeviceBuffer:
         return next((rows[-1] for rows in reversed(self._read) if len(rows)), None)
 
     def _receive(self) -> None:
+        """Wait for all rows that the device has written, and keep them on the host."""
         if not is_asynchronous(self.device):
             return
         self._send()
@@ -116,6 +117,7 @@ class DeviceBuffer:
             )
 
     def _send(self) -> None:
+        """Begin to copy the ring to the host, and empty it."""
         # Whoever reads may do so on another stream than that which writes: after what was written, and before what will
         # be. Replays are ordered where they and the reading are on one stream.
         if self._stream is not None:

@@ -88,6 +88,7 @@ def _cuda_core() -> dict[str, str]:
 
 
 def _outcome(test: Callable[[], None]) -> str:
+    """In a word what came of a test: ok, or how it failed."""
     try:
         test()
     except Exception as error:

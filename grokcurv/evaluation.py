@@ -206,6 +206,7 @@ class Evaluator:
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
+        """Remember what the model is before a measurement, for as long as the measurement lasts."""
         self._parameters = self.parameters()
         self._check_kind(self._parameters)
         self._sparse = [m for m in self.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
@@ -393,6 +394,7 @@ class Evaluator:
                 self.volatile.add(id(original))
 
     def _look_after(self, watched: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """Raise a RuntimeError where an evaluation wrote to a tensor of which no copy was kept."""
         for tensor, contents, version in watched:
             if tensor.layout == torch.strided and tensor.data_ptr() != contents.data_ptr():
                 self.volatile.add(id(tensor))

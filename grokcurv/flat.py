@@ -397,6 +397,7 @@ class FlatParameters:
         return [vector[s.start : s.stop].view(s.shape) for s in self.segments]
 
     def _bring_gradients_home(self) -> None:
+        """Move each parameter's ``.grad`` into its place in the flat gradient."""
         for (name, parameter), view in zip(_trainable(self.model).items(), self._views(self._grad), strict=True):
             grad = parameter.grad
             if grad is None:
@@ -430,6 +431,7 @@ def _with_parts(model: nn.Module, vector: Tensor) -> list[tuple[nn.Parameter, Te
 
 
 def _common_kind(parameters: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    """The one dtype and device of all parameters."""
     first = next(iter(parameters))
     dtype, device = parameters[first].dtype, parameters[first].device
     for name, parameter in parameters.items():

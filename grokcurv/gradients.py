@@ -469,6 +469,7 @@ class GradientEngine:
     def _streamed(
         self, theta: Tensor, batch: Any, out: Tensor, seed: int, check: Check | None, mode: Mode = None
     ) -> None:
+        """The gradient at theta by one backward pass, each parameter's put into ``out`` as it arrives."""
         delivery, mode = self._delivery(out, check), mode or self._mode(theta.dtype, check)
         leaves, plain = self.evaluator.leaves(theta), self.traits.plain
 

@@ -189,6 +189,7 @@ def curvature(engine: GradientEngine, theta: Tensor, batch: Any, directions: Seq
 
 
 def _require_second_derivatives(engine: GradientEngine, batch: Any) -> None:
+    """Raise a ValueError for a model whose second derivatives are not true ones."""
     if not engine.has_true_brackets(batch):
         why = next((f.detail for f in engine.admission if f.check == "second derivative"), "there are none")
         raise ValueError(f"model has no true second derivatives, and so no Hessian: {why}")

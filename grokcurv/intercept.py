@@ -226,6 +226,7 @@ class Widened(TorchDispatchMode):
         return out
 
     def _shaken(self, func: Any, out: Any, given: Any) -> None:
+        """Change the float64 results of an operation by about their rounding, if it rounds."""
         if func.overloadpacket.__name__.startswith(("empty", "new_empty")) or (
             _returns_alias(func) and not func._schema.is_mutable
         ):
@@ -241,6 +242,7 @@ class Widened(TorchDispatchMode):
                 shake_(x, self._shake)
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Draw at random what the model draws in its own dtype, and widen it to float64."""
         if func.overloadpacket.__name__ == "native_dropout":
             x, p, train = args
             _, mask = func(torch.ones_like(x, dtype=self._narrow), p, train)
@@ -280,6 +282,7 @@ def _log_softmax(noisy: Callable[[Tensor], Tensor], x: Tensor, dim: int, _: bool
 def _log_softmax_backward(
     noisy: Callable[[Tensor], Tensor], grad: Tensor, output: Tensor, dim: int, _: torch.dtype
 ) -> Tensor:
+    """What torch computes there, with noise where it rounds."""
     return grad - noisy(noisy(output.exp()) * grad.sum(dim, keepdim=True))
 
 

@@ -211,6 +211,7 @@ class Projection(Intervention):
         self._held: tuple[Subspace, Tensor] | None = None  # on what to project, and the gradient or theta before
 
     def before(self, step: int) -> None:
+        """Filter the gradient; if the update is to be filtered, remember the weights that it starts from."""
         space = self.space() if self.due(step) else None
         if space is None:
             return
@@ -222,6 +223,7 @@ class Projection(Intervention):
         unflatten_grad(self.model, self._filter(space, measured))
 
     def after(self, step: int) -> None:
+        """Filter the update, if it is what is filtered."""
         if self.of == "update" and self._held is not None:
             space, before = self._held
             # In float64 the difference is exact, so that theta is rounded once and stays where the filter gives zero.
@@ -229,11 +231,13 @@ class Projection(Intervention):
         self.cancel()
 
     def cancel(self) -> None:
+        """Put back the gradient as it was before :meth:`before`."""
         if self.of == "gradient" and self._held is not None:
             unflatten_grad(self.model, self._held[1])
         self._held = None
 
     def _filter(self, space: Subspace, v: Tensor) -> Tensor:
+        """The vector without its part outside the space, or with less of it; its change in norm is noted."""
         filtered = space.filter_(v.clone(), self.strength)
         self._note(torch.linalg.vector_norm(v - filtered, dtype=torch.float64))
         return filtered
@@ -306,6 +310,7 @@ class Kick(Intervention):
             unflatten_grad(self.model, left_behind)
 
     def after(self, step: int) -> None:
+        """Measure a pair, more exactly where rounding drowns it, and move the weights along its commutator."""
         if not self.faithful and self.due(step):
             pair = self.sampler()
             stats = self.probe.measure([pair], keep_delta=True, seed=step)

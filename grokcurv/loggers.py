@@ -268,6 +268,7 @@ class CSVLogger(_Closing):
         self._columns = found.columns
 
     def _append(self, text: str) -> None:
+        """Write text at the end of the file: all of it, or nothing."""
         data, size = text.encode(), os.fstat(self._file.fileno()).st_size
         try:
             while data:

@@ -81,6 +81,7 @@ class Upcoming(Later):
         self._settled = False
 
     def _early(self) -> Any:
+        """Fetch the batch now and put the generators back; None if there is no further one or none may be fetched."""
         if not self._settled:
             if self._source.withheld:
                 return None
@@ -242,6 +243,7 @@ def with_next(loader: Iterable[Any], device: torch.device, memory: Memory) -> It
 
 
 def _with_next(source: Source, memory: Memory) -> Iterator[tuple[Any, Any]]:
+    """Each batch with the one that follows it, which is None after the last."""
     batch = source.fetch()
     while batch is not END:
         kept = memory.keep(batch)

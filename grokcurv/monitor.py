@@ -310,6 +310,7 @@ class CurvatureMonitor:
     def _launch(
         self, pairs: Sequence[PairOfRuns], plan: Plan, start: float, regardless: bool, met: Sequence[Any]
     ) -> Tensor | None:
+        """The work of :meth:`launch`, with the model held."""
         self._close(met)
         due = bool(plan) or regardless
         if not due and not self.measures:
@@ -693,6 +694,7 @@ class CurvatureMonitor:
         return list(pairwise(batches[: self.pairs + 1]))
 
     def _record(self, row: Tensor) -> dict[str, Any]:
+        """A row of the device buffer as a record, by the names of its columns."""
         step, method, seconds, _, *values = row.tolist()
         record: dict[str, Any] = dict(zip(self.fields, values, strict=True))
         record["reliable"] = record["reliable"] == 1.0

@@ -242,6 +242,7 @@ class SGD(Optimizer):
         self.momentum_buffer = torch.zeros_like(theta)
 
     def _update(self, factor: Tensor) -> None:
+        """One step of each run, with gradients times ``factor``."""
         length, decay, momentum = _columns(self.theta, -factor * self.lr, self.weight_decay, self.momentum)
         direction = torch.addcmul(self.gradient, decay, self.theta)
         self.momentum_buffer.mul_(momentum).add_(direction)
@@ -307,6 +308,7 @@ class Muon(Optimizer):
         self.exp_avg, self.exp_avg_sq = (theta.new_zeros(len(theta), sum(_lengths(self.others))) for _ in range(2))
 
     def _update(self, factor: Tensor) -> None:
+        """One step of each run: matrices by Muon, all other parameters by AdamW."""
         self._update_matrices(factor * self.lr)
         others, gradient = (_gather(rows, self.others) for rows in (self.theta, self.gradient))
         _adamw_(self, others, gradient, factor * self.adamw_lr)
@@ -314,6 +316,7 @@ class Muon(Optimizer):
             self.theta[:, there] = part
 
     def _update_matrices(self, rate: Tensor) -> None:
+        """One step of each matrix: momentum, made orthogonal, scaled by its shape, with decoupled decay."""
         ahead = self.momentum.masked_fill(~self.nesterov, 1.0)
         shrink, length, new, ahead = _columns(self.theta, 1 - rate * self.weight_decay, -rate, 1 - self.momentum, ahead)
         gradient = _gather(self.gradient, self.matrices)

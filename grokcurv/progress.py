@@ -71,6 +71,7 @@ class Progress:
             print(f"{shown.pace}  {shown.state}", file=self.console.file, flush=True)
 
     def drawing(self) -> RenderableType:
+        """What is shown: a bar with its pace, and below it what is being done."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Column, Table

@@ -277,6 +277,7 @@ def draw(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int) -> Te
 
 
 def _entry(i: int, seed: int, purpose: int, step: int, n: int) -> int:
+    """Entry i of what :func:`draw` returns, for one run."""
     key = (seed % 2**32, seed >> 32)
     if n == 0:
         words = philox((i // 2, 0, step, purpose), key)

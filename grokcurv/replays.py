@@ -175,6 +175,7 @@ def _numbered(checkpoints: Any) -> Sequence[tuple[int, str, Any]] | Iterator[tup
 
 
 def _placed(place: int, given: Any) -> tuple[int, str, Any]:
+    """Step, name and source of a checkpoint that is given as a file, a state dict, or (step, either)."""
     step, source = given if isinstance(given, tuple) else (None, given)
     if isinstance(source, Mapping):
         step = place if step is None else step

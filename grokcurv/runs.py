@@ -187,6 +187,7 @@ class Run:
         return self._tables[name]
 
     def _folder(self, wanted: str) -> Path:
+        """The run's folder; a RunError if it has none, and so not what is wanted."""
         if self.path is None:
             raise RunError(f"this run was kept in memory alone: it has no {wanted}")
         return self.path
@@ -336,6 +337,7 @@ class RunWriter:
         write_json(self.path / "config.json", "config", self.config)
 
     def _read_checkpoint(self, lacking: str) -> dict[str, Any]:
+        """The checkpoint's state; a RunError if it is of another run, or its tables are not what they were."""
         with _remedy(path := self.path / "checkpoint.safetensors"):
             state = read_state(path)
             try:
@@ -360,6 +362,7 @@ class RunWriter:
         return state
 
     def _compare(self, there: Mapping[str, Any], said: str) -> None:
+        """Raise a RunError if settings differ from this run's that may not change."""
         differing = differences(there, self.config)
         if wrong := [f"{name} ({values})" for name, values in differing.items() if name not in self.changeable]:
             lacking = [name for name in self.config if name not in there]

@@ -202,6 +202,7 @@ class LoaderSampler:
 
 
 def _rows(tensors: Any) -> int:
+    """How many rows each of the tensors has."""
     leaves = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
     counts = sorted({len(leaf) if leaf.dim() else 0 for leaf in leaves})
     if len(counts) != 1 or counts[0] == 0:

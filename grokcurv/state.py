@@ -131,6 +131,7 @@ class Snapshot:
                 self._note_object(value, stack)
 
     def _note_dict(self, value: dict[Any, Any], stack: list[Any]) -> None:
+        """Remember what is in a dict, and look into that in turn."""
         if not value:  # most are, the registers of hooks
             self._empty.append(value)
             return
@@ -169,6 +170,7 @@ class Snapshot:
         self._note_place(functools.partial(getattr, owner, name), write, stack)
 
     def _note_place(self, read: Callable[[], Any], write: Callable[[Any], None], stack: list[Any]) -> None:
+        """Remember what is in a place that can be read and written."""
         value = read()
         self._places.append((read, write, _kept(value)))
         stack.append(value)
@@ -368,6 +370,7 @@ def _storage(tensor: Tensor) -> int:
 
 @functools.cache
 def _slots(kind: Any) -> tuple[str, ...]:
+    """Attributes that instances of a class keep in slots."""
     names = (getattr(base, "__slots__", ()) for base in kind.__mro__)
     flat = [name for slots in names for name in ([slots] if isinstance(slots, str) else slots)]
     return tuple(name for name in flat if name not in ("__dict__", "__weakref__"))

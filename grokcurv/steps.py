@@ -362,6 +362,7 @@ def _read_torch(optimizer: torch.optim.Optimizer, engine: GradientEngine, partly
 def _settings(
     rule: Rule, optimizer: torch.optim.Optimizer, given: Mapping[str, Any], segments: Sequence[Segment]
 ) -> dict[str, Any]:
+    """A parameter group's settings as numbers, named alike for all optimisers."""
     group = {name: _number(value) for name, value in given.items()}
     settings = {name: group.get(name, 0.0) for name in ("lr", "weight_decay")}
     settings |= {name: float(group.get(name, 0.0)) for name in ("maximize", "nesterov")}

@@ -193,6 +193,7 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put tensors back into the tree that was flattened around them."""
     if isinstance(tree, list):
         return [_unflatten(item, tensors) for item in tree]
     if not isinstance(tree, dict):

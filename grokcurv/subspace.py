@@ -227,6 +227,7 @@ class Subspace:
         return Subspace.from_blocks(self.size, parts or [(0, self.values.new_empty(0, 0))])
 
     def _set(self, size: int, blocks: list[tuple[int, Tensor]], check: bool = True) -> None:
+        """Store blocks (start, rows) one after another, with a table of where each row is."""
         if not blocks:
             raise ValueError("blocks must hold at least one (start, rows)")
         blocks = sorted(((start, rows.detach().contiguous()) for start, rows in blocks), key=lambda block: block[0])
@@ -275,6 +276,7 @@ class Subspace:
         return self if self.values.dim() == 1 else self._with(self.values[runs])
 
     def _with(self, values: Tensor) -> Subspace:
+        """The same rows with other values."""
         space = Subspace.__new__(Subspace)
         space.values, space.rows, space.size, space.support = values, self.rows, self.size, self.support
         return space
@@ -377,6 +379,7 @@ class Subspace:
         return f"Subspace(dim={self.dim}, size={self.size}, support_size={self.support_size}, {self.values.dtype})"
 
     def _vectors(self, name: str, v: Tensor) -> Tensor:
+        """``v`` as (N, P)."""
         if v.dim() not in (1, 2) or v.shape[-1] != self.size:
             raise ValueError(f"{name} must have shape ({self.size},) or (N, {self.size}), got {tuple(v.shape)}")
         return v[None] if v.dim() == 1 else v
@@ -440,6 +443,7 @@ def _check_block(start: int, rows: Tensor, first: Tensor, stop: int, size: int) 
 
 
 def _check_orthonormal(rows: Tensor) -> None:
+    """Raise a ValueError unless rows (k, length) are orthonormal, up to rounding."""
     k, length = rows.shape
     if k > length:
         raise ValueError(f"rows: {k} rows of length {length} cannot be orthonormal")

@@ -139,6 +139,7 @@ class Log:
         write_atomically(Path(path), buffer.getvalue())
 
     def _layers(self, row: Tensor) -> list[dict[str, Any]]:
+        """The attention matrices of a row of weights, a dict a layer."""
         # Clones: what is saved as a view is loaded with the memory of all the others.
         matrices = (row[s.start : s.stop].reshape(s.shape).cpu().clone() for s in self.segments)
         layers = range(len(self.segments) // len(MATRICES))
@@ -179,6 +180,7 @@ def load(path: str | os.PathLike[str]) -> Log:
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
+    """What torch.save wrote, if it is tensors and plain values alone; reading it runs no code from it."""
     with open_file(Path(os.path.realpath(path))) as file:  # a link is the caller's own
         data = io.BytesIO(file.read())
     try:
@@ -236,6 +238,7 @@ def _check_steps(name: str, steps: Sequence[Any]) -> None:
 
 
 def _check_keys(where: str, entry: Any, keys: Mapping[str, type]) -> None:
+    """Raise a ValueError unless the entry is a dict with these keys, each of its type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a dict, got {type(entry).__name__}")
     missing = [key for key in keys if key not in entry]

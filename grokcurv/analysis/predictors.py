@@ -219,6 +219,7 @@ class _Cohort:
         threshold: float,
         weight_decay: float | None,
     ) -> _Cohort:
+        """The finished runs of a sweep with weight decay, or with the one given, and the step at which each grokked."""
         import pandas as pd
 
         here = (runs["status"] == "finished").to_numpy()
@@ -344,6 +345,7 @@ class _Judged:
 
     @property
     def row(self) -> dict[str, Any]:
+        """The column's row of the table: its rule, what it is worth as an alarm, and its AUROC."""
         ways = {fold[0] for fold in self.folds.values() if fold}
         auroc = self.concordant.sum() / self.total.sum() if self.total.sum() else math.nan
         low, high = _interval(self.samples)
@@ -381,6 +383,7 @@ class _Judged:
 def _outcome(
     cohort: _Cohort, grokked: NDArray[np.intp], never: NDArray[np.intp], alarm: Numbers, judged: bool = True
 ) -> dict[str, Any]:
+    """What an alarm (R,) came to: hits and how far ahead of grokking, false alarms, both rates with intervals."""
     leads = (cohort.grok_step - alarm)[grokked]
     leads = leads[np.isfinite(leads)]
     false = int(np.isfinite(alarm[never]).sum())
@@ -518,6 +521,7 @@ def _compare(table: pd.DataFrame, judged: list[_Judged], best: _Judged) -> None:
 
 
 def _pairs(candidates: list[_Judged]) -> Iterator[dict[str, Any]]:
+    """A row for each two columns and each rule: an alarm where both have one, or where either has."""
     for first, second in combinations(candidates, 2):
         grokked = np.intersect1d(first.grokked, second.grokked)
         never = np.intersect1d(first.never, second.never)

@@ -124,6 +124,7 @@ def measured_rows(table: pd.DataFrame, name: str, runs: pd.DataFrame) -> pd.Data
 
 
 def _last(table: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
+    """The last step of each run in a table, by the run's place."""
     import pandas as pd
 
     return pd.Series(dtype=float) if table.empty else table["step"].groupby(places_of(table, runs)).max()

@@ -76,6 +76,7 @@ class UpdateGramNull:
         return np.where(np.isnan(value), np.nan, p)[()]
 
     def _of(self, column: str) -> Array:
+        """The draws of a column."""
         if column not in self.values:
             raise ValueError(f"column must be one of {', '.join(self.values)}; got {column!r}")
         return self.values[column]
@@ -231,6 +232,7 @@ def _covariance(window: int, beta: float, every: int) -> Array:
 
 
 def _null(norms: Array, cosines: Array) -> UpdateGramNull:
+    """What :class:`UpdateGram` would say of updates of these norms (n,), with these cosines (draws, n, n)."""
     gram = torch.from_numpy(norms[:, None] * cosines * norms)
     numbers = torch.cat([singular_values(gram), spectrum(gram)], 1).numpy()
     names = [*(f"sigma_{j + 1}" for j in range(norms.size)), *UpdateGram.columns[:-1]]

@@ -61,6 +61,7 @@ class ReplicatedEngine(GradientEngine):
         seed: int = 0,
         check: Check | None = None,
     ) -> None:
+        """As in one process, of the mean of all ranks' losses."""
         # The mean of the products is the product of the mean loss's Hessian, because the direction is the same on all
         # ranks. The gradient is averaged even where nobody has asked for it, so that every call is the same two
         # collectives.
@@ -95,6 +96,7 @@ class ReplicatedEngine(GradientEngine):
         return True
 
     def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+        """As in one process, with one answer for all ranks."""
         # Traits decide in which precision later gradients are taken, and so the dtype of their all-reduces: the ranks
         # must have the same ones, although each looks at a batch of its own.
         with self._together():
@@ -110,12 +112,14 @@ class ReplicatedEngine(GradientEngine):
         return self._average_(found)
 
     def _average_(self, vectors: Tensor) -> Tensor:
+        """Put the mean over all ranks in place of the vectors."""
         # Summed and then divided, since gloo knows no average; in the vectors' own dtype, whatever hook of training's
         # compresses what its buckets exchange.
         dist.all_reduce(vectors, group=self._group)
         return vectors.div_(self._group.size())
 
     def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
         # `flag` is true for this rank alone; what is returned is true for all, if it was for any. It is read at once,
         # which on an accelerator waits for the device.
         flags = torch.tensor([flag], dtype=torch.int32, device=self.device)

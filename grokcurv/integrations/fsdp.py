@@ -185,11 +185,13 @@ class ShardedEngine(GradientEngine):
         raise ValueError("a Hessian needs second derivatives, which a model under fully_shard has not")
 
     def _admitted(self, batch: Any, seed: int, exact: bool, brackets: bool) -> Traits:
+        """As in one process, with one answer for all ranks."""
         # Traits decide whether a gradient is taken of the exact model, whose passes are collectives of their own: ranks
         # that disagreed would wait for each other in different ones. `nonsmooth` is true for all if it is for any.
         return Traits(nonsmooth=self.anywhere(self._has_kinks(batch, seed_of_rank(seed))), brackets=False)
 
     def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
         # `flag` is true for this rank alone, `unset` where it is not; if it is unset on all ranks nobody has set it.
         unset = torch.tensor([not flag], device=self.device)
         return not bool(self.partition.all_reduce_and(unset))
@@ -214,6 +216,7 @@ class ShardedEngine(GradientEngine):
         return out
 
     def _gradient(self, theta: Tensor, batch: Any, out: Tensor, seed: int) -> None:
+        """This rank's part of the gradient of the mean of all ranks' losses, by FSDP's own backward pass."""
         if theta.dtype != self.dtype:
             if self._exact is None or theta.dtype != self._exact.dtype:
                 raise ValueError(f"theta is {theta.dtype}, but the model {self.dtype}, and no exact model is of that")
@@ -247,6 +250,7 @@ class ShardedEngine(GradientEngine):
         """A sharded model is what this is for, and Sharding.of has looked at dtypes and devices."""
 
     def _refuse_bystanders(self, parameters: list[nn.Parameter]) -> None:
+        """Raise a ValueError where a measured backward pass would take effect on training."""
         # In one process a measurement runs on stand-ins, which no hook of training's knows. Here it runs on training's
         # own parameters: a hook that waits for their gradients, as of an optimiser that steps in the backward pass,
         # would take a measured one for training's.
@@ -323,11 +327,13 @@ class ShardedEvaluator(Evaluator):
         return self.views(theta)
 
     def _look(self) -> Snapshot:
+        """The buffers as they are before a measurement, to be put back."""
         # Of the model's attributes none: FSDP's own are among them, streams, groups and buffers in flight, and to put
         # those back would take from it what a pass has left for the next.
         return Snapshot([list(self.model.buffers())])
 
     def _place(self, leaves: Sequence[Tensor], stack: ExitStack) -> None:
+        """Overwrite the model's shards with ``leaves`` until the evaluation has ended."""
         # Stand-ins, as in one process, are no way here: FSDP keeps the memory of each shard and gathers from that,
         # whatever tensor the module holds. So the shard itself is overwritten, and a copy of its bits put back.
         parameters = _parameters(self.model)
@@ -372,12 +378,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _write(parameters: list[nn.Parameter], values: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Put values into this rank's parts of the parameters, and set each ``.grad``."""
     for parameter, value, grad in zip(parameters, values, grads, strict=True):
         _local(parameter).copy_(value)
         parameter.grad = grad
 
 
 def _structure(model: nn.Module) -> Any:
+    """What two models have in common that are built alike: names of modules, names and shapes of tensors."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     names = [name for name, _ in model.named_modules()]
     return names, [(name, tensor.shape, tensor.requires_grad) for name, tensor in tensors]

@@ -84,6 +84,7 @@ class CurvatureCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
+        """Make the monitor, with the state that was saved beside the checkpoint if training goes on from one."""
         if args.world_size > 1:
             raise ValueError(f"the callback measures in one process, this training has {args.world_size}")
         known = self._monitor is not None and self._monitor.probe.gradients.model is model
@@ -113,6 +114,7 @@ class CurvatureCallback(TrainerCallback):
 
 
 def _unpacked(file: Path) -> Any:
+    """The monitor's state that :meth:`CurvatureCallback.on_save` wrote."""
     try:
         return unpack(file.read_bytes())
     except ValueError as error:

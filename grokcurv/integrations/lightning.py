@@ -98,6 +98,7 @@ class CurvatureCallback(Callback):
         return _Lookahead(self, loader)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the monitor, unless this fit goes on with the model of the last one."""
         if trainer.world_size > 1:
             raise ValueError(f"the callback measures in one process, this trainer has {trainer.world_size}")
         if len(trainer.optimizers) != 1:
@@ -129,6 +130,7 @@ class CurvatureCallback(Callback):
         self._has_gradient = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Measure, once before each step of the optimiser."""
         if self._stepped:
             return
         self._stepped = True
@@ -214,6 +216,7 @@ def _as_trained(loss_fn: LossFn, trainer: Trainer) -> LossFn:
 
 
 def _in_its_type(loss_fn: LossFn, module: nn.Module, batch: Any) -> Tensor:
+    """The loss, with the module's dtype as torch's default one, as Lightning trains it."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(next(module.parameters()).dtype)
     try:

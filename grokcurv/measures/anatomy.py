@@ -116,6 +116,7 @@ class Bracket:
         self._next.clear()
 
     def _at(self, run: int, delta: Tensor) -> None:
+        """Keep a run's delta for the next row."""
         if self._kept is None:
             runs = self._engine.runs
             self._kept = delta.new_zeros(runs, len(delta))

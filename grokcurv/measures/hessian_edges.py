@@ -83,6 +83,7 @@ class Tracked:
 
     @classmethod
     def of(cls, sign: float, runs: int, k: int, size: int, like: Tensor) -> Tracked:
+        """Of k edges of each run nothing is known yet."""
         vectors = torch.zeros(2, runs, k, size, dtype=like.dtype, device=like.device)
         unknown = torch.full((2, runs, k), math.nan, dtype=torch.float64, device=like.device)
         return cls(sign, vectors[0], vectors[1], unknown[0, :, 0].clone(), unknown[1, :, 0].clone(), *unknown)

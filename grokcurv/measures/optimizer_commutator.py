@@ -188,6 +188,7 @@ class OptimizerCommutator(Measure):
             return self._unknown.clone()
 
     def _observe(self, step: int, pair: PairOfRuns, here: Here | None) -> Tensor:
+        """Numbers of one row of each run: the optimiser's steps on A then B, against those on B then A."""
         a, b = map(list, pair)
         with self._evaluation(a, step):
             engine, successive = self._engine, self._training is not None
@@ -245,6 +246,7 @@ class OptimizerCommutator(Measure):
             yield
 
     def _arrive(self, batches: list[Any], seed: int) -> Here:
+        """Where training is: weights, gradient and state of the optimiser, and the step that it takes from there."""
         theta = self._engine.thetas(range(self._engine.runs)).to(compute_type(self._engine.dtype))
         gradient, state = self._trusted(), read_state(self._optimizers, self._engine, self.max_norm)
         if gradient is None:
@@ -270,6 +272,7 @@ class OptimizerCommutator(Measure):
         return out.to(thetas.dtype)
 
     def _check_due(self, step: int) -> bool:
+        """Whether to hold this row against float64."""
         traits = self._engine.traits
         if not (self._probe.noise_floor and traits.exact and traits.trusted):
             self._checked = torch.full_like(self._checked, math.nan)

@@ -101,6 +101,7 @@ class TrainingGradient:
         return torch.where(gradient == USED, gradient * OWN, gradient)
 
     def _take_verdict(self, right: bool) -> None:
+        """After a check of ``.grad``: once it was found wrong it is not used any more."""
         self._confirmations += right
         if right or self._distrusted or self.use == "trusted":
             return

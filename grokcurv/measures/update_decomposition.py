@@ -183,6 +183,7 @@ class UpdateDecomposition(Measure):
         return found
 
     def _lengths_of_grad(self) -> Tensor:
+        """(R,) norms of the gradients that training has now; NaN where there are none."""
         engine = self._engine
         if engine.shared:
             return row_norms(engine.training_gradients(range(engine.runs)))
@@ -293,6 +294,7 @@ def _parts(block: Block, old: Tensor, moment: Tensor | None, moved: Tensor) -> t
 
 
 def _sgd(block: Block, lr: Any, old: Tensor, moment: Tensor | None, moved: Tensor) -> tuple[Scaled, ...]:
+    """The same for SGD: decay, earlier gradients, this one as it entered the update, and this one."""
     settings = block.settings
     momentum, ahead, decay = settings["momentum"], settings["nesterov"], settings["weight_decay"]
     # The first gradient is not dampened.

@@ -127,6 +127,7 @@ class UpdateGram(Measure):
         _halves(self.window, engine.device)  # goes to the device here, and in no step
 
     def _check_memory(self) -> None:
+        """Raise a MemoryError if the device has no room for the window."""
         engine = self._engine
         need = (self.window + 2) * engine.runs * self.size * engine.dtype.itemsize
         free = engine.place.free_memory()

@@ -196,6 +196,7 @@ def describe(sigma: Tensor) -> Tensor:
 
 
 def _groups(matrices: Sequence[Segment]) -> list[Group]:
+    """Matrices by their shorter side, and which of them are taller than wide."""
     found: dict[int, list[tuple[int, bool]]] = {}
     for place, segment in enumerate(matrices):
         rows, columns = segment.shape[0], segment.length // segment.shape[0]

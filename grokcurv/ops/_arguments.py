@@ -126,6 +126,7 @@ def check(
 
 
 def check_no_grad(name: str, t: Tensor) -> None:
+    """Raise a ValueError for a tensor that autograd is recording."""
     if t.requires_grad:
         raise ValueError(f"{name} requires grad, but the op has no derivative: pass {name}.detach()")
     # Outside of a level of forward differentiation no tensor has a tangent; to ask torch takes ten times as long.
@@ -150,6 +151,7 @@ def check_basis(values: Tensor, rows: Tensor, vectors: Tensor) -> None:
 
 
 def check_row_values(values: Tensor, rows: Tensor, size: int) -> None:
+    """Raise a ValueError unless each row of a table (k, 3) lies within its vector and within its values."""
     nnz = values.shape[-1]
     for j, (start, length, offset) in enumerate(rows.tolist()):
         if start < 0 or not 0 <= length <= size - start:

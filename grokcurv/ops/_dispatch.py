@@ -84,6 +84,7 @@ _nothing = nullcontext()
 
 
 def core_of(device: torch.device) -> Core:
+    """The compiled core for a device, with its threads or stream."""
     if device.type == "cpu":
         if cpu_problem:
             raise ImportError(cpu_problem)

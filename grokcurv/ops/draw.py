@@ -42,6 +42,7 @@ def _draw_fake(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int)
 
 
 def _draw_fill(seeds: Tensor, purpose: int, steps: Tensor, n: Tensor, rows: int, out: Tensor) -> None:
+    """Have the kernel write what :func:`draw` returns into ``out``; the arguments have been checked."""
     if seeds.device.type == "cpu":
         for name, x, most in (("steps", steps, 2**32 - 1), ("n", n, 2**32)):
             for r, value in enumerate(x.tolist()):

@@ -51,6 +51,7 @@ def _rotate_fake(rows: Tensor, coefficients: Tensor, segments: Tensor | None) ->
 
 
 def _rotate_fill(rows: Tensor, coefficients: Tensor, segments: Tensor | None, out: Tensor) -> None:
+    """Have the kernel write what :func:`rotate` returns into ``out``; the arguments have been checked."""
     segments = _disjoint(segments, rows.shape[1])
     if int(segments[:, 1].sum()) < rows.shape[1]:
         out.zero_()
@@ -73,6 +74,7 @@ def _rotate_in_place_fake(
 def _rotate_in_place_fill(
     rows: Tensor, coefficients: Tensor, segments: Tensor | None, mean: Tensor | None, weights: Tensor | None
 ) -> None:
+    """Have the kernel rotate ``rows`` where they are; the arguments have been checked."""
     _call(rows, coefficients, _disjoint(segments, rows.shape[1]), None, mean, weights)
 
 

@@ -27,6 +27,7 @@ def _subspace_split_fake(v: Tensor, values: Tensor, rows: Tensor) -> tuple[Tenso
 
 
 def _subspace_split_fill(v: Tensor, values: Tensor, rows: Tensor, norm2: Tensor | None, coefficients: Tensor) -> None:
+    """Have the kernel write what :func:`subspace_split` returns; the arguments have been checked."""
     check_row_values(values, rows, v.shape[1])
     basis = *strided(values), rows, rows.shape[0]
     call("subspace_split", v, TYPES[v.dtype], *v.shape, v, *basis, norm2, coefficients)
@@ -50,6 +51,7 @@ def _subspace_filter_fake(g: Tensor, values: Tensor, rows: Tensor, strength: flo
 
 
 def _subspace_filter_fill(g: Tensor, values: Tensor, rows: Tensor, strength: float) -> None:
+    """Have the kernel filter ``g`` where it is; the arguments have been checked."""
     coefficients = g.new_empty((g.shape[0], rows.shape[0]), dtype=torch.float64)
     _subspace_split_fill(g, values, rows, None, coefficients)
     basis = *strided(values), rows, rows.shape[0]

@@ -178,6 +178,7 @@ class Incremental(Method):
         return self._by_rows(self.bounds, torch.zeros_like(self._exact()))
 
     def _by_rows(self, ring: Tensor, exact: Tensor) -> Tensor:
+        """What the ring remembers of numbers of rows, in their order; NaN between them."""
         history = self.shares.new_full((self.n_samples_seen, ring.shape[1]), torch.nan)
         marks, values = self._in_order(self.marks), self._in_order(ring)
         for count, value in zip(marks.tolist(), values, strict=True):

@@ -161,6 +161,7 @@ class GramPrefixes(Prefixes):
         return self._known[1:]
 
     def _traces(self, sizes: range) -> Tensor:
+        """(segments, sizes) variance of the first rows, times their number."""
         (mean, grand), (_, inside) = self._means(sizes), self._inside(sizes)
         own = padded(self.gram.diagonal(dim1=1, dim2=2)[:, : inside.shape[1]], inside.shape[1])
         return ((own[:, None] - 2 * mean + grand[..., None]) * inside).sum(2)
@@ -228,6 +229,7 @@ class ScatterPrefixes(Prefixes):
         return self._scatter
 
     def _add(self, row: Tensor) -> None:
+        """Take in one more row (Welford 1962)."""
         apart = row - self._mean
         weighted = apart * (self._size / (self._size + 1)) ** 0.5  # on both sides, or rounding would not be symmetric
         self._scatter += weighted[:, :, None] * weighted[:, None]

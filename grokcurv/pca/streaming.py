@@ -157,6 +157,7 @@ class StreamingPCA:
         return About(self.reference, self.normalize, self.window)
 
     def _check_about(self) -> None:
+        """Raise a ValueError unless reference, window, normalize, method and store_dtype go together."""
         if self.reference not in REFERENCES:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}")
         if self.window is not None and self.window < 1:
@@ -469,6 +470,7 @@ class StreamingPCA:
         self._apart = []
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
+        """Be the PCA of this state; if it is damaged, raise a ValueError and stay as before."""
         name, parts = state["method_"], state["state"]
         if (parts is None) != (name is None) or name not in (None, *METHODS[1:]) or state["dtype"] not in DTYPES:
             raise ValueError(f"state is damaged: method_ {name!r}, dtype {state['dtype']!r}")
@@ -527,6 +529,7 @@ class StreamingPCA:
 
     @property
     def _reason_to_leave(self) -> str:
+        """In words why method='auto' cannot go on by ``gram``."""
         rows = self._kept_rows + 1
         if rows > MOST_ROWS:
             return f"more than {MOST_ROWS} rows would take too long to solve exactly"
@@ -534,6 +537,7 @@ class StreamingPCA:
         return f"{rows} rows would take {_gib(need)} with what follows them, {self._limit()}"
 
     def _begin(self, name: str | None, reason: str) -> Method:
+        """Go on by this method, and log why."""
         assert name is not None
         self._method = self._new_method(name, self._layout, self._dtype)
         self.method_, self.reason_ = name, reason
@@ -608,6 +612,7 @@ class StreamingPCA:
         return rows.transpose(0, 1).flatten(1).contiguous()
 
     def _check_alike(self, name: str, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise a ValueError unless rows are of the length, dtype and device of earlier ones."""
         got, wanted = (features, dtype, device), (self._features, self._dtype, self._layout.device)
         if got != wanted:
             raise ValueError(
@@ -636,6 +641,7 @@ class StreamingPCA:
             raise ValueError(f"the runs were fed {taken} rows: only runs that were fed alike go on together")
 
     def _raise_if_masked(self) -> None:
+        """Raise a ValueError if rows were left out, since the last call, because they were not finite."""
         self._raise_if_apart()
         if self._counts is None:
             return
@@ -668,6 +674,7 @@ class StreamingPCA:
     # Results
 
     def _fitted(self) -> Method:
+        """The method at work, with all rows taken in; a ValueError if there are none."""
         self._raise_if_masked()
         if self._replays:
             self._forget()
@@ -747,6 +754,7 @@ def _written(segment: Segment) -> list[Any]:
 
 
 def _named(segments: Sequence[Segment | tuple[int, int]]) -> tuple[Segment, ...]:
+    """Segments with names; one given as (start, length) is named by its ends."""
     named = []
     for segment in segments:
         if not isinstance(segment, Segment):

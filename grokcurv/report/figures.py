@@ -286,6 +286,7 @@ def _accuracy(axes: Axes, metrics: pd.DataFrame, theme: Theme) -> None:
 
 
 def _defect(axes: Axes, curvature: pd.DataFrame, theme: Theme) -> None:
+    """Median defect with its quartiles and noise floor, brackets marked, beside the float32 formula."""
     axes.set_ylabel("defect D")
     log_scale(axes)
     step = curvature["step"]
@@ -399,6 +400,7 @@ class LogTicks(Locator):
         return self.tick_values(*self.axis.get_view_interval())
 
     def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """Powers of ten; where the axis has fewer than three, the roundest numbers of which it has three."""
         low, high = sorted((vmin, vmax))
         if not 0 < low < high < np.inf:
             return [value for value in (low, high) if 0 < value < np.inf]
@@ -423,6 +425,7 @@ class LogLabels(Formatter):
         return self.format_ticks([x])[0]
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """As powers of ten if all are, else with as many digits as tell them apart."""
         powers = np.log10(values)
         if len(powers) > 2 and np.allclose(powers, np.round(powers), atol=1e-6):
             return [f"$10^{{{round(power)}}}$" for power in powers]

@@ -207,6 +207,7 @@ class Summary:
 
     @property
     def timings(self) -> dict[str, str]:
+        """How long the run and its measurements took, in words."""
         said = {}
         seconds = float(self.metrics["seconds"].max())
         if 0 < seconds < math.inf:

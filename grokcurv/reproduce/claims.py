@@ -67,6 +67,7 @@ def answer(claim: str, evidence: Evidence) -> Answer:
 
 
 def pc1(evidence: Evidence) -> Judgement:
+    """PC1's share of each attention matrix's trajectory, beside random walks with its steps."""
     names = {"grokking": "runs that grok", "never": "operations that do not", "control": "weight decay 0"}
     colours = dict(zip(names, ("green", "purple", "muted"), strict=True))
     grokked = tuple(trial for trial in evidence["grokking"] if trial.end is not None)
@@ -95,6 +96,7 @@ def pc1(evidence: Evidence) -> Judgement:
 
 
 def rho(evidence: Evidence) -> Judgement:
+    """The part of a commutator outside the trajectory's PCA basis."""
     trials = evidence["grokking"]
     shots = [trial.snapshot for trial in trials]
     known = [(shot, shot.trajectory) for shot in shots if shot is not None and shot.trajectory is not None]
@@ -124,6 +126,7 @@ def rho(evidence: Evidence) -> Judgement:
 
 
 def exec_random(evidence: Evidence) -> Judgement:
+    """How much more of a commutator lies in the execution basis than in a random subspace."""
     trials = evidence["grokking"]
     shots = [trial.snapshot for trial in trials if trial.snapshot is not None]
 
@@ -167,6 +170,7 @@ def exec_random(evidence: Evidence) -> Judgement:
 
 
 def control(evidence: Evidence) -> Judgement:
+    """Defects of runs that grok, over those of the same runs without weight decay."""
     pairs = [(trial, other) for other, trial in evidence.pairs("control")]
 
     def ratios(arithmetic: Arithmetic) -> list[Any]:
@@ -198,6 +202,7 @@ def control(evidence: Evidence) -> Judgement:
 
 
 def onset(evidence: Evidence) -> Judgement:
+    """How long before grokking the defect rises."""
     grokked = [trial for trial in evidence["grokking"] if trial.grok is not None]
 
     def leads(
@@ -235,6 +240,7 @@ def onset(evidence: Evidence) -> Judgement:
 
 
 def lr_law(evidence: Evidence) -> Judgement:
+    """Whether that lead is a power of the grok step."""
     by_rate = [*evidence["grokking"], *evidence["rates"]]
     trials = [*by_rate, *evidence["regimes"]]
     rates = {rate: [trial for trial in by_rate if trial.config.lr == rate] for rate in published.MAX_DEFECT}
@@ -346,6 +352,7 @@ def lr_law(evidence: Evidence) -> Judgement:
 
 
 def alignment(evidence: Evidence) -> Judgement:
+    """Cosines between commutators and how the weights have moved since the checkpoint before, by learning rate."""
     rates: dict[float, list[Trial]] = {rate: [] for rate in published.ALIGNMENT}
     for trial in (*evidence["grokking"], *evidence["rates"]):
         rates.setdefault(trial.config.lr, []).append(trial)
@@ -387,6 +394,7 @@ def alignment(evidence: Evidence) -> Judgement:
 
 
 def update_gram(evidence: Evidence) -> Judgement:
+    """How the gap in the spectrum of recent updates falls, with weight decay and without."""
     names = {"grokking": "runs that grok", "control": "weight decay 0"}
     colours = dict(zip(names, ("green", "muted"), strict=True))
     grokked = [(trial, trial) for trial in evidence["grokking"] if trial.grok is not None]
@@ -436,6 +444,7 @@ def _windows(trial: Trial, until: Trial) -> pd.DataFrame:
 
 
 def suppression(evidence: Evidence) -> Judgement:
+    """Which runs grok whose gradients or updates are projected onto the execution basis."""
     beside = _beside_baselines(evidence, "suppression")
 
     def projected(of: Callable[[list[Pair]], Number], **settings: Any) -> Here:
@@ -455,6 +464,7 @@ def suppression(evidence: Evidence) -> Judgement:
 
 
 def random_basis(evidence: Evidence) -> Judgement:
+    """How much later runs grok whose motion outside a random basis is damped."""
     beside = _beside_baselines(evidence, "random-basis")
     gentle = [pair for pair in beside if pair[0].config.strength <= rules.GENTLE]
     whole = [pair for pair in beside if pair[0].config.strength > rules.GENTLE]
@@ -470,6 +480,7 @@ def random_basis(evidence: Evidence) -> Judgement:
 
 
 def kicks(evidence: Evidence) -> Judgement:
+    """Which runs grok that are moved along a commutator."""
     beside = _beside_baselines(evidence, "kicks")
     faithful, proper = (_where(beside, intervention="kick", faithful=flag) for flag in (True, False))
     once = _where(proper, intervene_times=1)
@@ -489,6 +500,7 @@ def kicks(evidence: Evidence) -> Judgement:
 
 
 def slow_regime(evidence: Evidence) -> Judgement:
+    """Defects of a run that takes hundreds of thousands of steps."""
     trials = evidence["slow"]
     values = {a: [v for t in trials for v in t.defects(a)["defect_median"].dropna()] for a in ARITHMETICS}
     ended = all(trial.status == "finished" for trial in trials)

@@ -50,6 +50,7 @@ _NUMBERS = ("status", *RESULTS, *_PUBLISHED, *COUNTS)
 
 
 def _table(name: str, sweep: Sweep, settings: list[str]) -> pd.DataFrame:
+    """The rows of one sweep's runs that have begun."""
     runs, metrics, curvature = sweep.runs, sweep.table("metrics"), sweep.table("curvature")
     if curvature.columns.size < 2:  # nothing was measured
         curvature = pd.DataFrame(columns=["run", "step", "method", "reliable", "defect_median", "reference_median"])

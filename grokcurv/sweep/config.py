@@ -164,6 +164,7 @@ def varied_fields(named: tuple[str, ...], configs: list[TrainConfig]) -> tuple[s
 
 
 def _random(table: dict[str, Any]) -> Random:
+    """The table [random] of a sweep file."""
     for name in table:
         if name not in ("samples", "seed", "fields"):
             raise ValueError(f"[random] has no {name}; it has samples, seed and the table [random.fields]")
@@ -176,6 +177,7 @@ def _random(table: dict[str, Any]) -> Random:
 
 
 def _samples(drawn: Random) -> list[dict[str, Any]]:
+    """Settings drawn at random, a dict a run."""
     _number("seed", drawn.seed, 0)
     if not drawn.fields:
         raise ValueError("[random.fields] must have at least one setting to draw; got none")
@@ -240,6 +242,7 @@ def checked(table: str, name: str, value: Any) -> Any:
 
 
 def _settings(tables: dict[str, dict[str, Any]]) -> TrainConfig:
+    """A run's settings from tables of which later ones override earlier ones."""
     settings: dict[str, Any] = {"threads": 1}
     said = []
     for table, values in tables.items():
@@ -253,6 +256,7 @@ def _settings(tables: dict[str, dict[str, Any]]) -> TrainConfig:
 
 
 def _id(number: str, config: TrainConfig, varied: list[str]) -> str:
+    """A run's name: its number and the settings in which runs differ, as the name of a folder."""
     parts = [number]
     for name in varied:
         value = getattr(config, name)

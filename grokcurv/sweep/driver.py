@@ -122,6 +122,7 @@ def run_sweep(
 def _engine(
     name: str, sweep: Sweep, workers: int | None, address: str | None, gpus_per_run: float, together: int | None
 ) -> Engine:
+    """The engine of this name: processes of this machine, or Ray."""
     if name == "local":
         if any(config.device.startswith("cuda") for config in sweep.plan.values()):
             workers, together = workers or 1, together or TOGETHER
@@ -147,6 +148,7 @@ class _Driver:
         self.pace, self.news = _Pace(), News(sweep.path)
 
     def run(self) -> None:
+        """Give runs to the engine until all have ended, or until Ctrl-C and a checkpoint of each."""
         with StopRequest() as stop:
             stopping, deadline = False, math.inf
             while (self.running or (self.waiting and not stopping)) and time.monotonic() < deadline:
@@ -168,6 +170,7 @@ class _Driver:
         stop.check()
 
     def _start(self, run: str) -> None:
+        """Give a run to the engine."""
         self.running[run] = {}
         checkpoint = self._checkpoint(run)
         self.deaths_of.setdefault(run, (checkpoint, 0))
@@ -176,6 +179,7 @@ class _Driver:
         self.engine.start(Job(run, self.sweep.plan[run], str(self.sweep.folder(run))))
 
     def _end(self, event: Event, stopping: bool) -> None:
+        """Note how a run ended; one that was cut off waits again, unless its worker has died too often."""
         run = event.run
         del self.running[run]
         self.pace.note(event)
@@ -190,6 +194,7 @@ class _Driver:
                 self.waiting.appendleft(run)
 
     def _died_too_often(self, run: str) -> bool:
+        """Count a death; whether there were as many in a row without a new checkpoint between them."""
         self.deaths += 1
         checkpoint = self._checkpoint(run)
         before, deaths = self.deaths_of[run]
@@ -211,6 +216,7 @@ class _Driver:
             return None
 
     def _progress(self) -> dict[str, Any]:
+        """What is told of the sweep: how many runs have ended and how, steps of the others, pace and time left."""
         rate = self.pace.rate()
         left = sum(latest["steps"] - latest["step"] for latest in self.running.values() if latest)
         to_begin = [*self.waiting, *(run for run, latest in self.running.items() if not latest)]
@@ -240,6 +246,7 @@ class _Pace:
         self._last[run] = 0
 
     def note(self, event: Event) -> None:
+        """Count the steps that the event tells of."""
         if event.latest:
             step = event.latest["step"]
             self._steps += step - self._last.get(event.run, step)

@@ -134,6 +134,7 @@ class Sweep:
         return any(there[name] < getattr(self.plan[run], name) for name in ("steps", "steps_after_grok"))
 
     def _state(self, run: str) -> tuple[str, str]:
+        """Status of a run and the reason for it, from its folder and the sweep's failures."""
         failure = self.failures.get(run)
         try:
             status = Run(self.folder(run), {}, {}).status if lexists(self.folder(run) / "status.json") else "pending"

@@ -93,6 +93,7 @@ class LocalEngine(contextlib.AbstractContextManager["LocalEngine"]):
         return [] if event == READY else [event]
 
     def _reap(self, worker: _Worker) -> list[Event]:
+        """Remove a worker process that has ended; the jobs that it had have died with it."""
         self._crew.remove(worker)
         worker.connection.close()
         code = worker.process.wait()

@@ -250,6 +250,7 @@ class TrainConfig(
             )
 
     def _check_intervention(self) -> None:
+        """Raise a ValueError if settings of the intervention do not go together."""
         projects = self.intervention in ("project", "project-update")
         if projects and self.strength > 1:
             raise ValueError(f"strength of a projection must lie in [0, 1]; got {self.strength}")

@@ -158,6 +158,7 @@ class Group(Measured):
             measure.follow(rows)
 
     def prepare(self) -> None:
+        """Take out runs whose weights are not finite, feed the PCA, and plan the row."""
         self.bad = {run for run in self.runs if self.monitor.feeds and not run.finite()}
         for run in self.bad:
             run.evaluate_bad()

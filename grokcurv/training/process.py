@@ -13,6 +13,7 @@ import torch
 
 
 def describe_device(name: str) -> str:
+    """A device's name, with that of the GPU; a ValueError if torch has no such device here."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -24,6 +25,7 @@ def describe_device(name: str) -> str:
 
 @contextlib.contextmanager
 def threads_of(number: int) -> Iterator[None]:
+    """Within it torch uses this number of threads; 0 leaves it as it is."""
     before = torch.get_num_threads()
     if number:
         torch.set_num_threads(number)

@@ -114,6 +114,7 @@ class Training:
 
     @property
     def last_step(self) -> int:
+        """The step at which the run ends, as far as is known."""
         if self.settled_step is None:
             return self.config.steps
         return min(self.config.steps, self.settled_step + self.config.steps_after_grok)
@@ -190,6 +191,7 @@ class Training:
         return f"failed: {what} at step {self.step}{kept}"
 
     def tables(self) -> dict[str, pd.DataFrame]:
+        """The run's tables so far, as its folder has them."""
         import pandas as pd
 
         if self._tables is not None:
@@ -268,6 +270,7 @@ class Training:
         return step % self.config.eval_every == 0 or step == self.last_step
 
     def _evaluate(self) -> None:
+        """Evaluate the network, and note it as a row of the metrics."""
         beside = {} if self.intervention is None else {"intervention_norm": self.intervention.norm}
         values = [self.task.evaluate(self.model, self.data), *(value[None] for value in beside.values())]
         found = dict(zip((*self.task.columns, *beside), torch.cat(values).tolist(), strict=True))  # all read at once
@@ -294,6 +297,7 @@ class Training:
         return self.intervention.at(self.step)
 
     def _kick_pair(self) -> tuple[Batch, Batch]:
+        """Two batches of the training set for a kick."""
         n, rows, generator = len(self.data.train_answers), self.config.measure_rows, self._stream
         if self.config.faithful and self.draws is not None:
             index = torch.cat([self.draws.next(n, rows) for _ in range(2)])
@@ -303,6 +307,7 @@ class Training:
         return first, second
 
     def _make_intervention(self) -> Intervention:
+        """The intervention that the settings describe."""
         config = self.config
         self._stream = torch.Generator(config.device).manual_seed(intervention_seed(config, 0, 1))
         space: Space = self._basis_so_far
@@ -350,6 +355,7 @@ class Training:
         return self.step % PROGRESS_EVERY == 0 or self._evaluation_due(self.step)
 
     def progress(self, steps_per_second: float) -> dict[str, Any]:
+        """What is told of the run while it is trained."""
         return {
             "step": self.step,
             "steps": self.last_step,
