@@ -242,7 +242,7 @@ class SGD(Optimizer):
         self.momentum_buffer = torch.zeros_like(theta)
 
     def _update(self, factor: Tensor) -> None:
-        """One step of each run, with gradients times ``factor``."""
+        """One step of each run, with learning rates times ``factor``."""
         length, decay, momentum = _columns(self.theta, -factor * self.lr, self.weight_decay, self.momentum)
         direction = torch.addcmul(self.gradient, decay, self.theta)
         self.momentum_buffer.mul_(momentum).add_(direction)
