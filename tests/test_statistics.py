@@ -264,6 +264,16 @@ def test_what_did_not_come_is_not_left_out(generator: torch.Generator) -> None:
     assert cut.mean() < 1.3 - error
 
 
+def test_resamples_are_fitted_as_they_are_alone(generator: torch.Generator) -> None:
+    rng = fresh(generator)
+    x = rng.lognormal(8, 1, 15)
+    low, high = looked_at(0.02 * x**1.3 * rng.lognormal(0, 0.8, 15), 50, 4000)
+    found = censored_power_law(x, low, high, trials=40, seed=3)
+    draws = np.random.default_rng(3).integers(15, size=(40, 15))
+    alone = [censored_power_law(x[rows], low[rows], high[rows], trials=1).exponent for rows in draws]
+    assert found[2:] == pytest.approx(np.quantile(alone, [0.025, 0.975]), rel=1e-6)
+
+
 def test_bounds_that_say_little() -> None:
     nothing, inf = [0.0, 0.0, 0.0], math.inf
     assert np.isnan(censored_power_law([], [], [])).all()

@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from grokcurv.analysis.records import Records, measured, reliable
 
+NEWTON_STEPS = 100  # as many at most, and as many halvings of each
+NEWTON_GAIN = 1e-12  # of a logarithm of a likelihood: a step that promises no more is the last
+
 
 class SignTest(NamedTuple):
     """Made by :func:`sign_test`."""
@@ -185,16 +188,20 @@ def censored_power_law(
     with np.errstate(divide="ignore"):
         lows, highs = np.log(lows), np.log(highs)
 
-    def fit(rows: NDArray[np.intp]) -> tuple[float, float]:
-        """(exponent, logarithm of the prefactor), NaN where these rows determine none."""
-        whole = np.isfinite(lows[rows]) & np.isfinite(highs[rows])
-        if not whole.any() or np.ptp(xs[rows]) == 0:
-            return math.nan, math.nan
-        return _most_likely(xs[rows], lows[rows], highs[rows])
+    if np.unique(xs).size < 2:
+        return PowerLaw(math.nan, math.nan, math.nan, math.nan)
 
-    exponent, constant = fit(np.arange(xs.size))
-    ends = _interval(lambda resamples: np.array([fit(rows)[0] for rows in resamples]), labels, trials, seed)
-    return PowerLaw(exponent, math.exp(constant), *ends)
+    def fit(rows: NDArray[np.intp]) -> NDArray[np.float64]:
+        """(2, m) exponents and logarithms of the prefactors of (m, k) rows, NaN where they determine none."""
+        whole = np.isfinite(lows) & np.isfinite(highs)
+        enough = whole[rows].any(axis=-1) & (np.ptp(xs[rows], axis=-1) > 0)
+        found = np.full((2, len(rows)), np.nan)
+        found[:, enough] = _most_likely(*(column[rows[enough]] for column in (xs, lows, highs)))
+        return found
+
+    (exponent,), (constant,) = fit(np.arange(xs.size)[None])
+    ends = _interval(lambda resamples: fit(resamples)[0], labels, trials, seed)
+    return PowerLaw(float(exponent), math.exp(constant), *ends)
 
 
 class ControlRatio(NamedTuple):
@@ -327,43 +334,65 @@ def _interval(
     return float(low), float(high)
 
 
-def _most_likely(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> tuple[float, float]:
-    """Slope and constant of a line about which a normal variable is known to lie between low and high."""
-    from scipy.optimize import minimize
+def _most_likely(x: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Slopes and constants (2, m) of lines about which normal variables are known to lie between bounds (m, n).
+
+    By Newton's method, for all m at once, in parameters in which the logarithm of the likelihood is concave (Burridge
+    1981): constant and slope over the scatter, and one over the scatter.
+    """
     from scipy.special import log_ndtr
 
     ends = np.stack([low, high])
     known = np.isfinite(ends)
     # Centred, and x of length one, so that the three parameters are of one size and hardly depend on each other.
-    middle, centre, length = x.mean(), ends[known].mean(), np.ptp(x)
-    x, ends = (x - middle) / length, ends - centre
-    values = np.where(known, ends, 0.0)
+    middle, length = x.mean(axis=-1, keepdims=True), np.ptp(x, axis=-1, keepdims=True)
+    centre = np.where(known, ends, 0.0).sum(axis=(0, 2)) / known.sum(axis=(0, 2))
+    x = (x - middle) / length
+    values = np.where(known, ends - centre[:, None], 0.0)
+    design = np.stack([-np.ones_like(values), np.stack([-x, -x]), values], axis=-1)
 
-    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Minus the logarithm of the likelihood and its gradient, by constant and slope over the scatter and minus the
-        logarithm of the scatter."""
-        constant, slope, sharpness = *parameters[:2], math.exp(parameters[2])
-        z = np.where(known, sharpness * values - constant - slope * x, ends)
+    def likelihood(parameters: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """Its logarithm (m,), the gradient of that (m, 3), and minus its Hessian (m, 3, 3)."""
+        at = (design @ parameters[:, :, None])[..., 0]
+        z = np.where(known, at, ends)
         # Of the two tails the lower one, where a difference of probabilities keeps its digits. A step too far may find
         # none left, and is taken back.
         below, above = log_ndtr(np.where(z[0] > 0, -z[::-1], z))
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             chance = above + np.log1p(-np.exp(below - above))
-            density = np.where(known, np.exp(-(np.where(known, z, 0.0) ** 2) / 2 - chance) / math.sqrt(2 * math.pi), 0)
-        inner = density[1] - density[0]
-        gradient = [inner.sum(), (inner * x).sum(), sharpness * (density[0] * values[0] - density[1] * values[1]).sum()]
-        return -float(chance.sum()), np.array(gradient)
+            density = np.where(known, np.exp(-(at**2) / 2 - chance) / math.sqrt(2 * math.pi), 0.0)
+            density[0] *= -1
+            inner = (density[..., None] * design).sum(axis=0)
+            bent = np.einsum("emn,emni,emnj->mij", at * density, design, design)
+        return chance.sum(axis=-1), inner.sum(axis=1), bent + np.einsum("mni,mnj->mij", inner, inner)
 
     # From least squares through the middles, and through the bound where there is one.
     points = values.sum(axis=0) / known.sum(axis=0)
-    slope = float(_slope(x, points))
-    left = points - points.mean() - slope * (x - x.mean())
-    sharpness = -math.log(max(float(left.std()), 0.01))
-    start = [(points.mean() - slope * x.mean()) * math.exp(sharpness), slope * math.exp(sharpness), sharpness]
-    constant, slope, sharpness = minimize(loss, start, jac=True, method="BFGS").x
-    scatter = math.exp(-sharpness)
-    slope *= scatter / length
-    return float(slope), float(centre + constant * scatter - slope * middle)
+    slope = _slope(x, points)
+    start = points.mean(axis=-1) - slope * x.mean(axis=-1)
+    sharpness = 1 / np.maximum((points - start[:, None] - slope[:, None] * x).std(axis=-1), 0.01)
+    parameters = np.stack([start * sharpness, slope * sharpness, sharpness], axis=-1)
+    value, gradient, curved = likelihood(parameters)
+    for _ in range(NEWTON_STEPS):
+        # A hair on the diagonal: what no bound says anything of stays as it is.
+        ridge = 1e-10 * np.trace(curved, axis1=1, axis2=2) + np.finfo(float).tiny
+        step = np.linalg.solve(curved + ridge[:, None, None] * np.eye(3), gradient[..., None])[..., 0]
+        gain = (gradient * step).sum(axis=-1)
+        moving = gain > NEWTON_GAIN
+        if not moving.any():
+            break
+        step[~moving] = 0.0
+        for _ in range(NEWTON_STEPS):
+            found = likelihood(parameters + step)
+            bad = ~(found[0] >= value + 1e-4 * (gradient * step).sum(axis=-1))
+            if not bad.any():
+                break
+            step[bad] /= 2
+        parameters = parameters + step
+        value, gradient, curved = found
+    start, slope, sharpness = parameters.T
+    slope = slope / sharpness / length[:, 0]
+    return np.stack([slope, centre + start / sharpness - slope * middle[:, 0]])
 
 
 def _slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
