@@ -135,6 +135,7 @@ class Apart(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _instead(self, device: torch.device) -> torch.device:
+        """Where vectors live, for where the model is; any other device as it is."""
         return self._place.home if self._place.means(device) else device
 
     def _drawn(self, func: Any, given: tuple[Any, Any]) -> Any:

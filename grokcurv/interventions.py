@@ -303,6 +303,7 @@ class Kick(Intervention):
         self.probe, self.sampler, self.direction, self.faithful = probe, sampler, direction, faithful
 
     def before(self, step: int) -> None:
+        """As published: measure and kick before the step, which then goes by the gradient that measuring leaves."""
         if self.faithful and self.due(step):
             pair = self.sampler()
             left_behind = self._last_gradient(pair, step)
