@@ -110,6 +110,7 @@ class AttachedMonitor(CurvatureMonitor):
         self._hooks, self._first = (), None
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Measure before the step of the optimiser that steps first in each training step."""
         self._first = self._first or optimizer
         if optimizer is self._first:
             self.step()

@@ -151,12 +151,16 @@ class _Evaluation:
         return rows
 
     def _gradient(self, kind: str, batch: Any, out: Tensor, seed: int) -> Tensor:
+        """Put the gradient into ``out`` and return its error."""
+
         def run(theta: Tensor, check: Check | None) -> None:
             self.engine.gradient(theta, batch, out, seed=seed, check=check and check.of(0))
 
         return self._evaluated(kind, batch, [out], seed, run)
 
     def _product(self, kind: str, batch: Any, along: Tensor, gradient: Tensor | None, out: Tensor, seed: int) -> Tensor:
+        """Put a Hessian-vector product into ``out``, with the gradient beside it if asked, and return their errors."""
+
         def run(theta: Tensor, check: Check | None) -> None:
             self.engine.product(theta, batch, along, gradient, out, seed, check)
 

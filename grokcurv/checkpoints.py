@@ -134,6 +134,7 @@ def _weights(path: Path) -> Path | None:
 
 
 def _read_folder(path: Path) -> Mapping[str, Any]:
+    """The weights in the folder of a checkpoint, from as many files as they are in."""
     file = _weights(path)
     if file is None:
         raise ValueError(f"there is none of {', '.join(WEIGHTS)} in it")
@@ -144,6 +145,7 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    """The tensors of a .safetensors file, of this package or of another."""
     from safetensors.torch import load
 
     data = read_file(path)
@@ -153,6 +155,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _listed(keys: Any) -> str:
+    """The first few keys in words, and how many more there are."""
     keys = list(map(str, keys))
     more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
     return ", ".join(keys[:NAMED]) + more

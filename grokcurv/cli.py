@@ -513,6 +513,7 @@ def _asked_for(again: str = "") -> Iterator[None]:
 
 
 def _complain(message: str, status: int = 2) -> int:
+    """Print a message to standard error; returns the exit status."""
     with contextlib.suppress(OSError):  # nobody reads standard error; the status still says it
         print(f"grokcurv: {message}", file=sys.stderr, flush=True)
     return status

@@ -178,6 +178,7 @@ class Evaluator:
         return self.segments[-1].stop
 
     def _check_kind(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Raise a ValueError if a parameter has another dtype or device than when the measurement was set up."""
         for segment, parameter in zip(self.segments, parameters, strict=True):
             if (parameter.dtype, parameter.device) != (self.dtype, self.device):
                 raise ValueError(
@@ -350,6 +351,7 @@ class Evaluator:
             return self._loss(batch)
 
     def _loss(self, batch: Any) -> Tensor:
+        """The loss of the user's function, once it is a scalar that depends on the parameters."""
         loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -408,6 +410,7 @@ class Evaluator:
                 )
 
     def _name_of(self, tensor: Tensor) -> str:
+        """Where in the model a tensor is, for a message."""
         for prefix, module in self.model.named_modules():
             for held in (module._parameters, module._buffers, vars(module)):
                 for name, value in held.items():

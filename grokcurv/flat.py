@@ -148,6 +148,7 @@ def _matching(pattern: str, names: Collection[str]) -> tuple[list[str], str | No
 
 
 def _refuse_overlaps(segments: tuple[Segment, ...]) -> None:
+    """Raise a ValueError if two segments have a coordinate in common."""
     every = sorted((*interval, s.name) for s in segments for interval in s.intervals)
     for (start, length, name), (following, _, other) in pairwise(every):
         if following < start + length:

@@ -324,6 +324,7 @@ class Kick(Intervention):
         return self.probe.noise_floor and not is_asynchronous(self.device) and not bool(stats.reliable)
 
     def _kick(self, stats: CommutatorStats) -> None:
+        """Move the weights along a commutator, or at random at right angles to it, by the length that was asked for."""
         assert stats.delta is not None
         along = self._outside(stats.delta[0].double())
         if self.direction == "random":

@@ -447,6 +447,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _line(values: Iterable[object]) -> str:
+    """Values as a line of CSV."""
     line = io.StringIO()
     csv.writer(line).writerow(values)
     return line.getvalue()

@@ -301,6 +301,7 @@ def _after_a_seed(state: Tensor) -> Tensor:
 
 
 def _differ(now: Tensor, was: Tensor, written: bool) -> bool:
+    """Whether a tensor holds other numbers than it did; where that cannot be seen, whether it was written to."""
     unseen = now.device.type != "cpu" or now.layout != torch.strided or now.is_nested
     return written if unseen else not same_numbers(now, was)
 

@@ -175,6 +175,7 @@ class Optimizer:
         self.theta, self.gradient = theta.copy_(self.theta), gradient.copy_(self.gradient)
 
     def _check_like(self, name: str, rows: Tensor, shape: Sequence[int]) -> None:
+        """Raise a ValueError unless rows have this shape, and the dtype and device of theta."""
         wanted = (tuple(shape), self.theta.dtype, self.theta.device)
         got = (tuple(rows.shape), rows.dtype, rows.device)
         if got != wanted:

@@ -65,6 +65,7 @@ class Progress:
             self.print_line()
 
     def print_line(self) -> None:
+        """Print how far it is as one line, where no bar can be drawn."""
         self.printed = time.monotonic()
         shown = self.describe(self.latest)
         with contextlib.suppress(OSError):  # what is being done goes on when nobody reads about it any more

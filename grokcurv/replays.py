@@ -147,6 +147,7 @@ class _Table:
         self.steps = frozenset[int]() if self.before is None else frozenset(self.before["step"].tolist())
 
     def frame(self) -> pd.DataFrame:
+        """Rows of before and new ones, by step."""
         import pandas as pd
 
         new = self.records()

@@ -162,6 +162,7 @@ class LoaderSampler:
             self._fetch()
 
     def _next(self) -> Any:
+        """The next batch, of the next pass where this one has ended."""
         found = self._fetch()
         if not found:
             empty = self._place == 0

@@ -140,6 +140,7 @@ class Snapshot:
         stack.extend(values if len(values) <= LONG else ())
 
     def _note_object(self, value: Any, stack: list[Any]) -> None:
+        """Remember an object's attributes, those in slots too."""
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self._note_dict(attributes, stack)

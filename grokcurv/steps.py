@@ -193,6 +193,7 @@ class OptimizerState:
         return found[:, 0]
 
     def _adams(self, what: str) -> tuple[Block, ...]:
+        """The blocks, all of Adam's kind; a ValueError if one has not what is asked for."""
         for block in self.blocks:
             if block.rule is not adam:
                 raise ValueError(f"optimizer: {block.name} has no {what}; Adam and AdamW have one")

@@ -207,6 +207,7 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _checksum(tree: str, tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of a tree and its tensors: names, dtypes, shapes and bytes."""
     crc = zlib.crc32(tree.encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
@@ -220,6 +221,7 @@ def _check_schema(schema: int) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
+    """The state in a file; a RunError if it is missing or damaged."""
     try:
         return unpack(read_file(path))
     except (OSError, ValueError) as error:

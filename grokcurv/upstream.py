@@ -221,6 +221,7 @@ def _side_by_side(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Segment, ...]:
 
 
 def _check_segments(segments: Sequence[Segment] | None) -> None:
+    """Raise a ValueError unless the segments are the attention matrices of each layer."""
     names = [s.name for s in segments or ()]
     prefixes = [name.removesuffix(MATRICES["WQ"]) for name in names[:: len(MATRICES)]]
     if not names or names != [prefix + name for prefix in prefixes for name in MATRICES.values()]:
@@ -231,6 +232,7 @@ def _check_segments(segments: Sequence[Segment] | None) -> None:
 
 
 def _check_steps(name: str, steps: Sequence[Any]) -> None:
+    """Raise a ValueError unless steps are whole numbers that rise from 0."""
     if not all(isinstance(step, int) for step in steps):
         raise ValueError(f"{name}: steps must be whole numbers, got {steps}")
     if steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
@@ -251,6 +253,7 @@ def _check_keys(where: str, entry: Any, keys: Mapping[str, type]) -> None:
 
 
 def _check_plain(where: str, value: Any) -> None:
+    """Raise a TypeError for anything in it but numbers, text, None, lists and dicts."""
     if isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_plain(f"{where}[{key!r}]", item)

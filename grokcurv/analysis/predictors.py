@@ -371,6 +371,7 @@ class _Judged:
         return _outcome(self.cohort, self.grokked, self.never, alarm, any(self.folds.values()))
 
     def alarms(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """A row for each run that is judged: when it grokked, and when the column's alarm came."""
         import pandas as pd
 
         there = np.sort(np.concatenate([self.grokked, self.never]))

@@ -171,5 +171,6 @@ def lead_times(records: Records, thresholds: Iterable[float] = (0.5, 0.7, 0.9, 0
 
 
 def _first(steps: NDArray[np.float64], holds: NDArray[np.bool_]) -> int | None:
+    """The first of the steps at which it holds; None if at none."""
     where = np.flatnonzero(holds)
     return int(steps[where[0]]) if where.size else None

@@ -38,6 +38,7 @@ def drawings(curves: Sequence[Curve], found: Mapping[str, Result]) -> Iterator[D
 
 
 def _timed(curve: Curve, found: Mapping[str, Result]) -> Timed:
+    """Times along a curve: of each name, by size."""
     by_name: Timed = {}
     for size, case in curve.points:
         for outcome in found[case.title].outcomes:

@@ -86,6 +86,7 @@ class ReplicatedEngine(GradientEngine):
         return use(multiply)
 
     def loss(self, theta: Tensor, batch: Any, *, seed: int = 0) -> Tensor:
+        """The mean of all ranks' losses at theta."""
         with self._together():
             own = super().loss(theta, batch, seed=seed_of_rank(seed))
         return self._average_(own)
@@ -106,6 +107,7 @@ class ReplicatedEngine(GradientEngine):
         return Traits(nonsmooth=self.anywhere(nonsmooth))
 
     def _batched(self, thetas: Tensor, batches: Sequence[Any], out: Tensor | None = None) -> Tensor:
+        """Means over all ranks of the gradients of N batches."""
         # One collective for all N gradients, where the loop makes one for each.
         with self._together():
             found = super()._batched(thetas, batches, out)

@@ -105,9 +105,11 @@ class CurvatureCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Measure before the optimiser's step."""
         self.monitor.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the monitor's state beside the Trainer's checkpoint."""
         file = _file(args, state)
         if file.parent.is_dir():
             write_atomically(file, pack(self.monitor.state_dict()))

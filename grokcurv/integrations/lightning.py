@@ -119,6 +119,7 @@ class CurvatureCallback(Callback):
             self._state = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the batch, and the one that lookahead knows to follow."""
         following = self._following.popleft() if self._following else _UNKNOWN
         self._pair = batch, following
         self._stepped = self._has_gradient = False
@@ -155,6 +156,7 @@ class CurvatureCallback(Callback):
         self._stepped = False
 
     def _forget_optimizer(self, *_: Any) -> None:
+        """Take the hook off the optimiser of an earlier fit."""
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
@@ -192,6 +194,7 @@ class _Lookahead:
         return self._batches(self._callback.monitor.lookahead(self._loader))
 
     def _batches(self, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Any]:
+        """Give batches to Lightning, and tell the callback which one follows each."""
         for batch, following in pairs:
             if batch is not None:  # Lightning leaves such a batch out, and tells no callback
                 self._callback._following.append(following)

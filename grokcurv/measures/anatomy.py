@@ -127,6 +127,7 @@ class Bracket:
         return {} if self._kept is None else {"delta": self._kept[run].clone(), "error": self._error[run].clone()}
 
     def load_state_dict(self, state: dict[str, Tensor], run: int) -> None:
+        """Put a run's kept bracket back."""
         if state:
             self._at(run, state["delta"].to(self._engine.device))
             self._error[run] = state["error"].to(self._engine.device)

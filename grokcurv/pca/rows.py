@@ -77,6 +77,7 @@ class Rows:
         self._pages, self._file = [], None
 
     def _new_page(self) -> Tensor:
+        """Room for more rows: in memory, or mapped from the scratch file."""
         shape = (self.page_rows, self.size)
         if self._file is None or not self.row_bytes:
             return torch.empty(shape, dtype=self.dtype, device=self.device)

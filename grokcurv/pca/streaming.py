@@ -566,6 +566,7 @@ class StreamingPCA:
             raise
 
     def _new_method(self, name: str, layout: Layout, dtype: torch.dtype) -> Method:
+        """A method that has seen no rows."""
         rank = self.n_components + self.oversampling
         if name == "gram":
             return Gram(self.n_components, layout, dtype, self.store_dtype, self.scratch, self._about)
@@ -636,6 +637,7 @@ class StreamingPCA:
         return self._rows_taken if self._counts is None else int(self._counts[2])
 
     def _raise_if_apart(self) -> None:
+        """Raise a ValueError if the runs were not fed alike."""
         if self._apart:
             taken = ", ".join(str(state["rows_taken"]) for state in self._apart)
             raise ValueError(f"the runs were fed {taken} rows: only runs that were fed alike go on together")
@@ -710,6 +712,7 @@ class StreamingPCA:
         return spectrum
 
     def _forget(self) -> None:
+        """Drop results of earlier rows."""
         self._results = {}
         if self._replays and self._method is not None:
             self._method.forget()

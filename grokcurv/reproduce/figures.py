@@ -168,6 +168,7 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
 
 
 def _legend_columns(labels: Collection[str]) -> int:
+    """How many columns of labels have room on the page."""
     if page_width() > NARROW:
         return 3
     return 1 if max(map(len, labels)) > 24 else 2

@@ -186,6 +186,7 @@ def _samples(drawn: Random) -> list[dict[str, Any]]:
 
 
 def _number(name: str, number: Any, least: int) -> int:
+    """A setting of [random], once it is a whole number from ``least`` on."""
     if not isinstance(number, int) or isinstance(number, bool) or number < least:
         raise ValueError(f"[random] {name} must be a whole number, at least {least}; got {number!r}")
     return number

@@ -87,6 +87,7 @@ class Transformer(nn.Module):
         return logits
 
     def _tokens(self, pairs: Tensor) -> Tensor:
+        """(B, tokens) what the network reads of pairs (B, 2)."""
         if not self.decoder:
             return pairs
         a, b = pairs.unbind(1)
