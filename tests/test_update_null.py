@@ -51,7 +51,8 @@ def test_against_updates_drawn_in_full(
         lengths, size, momentum=beta, every=every, trials=trials, seed=int(rng.integers(1 << 30))
     ).values
     for j in range(min(size, window)):
-        assert stats.ks_2samp(null[f"sigma_{j + 1}"], truth[:, j]).pvalue > CHANCE or size == 1
+        # In one dimension there is one value, up to rounding, and nothing to compare the distributions of.
+        assert size == 1 or stats.ks_2samp(null[f"sigma_{j + 1}"], truth[:, j]).pvalue > CHANCE
         np.testing.assert_allclose(null[f"sigma_{j + 1}"].mean(), truth[:, j].mean(), rtol=0.2)
     if size == 1:
         np.testing.assert_allclose(null["sigma_1"], np.linalg.norm(lengths), rtol=1e-12)
